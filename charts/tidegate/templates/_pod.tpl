@@ -1,0 +1,187 @@
+{{/* What all pods of the chart have in common. */}}
+
+{{/* The release's name, with the chart's name in it once. */}}
+{{- define "tidegate.fullname" -}}
+{{- if contains "tidegate" .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-tidegate{{ end }}
+{{- end }}
+
+{{/*
+Name of a component's objects. Argument: dict root, component.
+Kubernetes puts a hash behind the name of a StatefulSet and makes a label of at most 63 characters of both.
+*/}}
+{{- define "tidegate.name" -}}
+{{- $name := printf "%s-%s" (include "tidegate.fullname" .root) .component }}
+{{- if gt (len $name) 52 }}{{ fail (printf "%q has %d characters, at most 52 fit: choose a shorter release name (or pool name)" $name (len $name)) }}{{ end }}
+{{- $name }}
+{{- end }}
+
+{{/* Labels that never change for a component. Argument: dict root, component. */}}
+{{- define "tidegate.selector" -}}
+app.kubernetes.io/name: tidegate
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{/* Argument: dict root, component. */}}
+{{- define "tidegate.labels" -}}
+{{ include "tidegate.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+{{- end }}
+
+{{/* Argument: dict root, image (what a pool sets of it; may be empty). */}}
+{{- define "tidegate.image" -}}
+{{- $given := .image | default dict }}
+{{- $default := .root.Values.image }}
+{{- $repository := $given.repository | default $default.repository }}
+{{- /* A pool with a repository of its own does not inherit another image's tag or digest. */}}
+{{- $tag := $given.tag | default (ternary "" ($default.tag | default .root.Chart.AppVersion) (hasKey $given "repository")) }}
+{{- $digest := $given.digest | default (ternary "" $default.digest (or (hasKey $given "repository") (hasKey $given "tag"))) }}
+{{- $repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with $digest }}@{{ . }}{{ end }}
+{{- end }}
+
+{{/*
+The spec of a pod, restricted as the Pod Security Standard of that name demands, and with a read-only root file system.
+Argument: dict root, component, args (of the command `tidegate`), and optionally
+  service    values of the service: env, envFromSecrets, image, resources, terminationGracePeriodSeconds
+  stateful   true for a pod of a StatefulSet
+  clickhouse true if the pod gets the address of ClickHouse
+  data       name of the volume to be mounted at /var/lib/tidegate
+  volumes    list of volumes besides /tmp
+  once       true for a pod that ends by itself
+*/}}
+{{- define "tidegate.pod" -}}
+{{- $values := .root.Values }}
+{{- $service := .service | default dict -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with $values.serviceAccountName }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- with $values.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- if .once }}
+restartPolicy: Never
+{{- else }}
+terminationGracePeriodSeconds: {{ $service.terminationGracePeriodSeconds | int }}
+topologySpreadConstraints:
+  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "tidegate.selector" $ | nindent 8 }}
+  {{- end }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+containers:
+  - name: tidegate
+    image: {{ include "tidegate.image" (dict "root" .root "image" $service.image) | quote }}
+    imagePullPolicy: {{ $values.image.pullPolicy }}
+    command: [tidegate]
+    args: {{ toJson .args }}
+    env:
+      {{- include "tidegate.env" . | nindent 6 }}
+    {{- with $service.envFromSecrets }}
+    envFrom:
+      {{- range . }}
+      - secretRef:
+          name: {{ . }}
+      {{- end }}
+    {{- end }}
+    resources:
+      {{- toYaml ($service.resources | default (dict "requests" (dict "cpu" "50m" "memory" "128Mi") "limits" (dict "memory" "512Mi"))) | nindent 6 }}
+    securityContext:
+      allowPrivilegeEscalation: false
+      readOnlyRootFilesystem: true
+      capabilities:
+        drop: [ALL]
+    volumeMounts:
+      - name: tmp
+        mountPath: /tmp
+      {{- if $values.kafka.caSecret }}
+      - name: kafka-ca
+        mountPath: /etc/tidegate/kafka-ca
+        readOnly: true
+      {{- end }}
+      {{- with .data }}
+      - name: {{ . }}
+        mountPath: /var/lib/tidegate
+      {{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {}
+  {{- with $values.kafka.caSecret }}
+  - name: kafka-ca
+    secret:
+      secretName: {{ . }}
+      items:
+        - {key: {{ $values.kafka.caKey }}, path: ca.crt}
+  {{- end }}
+  {{- with .volumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{/* Environment of the container of `tidegate.pod`, which see. Later ones win over earlier ones. */}}
+{{- define "tidegate.env" -}}
+{{- $values := .root.Values -}}
+- name: HOME
+  value: /tmp
+- name: TIDEGATE_KAFKA_BOOTSTRAP
+  value: {{ $values.kafka.bootstrap | quote }}
+- name: TIDEGATE_KAFKA_TOPIC_PREFIX
+  value: {{ $values.kafka.topicPrefix | quote }}
+- name: TIDEGATE_KAFKA_SECURITY_PROTOCOL
+  value: {{ $values.kafka.securityProtocol }}
+{{- with $values.kafka.saslMechanism }}
+- name: TIDEGATE_KAFKA_SASL_MECHANISM
+  value: {{ . }}
+{{- end }}
+{{- if $values.kafka.existingSecret }}
+{{- range $variable, $key := $values.kafka.secretKeys }}
+- name: TIDEGATE_KAFKA_{{ $variable }}
+  valueFrom: {secretKeyRef: {name: {{ $values.kafka.existingSecret }}, key: {{ $key }}}}
+{{- end }}
+{{- end }}
+{{- if $values.kafka.caSecret }}
+- name: TIDEGATE_KAFKA_SSL_CA_LOCATION
+  value: /etc/tidegate/kafka-ca/ca.crt
+{{- end }}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- name: TIDEGATE_INSTANCE_ID
+  value: $(POD_NAME)
+{{- if .stateful }}
+- name: POD_NAMESPACE
+  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+# Kubernetes gives the name of a StatefulSet's pod to one pod at a time: proof that the one before it is dead.
+- name: TIDEGATE_STATEFUL_POD
+  value: $(POD_NAMESPACE)/$(POD_NAME)
+{{- end }}
+{{- if .clickhouse }}
+- name: TIDEGATE_CLICKHOUSE_URL
+  {{- if $values.clickhouse.existingSecret }}
+  valueFrom: {secretKeyRef: {name: {{ $values.clickhouse.existingSecret }}, key: {{ $values.clickhouse.key }}}}
+  {{- else }}
+  value: chdb:////var/lib/tidegate/clickhouse
+  {{- end }}
+{{- end }}
+{{- range $name, $value := merge (dict) ((.service | default dict).env | default dict) $values.env }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,100 @@
+"""Tidegate: AI-agent runs on Kafka. What applications import; each name is loaded when it is first used.
+
+from tidegate import App, Plan, ToolCall
+
+app = App("refunds")
+
+@app.tool(cost_micros=2_000)
+def lookup_order(order_id: str) -> dict: ...
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from tidegate.sdk.app import App, agent, functions_of, step, tool
+    from tidegate.sdk.client import Client, Run
+    from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
+    from tidegate.sdk.errors import (
+        AppError,
+        GraphError,
+        NonRetryable,
+        NotJsonError,
+        OutsideStepError,
+        PublishConflictError,
+        RunNotFinishedError,
+        RunNotFoundError,
+    )
+    from tidegate.sdk.graph import Graph
+    from tidegate.sdk.loading import load_app
+    from tidegate.sdk.plan import Observation, Plan, State, ToolCall, Turn
+
+__all__ = [
+    "App",
+    "AppError",
+    "Client",
+    "Graph",
+    "GraphError",
+    "NonRetryable",
+    "NotJsonError",
+    "Observation",
+    "OutsideStepError",
+    "Plan",
+    "PublishConflictError",
+    "Run",
+    "RunNotFinishedError",
+    "RunNotFoundError",
+    "State",
+    "StepContext",
+    "ToolCall",
+    "Turn",
+    "agent",
+    "context",
+    "functions_of",
+    "idempotency_key",
+    "load_app",
+    "report_cost",
+    "report_usage",
+    "step",
+    "tool",
+]
+
+# Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
+_MODULES: Final[dict[str, str]] = {
+    **dict.fromkeys(("App", "agent", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("Client", "Run"), "client"),
+    **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
+    **dict.fromkeys(
+        (
+            "AppError",
+            "GraphError",
+            "NonRetryable",
+            "NotJsonError",
+            "OutsideStepError",
+            "PublishConflictError",
+            "RunNotFinishedError",
+            "RunNotFoundError",
+        ),
+        "errors",
+    ),
+    **dict.fromkeys(("Graph",), "graph"),
+    **dict.fromkeys(("load_app",), "loading"),
+    **dict.fromkeys(("Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'tidegate' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tidegate.sdk.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted(__all__)

@@ -1,0 +1,77 @@
+"""The `tidegate` command. Each subcommand lives in a module of its own and is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+# name -> (module attribute, help line). The attribute is a typer app: a group if it has several commands.
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "dev": ("tidegate.cli.dev:app", "Start Kafka, ClickHouse and all services here, for development."),
+    "demo": ("tidegate.cli.demo:app", "Refund demo: an executor is killed in the middle, the customer is paid once."),
+    "bench": ("tidegate.cli.bench:app", "Measure throughput, latency, recovery and rebuild."),
+    "runs": ("tidegate.cli.runs:app", "Start, list, show, watch, approve, reject and cancel runs."),
+    "sql": ("tidegate.cli.sql:app", "Query the ClickHouse projections."),
+    "workflow": ("tidegate.cli.workflow:app", "Publish, list and show workflow definitions."),
+    "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
+    "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
+    "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),
+    "scheduler": ("tidegate.cli.services:scheduler", "Run the scheduler service."),
+    "gate": ("tidegate.cli.services:gate", "Run the gate service (policy, budget, placement)."),
+    "executor": ("tidegate.executor.__main__:app", "Run an executor of an app's functions."),
+    "projection": ("tidegate.cli.services:projection", "Run the projection into ClickHouse."),
+    "gateway": ("tidegate.cli.services:gateway", "Run the live view of runs."),
+    "kafka": ("tidegate.cli.kafka:app", "Run an embedded Apache Kafka in the foreground."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a subcommand's module when it is looked up, not when the commands are listed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the subcommands in the order in which a newcomer meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import and return a subcommand; None if there is no such one."""
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = typer.main.get_command(getattr(importlib.import_module(module_name), attribute))
+        command.name = cmd_name
+        return command
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the overview without importing any subcommand."""
+        lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
+        typer.echo(f"Usage: {ctx.command_path} COMMAND [ARGS]...\n\n{self.help}\n\nCommands:\n" + "\n".join(lines))
+        typer.echo("\n`tidegate COMMAND --help` tells more. Settings are environment variables that start with TIDEGATE_.")
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidegate {importlib.metadata.version('tidegate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Run AI agents on Kafka: deterministic, governed, resumable and replayable."""
+
+
+def main() -> None:
+    """Run the command line; exits the process."""
+    app(prog_name="tidegate")
+
+
+if __name__ == "__main__":
+    main()

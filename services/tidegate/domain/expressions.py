@@ -1,0 +1,95 @@
+"""Templates: JSON in which a string that is wholly `${ CEL }` stands for the value of that expression.
+
+CEL is the Common Expression Language (github.com/google/cel-spec), side-effect free and always ending, which is why it may
+be evaluated inside a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import cel
+
+MAX_EXPRESSION_LENGTH = 4096
+
+
+class ExpressionError(ValueError):
+    """An expression does not compile, or failed on the values it was given."""
+
+
+def _expression_in(text: str) -> str | None:
+    stripped = text.strip()
+    if stripped.startswith("${") and stripped.endswith("}"):
+        return stripped[2:-1].strip()
+    return None
+
+
+@lru_cache(maxsize=4096)
+def compile_expression(source: str) -> cel.Program:
+    """Compile a CEL expression; equal sources share a program. Raises ExpressionError."""
+    if len(source) > MAX_EXPRESSION_LENGTH:
+        raise ExpressionError(f"expression of {len(source)} characters (at most {MAX_EXPRESSION_LENGTH})")
+    try:
+        return cel.compile(source)
+    except Exception as error:  # the parser reports with several exception types
+        raise ExpressionError(f"{source!r} does not compile: {_one_line(error)}") from None
+
+
+def evaluate(source: str, variables: Mapping[str, Any]) -> Any:
+    """Evaluate a CEL expression over plain JSON values. Raises ExpressionError."""
+    program = compile_expression(source)
+    try:
+        return program.execute(dict(variables))
+    except Exception as error:  # unknown names, wrong types, custom failures: several exception types
+        raise ExpressionError(f"{source!r} failed: {_one_line(error)}") from None
+
+
+def problems(template: Any, where: str) -> list[str]:
+    """Return what is wrong with the expressions of a template, each with its place."""
+    found: list[str] = []
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, str) and (source := _expression_in(value)) is not None:
+            try:
+                compile_expression(source)
+            except ExpressionError as error:
+                found.append(f"{path}: {error}")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f"{path}.{key}")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                visit(item, f"{path}[{index}]")
+
+    visit(template, where)
+    return found
+
+
+def render(template: Any, variables: Callable[[], Mapping[str, Any]]) -> Any:
+    """Return the template with every expression replaced by its value. `variables` is called only if there is one.
+
+    Raises ExpressionError.
+    """
+    values: list[Mapping[str, Any]] = []
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, str):
+            source = _expression_in(value)
+            if source is None:
+                return value
+            if not values:
+                values.append(variables())
+            return evaluate(source, values[0])
+        if isinstance(value, dict):
+            return {key: visit(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [visit(item) for item in value]
+        return value
+
+    return visit(template)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,60 @@
+"""Names that everybody must derive alike: partitions, keys, step ids, idempotency keys."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+
+RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+ACCOUNT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,7}$"
+NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$"
+DEFAULT_ACCOUNT = "default"
+
+_run_id = re.compile(RUN_ID_PATTERN)
+
+
+def is_run_id(text: str) -> bool:
+    """Tell whether `text` may name a run (letters, digits, dot, dash, underscore; at most 128; no slash or colon)."""
+    return _run_id.match(text) is not None
+
+
+def partition_of(name: str, partition_count: int) -> int:
+    """Return the partition of a run id or an account root: CRC-32 of its UTF-8 bytes modulo the count.
+
+    Every Tidegate process computes it explicitly, because client libraries differ in their default partitioners.
+    """
+    return zlib.crc32(name.encode()) % partition_count
+
+
+def account_root(account: str) -> str:
+    """Return the first element of an account path: what the gate's partitions are chosen by."""
+    return account.partition("/")[0]
+
+
+def run_id_of_request(topic: str, partition: int, offset: int) -> str:
+    """Return the run id of a start request that names none: the same one however often the request is read."""
+    return f"{topic}-{partition}-{offset}"
+
+
+def idempotency_key(run_id: str, step_id: str) -> str:
+    """Return the key that is the same for all attempts of a step, and different for any two steps of any two runs."""
+    return hashlib.sha256(f"{run_id}\n{step_id}".encode()).hexdigest()[:32]
+
+
+def agent_turn_step(node_id: str, turn: int) -> str:
+    """Return the step id of an agent's n-th plan (from 1)."""
+    return f"{node_id}/{turn}"
+
+
+def tool_call_step(plan_step_id: str, tool: str, ordinal: int) -> str:
+    """Return the step id of a plan's tool call. `ordinal` counts calls of the same tool in the plan from 1.
+
+    Call ids that models make up are not used: they may be empty or repeated.
+    """
+    return f"{plan_step_id}/tool:{tool}" if ordinal == 1 else f"{plan_step_id}/tool:{tool}#{ordinal}"
+
+
+def entry_key(subject: str, first_seq: int, epoch: int) -> str:
+    """Return a log record's key. Unique per entry, and per epoch, so that compaction never lets a void entry win."""
+    return f"{subject}:{first_seq}:{epoch}"

@@ -1,0 +1,317 @@
+"""What services say to each other. Every record here has an Avro schema of the same name in `schemas/avro`.
+
+JSON values (inputs, arguments, outputs) travel as canonical JSON text. Money is integer micro-dollars (`_micros`), time is
+Unix milliseconds (`_ms`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tidegate.domain.entry import TAG_FIELD, Position
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What an executor is to do for a step, and what the gate judges.
+
+    kind: `step`, `agent` or `tool`. arguments: canonical JSON; for a step its input, for an agent its State, for a tool an
+    object of arguments. reserve_micros: what to set aside before it runs. idempotent: whether it may be repeated when the
+    outcome of an attempt is unknown.
+    """
+
+    kind: str
+    function: str
+    queue: str
+    arguments: str
+    timeout_ms: int
+    reserve_micros: int
+    idempotent: bool
+
+
+class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A validated wish (`run-commands`), written by admission, one per request.
+
+    type: `start`, `cancel`, `approve`, `reject`, or `refuse` (a start that admission found wrong: `code` and `reason` say
+    why). source: `topic:partition:offset` of the request. original: the request's bytes, for the dead letter if it is refused
+    (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated start from another one with its id.
+    """
+
+    run_id: str
+    command_id: str
+    type: str
+    source: str
+    content_hash: str
+    original: bytes
+    account: str = ""
+    workflow: str = ""
+    definition_hash: str = ""
+    definition: str = ""
+    input: str = "null"
+    budget_micros: int | None = None
+    tags: dict[str, str] = {}
+    step_id: str = ""
+    by: str = ""
+    reason: str = ""
+    code: str = ""
+    at_ms: int = 0
+
+
+# --- scheduler to gate ---------------------------------------------------------------
+
+
+class OpenRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="OpenRun", tag_field=TAG_FIELD):
+    """A run begins. budget_micros: the most that its steps may cost together; null for no limit of its own."""
+
+    budget_micros: int | None
+    workflow: str
+    tags: dict[str, str]
+
+
+class Authorise(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Authorise", tag_field=TAG_FIELD):
+    """May this attempt run, and where?"""
+
+    step_id: str
+    attempt: int
+    call: Call
+
+
+class Approve(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Approve", tag_field=TAG_FIELD):
+    """A human allowed the attempt that the gate holds for approval. Good for exactly these arguments."""
+
+    step_id: str
+    attempt: int
+    by: str
+    arguments_hash: str
+
+
+class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Settle", tag_field=TAG_FIELD):
+    """The attempt ended and cost this much."""
+
+    step_id: str
+    attempt: int
+    actual_micros: int
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Release", tag_field=TAG_FIELD):
+    """The attempt ended and is known or taken to have cost nothing: lost, handed back or refused by a full executor."""
+
+    step_id: str
+    attempt: int
+    reason: str
+
+
+class Void(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Void", tag_field=TAG_FIELD):
+    """The attempt is no longer wanted: forget it if it waits, abort it if it runs."""
+
+    step_id: str
+    attempt: int
+
+
+class CloseRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="CloseRun", tag_field=TAG_FIELD):
+    """The run ended; nothing further will be authorised for it."""
+
+
+GateItem = OpenRun | Authorise | Approve | Settle | Release | Void | CloseRun
+
+
+class GateRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """All that one run entry tells the gate (`gate-requests`), in order."""
+
+    run_id: str
+    account: str
+    source: Position
+    items: tuple[GateItem, ...]
+
+
+# --- gate to scheduler and executors ---------------------------------------------------------------
+
+
+class Allowed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Allowed", tag_field=TAG_FIELD):
+    """The attempt was placed on this executor incarnation, which alone may run it."""
+
+    step_id: str
+    attempt: int
+    reserved_micros: int
+    rule: str
+    policy: str
+    instance_id: str
+    incarnation: int
+
+
+class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Denied", tag_field=TAG_FIELD):
+    """The attempt must not run. rule: the policy rule, or `budget`."""
+
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+
+
+class ApprovalRequired(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalRequired", tag_field=TAG_FIELD
+):
+    """A human must approve these exact arguments first."""
+
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+    arguments_hash: str
+
+
+class Lost(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Lost", tag_field=TAG_FIELD):
+    """The incarnation that held the attempt is gone. Final for this placement."""
+
+    step_id: str
+    attempt: int
+    instance_id: str
+    incarnation: int
+    reason: str
+
+
+DecisionItem = Allowed | Denied | ApprovalRequired | Lost
+
+
+class GateDecision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """All that one ledger entry tells the scheduler about one run (`gate-decisions`), in order."""
+
+    run_id: str
+    source: Position
+    items: tuple[DecisionItem, ...]
+
+
+class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Authorised work for one executor incarnation (`step-tasks.QUEUE`). type: `run` or `cancel`.
+
+    result_partition: where the result goes in `step-results`. idempotency_key: the same for all attempts of the step.
+    """
+
+    type: str
+    run_id: str
+    step_id: str
+    attempt: int
+    account: str
+    instance_id: str
+    incarnation: int
+    source: Position
+    result_partition: int
+    idempotency_key: str
+    call: Call | None
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How an attempt ended (`step-results`).
+
+    outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
+    output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
+    actual_micros: what it cost. usage: tokens and calls by name.
+    """
+
+    run_id: str
+    step_id: str
+    attempt: int
+    account: str
+    instance_id: str
+    incarnation: int
+    outcome: str
+    output: str = ""
+    error_class: str = ""
+    error_message: str = ""
+    retryable: bool = True
+    actual_micros: int = 0
+    usage: dict[str, int] = {}
+    started_ms: int = 0
+    finished_ms: int = 0
+
+
+# --- everybody ---------------------------------------------------------------
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An attempt that an executor holds right now, and the ledger partition that placed it there."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    ledger_partition: int = 0
+
+
+class EndedIncarnation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Proof, given at registration, that an older incarnation of the same instance cannot run any more."""
+
+    incarnation: int
+    evidence: str
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A process's line in `instances`, keyed by instance id: first a registration, then heartbeats, last a farewell.
+
+    state: `ready`, `draining` or `gone`. incarnation: -1 in a registration, whose own offset it then is. task_partition and
+    task_offset: from where an executor reads its tasks, read before registering. marks: highest task position (rank) seen
+    per ledger partition. ended: older incarnations proven dead. functions: what an executor offers, `kind:name`.
+    """
+
+    instance_id: str
+    service: str
+    incarnation: int
+    state: str
+    host: str
+    boot_id: str
+    pid: int
+    pid_started: float
+    started_ms: int
+    at_ms: int
+    queue: str = ""
+    slots: int = 0
+    task_partition: int = 0
+    task_offset: int = 0
+    free_slots: int = 0
+    running: tuple[Running, ...] = ()
+    marks: dict[str, int] = {}
+    ended: tuple[EndedIncarnation, ...] = ()
+    functions: tuple[str, ...] = ()
+    version: str = ""
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What could not be used (`dead-letters`), keyed `topic:partition:offset` of the original.
+
+    code: a stable word (`malformed`, `unknown_workflow`, `too_large`, …). original: the value's bytes, cut to a bound;
+    original_size tells the true size.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    service: str
+    code: str
+    reason: str
+    run_id: str
+    original: bytes
+    original_size: int
+    original_key: bytes
+    headers: dict[str, bytes]
+    at_ms: int
+
+
+class WorkflowPublished(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A workflow definition (`workflows`), keyed `name@version`. definition: canonical JSON; hash: its SHA-256, hex."""
+
+    name: str
+    version: str
+    definition_hash: str
+    definition: str
+    by: str
+    at_ms: int
+
+
+class PolicyPublished(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A policy document (`policies`), keyed by policy id. document: canonical JSON."""
+
+    policy_id: str
+    version: str
+    document: str
+    by: str
+    at_ms: int

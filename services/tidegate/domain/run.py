@@ -1,0 +1,295 @@
+"""A run's state: a fold of its valid events and of nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tidegate.domain import canonical, states
+from tidegate.domain import run_events as ev
+from tidegate.domain.messages import Call
+from tidegate.domain.workflow import Workflow, compile_definition
+
+
+class StepState:
+    """One step of a run.
+
+    attempt: the latest one. failures: attempts that failed or timed out (what `max_attempts` counts); losses: attempts
+    whose executor went away. reported: attempts whose result was consumed, so that a doubled result is recognised.
+    """
+
+    __slots__ = (
+        "approval",
+        "attempt",
+        "call",
+        "error",
+        "failures",
+        "incarnation",
+        "instance_id",
+        "losses",
+        "node_id",
+        "output",
+        "reported",
+        "retry_at_ms",
+        "status",
+        "step_id",
+        "wave",
+    )
+
+    def __init__(self, step_id: str, node_id: str, wave: int, call: Call) -> None:
+        self.step_id = step_id
+        self.node_id = node_id
+        self.wave = wave
+        self.call = call
+        self.status = states.REQUESTED
+        self.attempt = 1
+        self.failures = 0
+        self.losses = 0
+        self.output: str | None = None
+        self.error = ""
+        self.retry_at_ms: int | None = None
+        self.instance_id = ""
+        self.incarnation = -1
+        self.approval: ev.ApprovalRequested | None = None
+        self.reported: tuple[int, ...] = ()
+
+
+class RunState:
+    """One run. `nodes` maps completed node ids to their output (canonical JSON) and final wave."""
+
+    __slots__ = (
+        "account",
+        "budget_micros",
+        "cancel",
+        "code",
+        "command_ids",
+        "content_hash",
+        "fingerprint",
+        "finished_ms",
+        "input",
+        "nodes",
+        "output",
+        "reason",
+        "run_id",
+        "seq",
+        "started_ms",
+        "status",
+        "steps",
+        "tags",
+        "workflow",
+        "workflow_label",
+    )
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.account = ""
+        self.status = states.ABSENT
+        self.seq = 0
+        self.workflow: Workflow | None = None
+        self.workflow_label = ""
+        self.content_hash = ""
+        self.input = "null"
+        self.tags: dict[str, str] = {}
+        self.budget_micros: int | None = None
+        self.steps: dict[str, StepState] = {}
+        self.nodes: dict[str, tuple[str, int]] = {}
+        self.command_ids: set[str] = set()
+        self.cancel: ev.RunCancelRequested | None = None
+        self.output = ""
+        self.code = ""
+        self.reason = ""
+        self.fingerprint = ""
+        self.started_ms = 0
+        self.finished_ms = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether the run has reached a status that it never leaves."""
+        return self.status in states.RUN_TERMINAL
+
+    def open_approvals(self) -> list[StepState]:
+        """Return the steps that wait for a human, in order of step id."""
+        return sorted(
+            (step for step in self.steps.values() if step.status == states.AWAITING_APPROVAL),
+            key=lambda step: step.step_id,
+        )
+
+
+def apply(run: RunState, event: Any, now_ms: int) -> None:
+    """Change the state by one event: the only way in which it ever changes. Raises IllegalTransitionError, KeyError."""
+    run.seq += 1
+    _HANDLERS[type(event)](run, event, now_ms)
+
+
+def _move_run(run: RunState, event: str, to: str) -> None:
+    run.status = states.move(states.RUN_TRANSITIONS, run.status, event, to)
+
+
+def _move_step(step: StepState, event: str, to: str) -> None:
+    step.status = states.move(states.STEP_TRANSITIONS, step.status, event, to)
+
+
+def _run_started(run: RunState, event: ev.RunStarted, now_ms: int) -> None:
+    _move_run(run, "RunStarted", states.RUNNING)
+    run.command_ids.add(event.command_id)
+    run.content_hash = event.content_hash
+    run.workflow = compile_definition(event.definition)
+    run.workflow_label = event.workflow
+    run.input = event.input
+    run.tags = event.tags
+    run.budget_micros = event.budget_micros
+    run.started_ms = now_ms
+
+
+def _run_refused(run: RunState, event: ev.RunRefused, now_ms: int) -> None:
+    _move_run(run, "RunRefused", states.REFUSED)
+    run.command_ids.add(event.command_id)
+    run.content_hash = event.content_hash
+    run.code, run.reason = event.code, event.reason
+    run.started_ms = run.finished_ms = now_ms
+
+
+def _command_refused(run: RunState, event: ev.CommandRefused, now_ms: int) -> None:
+    run.command_ids.add(event.command_id)
+
+
+def _step_ready(run: RunState, event: ev.StepReady, now_ms: int) -> None:
+    if event.step_id in run.steps:
+        raise states.IllegalTransitionError(f"step {event.step_id} exists already")
+    run.steps[event.step_id] = StepState(event.step_id, event.node_id, event.wave, event.call)
+
+
+def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "AttemptRequested", states.REQUESTED)
+    if event.attempt != step.attempt + 1:
+        raise states.IllegalTransitionError(f"attempt {event.attempt} of {step.step_id} after {step.attempt}")
+    step.attempt = event.attempt
+    step.retry_at_ms = None
+    step.instance_id, step.incarnation = "", -1
+
+
+def _attempt_dispatched(run: RunState, event: ev.AttemptDispatched, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "AttemptDispatched", states.DISPATCHED)
+    step.instance_id, step.incarnation = event.instance_id, event.incarnation
+
+
+def _approval_requested(run: RunState, event: ev.ApprovalRequested, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "ApprovalRequested", states.AWAITING_APPROVAL)
+    _move_run(run, "ApprovalRequested", states.WAITING)
+    step.approval = event
+
+
+def _approval_resolved(run: RunState, event: ev.ApprovalResolved, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    resumes = event.approved and event.why == "policy"
+    _move_step(step, "ApprovalResolved", states.REQUESTED if resumes else states.ENDED)
+    run.command_ids.add(event.command_id)
+    step.approval = None
+    _leave_waiting(run, "ApprovalResolved")
+
+
+def _attempt_ended(run: RunState, event: ev.AttemptEnded, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "AttemptEnded", states.ENDED if event.retry_at_ms is None else states.BACKING_OFF)
+    step.retry_at_ms = event.retry_at_ms
+    step.error = f"{event.error_class}: {event.error_message}" if event.error_class else event.error_message
+    if event.outcome == "lost":
+        step.losses += 1
+        return
+    step.reported = (*step.reported, event.attempt)
+    if event.outcome in ("failed", "timed_out"):
+        step.failures += 1
+
+
+def _step_succeeded(run: RunState, event: ev.StepSucceeded, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    was_asking = step.status == states.AWAITING_APPROVAL
+    _move_step(step, "StepSucceeded", states.SUCCEEDED)
+    step.output = event.output
+    step.approval = None
+    step.retry_at_ms = None
+    step.reported = (*step.reported, event.attempt)
+    if was_asking:
+        _leave_waiting(run, "StepSucceeded")
+    done = node_output(run, step)
+    if done is not None:
+        run.nodes[step.node_id] = (done, step.wave)
+
+
+def _step_failed(run: RunState, event: ev.StepFailed, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "StepFailed", states.FAILED)
+    step.error = event.reason
+
+
+def _step_cancelled(run: RunState, event: ev.StepCancelled, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    was_asking = step.status == states.AWAITING_APPROVAL
+    _move_step(step, "StepCancelled", states.CANCELLED)
+    step.approval = None
+    step.retry_at_ms = None
+    if was_asking:
+        _leave_waiting(run, "StepCancelled")
+
+
+def _result_ignored(run: RunState, event: ev.ResultIgnored, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    step.reported = (*step.reported, event.attempt)
+
+
+def _cancel_requested(run: RunState, event: ev.RunCancelRequested, now_ms: int) -> None:
+    run.command_ids.add(event.command_id)
+    run.cancel = event
+
+
+def _run_finished(run: RunState, event: ev.RunFinished, now_ms: int) -> None:
+    _move_run(run, "RunFinished", event.status)
+    run.output, run.code, run.reason, run.fingerprint = event.output, event.code, event.reason, event.fingerprint
+    run.finished_ms = now_ms
+
+
+def _leave_waiting(run: RunState, event: str) -> None:
+    _move_run(run, event, states.WAITING if run.open_approvals() else states.RUNNING)
+
+
+def node_output(run: RunState, step: StepState, output: str | None = None) -> str | None:
+    """Return the node's output if this step's output (or the one given) completes its node, else None.
+
+    A plain step completes its node; an agent's plan does if it is final; a tool call never does.
+    """
+    text = step.output if output is None else output
+    if step.call.kind == "step":
+        return text
+    if step.call.kind == "tool" or text is None:
+        return None
+    plan = canonical.loads(text)
+    if not plan_is_final(plan):
+        return None
+    return canonical.dumps(plan.get("output") if plan.get("output") is not None else plan.get("content", ""))
+
+
+def plan_is_final(plan: dict[str, Any]) -> bool:
+    """Tell whether a plan ends its agent: it says so, or it neither says otherwise nor calls a tool."""
+    final = plan.get("final")
+    return bool(final) if final is not None else not plan.get("tool_calls")
+
+
+_HANDLERS: dict[type, Any] = {
+    ev.RunStarted: _run_started,
+    ev.RunRefused: _run_refused,
+    ev.CommandRefused: _command_refused,
+    ev.StepReady: _step_ready,
+    ev.AttemptRequested: _attempt_requested,
+    ev.AttemptDispatched: _attempt_dispatched,
+    ev.ApprovalRequested: _approval_requested,
+    ev.ApprovalResolved: _approval_resolved,
+    ev.AttemptEnded: _attempt_ended,
+    ev.StepSucceeded: _step_succeeded,
+    ev.StepFailed: _step_failed,
+    ev.StepCancelled: _step_cancelled,
+    ev.ResultIgnored: _result_ignored,
+    ev.RunCancelRequested: _cancel_requested,
+    ev.RunFinished: _run_finished,
+}

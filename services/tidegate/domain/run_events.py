@@ -1,0 +1,211 @@
+"""Facts about runs: what `run-events` holds. Written by the scheduler only.
+
+Every record here has an Avro schema of the same name inside `schemas/avro/RunEntry.v1.avsc`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from tidegate.domain.entry import TAG_FIELD
+from tidegate.domain.messages import Call
+
+
+class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunStarted", tag_field=TAG_FIELD):
+    """The run exists. It carries its definition, so that nothing published later can change what it does."""
+
+    command_id: str
+    content_hash: str
+    source: str
+    workflow: str
+    definition_hash: str
+    definition: str
+    input: str
+    budget_micros: int | None
+    tags: dict[str, str]
+
+
+class RunRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunRefused", tag_field=TAG_FIELD):
+    """A start was wrong and its run id was new: the run ends before it began, with the reason.
+
+    original: the request's bytes, for the dead letter; empty if admission has written that already.
+    """
+
+    command_id: str
+    content_hash: str
+    source: str
+    code: str
+    reason: str
+    original: bytes
+
+
+class CommandRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="CommandRefused", tag_field=TAG_FIELD):
+    """A command did not apply. It changes nothing; `original` goes to the dead letters."""
+
+    command_id: str
+    type: str
+    source: str
+    code: str
+    reason: str
+    original: bytes
+
+
+class StepReady(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepReady", tag_field=TAG_FIELD):
+    """A step exists and its first attempt is asked of the gate. wave: longest distance from the start of the run."""
+
+    step_id: str
+    node_id: str
+    wave: int
+    call: Call
+
+
+class AttemptRequested(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptRequested", tag_field=TAG_FIELD
+):
+    """A further attempt (from 2) is asked of the gate."""
+
+    step_id: str
+    attempt: int
+    call: Call
+
+
+class AttemptDispatched(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptDispatched", tag_field=TAG_FIELD
+):
+    """The gate allowed and placed the attempt."""
+
+    step_id: str
+    attempt: int
+    reserved_micros: int
+    rule: str
+    policy: str
+    instance_id: str
+    incarnation: int
+
+
+class ApprovalRequested(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalRequested", tag_field=TAG_FIELD
+):
+    """A human is asked. why: `policy` (the gate holds the attempt) or `outcome_unknown` (it may already have had its effect)."""
+
+    step_id: str
+    attempt: int
+    why: str
+    rule: str
+    policy: str
+    reason: str
+    arguments_hash: str
+
+
+class ApprovalResolved(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalResolved", tag_field=TAG_FIELD
+):
+    """A human answered the open approval of this attempt."""
+
+    command_id: str
+    step_id: str
+    attempt: int
+    why: str
+    approved: bool
+    by: str
+    reason: str
+    arguments_hash: str
+
+
+class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptEnded", tag_field=TAG_FIELD):
+    """An attempt ended without success.
+
+    outcome: `failed`, `timed_out`, `released`, `busy`, `lost` or `denied`. placed: whether an executor held it, so that the
+    gate has something to settle. retry_at_ms: when the next attempt is due; null if there is none (yet).
+    """
+
+    step_id: str
+    attempt: int
+    outcome: str
+    error_class: str
+    error_message: str
+    actual_micros: int
+    usage: dict[str, int]
+    retry_at_ms: int | None
+    instance_id: str
+    incarnation: int
+
+
+class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):
+    """The step has its output, for good."""
+
+    step_id: str
+    attempt: int
+    output: str
+    actual_micros: int
+    usage: dict[str, int]
+    instance_id: str
+    incarnation: int
+    started_ms: int
+    finished_ms: int
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepFailed", tag_field=TAG_FIELD):
+    """The step will not succeed. code: `attempts_exhausted`, `not_retryable`, `denied`, `rejected`, `bad_plan`, …"""
+
+    step_id: str
+    code: str
+    reason: str
+
+
+class StepCancelled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepCancelled", tag_field=TAG_FIELD):
+    """The step is not wanted any more. attempt: the one that the gate is told to void; 0 if none is out."""
+
+    step_id: str
+    attempt: int
+
+
+class ResultIgnored(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ResultIgnored", tag_field=TAG_FIELD):
+    """A result came too late to count. What it cost is settled all the same: spent is spent."""
+
+    step_id: str
+    attempt: int
+    outcome: str
+    actual_micros: int
+    reason: str
+    instance_id: str
+    incarnation: int
+
+
+class RunCancelRequested(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunCancelRequested", tag_field=TAG_FIELD
+):
+    """Somebody cancelled the run."""
+
+    command_id: str
+    by: str
+    reason: str
+
+
+class RunFinished(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunFinished", tag_field=TAG_FIELD):
+    """The run is over. status: `succeeded`, `failed` or `cancelled`. fingerprint: see `fingerprint.py`."""
+
+    status: str
+    output: str
+    code: str
+    reason: str
+    fingerprint: str
+
+
+RunEvent = (
+    RunStarted
+    | RunRefused
+    | CommandRefused
+    | StepReady
+    | AttemptRequested
+    | AttemptDispatched
+    | ApprovalRequested
+    | ApprovalResolved
+    | AttemptEnded
+    | StepSucceeded
+    | StepFailed
+    | StepCancelled
+    | ResultIgnored
+    | RunCancelRequested
+    | RunFinished
+)

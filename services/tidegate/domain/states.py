@@ -1,0 +1,70 @@
+"""The state machines of runs and steps, as tables: (status, event) -> the statuses it may lead to.
+
+A pair that is not in its table cannot happen; the fold raises on it instead of guessing.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+ABSENT: Final = "absent"
+RUNNING: Final = "running"
+WAITING: Final = "waiting"
+SUCCEEDED: Final = "succeeded"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+REFUSED: Final = "refused"
+RUN_TERMINAL: Final = frozenset({SUCCEEDED, FAILED, CANCELLED, REFUSED})
+
+REQUESTED: Final = "requested"
+DISPATCHED: Final = "dispatched"
+AWAITING_APPROVAL: Final = "awaiting_approval"
+BACKING_OFF: Final = "backing_off"
+ENDED: Final = "ended"
+STEP_TERMINAL: Final = frozenset({SUCCEEDED, FAILED, CANCELLED})
+
+RUN_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
+    (ABSENT, "RunStarted"): (RUNNING,),
+    (ABSENT, "RunRefused"): (REFUSED,),
+    (RUNNING, "ApprovalRequested"): (WAITING,),
+    (WAITING, "ApprovalRequested"): (WAITING,),
+    (WAITING, "ApprovalResolved"): (RUNNING, WAITING),
+    (WAITING, "StepCancelled"): (RUNNING, WAITING),
+    (WAITING, "StepSucceeded"): (RUNNING, WAITING),
+    (RUNNING, "RunFinished"): (SUCCEEDED, FAILED, CANCELLED),
+}
+
+STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
+    (ABSENT, "StepReady"): (REQUESTED,),
+    (REQUESTED, "AttemptDispatched"): (DISPATCHED,),
+    (REQUESTED, "ApprovalRequested"): (AWAITING_APPROVAL,),
+    # A result may overtake the decision that allowed it: it implies the allow.
+    (REQUESTED, "StepSucceeded"): (SUCCEEDED,),
+    (REQUESTED, "AttemptEnded"): (BACKING_OFF, ENDED),
+    (DISPATCHED, "StepSucceeded"): (SUCCEEDED,),
+    (DISPATCHED, "AttemptEnded"): (BACKING_OFF, ENDED),
+    (BACKING_OFF, "AttemptRequested"): (REQUESTED,),
+    (ENDED, "AttemptRequested"): (REQUESTED,),
+    (ENDED, "ApprovalRequested"): (AWAITING_APPROVAL,),
+    (ENDED, "StepFailed"): (FAILED,),
+    (AWAITING_APPROVAL, "ApprovalResolved"): (REQUESTED, ENDED),
+    # The lost attempt's result turned up while a human was being asked whether to repeat it: the question answers itself.
+    (AWAITING_APPROVAL, "StepSucceeded"): (SUCCEEDED,),
+    (BACKING_OFF, "StepSucceeded"): (SUCCEEDED,),
+    (REQUESTED, "StepCancelled"): (CANCELLED,),
+    (DISPATCHED, "StepCancelled"): (CANCELLED,),
+    (AWAITING_APPROVAL, "StepCancelled"): (CANCELLED,),
+    (BACKING_OFF, "StepCancelled"): (CANCELLED,),
+    (ENDED, "StepCancelled"): (CANCELLED,),
+}
+
+
+class IllegalTransitionError(RuntimeError):
+    """The log holds an event that its state does not allow: a bug or a damaged log, never to be papered over."""
+
+
+def move(table: dict[tuple[str, str], tuple[str, ...]], status: str, event: str, to: str) -> str:
+    """Return `to` if the table allows it. Raises IllegalTransitionError."""
+    if to not in table.get((status, event), ()):
+        raise IllegalTransitionError(f"{event} may not lead from {status} to {to}")
+    return to

@@ -1,0 +1,202 @@
+"""Apache Kafka as a child process: one node, from its released jars, for development and tests."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from tidegate.embedded import startup_cache
+from tidegate.embedded.broker_files import BrokerFiles
+from tidegate.embedded.broker_process import BrokerProcess, BrokerStartError, format_if_needed, refuse_shared_data
+from tidegate.embedded.errors import EmbeddedKafkaError
+from tidegate.embedded.jars import KAFKA_VERSION, kafka_jars
+from tidegate.embedded.java import Java, Profile, find_java
+from tidegate.embedded.ports import LOOPBACK, choose_port, is_free
+
+__all__ = ["EmbeddedKafka", "EmbeddedKafkaError", "default_cache_dir"]
+
+START_TIMEOUT_S = 90.0
+START_TRIES = 3
+STOP_TIMEOUT_S = 20.0
+PORT_FREED_TIMEOUT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """Where jars and start-up caches are kept: TIDEGATE_CACHE_DIR, else `tidegate` in the user's cache directory."""
+    if configured := os.environ.get("TIDEGATE_CACHE_DIR"):
+        return Path(configured).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidegate"
+
+
+class EmbeddedKafka:
+    """A broker of our own on a loopback port, with its data in `data_dir`.
+
+    `start` returns when it answers. It dies with this process, however this process ends; Ctrl-C in a terminal does not
+    reach it, so that services can finish before `stop`. What is in `data_dir` survives everything but its removal.
+    Not thread-safe: one thread starts and stops it. (It need not outlive its thread: see `children.py`.)
+
+    `port`: the wish; if it is taken (or None) a free one is used and `on_progress` is told.
+    `profile`: `quick` starts and runs with the least processor time, for tests; `steady` compiles well, for long runs.
+    `startup_cache`: starts take less than half the time with the cache of `java.py`. `background` makes it, if it is
+    missing, at the lowest priority while the broker runs; `before` makes it first (10 s, once), so that nothing
+    disturbs what follows; `off` uses one but makes none.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int | None = None,
+        cache_dir: Path | None = None,
+        heap_mb: int = 512,
+        profile: Profile = "steady",
+        extra_config: Mapping[str, str] | None = None,
+        on_progress: Callable[[str], None] = _log.info,
+        startup_cache: Literal["background", "before", "off"] = "background",
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._files = BrokerFiles(data_dir.absolute())
+        self._port = port
+        self._cache_dir = (cache_dir or default_cache_dir()).absolute()
+        self._heap_mb = heap_mb
+        self._profile: Profile = profile
+        self._extra_config = dict(extra_config or {})
+        self._on_progress = on_progress
+        self._startup_cache = startup_cache
+        self._start_timeout_s = start_timeout_s
+        self._broker: BrokerProcess | None = None
+
+    @property
+    def bootstrap(self) -> str:
+        """The address for clients. Stays the same over `restart`. Raises EmbeddedKafkaError before the first start."""
+        if self._port is None:
+            raise EmbeddedKafkaError("The embedded Kafka has no address before it was started.")
+        return f"{LOOPBACK}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The Java process, or None while there is none."""
+        return self._broker.pid if self._broker is not None and self._broker.is_running else None
+
+    @property
+    def is_running(self) -> bool:
+        return self.pid is not None
+
+    @property
+    def data_dir(self) -> Path:
+        return self._files.data_dir
+
+    @property
+    def log_path(self) -> Path:
+        """What Kafka logs. Grows over restarts, rolled at 20 MB."""
+        return self._files.log
+
+    def start(self) -> None:
+        """Block until the broker answers a metadata request; fetch Kafka first if need be. Does nothing if it runs.
+
+        Raises EmbeddedKafkaError, whose message says what failed, what was logged last and what can be done.
+        """
+        self._start(choose_port)
+
+    def stop(self) -> None:
+        """Shut the broker down in order, or kill it after a bound. Blocks until it is gone. Idempotent."""
+        if self._broker is not None and not self._broker.terminate(STOP_TIMEOUT_S):
+            self._on_progress(f"Kafka did not stop within {STOP_TIMEOUT_S:.0f} s and was killed")
+
+    def kill(self) -> None:
+        """End the broker as a crash would (SIGKILL). Blocks until it is gone. Idempotent."""
+        if self._broker is not None:
+            self._broker.kill()
+
+    def restart(self) -> None:
+        """Stop the broker if it runs, start it again on the same port and data. Blocks and raises as `start`.
+
+        Another process that takes the port in between is an error: clients know the broker by its address.
+        """
+        self.stop()
+        self._start(_same_port)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self, choose: Callable[[int | None], int]) -> None:
+        if self.is_running:
+            return
+        java = self._prepare()
+        for tries_left in reversed(range(START_TRIES)):
+            port = self._claim_port(choose)
+            format_if_needed(java, self._files, self._checkpoint_path)
+            cached = java.aot_cache.exists()
+            self._on_progress(f"Starting Apache Kafka {KAFKA_VERSION} on {self.bootstrap}")
+            self._broker = BrokerProcess.launch(java, self._files, port, heap_mb=self._heap_mb)
+            try:
+                self._broker.wait_ready(self._start_timeout_s)
+            except BrokerStartError as error:
+                if not tries_left or not (error.port_was_taken or (cached and error.java_failed)):
+                    raise
+                if error.java_failed:
+                    # The virtual machine checks a cache and goes on without an unfit one; this one it choked on.
+                    java.aot_cache.unlink(missing_ok=True)
+                self._on_progress("Kafka did not start: trying once more")
+            else:
+                break
+        if self._startup_cache == "background":
+            startup_cache.train_in_background(java, self._training_dir, self._checkpoint_path)
+
+    def _prepare(self) -> Java:
+        """Have everything that a broker needs but its port. Blocks, possibly for a download."""
+        jars = kafka_jars(self._cache_dir, on_progress=self._on_progress)
+        java = find_java(jars, self._profile, self._cache_dir / "aot")
+        if self._startup_cache == "before" and not java.aot_cache.exists():
+            self._on_progress("Preparing Kafka for quick starts (10 s, once)")
+            startup_cache.train_or_go_on(java, self._training_dir, self._checkpoint_path, idle=False)
+        startup_cache.mark_used(java)
+        self._files.storage.mkdir(parents=True, exist_ok=True)
+        refuse_shared_data(self._files)
+        return java
+
+    def _claim_port(self, choose: Callable[[int | None], int]) -> int:
+        """Settle on the ports and write them into the configuration."""
+        asked = self._port
+        self._port = choose(asked)
+        if asked not in (None, self._port):
+            self._on_progress(f"Port {asked} is taken: Kafka gets {self._port}")
+        self._files.write_config(self._port, choose_port(avoid=frozenset({self._port})), self._extra_config)
+        return self._port
+
+    @property
+    def _release_dir(self) -> Path:
+        return self._cache_dir / f"kafka-{KAFKA_VERSION}"
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self._release_dir / "bootstrap.checkpoint"
+
+    @property
+    def _training_dir(self) -> Path:
+        return self._release_dir / f"training-{self._profile}"
+
+
+def _same_port(asked: int | None) -> int:
+    """The asked port, as soon as it is free. Blocks for a bounded time. Raises EmbeddedKafkaError."""
+    if asked is None:
+        return choose_port()
+    deadline = time.monotonic() + PORT_FREED_TIMEOUT_S
+    while not is_free(asked):
+        if time.monotonic() > deadline:
+            raise EmbeddedKafkaError(
+                f"Kafka cannot come back on {LOOPBACK}:{asked}: another process listens there now. End that one."
+            )
+        time.sleep(0.02)
+    return asked

@@ -1,0 +1,694 @@
+"""The log on Kafka: the only module that knows confluent-kafka.
+
+Two clients make an `Inbox`. One is the group's member: it learns which partitions of the lead topic are ours, reads
+nothing, and commits. The other reads what it is told to and knows no group. So a rebalance, which in the classic
+protocol takes everything from everybody for a moment, does not touch what is being read: only a partition that the
+group takes from us stops, at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NoReturn
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection
+from confluent_kafka import TopicPartition as KafkaPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, but not marked so for type checkers
+    AdminClient,
+    ConfigResource,
+    ResourceType,
+)
+
+from tidegate.eventlog.interface import (
+    EventLogError,
+    Message,
+    OffsetOutOfRangeError,
+    Offsets,
+    OwnershipChange,
+    Record,
+    TopicDescription,
+    TopicPartition,
+    UnknownTopicError,
+    WriteFailedError,
+)
+from tidegate.eventlog.settings import KafkaSettings
+
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 64 * 1024  # a record of the greatest size and what the protocol puts around it
+MAX_PREFETCH_KIB = 32 * 1024
+MAX_UNACKED_RECORDS = 50_000
+MAX_UNACKED_KIB = 256 * 1024
+MAX_FETCH_BATCH = 2_000
+IDLE_READERS_KEPT = 4
+
+REQUEST_TIMEOUT_S = 30.0
+READ_SILENCE_S = 60.0
+FULL_BUFFER_POLL_S = 0.1
+FIRST_CONTACT_S = 2.0
+# While messages are waited for, the group is served so often: bounds how late a rebalance is answered.
+GROUP_SERVE_INTERVAL_S = 0.05
+
+_UNKNOWN_TOPIC = frozenset(
+    {
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._UNKNOWN_PARTITION,
+        KafkaError.UNKNOWN_TOPIC_ID,
+    }
+)
+_OUT_OF_RANGE = frozenset(
+    {
+        KafkaError.OFFSET_OUT_OF_RANGE,
+        KafkaError._AUTO_OFFSET_RESET,
+        KafkaError._LOG_TRUNCATION,
+    }
+)
+# Trouble that the client mends by itself (it reconnects, finds the new leader or coordinator) and only tells us of.
+_PASSING = frozenset(
+    {
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._MAX_POLL_EXCEEDED,  # the loss of the partitions is reported by the group as such
+        KafkaError._RESOLVE,
+        KafkaError._TIMED_OUT,
+        KafkaError._TRANSPORT,
+        KafkaError._WAIT_COORD,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.NOT_COORDINATOR,
+    }
+)
+
+_log = logging.getLogger(__name__)
+_client_log = logging.getLogger(f"{__name__}.client")
+# Every producer would warn that this option is called experimental. It is wanted; tests/contract shows what it does.
+_client_log.addFilter(lambda line: "enable.gapless.guarantee" not in line.getMessage())
+
+
+class KafkaBroker:
+    """The way to one Kafka cluster; implements `interface.Broker`. Thread-safe. Connects when first needed."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._idle_readers: list[_Reader] = []
+        self._admin: AdminClient | None = None
+
+    def physical_name(self, topic: str) -> str:
+        """Return the name that the topic has in Kafka: with the prefix of the settings."""
+        return self._settings.topic_prefix + topic
+
+    def admin_client(self) -> AdminClient:
+        """Return the client for topic administration. It speaks physical names. Thread-safe, one per broker."""
+        with self._lock:
+            if self._admin is None:
+                self._admin = AdminClient(self._settings.client_config(), logger=_client_log)
+            return self._admin
+
+    def writer(self) -> KafkaWriter:
+        """Return a new idempotent producer."""
+        return KafkaWriter(self._settings)
+
+    def inbox(self, group: str, instance_id: str, lead_topic: str) -> KafkaInbox:
+        """Return a new member of a group that shares `lead_topic`. `instance_id` is its static membership."""
+        member = _Member(self._settings, group, instance_id, lead_topic)
+        return KafkaInbox(_Reader(self._settings), member, lead_topic)
+
+    def plain_inbox(self) -> KafkaInbox:
+        """Return an inbox without a group: only `poll`, `read_from`, `add`, `remove` and `close` make sense."""
+        return KafkaInbox(_Reader(self._settings), None, "")
+
+    def read(self, topic: str, partition: int, start: int, stop: int) -> Iterator[Message]:
+        """Yield the records with start <= offset < stop that compaction has left. Blocks until `stop` is reached.
+
+        Raises OffsetOutOfRangeError if `start` is no longer kept or `stop` is beyond the end, UnknownTopicError, and
+        EventLogError if nothing comes for `READ_SILENCE_S`.
+        """
+        if stop <= start:
+            return
+        kept = self.offsets(topic, partition)
+        if start < kept.start or stop > kept.end:
+            raise OffsetOutOfRangeError(
+                f"{topic} [{partition}] holds the offsets {kept.start} to {kept.end}, not {start} to {stop}"
+            )
+        with self._borrowed_reader() as reader:
+            reader.read_from({TopicPartition(topic, partition): start})
+            yield from reader.until(stop)
+
+    def offsets(self, topic: str, partition: int) -> Offsets:
+        """Return the partition's first and next offset. Blocks for a round trip. Raises UnknownTopicError."""
+        with self._borrowed_reader() as reader:
+            return reader.offsets(topic, partition)
+
+    def describe(self, topics: Sequence[str]) -> dict[str, TopicDescription]:
+        """Return the descriptions of those of the topics that exist. Blocks for a round trip or two."""
+        if not topics:
+            return {}
+        admin = self.admin_client()
+        found = _existing(admin, {self.physical_name(topic): topic for topic in topics})
+        configs = _configs(admin, [self.physical_name(topic) for topic in found])
+        admin.poll(0)  # hands the client's log lines to our logger
+        return {
+            topic: TopicDescription(
+                name=topic,
+                topic_id=str(description.topic_id),
+                partition_count=len(description.partitions),
+                replication_factor=min((len(p.replicas) for p in description.partitions), default=0),
+                config=configs[self.physical_name(topic)],
+            )
+            for topic, description in found.items()
+        }
+
+    def close(self) -> None:
+        """Free the connections kept for `read` and `offsets`. Writers and inboxes are closed by who asked for them."""
+        with self._lock:
+            readers, self._idle_readers = self._idle_readers, []
+            self._admin = None
+        for reader in readers:
+            reader.close()
+
+    @contextmanager
+    def _borrowed_reader(self) -> Iterator[_Reader]:
+        with self._lock:
+            reader = self._idle_readers.pop() if self._idle_readers else None
+        reader = reader or _Reader(self._settings, tell_end=True)
+        try:
+            yield reader
+            reader.read_from({})
+        except BaseException:
+            # Not worth finding out whether this client is still sound.
+            reader.close()
+            raise
+        with self._lock:
+            if len(self._idle_readers) < IDLE_READERS_KEPT:
+                self._idle_readers.append(reader)
+                return
+        reader.close()
+
+
+class KafkaWriter:
+    """An idempotent producer; implements `interface.Writer`. Not thread-safe."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._prefix = settings.topic_prefix
+        self._failure: WriteFailedError | None = None
+        self._producer = Producer(
+            {
+                **settings.client_config(),
+                "acks": "all",
+                "enable.idempotence": True,
+                # A record that cannot be written must stop everything behind it, never be skipped: it does not time
+                # out by itself (`flush` has the deadline), and a gap is fatal.
+                "enable.gapless.guarantee": True,
+                "message.timeout.ms": 0,
+                "linger.ms": 0,
+                "compression.type": "none",
+                "message.max.bytes": MAX_REQUEST_BYTES,
+                "queue.buffering.max.messages": MAX_UNACKED_RECORDS,
+                "queue.buffering.max.kbytes": MAX_UNACKED_KIB,
+                "retry.backoff.ms": 20,
+                "reconnect.backoff.ms": 50,
+                "reconnect.backoff.max.ms": 1_000,
+                "topic.metadata.propagation.max.ms": 10_000,
+                "enable.metrics.push": False,
+            },
+            logger=_client_log,
+        )
+        self._produce = self._producer.produce
+        # The client asks for its producer id when metadata comes, but else only every 500 ms, which would make the
+        # first write of every process so late. With no broker in reach it does so later by itself.
+        with suppress(KafkaException):
+            self._producer.list_topics(timeout=FIRST_CONTACT_S)
+
+    def send(self, record: Record, acked: Callable[[int], None] | None = None) -> None:
+        """Buffer a record. `acked(offset)` is called in order per partition, from a later call of this thread.
+
+        Blocks only while the local buffer is full, polling. Raises WriteFailedError.
+        """
+        while self._failure is None:
+            try:
+                self._produce(
+                    self._prefix + record.topic,
+                    record.value,
+                    record.key,
+                    record.partition,
+                    self._on_delivery if acked is None else partial(self._on_delivery_tell, acked),
+                    headers=list(record.headers),
+                )
+            except BufferError:
+                self._served(self._producer.poll, FULL_BUFFER_POLL_S)
+            except KafkaException as error:
+                self._fail(error.args[0])
+            else:
+                return
+        raise self._failure
+
+    def poll(self) -> None:
+        """Run the callbacks of what was acknowledged. Does not block. Raises WriteFailedError."""
+        if self._failure is None:
+            self._served(self._producer.poll, 0)
+        if self._failure is not None:
+            raise self._failure
+
+    def flush(self, timeout_s: float) -> None:
+        """Block until everything sent is acknowledged. Raises WriteFailedError if not so within `timeout_s`.
+
+        A write that was not acknowledged in time may still happen, or have happened.
+        """
+        if self._failure is None:
+            unacked = self._served(self._producer.flush, timeout_s)
+            if unacked and self._failure is None:
+                self._fail(f"{unacked} records were not acknowledged within {timeout_s} s")
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Give up what is not acknowledged and free the connection. Does not raise. Callbacks run no more."""
+        self._fail("the writer is closed")
+        with suppress(Exception):
+            self._producer.close()
+
+    def _served(self, call: Callable[[float], int], timeout_s: float) -> int:
+        """Run a call of the client that runs callbacks. Fatal errors make the writer dead."""
+        try:
+            return call(timeout_s)
+        except KafkaException as error:
+            self._fail(error.args[0])
+        except SystemError as error:
+            # How the client's callbacks fail when a fatal error is on its way to us at the same time.
+            self._fail(str(error.__cause__ or error))
+        return 0
+
+    def _on_delivery(self, error: KafkaError | None, message: Any) -> None:
+        if error is not None:
+            self._fail(error, message)
+
+    def _on_delivery_tell(self, acked: Callable[[int], None], error: KafkaError | None, message: Any) -> None:
+        if error is not None:
+            self._fail(error, message)
+        elif self._failure is None:
+            acked(message.offset())
+
+    def _fail(self, reason: KafkaError | str, message: Any = None) -> None:
+        """Make the writer dead. Records that are still here are given up, so that none overtakes the failed one."""
+        if self._failure is not None:
+            return
+        where = "" if message is None else f" to {message.topic()} [{message.partition()}]"
+        self._failure = WriteFailedError(f"writing{where} failed: {reason}")
+        with suppress(Exception):
+            self._producer.purge(blocking=False)
+
+
+class KafkaInbox:
+    """A consumer with ownership by a group; implements `interface.Inbox`. Not thread-safe."""
+
+    def __init__(self, reader: _Reader, member: _Member | None, lead_topic: str) -> None:
+        self._reader = reader
+        self._member = member
+        self._lead_topic = lead_topic
+        if member is not None:
+            member.on_loss = self._drop
+
+    def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
+        """Return messages of the partitions in `read_from`, in order per partition; waits for the first one only.
+
+        Blocks up to `timeout_s`, less if the group's ownership changes. Also keeps the group membership alive.
+        Raises EventLogError on fatal errors and OffsetOutOfRangeError for a position that is not there.
+        """
+        if self._member is None:
+            return self._reader.poll(max_messages, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        messages: list[Message] = []
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            if self._reader.is_reading:
+                self._member.serve(0)
+                wait_s = 0.0 if self._member.has_changes else min(left_s, GROUP_SERVE_INTERVAL_S)
+                messages = self._reader.poll(max_messages, wait_s)
+            else:
+                self._member.serve(left_s)
+            if messages or self._member.has_changes or time.monotonic() >= deadline:
+                return messages
+
+    def take_changes(self) -> OwnershipChange:
+        """Return what the group changed since the last call. A lost partition is read no more from the moment of loss.
+
+        A partition that was lost and given back is both lost and gained: another may have owned it in between.
+        """
+        if self._member is None:
+            return OwnershipChange(frozenset(), frozenset())
+        return self._member.take_changes()
+
+    def read_from(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Replace what is read by these partitions, at these numeric offsets. Buffered messages of before are dropped.
+
+        Lead partitions that the group has taken since, which `take_changes` will tell, are left out.
+        """
+        self._reader.read_from(self._permitted(positions))
+
+    def add(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Read these partitions too, from these offsets, without disturbing the others.
+
+        Lead partitions that the group has taken since, which `take_changes` will tell, are left out.
+        """
+        self._reader.add(self._permitted(positions))
+
+    def remove(self, partitions: Sequence[TopicPartition]) -> None:
+        """Stop reading these partitions; messages of them that are buffered are dropped."""
+        self._reader.remove(partitions)
+
+    def commit(self, positions: Mapping[int, int]) -> None:
+        """Note next offsets of lead partitions in the group, without waiting. Failure is harmless and silent."""
+        if self._member is not None and positions:
+            self._member.commit(positions)
+
+    def close(self) -> None:
+        """Leave. A static member keeps its place until its session ends, so that a restart finds it again."""
+        if self._member is not None:
+            self._member.close()
+        self._reader.close()
+
+    def _permitted(self, positions: Mapping[TopicPartition, int]) -> Mapping[TopicPartition, int]:
+        if self._member is None:
+            return positions
+        may_read = self._member.is_ours
+        return {
+            at: offset for at, offset in positions.items() if at.topic != self._lead_topic or may_read(at.partition)
+        }
+
+    def _drop(self, lost: frozenset[int]) -> None:
+        self._reader.remove([TopicPartition(self._lead_topic, partition) for partition in lost])
+
+
+class _Member:
+    """A static member of a classic consumer group. It reads nothing: it knows which partitions are ours."""
+
+    def __init__(self, settings: KafkaSettings, group: str, instance_id: str, lead_topic: str) -> None:
+        self.on_loss: Callable[[frozenset[int]], None] = lambda _: None
+        self._topic = settings.topic_prefix + lead_topic
+        self._owned: frozenset[int] = frozenset()
+        self._reported: frozenset[int] = frozenset()  # what the last `take_changes` left its caller with
+        self._lost: frozenset[int] = frozenset()  # taken at some moment since
+        self._failure: EventLogError | None = None
+        self._consumer = Consumer(
+            {
+                **settings.client_config(),
+                "group.id": settings.topic_prefix + group,
+                "group.instance.id": instance_id,
+                "group.protocol": "classic",
+                "partition.assignment.strategy": "range",
+                "session.timeout.ms": settings.session_timeout_ms,
+                "heartbeat.interval.ms": settings.heartbeat_interval_ms,
+                "max.poll.interval.ms": max(settings.max_poll_interval_ms, settings.session_timeout_ms),
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "retry.backoff.ms": 20,
+                "reconnect.backoff.ms": 50,
+                "reconnect.backoff.max.ms": 1_000,
+                "enable.metrics.push": False,
+            },
+            logger=_client_log,
+        )
+        self._consumer.subscribe(
+            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._lost) or self._owned != self._reported
+
+    def is_ours(self, partition: int) -> bool:
+        """Tell whether the caller owns the partition and knows it: not so if it was lost and came back since."""
+        return partition in self._owned and partition not in self._lost
+
+    def serve(self, timeout_s: float) -> None:
+        """Take part in the group. Blocks up to `timeout_s` for the next event. Raises EventLogError when shut out."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            event = self._consumer.poll(timeout_s)
+        except KafkaException as failure:
+            self._shut_out(failure.args[0])
+        error = None if event is None else event.error()
+        if error is None or error.code() in _PASSING:
+            return
+        if error.code() in _UNKNOWN_TOPIC:
+            raise UnknownTopicError(f"{self._topic}: {error.str()}")
+        if error.fatal() or not error.retriable():
+            self._shut_out(error)
+
+    def take_changes(self) -> OwnershipChange:
+        lost = self._reported & self._lost
+        gained = self._owned - (self._reported - lost)
+        self._reported, self._lost = self._owned, frozenset()
+        return OwnershipChange(gained, lost)
+
+    def commit(self, positions: Mapping[int, int]) -> None:
+        offsets = [KafkaPartition(self._topic, partition, offset) for partition, offset in positions.items()]
+        with suppress(KafkaException):
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+
+    def close(self) -> None:
+        with suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+
+    def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        # An empty assignment is the answer that the group waits for, and keeps this client from fetching anything.
+        consumer.assign([])
+        self._owned = frozenset(p.partition for p in partitions if p.topic == self._topic)
+
+    def _on_revoke(self, consumer: Consumer, _partitions: list[KafkaPartition]) -> None:
+        # First: once the group has its answer, another member may own them.
+        self._lose_all()
+        consumer.unassign()
+
+    def _shut_out(self, error: KafkaError) -> NoReturn:
+        self._lose_all()
+        self._failure = EventLogError(f"shut out of the group of {self._topic}: {error}")
+        raise self._failure
+
+    def _lose_all(self) -> None:
+        lost, self._owned = self._owned, frozenset()
+        self._lost |= lost
+        self.on_loss(lost)
+
+
+class _Reader:
+    """A client that reads the partitions it is told to, from the offsets it is told to, in no group."""
+
+    def __init__(self, settings: KafkaSettings, *, tell_end: bool = False) -> None:
+        self._prefix = settings.topic_prefix
+        self._logical_names: dict[str | None, str] = {}
+        self._existing: set[TopicPartition] = set()
+        self._reading: set[TopicPartition] = set()
+        self._failures: dict[TopicPartition | None, EventLogError] = {}
+        self._end_seen = -1
+        self._consumer = Consumer(
+            {
+                **settings.client_config(),
+                # The client insists on a group id. It never joins.
+                "group.id": settings.topic_prefix + "tidegate-readers",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "enable.partition.eof": tell_end,
+                # A position that is not there is an error of ours to face, not a reason to jump.
+                "auto.offset.reset": "error",
+                "isolation.level": "read_committed",  # people may write requests in transactions
+                "check.crcs": True,
+                # The broker answers as soon as there is one byte. Newly added partitions wait for the request that is
+                # under way, so it must not be a long one.
+                "fetch.min.bytes": 1,
+                # `read` stops at an end that exists already: it has nothing to wait for.
+                "fetch.wait.max.ms": 1 if tell_end else 50,
+                "fetch.error.backoff.ms": 50,
+                # Bounded memory; a full queue is looked at again soon, not after the default of a second.
+                "queued.max.messages.kbytes": MAX_PREFETCH_KIB,
+                "queued.min.messages": 10_000,
+                "fetch.queue.backoff.ms": 10,
+                "fetch.message.max.bytes": 1024 * 1024,
+                "fetch.max.bytes": MAX_REQUEST_BYTES,
+                "message.max.bytes": MAX_REQUEST_BYTES,
+                # A response may hold one record that is larger than asked for, on top of what was asked for.
+                "receive.message.max.bytes": 4 * MAX_REQUEST_BYTES,
+                "retry.backoff.ms": 20,
+                "reconnect.backoff.ms": 50,
+                "reconnect.backoff.max.ms": 1_000,
+                "enable.metrics.push": False,
+            },
+            logger=_client_log,
+        )
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._reading)
+
+    def read_from(self, positions: Mapping[TopicPartition, int]) -> None:
+        self._check_existence(positions)
+        self._reading = set(positions)
+        self._failures.clear()
+        self._end_seen = -1
+        with _as_log_errors():
+            self._consumer.assign(self._physical(positions))
+
+    def add(self, positions: Mapping[TopicPartition, int]) -> None:
+        if not positions:
+            return
+        self._check_existence(positions)
+        self.remove(list(positions))
+        self._reading |= set(positions)
+        with _as_log_errors():
+            self._consumer.incremental_assign(self._physical(positions))
+
+    def remove(self, partitions: Sequence[TopicPartition]) -> None:
+        ours = {at: 0 for at in partitions if at in self._reading}
+        if not ours:
+            return
+        self._reading.difference_update(ours)
+        for at in ours:
+            self._failures.pop(at, None)
+        with _as_log_errors():
+            self._consumer.incremental_unassign(self._physical(ours))
+
+    def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
+        """Return what is there, waiting up to `timeout_s` for the first message only."""
+        if self._failures:
+            # Kept until the position is changed: the client tells of it only once.
+            raise next(iter(self._failures.values()))
+        with _as_log_errors():
+            batch = self._consumer.consume(1, timeout_s)
+            if batch and max_messages > 1:
+                batch += self._consumer.consume(max_messages - 1, 0)
+        messages = self._converted(batch)
+        if self._failures and not messages:
+            raise next(iter(self._failures.values()))
+        return messages
+
+    def until(self, stop: int) -> Iterator[Message]:
+        """Yield the messages of the only partition being read up to `stop`, which compaction may have taken."""
+        heard_at = time.monotonic()
+        while self._end_seen < stop:
+            messages = self.poll(MAX_FETCH_BATCH, 1.0)
+            for message in messages:
+                if message.offset >= stop:
+                    return
+                yield message
+            if messages:
+                if messages[-1].offset + 1 >= stop:
+                    return
+                heard_at = time.monotonic()
+            elif time.monotonic() - heard_at > READ_SILENCE_S:
+                raise EventLogError(f"no answer from Kafka for {READ_SILENCE_S:.0f} s while reading {self._reading}")
+
+    def offsets(self, topic: str, partition: int) -> Offsets:
+        physical = KafkaPartition(self._prefix + topic, partition)
+        with _as_log_errors():
+            start, end = self._consumer.get_watermark_offsets(physical, timeout=REQUEST_TIMEOUT_S)
+        return Offsets(start, end)
+
+    def close(self) -> None:
+        with suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+
+    def _check_existence(self, partitions: Iterable[TopicPartition]) -> None:
+        """Raise UnknownTopicError, because the client would wait for ever for a topic or partition that is not there."""
+        for topic in {at.topic for at in partitions if at not in self._existing}:
+            with _as_log_errors():
+                metadata = self._consumer.list_topics(self._prefix + topic, timeout=REQUEST_TIMEOUT_S)
+            for described in metadata.topics.values():
+                if described.error is not None:
+                    raise _log_error(described.error, f"{topic}: ")
+                self._existing.update(TopicPartition(topic, partition) for partition in described.partitions)
+        for at in partitions:
+            if at not in self._existing:
+                raise UnknownTopicError(f"{at.topic} has no partition {at.partition}")
+
+    def _physical(self, positions: Mapping[TopicPartition, int]) -> list[KafkaPartition]:
+        return [KafkaPartition(self._prefix + at.topic, at.partition, offset) for at, offset in positions.items()]
+
+    def _logical_name(self, physical: str | None) -> str:
+        name = self._logical_names[physical] = (physical or "").removeprefix(self._prefix)
+        return name
+
+    def _converted(self, batch: list[Any]) -> list[Message]:
+        """Make our messages of the client's, in order. Notes errors and the end of the partition."""
+        names = self._logical_names
+        reading = self._reading
+        messages = []
+        for raw in batch:
+            error = raw.error()
+            physical = raw.topic()
+            topic = names.get(physical) or self._logical_name(physical)
+            at = TopicPartition(topic, raw.partition())
+            if error is not None:
+                self._note(error, raw, at)
+            elif at in reading:
+                messages.append(Message(*at, raw.offset(), raw.key(), raw.value(), _headers(raw), raw.timestamp()[1]))
+        return messages
+
+    def _note(self, error: KafkaError, raw: Any, at: TopicPartition) -> None:
+        code = error.code()
+        if code == KafkaError._PARTITION_EOF:
+            if at in self._reading:
+                self._end_seen = raw.offset() or 0
+        elif code in _PASSING or (error.retriable() and not error.fatal()):
+            _log.info("passing trouble with Kafka: %s", error)
+        elif not at.topic:
+            self._failures[None] = _log_error(error)
+        elif at in self._reading:
+            self._failures[at] = _log_error(error, f"{at.topic} [{at.partition}] at {raw.offset()}: ")
+
+
+def _headers(raw: Any) -> tuple[tuple[str, bytes], ...]:
+    try:
+        headers = raw.headers()
+    except (SystemError, UnicodeDecodeError):
+        return ()  # names that are not UTF-8 and so not readable with this client: none of ours
+    return tuple((name, value or b"") for name, value in headers) if headers else ()
+
+
+def _log_error(error: KafkaError, where: str = "") -> EventLogError:
+    """Return our exception for a client's error."""
+    text = f"{where}{error.name()}: {error.str()}"
+    if error.code() in _UNKNOWN_TOPIC:
+        return UnknownTopicError(text)
+    if error.code() in _OUT_OF_RANGE:
+        return OffsetOutOfRangeError(text)
+    return EventLogError(text)
+
+
+@contextmanager
+def _as_log_errors() -> Iterator[None]:
+    try:
+        yield
+    except KafkaException as error:
+        raise _log_error(error.args[0]) from error
+
+
+def _existing(admin: AdminClient, topics: Mapping[str, str]) -> dict[str, Any]:
+    """Return the client's descriptions, by logical name, of those of the physical topics that exist."""
+    futures = admin.describe_topics(TopicCollection(list(topics)), request_timeout=REQUEST_TIMEOUT_S)
+    found = {}
+    for physical, future in futures.items():
+        try:
+            with _as_log_errors():
+                found[topics[physical]] = future.result()
+        except UnknownTopicError:
+            continue
+    return found
+
+
+def _configs(admin: AdminClient, topics: Sequence[str]) -> dict[str, dict[str, str]]:
+    if not topics:
+        return {}
+    resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
+    configs = {}
+    for resource, future in admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S).items():
+        with _as_log_errors():
+            configs[resource.name] = {
+                name: entry.value for name, entry in future.result().items() if entry.value is not None
+            }
+    return configs

@@ -1,0 +1,102 @@
+"""Where Kafka is and how to be let in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+HEARTBEATS_PER_SESSION = 10
+
+
+class KafkaSettings(BaseSettings):
+    """The connection to Kafka, read from variables such as `TIDEGATE_KAFKA_BOOTSTRAP`.
+
+    What the protocol rests on (acknowledgements, idempotence, no skipping) cannot be set: see `eventlog/kafka.py`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="TIDEGATE_KAFKA_", extra="ignore", frozen=True)
+
+    bootstrap: str = Field(default="127.0.0.1:9092", description="Addresses of brokers, `host:port`, comma-separated.")
+    topic_prefix: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9._-]{0,100}$",
+        description="Put before the name of every topic and group, so that several installations share one Kafka.",
+    )
+    client_id: str = Field(default="tidegate", description="Shown in the broker's logs, metrics and quotas.")
+    security_protocol: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = Field(
+        default="plaintext", description="How to talk to the brokers."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
+        default=None, description="How to authenticate when `security_protocol` is one of the `sasl_` ones."
+    )
+    sasl_username: str | None = Field(default=None, description="User name, for PLAIN and SCRAM.")
+    sasl_password: SecretStr | None = Field(default=None, description="Password, for PLAIN and SCRAM.")
+    sasl_oauthbearer_token_endpoint_url: str | None = Field(
+        default=None, description="Token endpoint, for OAUTHBEARER (OpenID Connect client credentials)."
+    )
+    sasl_oauthbearer_client_id: str | None = Field(default=None, description="Client id, for OAUTHBEARER.")
+    sasl_oauthbearer_client_secret: SecretStr | None = Field(
+        default=None, description="Client secret, for OAUTHBEARER."
+    )
+    sasl_oauthbearer_scope: str | None = Field(default=None, description="Scope asked for, for OAUTHBEARER.")
+    ssl_ca_location: str | None = Field(
+        default=None, description="File or directory of the CA certificates that sign the brokers'; else the system's."
+    )
+    ssl_certificate_location: str | None = Field(default=None, description="File of the client's certificate (PEM).")
+    ssl_key_location: str | None = Field(default=None, description="File of the client's private key (PEM).")
+    ssl_key_password: SecretStr | None = Field(default=None, description="Passphrase of the private key.")
+    ssl_endpoint_identification_algorithm: Literal["https", "none"] = Field(
+        default="https", description="`none` accepts brokers whose certificate names another host."
+    )
+    session_timeout_ms: int = Field(
+        default=10_000,
+        ge=1_000,
+        description="How long the partitions of an owner that died and does not come back stay without one.",
+    )
+    max_poll_interval_ms: int = Field(
+        default=300_000,
+        ge=1_000,
+        description="How long an owner may be busy without polling before it loses its partitions.",
+    )
+
+    def client_config(self) -> dict[str, str | int | float | bool]:
+        """Return what every librdkafka client needs to connect. It holds the secrets in the clear: never log it."""
+        config: dict[str, str | int | float | bool] = {
+            "bootstrap.servers": self.bootstrap,
+            "client.id": self.client_id,
+            "security.protocol": self.security_protocol,
+        }
+        if self.security_protocol in {"ssl", "sasl_ssl"}:
+            config["ssl.endpoint.identification.algorithm"] = self.ssl_endpoint_identification_algorithm
+        if self.sasl_mechanism == "OAUTHBEARER":
+            config["sasl.oauthbearer.method"] = "oidc"
+        for name, value in self._optional().items():
+            if value is not None:
+                config[name] = value
+        return config
+
+    def _optional(self) -> dict[str, str | None]:
+        return {
+            "sasl.mechanism": self.sasl_mechanism,
+            "sasl.username": self.sasl_username,
+            "sasl.password": _revealed(self.sasl_password),
+            "sasl.oauthbearer.token.endpoint.url": self.sasl_oauthbearer_token_endpoint_url,
+            "sasl.oauthbearer.client.id": self.sasl_oauthbearer_client_id,
+            "sasl.oauthbearer.client.secret": _revealed(self.sasl_oauthbearer_client_secret),
+            "sasl.oauthbearer.scope": self.sasl_oauthbearer_scope,
+            "ssl.ca.location": self.ssl_ca_location,
+            "ssl.certificate.location": self.ssl_certificate_location,
+            "ssl.key.location": self.ssl_key_location,
+            "ssl.key.password": _revealed(self.ssl_key_password),
+        }
+
+    @property
+    def heartbeat_interval_ms(self) -> int:
+        """How often a member tells the group that it lives: also how soon it hears that others come and go."""
+        return max(100, min(1_000, self.session_timeout_ms // HEARTBEATS_PER_SESSION))
+
+
+def _revealed(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

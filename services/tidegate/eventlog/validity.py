@@ -1,0 +1,28 @@
+"""Rule 6: which entries of a log partition count. Every reader uses this one function.
+
+The epoch in force is the highest announced so far; an entry is valid only if it carries it.
+"""
+
+from __future__ import annotations
+
+EPOCH_HEADER = "epoch"
+TYPE_HEADER = "type"
+ANNOUNCEMENT_TYPE = "OwnerAnnounced"
+NO_EPOCH = -1
+
+
+class EpochTracker:
+    """Folds the announcements of one log partition and judges its entries."""
+
+    __slots__ = ("epoch",)
+
+    def __init__(self, epoch: int = NO_EPOCH) -> None:
+        self.epoch = epoch
+
+    def announced(self, offset: int, epoch: int) -> None:
+        """Take note of an announcement; `epoch` is -1 in an owner's first one, whose offset it is then."""
+        self.epoch = max(self.epoch, offset if epoch == NO_EPOCH else epoch)
+
+    def is_valid(self, epoch: int) -> bool:
+        """Tell whether an entry of that epoch counts at this point of the log."""
+        return epoch == self.epoch

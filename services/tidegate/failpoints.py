@@ -1,0 +1,86 @@
+"""Named crash points at commit edges: inert unless armed, so that tests can kill a process exactly there.
+
+    TIDEGATE_FAILPOINTS="executor.before-enter=kill,owner.after-log=sleep:0.5@3"
+
+Each item is `name=action[@n]`: the action happens at the n-th time the point is reached (default: the first), once.
+Actions: `kill` (SIGKILL to this process: nothing is flushed, no handler runs), `stop` (SIGSTOP: frozen until somebody
+sends SIGCONT), `sleep:SECONDS` (the calling thread sleeps).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+ENVIRONMENT_VARIABLE: Final = "TIDEGATE_FAILPOINTS"
+
+
+class FailpointSyntaxError(ValueError):
+    """The specification of failpoints cannot be read. Raised at start-up: a typo must not make a test pass."""
+
+
+class _Armed:
+    """One failpoint: what happens, and how many passes are left until it does."""
+
+    __slots__ = ("act", "passes_left")
+
+    def __init__(self, act: Callable[[], None], passes_left: int) -> None:
+        self.act = act
+        self.passes_left = passes_left
+
+
+_armed: dict[str, _Armed] = {}
+_lock = threading.Lock()
+
+
+def failpoint(name: str) -> None:
+    """Mark an edge. Does nothing unless a failpoint of that name is armed; then it may kill, freeze or delay us."""
+    if not _armed:
+        return
+    with _lock:
+        point = _armed.get(name)
+        if point is None:
+            return
+        point.passes_left -= 1
+        if point.passes_left:
+            return
+        del _armed[name]
+    point.act()
+
+
+def arm(specification: str) -> None:
+    """Replace what is armed by the specification; an empty one disarms everything. Raises FailpointSyntaxError."""
+    points = dict(_parse(item.strip()) for item in specification.split(",") if item.strip())
+    with _lock:
+        _armed.clear()
+        _armed.update(points)
+
+
+def _parse(item: str) -> tuple[str, _Armed]:
+    name, equals, rest = item.partition("=")
+    action, _, count = rest.partition("@")
+    if not name or not equals or (count and not (count.isdecimal() and int(count) > 0)):
+        raise FailpointSyntaxError(f"{item!r}: expected name=action or name=action@n with n from 1")
+    return name, _Armed(_action(item, action), int(count or 1))
+
+
+def _action(item: str, action: str) -> Callable[[], None]:
+    if action == "kill":
+        return lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if action == "stop":
+        return lambda: os.kill(os.getpid(), signal.SIGSTOP)
+    kind, _, amount = action.partition(":")
+    try:
+        seconds = float(amount)
+    except ValueError:
+        seconds = -1.0
+    if kind != "sleep" or not 0 <= seconds < float("inf"):
+        raise FailpointSyntaxError(f"{item!r}: the action must be kill, stop or sleep:SECONDS")
+    return lambda: time.sleep(seconds)
+
+
+arm(os.environ.get(ENVIRONMENT_VARIABLE, ""))

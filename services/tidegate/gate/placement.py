@@ -1,0 +1,149 @@
+"""Executors as the gate sees them: who is alive, who is proven or presumed dead, who has a free slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from tidegate.domain.messages import Instance
+from tidegate.gate.ledger import Incarnation, Ledger
+
+EXECUTOR: Final = "executor"
+
+
+class Executor:
+    """The latest life of an executor, as it last reported."""
+
+    __slots__ = ("functions", "life", "queue", "row", "slots")
+
+    def __init__(self, row: Instance, life: Incarnation) -> None:
+        self.row = row
+        self.life = life
+        self.queue = row.queue
+        self.slots = row.slots
+        self.functions = frozenset(row.functions)
+
+    def offers(self, kind: str, function: str) -> bool:
+        """Tell whether it registered the function."""
+        return f"{kind}:{function}" in self.functions
+
+
+class Executors:
+    """All executors, with leases counted from our own reading of their heartbeats.
+
+    monotonic_ms: a clock that never goes back. table_end: returns the present end offset of `instances` (a round trip; asked
+    only when a lease seems to have run out, because a gate that lags must not take its own lag for their silence).
+    """
+
+    def __init__(self, lease_ms: int, monotonic_ms: Callable[[], int], table_end: Callable[[], int]) -> None:
+        self._lease_ms = lease_ms
+        self._monotonic_ms = monotonic_ms
+        self._table_end = table_end
+        self.by_id: dict[str, Executor] = {}
+        self._heard_ms: dict[Incarnation, int] = {}
+        self._suspects: dict[Incarnation, int] = {}
+        self.ended: dict[Incarnation, str] = {}
+        self._ready: dict[str, list[Executor]] = {}
+
+    def take(self, instance_id: str, row: Instance | None, offset: int) -> None:
+        """Note a record of `instances`."""
+        if row is None or row.service != EXECUTOR:
+            gone = self.by_id.pop(instance_id, None)
+            if gone is not None:
+                self._end(gone.life, "its registration was removed")
+            return
+        life = Incarnation(instance_id, offset if row.incarnation < 0 else row.incarnation)
+        for older in row.ended:
+            self._end(Incarnation(instance_id, older.incarnation), older.evidence)
+        if row.state == "gone":
+            self._end(life, "it said farewell")
+        if life in self.ended:
+            self.by_id.pop(instance_id, None)
+        else:
+            self.by_id[instance_id] = Executor(row, life)
+            self._heard_ms[life] = self._monotonic_ms()
+            self._suspects.pop(life, None)
+        self._sort()
+
+    def _end(self, life: Incarnation, reason: str) -> None:
+        self.ended.setdefault(life, reason)
+        self._heard_ms.pop(life, None)
+        self._suspects.pop(life, None)
+
+    def _sort(self) -> None:
+        self._ready = {}
+        for executor in self.by_id.values():
+            if executor.row.state == "ready":
+                self._ready.setdefault(executor.queue, []).append(executor)
+
+    def watch(self, lives: Iterable[Incarnation]) -> None:
+        """Begin a full lease for lives that hold attempts but were never heard of here (after a take-over)."""
+        now_ms = self._monotonic_ms()
+        for life in lives:
+            if life not in self.ended:
+                self._heard_ms.setdefault(life, now_ms)
+
+    def expire(self, table_version: int) -> None:
+        """End the lives whose lease ran out, once everything that they may have written before was read."""
+        now_ms = self._monotonic_ms()
+        for life, heard_ms in list(self._heard_ms.items()):
+            if now_ms - heard_ms <= self._lease_ms:
+                continue
+            if life not in self._suspects:
+                self._suspects[life] = self._table_end()
+            if table_version >= self._suspects[life]:
+                self._end(life, f"no heartbeat for {self._lease_ms} ms")
+                current = self.by_id.get(life.instance_id)
+                if current is not None and current.life == life:
+                    del self.by_id[life.instance_id]
+                    self._sort()
+
+    def next_expiry_in_ms(self) -> int | None:
+        """Return in how many milliseconds the next lease runs out; None if none is counted."""
+        if not self._heard_ms:
+            return None
+        return max(0, min(self._heard_ms.values()) + self._lease_ms - self._monotonic_ms() + 1)
+
+    def free_slots(self, ledgers: Mapping[int, Ledger]) -> FreeSlots:
+        """Return the free slots of everybody who is ready: slots, less what our ledgers placed there, less what others did."""
+        return FreeSlots(self._ready, ledgers)
+
+
+class FreeSlots:
+    """Free slots, counted down while one decision places several attempts."""
+
+    __slots__ = ("_free", "_ledgers", "_ready")
+
+    def __init__(self, ready: Mapping[str, list[Executor]], ledgers: Mapping[int, Ledger]) -> None:
+        self._ready = ready
+        self._ledgers = ledgers
+        self._free: dict[Incarnation, int] = {}
+
+    def _of(self, executor: Executor) -> int:
+        free = self._free.get(executor.life)
+        if free is None:
+            ours = sum(len(ledger.held_by.get(executor.life, ())) for ledger in self._ledgers.values())
+            theirs = sum(1 for item in executor.row.running if item.ledger_partition not in self._ledgers)
+            free = self._free[executor.life] = executor.slots - ours - theirs
+        return free
+
+    def give_back(self, life: Incarnation) -> None:
+        """Count a slot that an attempt ended in this decision leaves."""
+        for executors in self._ready.values():
+            for executor in executors:
+                if executor.life == life:
+                    self._free[life] = self._of(executor) + 1
+
+    def take(self, queue: str, kind: str, function: str) -> Executor | None:
+        """Return the executor with the most free slots that offers the function, and take one of them; None if all are full."""
+        best: Executor | None = None
+        for executor in self._ready.get(queue, ()):
+            if self._of(executor) > 0 and executor.offers(kind, function):
+                better = best is None or (self._of(executor), best.life.instance_id) > (
+                    self._of(best),
+                    executor.life.instance_id,
+                )
+                best = executor if better else best
+        if best is not None:
+            self._free[best.life] -= 1
+        return best

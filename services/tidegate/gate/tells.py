@@ -1,0 +1,102 @@
+"""What follows from a ledger entry: tasks to executors, decisions to runs. Pure; sending again is the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from tidegate.domain import ledger_events as ev
+from tidegate.domain.entry import Entry, Position
+from tidegate.domain.identity import entry_key, idempotency_key, partition_of
+from tidegate.domain.messages import Allowed, ApprovalRequired, DecisionItem, Denied, GateDecision, Lost, StepTask
+from tidegate.eventlog.owner import Tell
+
+GATE_DECISIONS: Final = "gate-decisions"
+STEP_TASKS: Final = "step-tasks"
+
+
+def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
+    """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
+    found: list[Tell] = []
+    for event in entry.events:
+        if isinstance(event, ev.AttemptPlaced | ev.AttemptCancelTold):
+            found.append(_task(event, at(len(found)), run_partitions))
+    decisions: dict[str, list[DecisionItem]] = {}
+    for event in entry.events:
+        make = _DECISIONS.get(type(event))
+        if make is not None:
+            decisions.setdefault(event.run_id, []).append(make(event))
+    for run_id, items in decisions.items():
+        message = GateDecision(run_id=run_id, source=at(len(found)), items=tuple(items))
+        key = f"{run_id}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
+        found.append(Tell(GATE_DECISIONS, partition_of(run_id, run_partitions), key, message))
+    return found
+
+
+def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, run_partitions: int) -> Tell:
+    placed = isinstance(event, ev.AttemptPlaced)
+    kind = "run" if placed else "cancel"
+    call = event.call if isinstance(event, ev.AttemptPlaced) else None
+    queue = event.queue if isinstance(event, ev.AttemptCancelTold) else event.call.queue
+    task = StepTask(
+        type=kind,
+        run_id=event.run_id,
+        step_id=event.step_id,
+        attempt=event.attempt,
+        account=event.account,
+        instance_id=event.instance_id,
+        incarnation=event.incarnation,
+        source=position,
+        result_partition=partition_of(event.run_id, run_partitions),
+        idempotency_key=idempotency_key(event.run_id, event.step_id),
+        call=call,
+    )
+    key = f"{event.run_id}:{event.step_id}:{event.attempt}:{kind}"
+    return Tell(f"{STEP_TASKS}.{queue}", event.task_partition, key, task)
+
+
+def _allowed(event: ev.AttemptPlaced) -> DecisionItem:
+    return Allowed(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        reserved_micros=event.reserved_micros,
+        rule=event.rule,
+        policy=event.policy,
+        instance_id=event.instance_id,
+        incarnation=event.incarnation,
+    )
+
+
+def _denied(event: ev.AttemptRefused) -> DecisionItem:
+    return Denied(
+        step_id=event.step_id, attempt=event.attempt, rule=event.rule, policy=event.policy, reason=event.reason
+    )
+
+
+def _approval(event: ev.ApprovalHeld) -> DecisionItem:
+    return ApprovalRequired(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        rule=event.rule,
+        policy=event.policy,
+        reason=event.reason,
+        arguments_hash=event.arguments_hash,
+    )
+
+
+def _lost(event: ev.PlacementLost) -> DecisionItem:
+    return Lost(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        instance_id=event.instance_id,
+        incarnation=event.incarnation,
+        reason=event.reason,
+    )
+
+
+_DECISIONS: Final[dict[type, Callable[[Any], DecisionItem]]] = {
+    ev.AttemptPlaced: _allowed,
+    ev.AttemptRefused: _denied,
+    ev.ApprovalHeld: _approval,
+    ev.PlacementLost: _lost,
+}

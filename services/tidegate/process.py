@@ -1,0 +1,107 @@
+"""What every service process does alike: settings, logs, signals, waiting for the broker and its topics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tidegate.eventlog.interface import Broker, EventLogError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+_log = structlog.get_logger()
+
+
+class ProcessSettings(BaseSettings):
+    """Settings that every service has."""
+
+    model_config = SettingsConfigDict(env_prefix="TIDEGATE_", extra="ignore")
+
+    instance_id: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9._-]{0,120}$",
+        description="Stable name of this process, unique among those that run; default SERVICE-0. A process that restarts "
+        "under its old name has its partitions again at once.",
+    )
+    log_level: str = Field(default="info", description="debug, info, warning or error.")
+    broker_wait_s: float = Field(default=60.0, gt=0, description="How long to wait for the broker and the topics at start.")
+
+    def named(self, service: str) -> str:
+        """Return the instance id, or the service's default one."""
+        return self.instance_id or f"{service}-0"
+
+
+def configure_logging(service: str, instance_id: str, level: str) -> None:
+    """Write structured logs as JSON lines to standard error, each naming the service and the instance."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise SystemExit(f"TIDEGATE_LOG_LEVEL: unknown level {level!r}; use debug, info, warning or error")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(service=service, instance=instance_id)
+
+
+def stop_on_signals() -> threading.Event:
+    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
+    """Return the partition counts of the topics once all of them exist. Blocks up to `wait_s`.
+
+    Raises EventLogError that names what is missing and what to do.
+    """
+    deadline = time.monotonic() + wait_s
+    said = False
+    while True:
+        try:
+            found = broker.describe(topics)
+            missing = [topic for topic in topics if topic not in found]
+            reason = f"topics missing: {', '.join(missing)}; create them with `tidegate topics apply`"
+        except EventLogError as error:
+            missing, reason = list(topics), f"the broker does not answer: {error}"
+        if not missing:
+            return {topic: found[topic].partition_count for topic in topics}
+        if time.monotonic() >= deadline or stop.is_set():
+            raise EventLogError(reason)
+        if not said:
+            said = True
+            _log.info("waiting", reason=reason)
+        stop.wait(0.2)
+
+
+def run_until_stopped(turn: Callable[[], object], stop: threading.Event) -> None:
+    """Call `turn` until the event is set. What it raises ends the process: state in memory is never repaired."""
+    while not stop.is_set():
+        turn()

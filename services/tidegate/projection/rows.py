@@ -1,0 +1,232 @@
+"""Records of the topics -> rows of the fact tables. Pure: a row is a function of its record and nothing else.
+
+A row is a tuple in the order of its table's columns, and whole batches become one text by `encode`, in C: this is the
+hot path of a rebuild.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.eventlog.interface import Message
+
+Row = tuple[Any, ...]
+Fields = dict[str, Any]
+
+EVENTS: Final = "event_facts"
+LEDGER: Final = "ledger_facts"
+INSTANCES: Final = "instance_facts"
+DEAD_LETTERS: Final = "dead_letter_facts"
+UNREADABLE: Final = "unreadable_facts"
+FRESHNESS: Final = "freshness_facts"
+
+INSERT_FORMAT: Final = "JSONCompactEachRow"
+
+COLUMNS: Final[dict[str, tuple[str, ...]]] = {
+    EVENTS: (
+        "run_id",
+        "seq",
+        "partition",
+        "offset",
+        "epoch",
+        "at_ms",
+        "account",
+        "type",
+        "step_id",
+        "attempt",
+        "actual_micros",
+        "cause",
+        "body",
+    ),
+    LEDGER: (
+        "ledger",
+        "seq",
+        "offset",
+        "epoch",
+        "at_ms",
+        "type",
+        "account",
+        "run_id",
+        "step_id",
+        "attempt",
+        "budget_micros",
+        "reserved_micros",
+        "actual_micros",
+        "overshoot_micros",
+        "cause",
+        "body",
+    ),
+    INSTANCES: (
+        "instance_id",
+        "offset",
+        "removed",
+        "service",
+        "incarnation",
+        "state",
+        "host",
+        "pid",
+        "queue",
+        "slots",
+        "free_slots",
+        "running",
+        "functions",
+        "version",
+        "started_ms",
+        "at_ms",
+        "body",
+    ),
+    DEAD_LETTERS: (
+        "topic",
+        "partition",
+        "offset",
+        "letter_offset",
+        "removed",
+        "service",
+        "code",
+        "reason",
+        "run_id",
+        "original_base64",
+        "original_size",
+        "key_base64",
+        "headers",
+        "at_ms",
+    ),
+    UNREADABLE: ("topic", "partition", "offset", "reason", "size", "at_ms"),
+    FRESHNESS: ("topic", "partition", "next_offset", "end_offset", "last_event_ms", "written_ms"),
+}
+
+_encoder: Final = msgspec.json.Encoder()
+_json: Final[Callable[[Any], bytes]] = _encoder.encode
+
+
+def encode(rows: list[Row]) -> bytes:
+    """Return the rows of one table in INSERT_FORMAT: one JSON array a line."""
+    return _encoder.encode_lines(rows)
+
+
+def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
+    """Append one row per event of a valid `RunEntry`. `body` is the event's fields as JSON, bytes in base64."""
+    run_id, account, epoch = entry["subject"], entry["account"], entry["epoch"]
+    at_ms, cause = entry["now_ms"], entry["cause"]
+    seq: int = entry["first_seq"]
+    for name, event in entry["events"]:
+        get = event.get
+        rows.append(
+            (
+                run_id,
+                seq,
+                partition,
+                offset,
+                epoch,
+                at_ms,
+                account,
+                name,
+                get("step_id", ""),
+                get("attempt", 0),
+                get("actual_micros", 0),
+                cause,
+                _json(event).decode(),
+            )
+        )
+        seq += 1
+
+
+def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
+    """Append one row per event of a valid `LedgerEntry`."""
+    epoch, at_ms, cause = entry["epoch"], entry["now_ms"], entry["cause"]
+    seq: int = entry["first_seq"]
+    for name, event in entry["events"]:
+        get = event.get
+        rows.append(
+            (
+                partition,
+                seq,
+                offset,
+                epoch,
+                at_ms,
+                name,
+                get("account", ""),
+                get("run_id", ""),
+                get("step_id", ""),
+                get("attempt", 0),
+                get("budget_micros"),
+                get("reserved_micros", 0),
+                get("actual_micros", 0),
+                get("overshoot_micros", 0),
+                cause,
+                _json(event).decode(),
+            )
+        )
+        seq += 1
+
+
+def instance_row(instance: Fields, offset: int) -> Row:
+    """Return the row of an instance's latest line; a registration's own offset is its incarnation."""
+    return (
+        instance["instance_id"],
+        offset,
+        False,
+        instance["service"],
+        offset if instance["incarnation"] < 0 else instance["incarnation"],
+        instance["state"],
+        instance["host"],
+        instance["pid"],
+        instance["queue"],
+        instance["slots"],
+        instance["free_slots"],
+        len(instance["running"]),
+        instance["functions"],
+        instance["version"],
+        instance["started_ms"],
+        instance["at_ms"],
+        _json(instance).decode(),
+    )
+
+
+def removed_instance_row(key: bytes, offset: int) -> Row:
+    """Return the row that a tombstone in `instances` leaves."""
+    return (_text(key), offset, True, "", -1, "", "", 0, "", 0, 0, 0, (), "", 0, 0, "")
+
+
+def dead_letter_row(letter: Fields, letter_offset: int) -> Row:
+    """Return the row of a dead letter, named by where its original lies."""
+    return (
+        letter["topic"],
+        letter["partition"],
+        letter["offset"],
+        letter_offset,
+        False,
+        letter["service"],
+        letter["code"],
+        letter["reason"],
+        letter["run_id"],
+        letter["original"],
+        letter["original_size"],
+        letter["original_key"],
+        _json(letter["headers"]).decode(),
+        letter["at_ms"],
+    )
+
+
+def removed_dead_letter_row(key: bytes, letter_offset: int) -> Row | None:
+    """Return the row that a tombstone in `dead-letters` leaves; None if its key is not `topic:partition:offset`."""
+    topic, _, position = _text(key).partition(":")
+    partition, _, offset = position.partition(":")
+    if not (partition.isascii() and partition.isdecimal() and offset.isascii() and offset.isdecimal()):
+        return None
+    return (topic, int(partition), int(offset), letter_offset, True, "", "", "", "", b"", 0, b"", "{}", 0)
+
+
+def unreadable_row(message: Message, reason: str) -> Row:
+    """Return the note that a record of ours could not be read."""
+    size = len(message.value or b"")
+    return (message.topic, message.partition, message.offset, reason, size, message.timestamp_ms)
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "replace")
+
+

@@ -1,0 +1,78 @@
+"""Wiring of the scheduler: admission on a thread of its own, the owner loop on the main one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import structlog
+
+from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.process import (
+    EXIT_FAILED,
+    EXIT_OK,
+    ProcessSettings,
+    configure_logging,
+    run_until_stopped,
+    stop_on_signals,
+    wait_for_topics,
+)
+from tidegate.registry import Registration
+from tidegate.scheduler.admission import Admission
+from tidegate.scheduler.service import SchedulerMachine
+from tidegate.scheduler.settings import SchedulerSettings
+
+SERVICE = "scheduler"
+_log = structlog.get_logger()
+
+
+def main() -> int:
+    """Run the scheduler until SIGTERM; returns the exit code. Any doubt about the log ends it with 1."""
+    process = ProcessSettings()
+    instance_id = process.named(SERVICE)
+    configure_logging(SERVICE, instance_id, process.log_level)
+    stop = stop_on_signals()
+    kafka = KafkaSettings()
+    broker = KafkaBroker(kafka)
+    try:
+        counts = wait_for_topics(
+            broker,
+            ("run-requests", "run-commands", "run-events", "gate-requests", "gate-decisions", "step-results", "dead-letters"),
+            process.broker_wait_s,
+            stop,
+        )
+        machine = SchedulerMachine(counts["run-events"], counts["gate-requests"])
+        registration = Registration(broker, service=SERVICE, instance_id=instance_id)
+        registration.start()
+        loop = OwnerLoop(broker, machine, instance_id)
+        loop.start()
+        admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"])
+        threading.Thread(target=_admit, args=(admission, stop), name="admission", daemon=True).start()
+        _log.info("ready")
+        run_until_stopped(loop.run_once, stop)
+        loop.close()
+        registration.stop()
+    except EventLogError as error:
+        if stop.is_set():
+            return EXIT_OK
+        _log.exception("ending: a restart takes over afresh", error=str(error))
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def _admit(admission: Admission, stop: threading.Event) -> None:
+    """Run admission until the event is set; its failure ends the process, because half a scheduler helps nobody."""
+    try:
+        run_until_stopped(admission.run_once, stop)
+        admission.close()
+    except Exception:
+        _log.exception("admission failed: ending")
+        os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,395 @@
+"""What a run does next: pure functions from (run, input, now) to events."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from tidegate.domain import canonical, progress, states
+from tidegate.domain import run_events as ev
+from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, RunCommand, StepResult
+from tidegate.domain.run import RunState, StepState, apply
+from tidegate.domain.workflow import DefinitionError, compile_definition
+
+MAX_LOSSES: Final = 10
+BUSY_RETRY_MS: Final = 25
+MAX_PLAN_CALLS: Final = 100
+
+Events = list[Any]
+
+
+# --- commands ---------------------------------------------------------------
+
+
+def on_command(run: RunState, command: RunCommand) -> Events:
+    """Return what a command causes; a command that was seen before causes nothing, a wrong one a refusal."""
+    if command.command_id in run.command_ids:
+        return []
+    return _COMMANDS[command.type](run, command) if command.type in _COMMANDS else [_unknown(command)]
+
+
+def _start(run: RunState, command: RunCommand) -> Events:
+    if run.status != states.ABSENT:
+        if run.content_hash == command.content_hash:
+            return []  # the same request again: it is already being done
+        return [_refused(command, "duplicate_run_id", f"run {run.run_id} exists already with other content")]
+    try:
+        workflow = compile_definition(command.definition)
+    except DefinitionError as error:
+        return [_run_refused(command, "invalid_definition", str(error))]
+    problem = workflow.input_problem(canonical.loads(command.input))
+    if problem is not None:
+        return [_run_refused(command, "invalid_input", problem)]
+    started = ev.RunStarted(
+        command_id=command.command_id,
+        content_hash=command.content_hash,
+        source=command.source,
+        workflow=command.workflow,
+        definition_hash=command.definition_hash,
+        definition=command.definition,
+        input=command.input,
+        budget_micros=command.budget_micros,
+        tags=command.tags,
+    )
+    return [started, *progress.first_steps(run.run_id, workflow, command.input)]
+
+
+def _refuse(run: RunState, command: RunCommand) -> Events:
+    """Note a start that admission refused, if its id is new; its dead letter exists already."""
+    if run.status != states.ABSENT:
+        return [] if run.content_hash == command.content_hash else [_refused(command, command.code, command.reason)]
+    return [_run_refused(command, command.code, command.reason)]
+
+
+def _cancel(run: RunState, command: RunCommand) -> Events:
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    requested = ev.RunCancelRequested(command_id=command.command_id, by=command.by, reason=command.reason)
+    return [requested, *progress.cancelled(run, command.reason or f"cancelled by {command.by or 'a command'}")]
+
+
+def _approve(run: RunState, command: RunCommand) -> Events:
+    return _answer(run, command, approved=True)
+
+
+def _reject(run: RunState, command: RunCommand) -> Events:
+    return _answer(run, command, approved=False)
+
+
+def _answer(run: RunState, command: RunCommand, *, approved: bool) -> Events:
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    waiting = run.open_approvals()
+    names = ", ".join(step.step_id for step in waiting) or "none"
+    step = next((step for step in waiting if step.step_id == command.step_id), None)
+    if not command.step_id and len(waiting) == 1:
+        step = waiting[0]
+    if step is None or step.approval is None:
+        return [_refused(command, "no_such_approval", f"no open approval {command.step_id!r}; open: {names}")]
+    asked = step.approval
+    resolved = ev.ApprovalResolved(
+        command_id=command.command_id,
+        step_id=step.step_id,
+        attempt=asked.attempt,
+        why=asked.why,
+        approved=approved,
+        by=command.by,
+        reason=command.reason,
+        arguments_hash=asked.arguments_hash,
+    )
+    if not approved:
+        reason = f"rejected by {command.by or 'a human'}" + (f": {command.reason}" if command.reason else "")
+        return [resolved, *_failed(run, step, "rejected", reason)]
+    if asked.why == "policy":
+        return [resolved]
+    return [resolved, ev.AttemptRequested(step_id=step.step_id, attempt=step.attempt + 1, call=step.call)]
+
+
+_COMMANDS: Final[dict[str, Callable[[RunState, RunCommand], Events]]] = {
+    "start": _start,
+    "refuse": _refuse,
+    "cancel": _cancel,
+    "approve": _approve,
+    "reject": _reject,
+}
+
+
+def _not_open(run: RunState, command: RunCommand) -> ev.CommandRefused | None:
+    if run.status == states.ABSENT:
+        return _refused(command, "unknown_run", f"there is no run {run.run_id}")
+    if run.is_over:
+        return _refused(command, "run_is_over", f"run {run.run_id} is over: {run.status}")
+    return None
+
+
+def _unknown(command: RunCommand) -> ev.CommandRefused:
+    return _refused(command, "unknown_command", f"there is no command {command.type!r}")
+
+
+def _refused(command: RunCommand, code: str, reason: str) -> ev.CommandRefused:
+    return ev.CommandRefused(
+        command_id=command.command_id,
+        type=command.type,
+        source=command.source,
+        code=code,
+        reason=reason,
+        original=command.original,
+    )
+
+
+def _run_refused(command: RunCommand, code: str, reason: str) -> ev.RunRefused:
+    return ev.RunRefused(
+        command_id=command.command_id,
+        content_hash=command.content_hash,
+        source=command.source,
+        code=code,
+        reason=reason,
+        original=b"" if command.type == "refuse" else command.original,
+    )
+
+
+# --- the gate's decisions ---------------------------------------------------------------
+
+
+def on_decision(run: RunState, message: GateDecision) -> Events:
+    """Return what a message of the gate causes. Items that no longer apply cause nothing."""
+    if len(message.items) == 1:
+        return _on_item(run, message.items[0])
+    # Later items must see what earlier ones did; they are tried on a copy, because deciding changes nothing.
+    scratch = _scratch(run)
+    events: Events = []
+    for item in message.items:
+        more = _on_item(scratch, item)
+        for event in more:
+            apply(scratch, event, 0)
+        events += more
+    return events
+
+
+def _on_item(run: RunState, item: Any) -> Events:
+    step = run.steps.get(item.step_id)
+    if run.is_over or step is None or step.attempt != item.attempt:
+        return []
+    if isinstance(item, Lost):
+        return _on_lost(run, step, item)
+    if step.status != states.REQUESTED:
+        return []
+    if isinstance(item, Allowed):
+        return [
+            ev.AttemptDispatched(
+                step_id=step.step_id,
+                attempt=item.attempt,
+                reserved_micros=item.reserved_micros,
+                rule=item.rule,
+                policy=item.policy,
+                instance_id=item.instance_id,
+                incarnation=item.incarnation,
+            )
+        ]
+    if isinstance(item, Denied):
+        ended = _ended(step, item.attempt, "denied", "Denied", item.reason)
+        return [ended, *_failed(run, step, "denied", f"denied by {item.rule}: {item.reason}")]
+    assert isinstance(item, ApprovalRequired)  # noqa: S101 - the union has no other member
+    return [
+        ev.ApprovalRequested(
+            step_id=step.step_id,
+            attempt=item.attempt,
+            why="policy",
+            rule=item.rule,
+            policy=item.policy,
+            reason=item.reason,
+            arguments_hash=item.arguments_hash,
+        )
+    ]
+
+
+def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
+    """The executor that held the attempt is gone: repeat it, unless repeating is dangerous or has gone on for too long."""
+    if step.status not in (states.REQUESTED, states.DISPATCHED):
+        return []
+    ended = ev.AttemptEnded(
+        step_id=step.step_id,
+        attempt=item.attempt,
+        outcome="lost",
+        error_class="Lost",
+        error_message=item.reason,
+        actual_micros=0,
+        usage={},
+        retry_at_ms=None,
+        instance_id=item.instance_id,
+        incarnation=item.incarnation,
+    )
+    if step.losses + 1 >= MAX_LOSSES:
+        return [ended, *_failed(run, step, "attempts_exhausted", f"its executor went away {MAX_LOSSES} times")]
+    if not step.call.idempotent:
+        return [
+            ended,
+            ev.ApprovalRequested(
+                step_id=step.step_id,
+                attempt=item.attempt,
+                why="outcome_unknown",
+                rule="",
+                policy="",
+                reason=f"{step.call.function} is not idempotent and may already have had its effect: run it again?",
+                arguments_hash=canonical.digest(step.call.arguments),
+            ),
+        ]
+    return [ended, _next_attempt(step)]
+
+
+# --- results ---------------------------------------------------------------
+
+
+def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
+    """Return what an executor's result causes. A doubled one causes nothing, a late one only that its cost is settled."""
+    step = run.steps.get(result.step_id)
+    if step is None or result.attempt in step.reported or result.attempt > step.attempt or result.attempt < 1:
+        return []
+    if run.is_over or result.attempt != step.attempt or not _still_counts(step, result):
+        return [_ignored(run, step, result)]
+    if result.outcome == "succeeded":
+        return _on_success(run, step, result)
+    return _on_failure(run, step, result, now_ms)
+
+
+def _still_counts(step: StepState, result: StepResult) -> bool:
+    """A result beats `lost` as long as no successor was asked for; only a success is then worth taking."""
+    if step.status in (states.REQUESTED, states.DISPATCHED):
+        return step.instance_id in ("", result.instance_id) and step.incarnation in (-1, result.incarnation)
+    unknown = step.status == states.AWAITING_APPROVAL and step.approval is not None
+    return unknown and step.approval.why == "outcome_unknown" and result.outcome == "succeeded"  # type: ignore[union-attr] # `unknown` says it
+
+
+def _ignored(run: RunState, step: StepState, result: StepResult) -> ev.ResultIgnored:
+    why = f"the run is {run.status}" if run.is_over else f"attempt {step.attempt} of the step is {step.status}"
+    return ev.ResultIgnored(
+        step_id=step.step_id,
+        attempt=result.attempt,
+        outcome=result.outcome,
+        actual_micros=result.actual_micros,
+        reason=why,
+        instance_id=result.instance_id,
+        incarnation=result.incarnation,
+    )
+
+
+def _on_success(run: RunState, step: StepState, result: StepResult) -> Events:
+    problem = _output_problem(step, result.output)
+    if problem is not None:
+        ended = _ended(step, result.attempt, "failed", "BadOutput", problem, result)
+        return [ended, *_failed(run, step, "bad_output", problem)]
+    succeeded = ev.StepSucceeded(
+        step_id=step.step_id,
+        attempt=result.attempt,
+        output=result.output,
+        actual_micros=result.actual_micros,
+        usage=result.usage,
+        instance_id=result.instance_id,
+        incarnation=result.incarnation,
+        started_ms=result.started_ms,
+        finished_ms=result.finished_ms,
+    )
+    return [succeeded, *progress.after_success(run, step, result.output)]
+
+
+def _output_problem(step: StepState, output: str) -> str | None:
+    """Return what is wrong with an output that an executor sent. Its own checks come first; this one trusts nobody."""
+    try:
+        value = canonical.loads(output)
+    except canonical.NotJsonError as error:
+        return f"output is not JSON: {error}"
+    if step.call.kind != "agent":
+        return None
+    calls = value.get("tool_calls", []) if isinstance(value, dict) else None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return "an agent's output must be a plan: an object whose tool_calls is a list of objects"
+    if len(calls) > MAX_PLAN_CALLS:
+        return f"a plan may call at most {MAX_PLAN_CALLS} tools at once, this one calls {len(calls)}"
+    return None
+
+
+def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int) -> Events:
+    if result.outcome == "busy":
+        retry_at_ms = now_ms + BUSY_RETRY_MS + int(BUSY_RETRY_MS * _jitter(run.run_id, step))
+        return [_ended(step, result.attempt, "busy", "Busy", "the executor had no free slot", result, retry_at_ms)]
+    if result.outcome == "released":
+        return [_ended(step, result.attempt, "released", "Released", result.error_message, result), _next_attempt(step)]
+    outcome = "timed_out" if result.outcome == "timed_out" else "failed"
+    failures = step.failures + 1
+    settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
+    reason = f"{result.error_class}: {result.error_message}"
+    if result.retryable and failures < settings.max_attempts:
+        backoff_ms = min(settings.backoff_ms * settings.backoff_factor ** (failures - 1), settings.backoff_max_ms)
+        retry_at_ms = now_ms + int(backoff_ms * (0.5 + _jitter(run.run_id, step) / 2))
+        return [_ended(step, result.attempt, outcome, result.error_class, result.error_message, result, retry_at_ms)]
+    code = "attempts_exhausted" if result.retryable else "not_retryable"
+    if result.retryable:
+        reason = f"{failures} of {settings.max_attempts} attempts failed, the last with {reason}"
+    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result)
+    return [ended, *_failed(run, step, code, reason)]
+
+
+# --- timers ---------------------------------------------------------------
+
+
+def on_timer(run: RunState, step_id: str, attempt: int, now_ms: int) -> Events:
+    """Return the next attempt if this step's back-off after `attempt` is over."""
+    step = run.steps.get(step_id)
+    if step is None or run.is_over or step.attempt != attempt or step.retry_at_ms is None or step.retry_at_ms > now_ms:
+        return []
+    return [_next_attempt(step)]
+
+
+# --- parts ---------------------------------------------------------------
+
+
+def _next_attempt(step: StepState) -> ev.AttemptRequested:
+    return ev.AttemptRequested(step_id=step.step_id, attempt=step.attempt + 1, call=step.call)
+
+
+def _ended(
+    step: StepState,
+    attempt: int,
+    outcome: str,
+    error_class: str,
+    message: str,
+    result: StepResult | None = None,
+    retry_at_ms: int | None = None,
+) -> ev.AttemptEnded:
+    return ev.AttemptEnded(
+        step_id=step.step_id,
+        attempt=attempt,
+        outcome=outcome,
+        error_class=error_class,
+        error_message=message,
+        actual_micros=0 if result is None else result.actual_micros,
+        usage={} if result is None else result.usage,
+        retry_at_ms=retry_at_ms,
+        instance_id="" if result is None else result.instance_id,
+        incarnation=-1 if result is None else result.incarnation,
+    )
+
+
+def _failed(run: RunState, step: StepState, code: str, reason: str) -> Events:
+    return [
+        ev.StepFailed(step_id=step.step_id, code=code, reason=reason),
+        *progress.after_failure(run, step, code, reason),
+    ]
+
+
+def _jitter(run_id: str, step: StepState) -> float:
+    """Return a number in 0..1 that depends on nothing but the attempt, so that a replay backs off alike."""
+    digest = hashlib.sha256(f"{run_id}\n{step.step_id}\n{step.attempt}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def _scratch(run: RunState) -> RunState:
+    other = copy.copy(run)
+    other.steps = {step_id: copy.copy(step) for step_id, step in run.steps.items()}
+    other.nodes = dict(run.nodes)
+    other.command_ids = set(run.command_ids)
+    return other

@@ -1,0 +1,119 @@
+"""What follows from a run entry: one message to the gate, dead letters for refusals. Pure; sending again is the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from tidegate.domain import run_events as ev
+from tidegate.domain.entry import Entry, Position
+from tidegate.domain.identity import account_root, entry_key, partition_of
+from tidegate.domain.messages import (
+    Approve,
+    Authorise,
+    CloseRun,
+    DeadLetter,
+    GateItem,
+    GateRequest,
+    OpenRun,
+    Release,
+    Settle,
+    Void,
+)
+from tidegate.eventlog.owner import Tell
+
+GATE_REQUESTS: Final = "gate-requests"
+DEAD_LETTERS: Final = "dead-letters"
+_UNPAID: Final = frozenset({"busy", "released", "lost"})
+
+
+def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int) -> list[Tell]:
+    """Return the messages that an entry of `run-events` causes, in the order in which they must be sent."""
+    items = [item for event in entry.events if (item := _gate_item(event)) is not None]
+    letters = [
+        event for event in entry.events if isinstance(event, ev.CommandRefused | ev.RunRefused) and event.original
+    ]
+    found: list[Tell] = []
+    if items:
+        request = GateRequest(run_id=entry.subject, account=entry.account, source=at(0), items=tuple(items))
+        partition = partition_of(account_root(entry.account), account_partitions)
+        key = entry_key(entry.subject, entry.first_seq, entry.epoch)
+        found.append(Tell(GATE_REQUESTS, partition, key, request))
+    found += [Tell(DEAD_LETTERS, 0, letter.source, _dead_letter(entry, letter)) for letter in letters]
+    return found
+
+
+def _gate_item(event: Any) -> GateItem | None:
+    make = _GATE_ITEMS.get(type(event))
+    return None if make is None else make(event)
+
+
+def _open(event: ev.RunStarted) -> GateItem:
+    return OpenRun(budget_micros=event.budget_micros, workflow=event.workflow, tags=event.tags)
+
+
+def _authorise_first(event: ev.StepReady) -> GateItem:
+    return Authorise(step_id=event.step_id, attempt=1, call=event.call)
+
+
+def _authorise_next(event: ev.AttemptRequested) -> GateItem:
+    return Authorise(step_id=event.step_id, attempt=event.attempt, call=event.call)
+
+
+def _resolve(event: ev.ApprovalResolved) -> GateItem | None:
+    if event.why != "policy":
+        return None  # the gate holds nothing: it was the run that asked
+    if not event.approved:
+        return Void(step_id=event.step_id, attempt=event.attempt)
+    return Approve(step_id=event.step_id, attempt=event.attempt, by=event.by, arguments_hash=event.arguments_hash)
+
+
+def _settle(event: ev.StepSucceeded) -> GateItem:
+    return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros)
+
+
+def _end(event: ev.AttemptEnded | ev.ResultIgnored) -> GateItem | None:
+    if event.outcome == "denied":
+        return None  # nothing was reserved
+    if event.outcome in _UNPAID and not event.actual_micros:
+        return Release(step_id=event.step_id, attempt=event.attempt, reason=event.outcome)
+    return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros)
+
+
+def _void(event: ev.StepCancelled) -> GateItem | None:
+    return Void(step_id=event.step_id, attempt=event.attempt) if event.attempt else None
+
+
+def _close(_: ev.RunFinished) -> GateItem:
+    return CloseRun()
+
+
+_GATE_ITEMS: Final[dict[type, Callable[[Any], GateItem | None]]] = {
+    ev.RunStarted: _open,
+    ev.StepReady: _authorise_first,
+    ev.AttemptRequested: _authorise_next,
+    ev.ApprovalResolved: _resolve,
+    ev.StepSucceeded: _settle,
+    ev.AttemptEnded: _end,
+    ev.ResultIgnored: _end,
+    ev.StepCancelled: _void,
+    ev.RunFinished: _close,
+}
+
+
+def _dead_letter(entry: Entry, event: ev.CommandRefused | ev.RunRefused) -> DeadLetter:
+    topic, partition, offset = event.source.rsplit(":", 2)
+    return DeadLetter(
+        topic=topic,
+        partition=int(partition),
+        offset=int(offset),
+        service="scheduler",
+        code=event.code,
+        reason=event.reason,
+        run_id=entry.subject,
+        original=event.original,
+        original_size=len(event.original),
+        original_key=b"",
+        headers={},
+        at_ms=entry.now_ms,
+    )

@@ -1,0 +1,336 @@
+"""An app: the functions that an executor offers, and the graphs made of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypedDict, TypeVar, Unpack, overload
+
+from tidegate.domain import canonical
+from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
+from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
+from tidegate.sdk.errors import AppError, GraphError
+from tidegate.sdk.graph import Graph
+
+DEFAULT_QUEUE: Final = "default"
+DEFAULT_TIMEOUT_S: Final = 30.0
+DEFAULT_AGENT_TIMEOUT_S: Final = 120.0
+DEFAULT_RETRIES: Final = 4
+
+F = TypeVar("F", bound=Callable[..., Any])
+Reference = str | Callable[..., Any]
+
+_name = re.compile(NAME_PATTERN)
+
+
+_DEFAULTS: Final[dict[str, Any]] = {
+    "retries": DEFAULT_RETRIES,
+    "backoff_s": 0.2,
+    "backoff_factor": 2.0,
+    "backoff_max_s": 60.0,
+    "idempotent": True,
+    "cost_micros": 0,
+}
+
+
+class Options(TypedDict, total=False):
+    """What `@tool` and `@step` may be given.
+
+    name: instead of the function's own. timeout_s: how long one attempt may take (30). retries: how often it may be repeated
+    after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
+    `backoff_max_s` (60). idempotent (True): if False, an attempt of unknown outcome is not repeated unless a human says so.
+    cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it; the app's if not given.
+    """
+
+    name: str
+    timeout_s: float
+    retries: int
+    backoff_s: float
+    backoff_factor: float
+    backoff_max_s: float
+    idempotent: bool
+    cost_micros: int
+    queue: str | None
+
+
+class AgentOptions(Options, total=False):
+    """What `@agent` may be given; `timeout_s` is 120 if not said.
+
+    tools: what it may call, functions or names. max_steps: bounds a run that names the agent alone (50).
+    """
+
+    tools: Sequence[Reference]
+    max_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How calls of a function are run. They are pinned into the definitions of the workflows that use it."""
+
+    queue: str
+    timeout_s: float
+    retries: int
+    backoff_s: float
+    backoff_factor: float
+    backoff_max_s: float
+    idempotent: bool
+    cost_micros: int
+
+    def to_definition(self) -> dict[str, Any]:
+        """Return the settings as a definition names them."""
+        return {
+            "queue": self.queue,
+            "timeout_ms": round(self.timeout_s * 1000),
+            "max_attempts": self.retries + 1,
+            "backoff_ms": round(self.backoff_s * 1000),
+            "backoff_factor": self.backoff_factor,
+            "backoff_max_ms": round(self.backoff_max_s * 1000),
+            "reserve_micros": self.cost_micros,
+            "idempotent": self.idempotent,
+        }
+
+
+class Function:
+    """A registered function. `tools`: what an agent may call, by name."""
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        call: Callable[..., Any],
+        settings: Settings,
+        *,
+        tools: tuple[str, ...] = (),
+        max_steps: int = DEFAULT_MAX_STEPS,
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.call = call
+        self.settings = settings
+        self.tools = tools
+        self.max_steps = max_steps
+        self.is_async = inspect.iscoroutinefunction(call) or (
+            not inspect.isroutine(call) and inspect.iscoroutinefunction(type(call).__call__)
+        )
+
+    @property
+    def label(self) -> str:
+        """Return `kind:name`, as registrations list it."""
+        return f"{self.kind}:{self.name}"
+
+    @functools.cached_property
+    def binder(self) -> Binder:
+        """Return what binds arguments to the signature; made late, when its module is complete. Raises AppError."""
+        try:
+            return Binder(self.kind, self.call)
+        except AppError as error:
+            raise AppError(f"{self.kind} {self.name!r}: {error}") from None
+
+    def to_definition(self) -> dict[str, Any]:
+        """Return the function as a definition pins it. Raises AppError if its signature cannot be used."""
+        definition: dict[str, Any] = {"kind": self.kind, **self.settings.to_definition()}
+        binder = self.binder
+        if self.kind == TOOL:
+            definition["description"] = inspect.getdoc(self.call) or ""
+            definition["parameters"] = binder.parameters()
+        if self.kind == AGENT:
+            definition["tools"] = list(self.tools)
+        return definition
+
+
+class App:
+    """A set of named functions and graphs, made once when its module is imported.
+
+    The decorators return the function unchanged, so it can be called directly, in a test for instance.
+    """
+
+    def __init__(self, name: str, *, queue: str = DEFAULT_QUEUE) -> None:
+        """`queue`: where functions run that name none. Raises AppError on a bad name."""
+        self.name = _checked_name("app", name)
+        self.queue = _checked_name("queue", queue)
+        self._functions: dict[str, Function] = {}
+        self._names: dict[int, str] = {}
+        self._graphs: list[Graph] = []
+
+    @overload
+    def tool(self, function: F, /) -> F: ...
+    @overload
+    def tool(self, /, **options: Unpack[Options]) -> Callable[[F], F]: ...
+    def tool(self, function: Any = None, /, **options: Any) -> Any:
+        """Register a function that agents may call; see `Options`.
+
+        Its arguments are checked against its signature; its docstring describes it to the model.
+        """
+        return self._decorate(TOOL, function, options)
+
+    @overload
+    def step(self, function: F, /) -> F: ...
+    @overload
+    def step(self, /, **options: Unpack[Options]) -> Callable[[F], F]: ...
+    def step(self, function: Any = None, /, **options: Any) -> Any:
+        """Register a function that nodes of graphs may run; see `Options`.
+
+        With one parameter it gets the node's whole input; with several the input must be an object of them.
+        """
+        return self._decorate(STEP, function, options)
+
+    @overload
+    def agent(self, function: F, /) -> F: ...
+    @overload
+    def agent(self, /, **options: Unpack[AgentOptions]) -> Callable[[F], F]: ...
+    def agent(self, function: Any = None, /, **options: Any) -> Any:
+        """Register a function State -> Plan; a returned value that is no Plan is its final output. See `AgentOptions`."""
+        return self._decorate(AGENT, function, options)
+
+    def _decorate(self, kind: str, function: F | None, options: dict[str, Any]) -> F | Callable[[F], F]:
+        tools = tuple(self._tool_name(tool) for tool in options.pop("tools", ()))
+        max_steps = options.pop("max_steps", DEFAULT_MAX_STEPS)
+
+        def register(call: F) -> F:
+            name = _checked_name(kind, options.get("name") or getattr(call, "__name__", ""))
+            given = {key: value for key, value in options.items() if key != "name" and value is not None}
+            settings = _settings(kind, name, {"queue": self.queue, **given})
+            self._add(Function(kind, name, call, settings, tools=tools, max_steps=max_steps))
+            return call
+
+        return register if function is None else register(function)
+
+    def _add(self, function: Function) -> None:
+        if function.name in self._functions:
+            there = self._functions[function.name]
+            raise AppError(
+                f"{function.kind} {function.name!r}: app {self.name!r} has a {there.kind} of that name already"
+            )
+        self._functions[function.name] = function
+        self._names[id(function.call)] = function.name
+
+    def _tool_name(self, tool: Reference) -> str:
+        name = tool if isinstance(tool, str) else self.name_of(tool)
+        if name is None:
+            raise AppError(f"{tool!r} is not a tool of app {self.name!r}: decorate it with @tool first")
+        return name
+
+    @property
+    def functions(self) -> Mapping[str, Function]:
+        """Return the registered functions by name."""
+        return self._functions
+
+    @property
+    def graphs(self) -> Sequence[Graph]:
+        """Return the graphs that belong to the app."""
+        return self._graphs
+
+    def name_of(self, call: Callable[..., Any]) -> str | None:
+        """Return the name under which a function is registered here, None if it is not."""
+        return self._names.get(id(call))
+
+    def graph(self, name: str, version: str = "1", *, max_steps: int = DEFAULT_MAX_STEPS) -> Graph:
+        """Begin a graph of this app."""
+        return self.add(Graph(name, version, max_steps=max_steps))
+
+    def add(self, graph: Graph) -> Graph:
+        """Make a graph belong to this app, so that it is published with it."""
+        self._graphs.append(graph)
+        return graph
+
+    def check(self) -> None:
+        """Look at the signatures of all functions. Raises AppError naming every one that cannot be used."""
+        found = []
+        for function in self._functions.values():
+            try:
+                function.to_definition()
+            except AppError as error:
+                found.append(str(error))
+        if found:
+            raise AppError("\n".join(found))
+
+    def definition(self, graph: Graph) -> dict[str, Any]:
+        """Return the graph's definition, functions included. Raises GraphError listing all that is wrong with it."""
+        definition, problems = graph.to_definition(self._resolve)
+        definition["functions"] = self._pinned(node["function"] for node in definition["nodes"].values())
+        problems += validate_definition(definition)
+        if problems:
+            raise GraphError(graph.label, problems)
+        return definition
+
+    def agent_definition(self, agent: str) -> dict[str, Any]:
+        """Return the implicit workflow of an agent: one node, so that a run can name the agent alone.
+
+        Its version is made of its content: a changed agent is another version of it. Raises GraphError, AppError.
+        """
+        function = self._functions.get(agent)
+        if function is None or function.kind != AGENT:
+            raise AppError(f"app {self.name!r} has no agent {agent!r}")
+        definition: dict[str, Any] = {
+            "name": f"{AGENT_PREFIX}{agent}",
+            "nodes": {agent: {"kind": AGENT, "function": agent}},
+            "edges": [],
+            "max_steps": function.max_steps,
+            "functions": self._pinned([agent]),
+        }
+        definition["version"] = canonical.digest(canonical.dumps(definition))[:12]
+        problems = validate_definition(definition)
+        if problems:
+            raise GraphError(definition["name"], problems)
+        return definition
+
+    def definitions(self) -> list[dict[str, Any]]:
+        """Return the definitions of all graphs, and of every agent alone. Raises GraphError, AppError."""
+        agents = [function.name for function in self._functions.values() if function.kind == AGENT]
+        return [*map(self.definition, self._graphs), *map(self.agent_definition, agents)]
+
+    def _resolve(self, reference: Reference) -> tuple[str, str] | None:
+        """Return (kind, name) of a function; None if a callable is not registered. An unknown name counts as a step."""
+        name = reference if isinstance(reference, str) else self.name_of(reference)
+        if name is None:
+            return None
+        function = self._functions.get(name)
+        return (AGENT if function is not None and function.kind == AGENT else STEP), name
+
+    def _pinned(self, names: Any) -> dict[str, Any]:
+        used = {name: self._functions[name] for name in names if name in self._functions}
+        for function in list(used.values()):
+            used |= {tool: self._functions[tool] for tool in function.tools if tool in self._functions}
+        return {name: used[name].to_definition() for name in sorted(used)}
+
+
+def _checked_name(what: str, name: str) -> str:
+    if not isinstance(name, str) or not _name.match(name):
+        raise AppError(f"{what} name {name!r}: a letter or underscore, then letters, digits, _ . or -, at most 64")
+    return name
+
+
+def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
+    defaults = {**_DEFAULTS, "timeout_s": DEFAULT_AGENT_TIMEOUT_S if kind == AGENT else DEFAULT_TIMEOUT_S}
+    settings = Settings(**{**defaults, **options})
+    problems = [
+        text
+        for wrong, text in (
+            (not settings.timeout_s >= 0.001, "timeout_s must be at least 0.001"),
+            (not settings.retries >= 0, "retries must be at least 0"),
+            (not settings.backoff_s >= 0.001, "backoff_s must be at least 0.001"),
+            (not settings.backoff_factor >= 1, "backoff_factor must be at least 1"),
+            (not settings.backoff_max_s >= settings.backoff_s, "backoff_max_s must be at least backoff_s"),
+            (not settings.cost_micros >= 0, "cost_micros must be at least 0"),
+        )
+        if wrong
+    ]
+    if problems:
+        raise AppError(f"{kind} {name!r}: {'; '.join(problems)}")
+    _checked_name("queue", settings.queue)
+    return settings
+
+
+def functions_of(app: App) -> list[str]:
+    """Return what an executor of the app offers, as `kind:name`."""
+    return sorted(function.label for function in app.functions.values())
+
+
+default_app: Final = App("default")
+tool = default_app.tool
+step = default_app.step
+agent = default_app.agent

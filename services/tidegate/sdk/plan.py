@@ -1,0 +1,113 @@
+"""What an agent sees and what it answers: State in, Plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidegate.sdk import json_form
+from tidegate.sdk.errors import NotJsonError
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """An agent's wish to have a tool called. `id` is for the model's book-keeping: it may be empty or repeated."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An agent's answer to a State.
+
+    The tool calls run in parallel, and the agent is asked again with what came out of them. Without tool calls and
+    without `final=False` the plan is final: the agent's output is `output`, or `content` if that is None.
+    cost_micros: what making the plan cost, in micro-dollars; None if the declared cost is to count. usage: tokens by
+    name.
+    """
+
+    content: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    final: bool | None = None
+    output: Any = None
+    cost_micros: int | None = None
+    usage: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as it is recorded. Raises NotJsonError."""
+        if self.final not in (None, True, False):
+            raise NotJsonError(f"final: True, False or None, not {self.final!r:.80}; the answer belongs into `output`")
+        return {
+            "content": json_form.to_json(self.content, "content"),
+            "tool_calls": [
+                {
+                    "id": json_form.to_json(call.id, f"tool_calls[{index}].id"),
+                    "name": json_form.to_json(call.name, f"tool_calls[{index}].name"),
+                    "arguments": json_form.to_json(call.arguments, f"tool_calls[{index}].arguments"),
+                }
+                for index, call in enumerate(self.tool_calls)
+            ],
+            "final": self.final,
+            "output": json_form.to_json(self.output),
+        }
+
+
+def plan_of(returned: Any) -> Plan:
+    """Return what an agent function returned as a Plan: any other value is its final output."""
+    return returned if isinstance(returned, Plan) else Plan(final=True, output=returned)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A tool call of an earlier turn and what came of it: `output` if `ok`, else `error`."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+    ok: bool
+    output: Any
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An earlier plan of this agent, with the outcome of its tool calls."""
+
+    content: str
+    calls: tuple[Observation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What an agent is asked with. `input` is the node's input, `turn` counts from 1, `history` holds the turns before."""
+
+    input: Any
+    turn: int = 1
+    history: tuple[Turn, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> State:
+        """Make a State of its recorded form. Raises KeyError or TypeError if it is not one."""
+        return cls(
+            input=value["input"],
+            turn=value["turn"],
+            history=tuple(
+                Turn(turn["content"], tuple(Observation(**call) for call in turn["calls"])) for turn in value["history"]
+            ),
+        )
+
+    def observations(self, name: str | None = None) -> list[Observation]:
+        """Return what all earlier tool calls, or those of one tool, brought; oldest first."""
+        return [call for turn in self.history for call in turn.calls if name is None or call.name == name]
+
+    def last(self, name: str | None = None) -> Observation | None:
+        """Return the latest observation, or the latest of one tool; None if there is none."""
+        found = self.observations(name)
+        return found[-1] if found else None
+
+    def output_of(self, name: str, default: Any = None) -> Any:
+        """Return the output of the latest successful call of a tool, or `default`."""
+        return next((call.output for call in reversed(self.observations(name)) if call.ok), default)

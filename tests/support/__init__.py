@@ -1,0 +1,1 @@
+"""Shared by tests; no part of the product."""
