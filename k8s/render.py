@@ -64,9 +64,8 @@ def kafka_topics(queue_names: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield {
                 "apiVersion": "kafka.strimzi.io/v1",
                 "kind": "KafkaTopic",
-                "metadata": {"name": name.lower(), "labels": {"strimzi.io/cluster": KAFKA_CLUSTER}},
+                "metadata": {"name": name, "labels": {"strimzi.io/cluster": KAFKA_CLUSTER}},
                 "spec": {
-                    "topicName": name,
                     "partitions": PARTITIONS[topic["partition_group"]],
                     "replicas": REPLICATION_FACTOR,
                     "config": topic["config"] | {"min.insync.replicas": str(MIN_INSYNC_REPLICAS)},

@@ -1,12 +1,17 @@
 """The embedded broker: it starts, keeps its data, survives what happens to it, and goes when we go."""
 
+import hashlib
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -15,7 +20,10 @@ from confluent_kafka import KafkaException
 from support.brokers import Broker, create_topic, produce, read_all
 from tidegate.embedded.errors import JarsMismatchError, JarsUnavailableError
 from tidegate.embedded.jars import KAFKA_VERSION, LockedJar, kafka_jars, load_lock
+from tidegate.embedded.java import find_java
 from tidegate.embedded.kafka import EmbeddedKafka, EmbeddedKafkaError, default_cache_dir
+from tidegate.embedded.ports import choose_port
+from tidegate.embedded.startup_cache import train
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -33,6 +41,13 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for {what}"
         time.sleep(0.02)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """An orphan stays a zombie until the init process looks, and in a container nobody may look."""
+    with suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def test_a_record_comes_back(bootstrap: str, topic_prefix: str) -> None:
@@ -138,6 +153,7 @@ def test_a_restart_insists_on_its_port(own_kafka: OwnKafka, monkeypatch: pytest.
         broker.restart()
 
 
+@pytest.mark.kafka
 def test_a_bad_setting_is_shown_with_the_last_log_lines(tmp_path: Path) -> None:
     broker = EmbeddedKafka(tmp_path / "kafka", profile="quick", extra_config={"num.io.threads": "none"})
     with pytest.raises(EmbeddedKafkaError, match=r"num\.io\.threads"):
@@ -172,6 +188,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.kafka
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills the children of a killed parent")
 def test_a_killed_parent_takes_its_broker_along(parent: subprocess.Popen[str]) -> None:
     assert parent.stdout is not None
@@ -179,9 +196,10 @@ def test_a_killed_parent_takes_its_broker_along(parent: subprocess.Popen[str]) -
     time.sleep(0.2)
     assert broker.is_running(), "ended with the thread that started it"
     parent.kill()
-    broker.wait(WAIT_S)
+    wait_until(lambda: is_gone(broker), "the broker's end")
 
 
+@pytest.mark.kafka
 def test_ctrl_c_leaves_the_broker_to_its_owner(parent: subprocess.Popen[str]) -> None:
     assert parent.stdout is not None
     broker = psutil.Process(int(parent.stdout.readline()))
@@ -189,55 +207,163 @@ def test_ctrl_c_leaves_the_broker_to_its_owner(parent: subprocess.Popen[str]) ->
     assert os.getpgid(broker.pid) != os.getpgid(parent.pid)
 
 
-# The jars
+# The start-up cache
 
 
 @pytest.fixture
-def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine on which nothing was ever fetched and nothing can be; the empty cache directory."""
+def own_cache(kafka: Broker, tmp_path: Path) -> Path:
+    """A cache directory with the jars and nothing else. (The session's broker has fetched them.)"""
+    jars = Path(f"kafka-{KAFKA_VERSION}", "jars")
+    cache_dir = tmp_path / "cache"
+    (cache_dir / jars).mkdir(parents=True)
+    for jar in kafka_jars(default_cache_dir()):
+        (cache_dir / jars / jar.name).symlink_to(jar)
+    return cache_dir
+
+
+def test_the_start_up_cache_is_made_once_by_one_of_many(own_cache: Path, tmp_path: Path) -> None:
+    java = find_java(kafka_jars(own_cache), "quick", own_cache / "aot")
+    with ThreadPoolExecutor() as pool:
+        work = (own_cache / "training", tmp_path / "checkpoint")
+        made = list(pool.map(lambda _: train(java, *work, idle=False), range(3)))
+    assert sorted(made) == [False, False, True]
+    assert [path.name for path in (own_cache / "aot").iterdir()] == [java.aot_cache.name]
+    assert not work[0].exists()
+    with EmbeddedKafka(tmp_path / "kafka", cache_dir=own_cache, profile="quick") as broker:
+        assert broker.pid is not None
+        assert f"-XX:AOTCache={java.aot_cache}" in psutil.Process(broker.pid).cmdline()
+    # Java did not refuse it.
+    assert java.aot_cache.exists()
+
+
+def test_a_damaged_start_up_cache_does_not_prevent_a_start(own_cache: Path, tmp_path: Path) -> None:
+    java = find_java(kafka_jars(own_cache), "quick", own_cache / "aot")
+    java.aot_cache.parent.mkdir()
+    java.aot_cache.write_bytes(b"damaged")
+    with EmbeddedKafka(tmp_path / "kafka", cache_dir=own_cache, profile="quick", startup_cache="off"):
+        assert not java.aot_cache.exists()
+
+
+# The jars
+
+
+class Repository(ThreadingHTTPServer):
+    """A Maven repository on the loopback interface that serves what a test puts into it, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), RepositoryHandler)
+        self.files: dict[str, bytes] = {}
+        self.served: list[str] = []
+
+    def add(self, name: str, content: bytes, *, locked: bytes | None = None) -> LockedJar:
+        jar = LockedJar("org.example", name, "1.0", sha256=hashlib.sha256(locked or content).hexdigest())
+        self.files[f"/{jar.repository_path}"] = content
+        return jar
+
+
+class RepositoryHandler(BaseHTTPRequestHandler):
+    server: Repository
+
+    def do_GET(self) -> None:
+        content = self.server.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if content is not None:
+            self.server.served.append(self.path)
+            time.sleep(0.05)
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
+    """The only Maven repository that this machine reaches, as its user has configured it."""
+    with Repository() as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        use_repository(server.server_port, tmp_path, monkeypatch)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing was ever fetched and nothing can be."""
+    use_repository(choose_port(), tmp_path, monkeypatch)
+
+
+def use_repository(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "jgo.conf"
-    config.write_text("[repositories]\ncentral = http://127.0.0.1:9/maven\n")
+    config.write_text(f"[repositories]\ncentral = http://127.0.0.1:{port}\n")
     monkeypatch.setenv("JGO_CONFIG_FILE", str(config))
-    monkeypatch.setenv("M2_REPO", str(tmp_path / "repository"))
-    return tmp_path / "cache"
+    monkeypatch.setenv("M2_REPO", str(tmp_path / "local"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def test_without_network_it_says_what_is_missing_and_what_to_do(no_network: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_network")
+def test_without_network_it_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(EmbeddedKafkaError) as failure:
-        EmbeddedKafka(tmp_path / "kafka", cache_dir=no_network).start()
+        EmbeddedKafka(tmp_path / "kafka", cache_dir=tmp_path / "cache").start()
     message = str(failure.value)
     assert isinstance(failure.value, JarsUnavailableError)
     assert all(jar.coordinate in message for jar in load_lock())
+    assert "Connection refused" in message
     assert "mvn dependency:get" in message
     assert "jgo.conf" in message
 
 
-def test_the_cache_alone_suffices(no_network: Path, kafka: Broker) -> None:
+@pytest.mark.usefixtures("no_network", "kafka")
+def test_the_cache_alone_suffices() -> None:
+    assert len(kafka_jars(default_cache_dir())) == len(load_lock())
+
+
+def test_the_lock_is_one_kafka_that_can_log() -> None:
     lock = load_lock()
-    assert len(kafka_jars(default_cache_dir())) == len(lock)
-    assert f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}" in {jar.coordinate for jar in lock}
-    # One Kafka, and the binding without which it logs nothing.
-    assert {jar.version for jar in lock if jar.artifact == "kafka-clients"} == {KAFKA_VERSION}
-    assert any(jar.artifact == "log4j-slf4j-impl" for jar in lock)
+    assert {jar.version for jar in lock if jar.group == "org.apache.kafka"} == {KAFKA_VERSION}
+    assert {"kafka_2.13", "kafka-clients", "log4j-core", "log4j-slf4j-impl"} <= {jar.artifact for jar in lock}
 
 
-def test_a_jar_of_the_local_maven_repository_is_used_if_it_is_the_right_one(no_network: Path, tmp_path: Path) -> None:
-    jar = LockedJar(
-        "org.example", "thing", "1.0", sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
-    path = tmp_path / "repository" / jar.repository_path
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"abc")
-    assert [found.read_bytes() for found in kafka_jars(no_network, lock=[jar])] == [b"abc"]
-    path.write_bytes(b"abd")
-    with pytest.raises(JarsUnavailableError, match=r"org\.example:thing:1\.0"):
-        kafka_jars(no_network / "other", lock=[jar])
+def test_two_processes_fetch_each_jar_once(repository: Repository, tmp_path: Path) -> None:
+    lock = [repository.add(f"jar-{index}", f"content {index}".encode()) for index in range(8)]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda _: kafka_jars(tmp_path, lock=lock), range(2)))
+    assert results[0] == results[1]
+    assert [path.read_text() for path in results[0]] == [f"content {index}" for index in range(8)]
+    assert len(repository.served) == 8
+    assert len(list(results[0][0].parent.iterdir())) == 8
 
 
-def test_a_changed_jar_is_refused(kafka: Broker, tmp_path: Path) -> None:
-    jar = load_lock()[0]
-    directory = tmp_path / f"kafka-{KAFKA_VERSION}" / "jars"
-    directory.mkdir(parents=True)
-    (directory / jar.filename).write_bytes(b"not a jar")
-    with pytest.raises(JarsMismatchError, match=f"{jar.filename}.*{jar.sha256}"):
-        EmbeddedKafka(tmp_path / "kafka", cache_dir=tmp_path).start()
+def test_what_the_repository_lacks_is_named(repository: Repository, tmp_path: Path) -> None:
+    there, gone = repository.add("there", b"1"), repository.add("gone", b"2")
+    del repository.files[f"/{gone.repository_path}"]
+    with pytest.raises(JarsUnavailableError) as failure:
+        kafka_jars(tmp_path, lock=[there, gone])
+    assert gone.coordinate in str(failure.value)
+    assert there.coordinate not in str(failure.value)
+
+
+def test_a_repository_that_serves_another_jar_is_not_believed(repository: Repository, tmp_path: Path) -> None:
+    jar = repository.add("changed", b"evil", locked=b"good")
+    with pytest.raises(JarsMismatchError, match=f"repository serves as {jar.coordinate}"):
+        kafka_jars(tmp_path, lock=[jar])
+    assert not any(tmp_path.rglob(jar.filename))
+
+
+def test_a_jar_that_changed_in_the_cache_is_refused(repository: Repository, tmp_path: Path) -> None:
+    jar = repository.add("thing", b"good")
+    [path] = kafka_jars(tmp_path, lock=[jar])
+    path.write_bytes(b"evil")
+    with pytest.raises(JarsMismatchError, match=f"{path} is not the released {jar.coordinate}.*{jar.sha256}"):
+        kafka_jars(tmp_path, lock=[jar])
+
+
+def test_the_local_maven_repository_comes_first_if_its_jar_is_right(repository: Repository, tmp_path: Path) -> None:
+    jars = [repository.add("right", b"right"), repository.add("partial", b"partial")]
+    for jar, content in zip(jars, (b"right", b"part"), strict=True):
+        path = tmp_path / "local" / jar.repository_path
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    assert [path.read_bytes() for path in kafka_jars(tmp_path, lock=jars)] == [b"right", b"partial"]
+    assert repository.served == [f"/{jars[1].repository_path}"]

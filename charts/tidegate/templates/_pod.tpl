@@ -45,8 +45,9 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 The spec of a pod, restricted as the Pod Security Standard of that name demands, and with a read-only root file system.
 Argument: dict root, component, args (of the command `tidegate`), and optionally
   service    values of the service: env, envFromSecrets, image, resources, terminationGracePeriodSeconds
+  grace      seconds, instead of the service's terminationGracePeriodSeconds
   stateful   true for a pod of a StatefulSet
-  clickhouse true if the pod gets the address of ClickHouse
+  variables  list of entries for the container's environment
   data       name of the volume to be mounted at /var/lib/tidegate
   volumes    list of volumes besides /tmp
   once       true for a pod that ends by itself
@@ -68,7 +69,7 @@ imagePullSecrets:
 {{- if .once }}
 restartPolicy: Never
 {{- else }}
-terminationGracePeriodSeconds: {{ $service.terminationGracePeriodSeconds | int }}
+terminationGracePeriodSeconds: {{ .grace | default $service.terminationGracePeriodSeconds | int }}
 topologySpreadConstraints:
   {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
   - maxSkew: 1
@@ -136,7 +137,7 @@ volumes:
   {{- end }}
 {{- end }}
 
-{{/* Environment of the container of `tidegate.pod`, which see. Later ones win over earlier ones. */}}
+{{/* Environment of the container of `tidegate.pod`, which see. A service's `env` wins over the `env` of all. */}}
 {{- define "tidegate.env" -}}
 {{- $values := .root.Values -}}
 - name: HOME
@@ -172,13 +173,8 @@ volumes:
 - name: TIDEGATE_STATEFUL_POD
   value: $(POD_NAMESPACE)/$(POD_NAME)
 {{- end }}
-{{- if .clickhouse }}
-- name: TIDEGATE_CLICKHOUSE_URL
-  {{- if $values.clickhouse.existingSecret }}
-  valueFrom: {secretKeyRef: {name: {{ $values.clickhouse.existingSecret }}, key: {{ $values.clickhouse.key }}}}
-  {{- else }}
-  value: chdb:////var/lib/tidegate/clickhouse
-  {{- end }}
+{{- with .variables }}
+{{ toYaml . }}
 {{- end }}
 {{- range $name, $value := merge (dict) ((.service | default dict).env | default dict) $values.env }}
 - name: {{ $name }}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
-# name -> (module attribute, help line). The attribute is a typer app: a group if it has several commands.
+# name -> (module attribute, help line). The attribute is a typer app, or a service's `main` that returns the exit code.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "dev": ("tidegate.cli.dev:app", "Start Kafka, ClickHouse and all services here, for development."),
     "demo": ("tidegate.cli.demo:app", "Refund demo: an executor is killed in the middle, the customer is paid once."),
@@ -20,11 +21,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
     "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
     "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),
-    "scheduler": ("tidegate.cli.services:scheduler", "Run the scheduler service."),
-    "gate": ("tidegate.cli.services:gate", "Run the gate service (policy, budget, placement)."),
+    "scheduler": ("tidegate.scheduler.__main__:main", "Run the scheduler service."),
+    "gate": ("tidegate.gate.__main__:main", "Run the gate service (policy, budget, placement)."),
     "executor": ("tidegate.executor.__main__:app", "Run an executor of an app's functions."),
-    "projection": ("tidegate.cli.services:projection", "Run the projection into ClickHouse."),
-    "gateway": ("tidegate.cli.services:gateway", "Run the live view of runs."),
+    "projection": ("tidegate.projection.__main__:main", "Run the projection into ClickHouse."),
+    "gateway": ("tidegate.gate.__main__:mainway", "Run the live view of runs."),
     "kafka": ("tidegate.cli.kafka:app", "Run an embedded Apache Kafka in the foreground."),
 }
 
@@ -41,7 +42,8 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command = typer.main.get_command(getattr(importlib.import_module(module_name), attribute))
+        found = getattr(importlib.import_module(module_name), attribute)
+        command = typer.main.get_command(found if isinstance(found, typer.Typer) else _service(found))
         command.name = cmd_name
         return command
 
@@ -49,10 +51,25 @@ class LazyGroup(TyperGroup):
         """Print the overview without importing any subcommand."""
         lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
         typer.echo(f"Usage: {ctx.command_path} COMMAND [ARGS]...\n\n{self.help}\n\nCommands:\n" + "\n".join(lines))
-        typer.echo("\n`tidegate COMMAND --help` tells more. Settings are environment variables that start with TIDEGATE_.")
+        typer.echo(
+            "\n`tidegate COMMAND --help` tells more. Settings are environment variables that start with TIDEGATE_."
+        )
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+def _service(main_function: Callable[[], int]) -> typer.Typer:
+    """Wrap a service's `main` as a command without options: services are configured by environment variables."""
+    wrapped = typer.Typer(add_completion=False)
+
+    @wrapped.command(help=main_function.__doc__)
+    def run() -> None:
+        raise typer.Exit(main_function())
+
+    return wrapped
+
+
+app = typer.Typer(
+    cls=LazyGroup, add_completion=False, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,7 +80,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Run AI agents on Kafka: deterministic, governed, resumable and replayable."""
 

@@ -59,6 +59,8 @@ BROKER_CONFIG: dict[str, str] = {
 
 LOG4J_CONFIG = """\
 status = warn
+# Otherwise log4j stops as soon as the process is asked to end, and how Kafka ends is not logged.
+shutdownHook = disable
 appender.file.type = RollingFile
 appender.file.name = file
 appender.file.fileName = {log_path}

@@ -21,9 +21,11 @@ FORMAT_TIMEOUT_S = 60.0
 FORMAT_HEAP_MB = 128
 PROBE_INTERVAL_S = 0.02
 METADATA_TIMEOUT_S = 2.0
+CACHE_REFUSED = "error has occurred while processing the AOT cache"
 
+PORT_TAKEN = "Address already in use"
 HINTS = {
-    "Address already in use": "Another process took the port at the same moment: start again.",
+    PORT_TAKEN: "Another process took the port at the same moment: start again.",
     "No space left on device": "The disk is full: make room, or choose another data directory.",
     "OutOfMemoryError": "The broker ran out of memory: give it more with heap_mb.",
     "INCONSISTENT_CLUSTER_ID": "The data directory mixes files of two brokers: remove it if its data is not needed.",
@@ -32,22 +34,22 @@ HINTS = {
 
 
 class BrokerStartError(EmbeddedKafkaError):
-    """The process ended, or did not answer in time. Knows what the caller needs to decide on another try."""
+    """The process ended, or did not answer in time. `may_pass` says whether another try could fare better."""
 
-    def __init__(self, message: str, *, port_was_taken: bool, java_failed: bool) -> None:
+    def __init__(self, message: str, *, may_pass: bool) -> None:
         super().__init__(message)
-        self.port_was_taken = port_was_taken
-        self.java_failed = java_failed
+        self.may_pass = may_pass
 
 
 class BrokerProcess:
     """A broker that was launched. It is killed with us, and Ctrl-C in our terminal does not reach it."""
 
-    def __init__(self, child: Child, files: BrokerFiles, port: int, log_start: int) -> None:
+    def __init__(self, child: Child, files: BrokerFiles, port: int, log_start: int, aot_cache: Path | None) -> None:
         self._child = child
         self._files = files
         self._port = port
         self._log_start = log_start
+        self._aot_cache = aot_cache
 
     @classmethod
     def launch(
@@ -61,13 +63,19 @@ class BrokerProcess:
         idle: bool = False,
     ) -> Self:
         """Start the process on files that are configured and formatted. Does not wait for it to answer."""
+        aot_cache = java.aot_cache if record_to is None and java.aot_cache.exists() else None
         command = java.command(
-            BROKER_CLASS, [str(files.config)], heap_mb=heap_mb, log4j_config=files.log4j_config, record_to=record_to
+            BROKER_CLASS,
+            [str(files.config)],
+            heap_mb=heap_mb,
+            log4j_config=files.log4j_config,
+            aot_cache=aot_cache,
+            record_to=record_to,
         )
         log_start = files.log.stat().st_size if files.log.exists() else 0
         with files.output.open("wb") as output:
             child = spawn(command, output=output, idle=idle)
-        return cls(child, files, port, log_start)
+        return cls(child, files, port, log_start, aot_cache)
 
     @property
     def pid(self) -> int:
@@ -86,6 +94,7 @@ class BrokerProcess:
                 if client is None and _accepts_connections(self._port):
                     client = _client(self._port)
                 if client is not None and _answers_metadata(client):
+                    self._drop_refused_cache()
                     return
                 if time.monotonic() > deadline:
                     raise self._start_error(f"did not answer within {timeout_s:.0f} s")
@@ -111,23 +120,28 @@ class BrokerProcess:
         self._child.kill()
         self._child.wait()
 
+    def _drop_refused_cache(self) -> None:
+        """Remove the start-up cache if Java said that it went on without: another one will be made."""
+        if self._aot_cache is not None and any(CACHE_REFUSED in line for line in self._files.output_lines()):
+            self._aot_cache.unlink(missing_ok=True)
+
     def _start_error(self, what: str) -> BrokerStartError:
         logged = self._files.log_lines(since=self._log_start)
         printed = self._files.output_lines()
         text = "\n".join((*logged, *printed))
-        hints = [hint for sign, hint in HINTS.items() if sign in text]
-        message = "\n".join(
-            (
-                f"The embedded Kafka (127.0.0.1:{self._port}) {what}.",
-                *hints,
-                f"The last lines of {self._files.log} and {self._files.output}:",
-                *(f"  {line}" for line in (*logged, *printed) or ["(nothing was logged)"]),
-            )
-        )
+        may_pass = PORT_TAKEN in text
         crashed = (self._child.poll() or 0) < 0
-        return BrokerStartError(
-            message, port_was_taken="Address already in use" in text, java_failed=crashed or not logged
+        if self._aot_cache is not None and (crashed or not logged):
+            # Java itself failed, and not Kafka. A damaged cache can do that, so the next try does without.
+            self._aot_cache.unlink(missing_ok=True)
+            may_pass = True
+        message = (
+            f"The embedded Kafka ({LOOPBACK}:{self._port}) {what}.",
+            *(hint for sign, hint in HINTS.items() if sign in text),
+            f"The last lines of {self._files.log} and {self._files.output}:",
+            *(f"  {line}" for line in (*logged, *printed) or ["(nothing was logged)"]),
         )
+        return BrokerStartError("\n".join(message), may_pass=may_pass)
 
 
 def format_if_needed(java: Java, files: BrokerFiles, checkpoint_path: Path) -> None:

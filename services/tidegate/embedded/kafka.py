@@ -137,20 +137,15 @@ class EmbeddedKafka:
         for tries_left in reversed(range(START_TRIES)):
             port = self._claim_port(choose)
             format_if_needed(java, self._files, self._checkpoint_path)
-            cached = java.aot_cache.exists()
             self._on_progress(f"Starting Apache Kafka {KAFKA_VERSION} on {self.bootstrap}")
             self._broker = BrokerProcess.launch(java, self._files, port, heap_mb=self._heap_mb)
             try:
                 self._broker.wait_ready(self._start_timeout_s)
-            except BrokerStartError as error:
-                if not tries_left or not (error.port_was_taken or (cached and error.java_failed)):
-                    raise
-                if error.java_failed:
-                    # The virtual machine checks a cache and goes on without an unfit one; this one it choked on.
-                    java.aot_cache.unlink(missing_ok=True)
-                self._on_progress("Kafka did not start: trying once more")
-            else:
                 break
+            except BrokerStartError as error:
+                if not tries_left or not error.may_pass:
+                    raise
+                self._on_progress("Kafka did not start: trying once more")
         if self._startup_cache == "background":
             startup_cache.train_in_background(java, self._training_dir, self._checkpoint_path)
 

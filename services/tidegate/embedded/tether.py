@@ -17,7 +17,7 @@ def die_with_parent(parent_pid: int) -> None:
     The wish survives exec. Elsewhere than on Linux there is no such thing: there the children of a killed parent stay.
     """
     if sys.platform == "linux":
-        import ctypes  # noqa: PLC0415 - only here, and it may be missing from a minimal Python
+        import ctypes  # noqa: PLC0415 - needed nowhere else
 
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:

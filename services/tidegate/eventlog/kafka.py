@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection
 from confluent_kafka import TopicPartition as KafkaPartition
@@ -48,10 +48,13 @@ IDLE_READERS_KEPT = 4
 
 REQUEST_TIMEOUT_S = 30.0
 READ_SILENCE_S = 60.0
+ASK_AGAIN_S = 0.05
 FULL_BUFFER_POLL_S = 0.1
 FIRST_CONTACT_S = 2.0
-# While messages are waited for, the group is served so often: bounds how late a rebalance is answered.
-GROUP_SERVE_INTERVAL_S = 0.05
+# While messages are waited for, the group is served so often, which bounds how late a rebalance is answered: more often
+# while we wait for our partitions.
+SETTLED_SERVE_INTERVAL_S = 0.05
+JOINING_SERVE_INTERVAL_S = 0.005
 
 _UNKNOWN_TOPIC = frozenset(
     {
@@ -79,9 +82,18 @@ _PASSING = frozenset(
         KafkaError._WAIT_COORD,
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
         KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.KAFKA_STORAGE_ERROR,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NETWORK_EXCEPTION,
         KafkaError.NOT_COORDINATOR,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
     }
 )
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _client_log = logging.getLogger(f"{__name__}.client")
@@ -140,7 +152,10 @@ class KafkaBroker:
             yield from reader.until(stop)
 
     def offsets(self, topic: str, partition: int) -> Offsets:
-        """Return the partition's first and next offset. Blocks for a round trip. Raises UnknownTopicError."""
+        """Return the partition's first and next offset. Blocks for a round trip. Raises UnknownTopicError.
+
+        The end is that of readers: while a transaction of somebody else's is open, where it began.
+        """
         with self._borrowed_reader() as reader:
             return reader.offsets(topic, partition)
 
@@ -206,7 +221,7 @@ class KafkaWriter:
                 "enable.gapless.guarantee": True,
                 "message.timeout.ms": 0,
                 "linger.ms": 0,
-                "compression.type": "none",
+                "compression.type": settings.compression,
                 "message.max.bytes": MAX_REQUEST_BYTES,
                 "queue.buffering.max.messages": MAX_UNACKED_RECORDS,
                 "queue.buffering.max.kbytes": MAX_UNACKED_KIB,
@@ -327,7 +342,7 @@ class KafkaInbox:
             left_s = max(0.0, deadline - time.monotonic())
             if self._reader.is_reading:
                 self._member.serve(0)
-                wait_s = 0.0 if self._member.has_changes else min(left_s, GROUP_SERVE_INTERVAL_S)
+                wait_s = 0.0 if self._member.has_changes else min(left_s, self._member.serve_interval_s)
                 messages = self._reader.poll(max_messages, wait_s)
             else:
                 self._member.serve(left_s)
@@ -394,6 +409,7 @@ class _Member:
         self._reported: frozenset[int] = frozenset()  # what the last `take_changes` left its caller with
         self._lost: frozenset[int] = frozenset()  # taken at some moment since
         self._failure: EventLogError | None = None
+        self._is_settled = False
         self._consumer = Consumer(
             {
                 **settings.client_config(),
@@ -416,6 +432,10 @@ class _Member:
         self._consumer.subscribe(
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
         )
+
+    @property
+    def serve_interval_s(self) -> float:
+        return SETTLED_SERVE_INTERVAL_S if self._is_settled else JOINING_SERVE_INTERVAL_S
 
     @property
     def has_changes(self) -> bool:
@@ -459,6 +479,7 @@ class _Member:
     def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         # An empty assignment is the answer that the group waits for, and keeps this client from fetching anything.
         consumer.assign([])
+        self._is_settled = True
         self._owned = frozenset(p.partition for p in partitions if p.topic == self._topic)
 
     def _on_revoke(self, consumer: Consumer, _partitions: list[KafkaPartition]) -> None:
@@ -474,6 +495,7 @@ class _Member:
     def _lose_all(self) -> None:
         lost, self._owned = self._owned, frozenset()
         self._lost |= lost
+        self._is_settled = False
         self.on_loss(lost)
 
 
@@ -585,9 +607,7 @@ class _Reader:
 
     def offsets(self, topic: str, partition: int) -> Offsets:
         physical = KafkaPartition(self._prefix + topic, partition)
-        with _as_log_errors():
-            start, end = self._consumer.get_watermark_offsets(physical, timeout=REQUEST_TIMEOUT_S)
-        return Offsets(start, end)
+        return Offsets(*_patiently(lambda: self._consumer.get_watermark_offsets(physical, REQUEST_TIMEOUT_S)))
 
     def close(self) -> None:
         with suppress(KafkaException, RuntimeError):
@@ -596,15 +616,19 @@ class _Reader:
     def _check_existence(self, partitions: Iterable[TopicPartition]) -> None:
         """Raise UnknownTopicError, because the client would wait for ever for a topic or partition that is not there."""
         for topic in {at.topic for at in partitions if at not in self._existing}:
-            with _as_log_errors():
-                metadata = self._consumer.list_topics(self._prefix + topic, timeout=REQUEST_TIMEOUT_S)
-            for described in metadata.topics.values():
-                if described.error is not None:
-                    raise _log_error(described.error, f"{topic}: ")
-                self._existing.update(TopicPartition(topic, partition) for partition in described.partitions)
+            self._existing.update(TopicPartition(topic, partition) for partition in self._partitions(topic))
         for at in partitions:
             if at not in self._existing:
                 raise UnknownTopicError(f"{at.topic} has no partition {at.partition}")
+
+    def _partitions(self, topic: str) -> list[int]:
+        def ask() -> list[int]:
+            described = self._consumer.list_topics(self._prefix + topic, REQUEST_TIMEOUT_S).topics[self._prefix + topic]
+            if described.error is not None:
+                raise KafkaException(described.error)
+            return list(described.partitions)
+
+        return _patiently(ask)
 
     def _physical(self, positions: Mapping[TopicPartition, int]) -> list[KafkaPartition]:
         return [KafkaPartition(self._prefix + at.topic, at.partition, offset) for at, offset in positions.items()]
@@ -658,6 +682,18 @@ def _log_error(error: KafkaError, where: str = "") -> EventLogError:
     if error.code() in _OUT_OF_RANGE:
         return OffsetOutOfRangeError(text)
     return EventLogError(text)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Ask until there is an answer: leaders move, and a topic made a moment ago has none yet. Blocks, but not for ever."""
+    deadline = time.monotonic() + REQUEST_TIMEOUT_S
+    while True:
+        try:
+            return ask()
+        except KafkaException as error:
+            if error.args[0].code() not in _PASSING or time.monotonic() > deadline:
+                raise _log_error(error.args[0]) from error
+        time.sleep(ASK_AGAIN_S)
 
 
 @contextmanager

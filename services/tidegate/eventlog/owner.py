@@ -66,14 +66,33 @@ class Tell(NamedTuple):
 class Machine(Protocol):
     """A service's own part. `decide` and `due` look at the state and mutate nothing; `apply` alone changes it."""
 
-    service: str
-    entry_kind: str
-    log_topic: str
-    lead_topic: str
-    other_topics: tuple[str, ...]
-    table_topics: tuple[str, ...]
-    marked_topics: dict[str, str]
-    """Input topic -> the log whose tells it carries: those are deduplicated by position (rule 7)."""
+    @property
+    def service(self) -> str:
+        """Return the service's name."""
+
+    @property
+    def entry_kind(self) -> str:
+        """Return the schema of the log's entries: `RunEntry` or `LedgerEntry`."""
+
+    @property
+    def log_topic(self) -> str:
+        """Return the topic of the log."""
+
+    @property
+    def lead_topic(self) -> str:
+        """Return the input topic by whose partitions ownership is given."""
+
+    @property
+    def other_topics(self) -> tuple[str, ...]:
+        """Return the input topics that are read along with the lead topic, by the same partition numbers."""
+
+    @property
+    def table_topics(self) -> tuple[str, ...]:
+        """Return the global tables that decisions look at."""
+
+    @property
+    def marked_topics(self) -> dict[str, str]:
+        """Return input topic -> the log whose tells it carries: those are deduplicated by position (rule 7)."""
 
     def new_state(self, partition: int) -> Any:
         """Return the state of a log partition that holds nothing yet."""

@@ -61,6 +61,11 @@ class KafkaSettings(BaseSettings):
         description="How long an owner may be busy without polling before it loses its partitions.",
     )
 
+    compression: Literal["none", "lz4", "snappy", "gzip", "zstd"] = Field(
+        default="none",
+        description="What writers do to batches of records: lz4 saves disk and network, and costs 0.1 ms per write.",
+    )
+
     def client_config(self) -> dict[str, str | int | float | bool]:
         """Return what every librdkafka client needs to connect. It holds the secrets in the clear: never log it."""
         config: dict[str, str | int | float | bool] = {

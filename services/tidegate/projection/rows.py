@@ -228,5 +228,3 @@ def unreadable_row(message: Message, reason: str) -> Row:
 
 def _text(key: bytes) -> str:
     return key.decode("utf-8", "replace")
-
-

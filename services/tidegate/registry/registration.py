@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib.metadata
 import threading
 import time
@@ -55,8 +56,12 @@ class TaskFeed(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What an executor holds at one instant: all three belong together, for the gate draws conclusions from them."""
+    """What an executor holds at one instant: all belong together, for the gate draws conclusions from them.
 
+    slots: how many it can use now, fewer than it has while some are stuck; None for as many as it has.
+    """
+
+    slots: int | None = None
     free_slots: int = 0
     running: tuple[Running, ...] = ()
     marks: Mapping[str, int] = MappingProxyType({})
@@ -150,7 +155,10 @@ class Registration:
             incarnation=self.incarnation,
             ended=[f"{ended.incarnation}: {ended.evidence}" for ended in self.ended],
         )
-        self._thread = threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True)
+        in_context = contextvars.copy_context().run
+        self._thread = threading.Thread(
+            target=in_context, args=(self._beat_until_stopped,), name="heartbeat", daemon=True
+        )
         self._thread.start()
         return self.incarnation
 
@@ -205,7 +213,7 @@ class Registration:
             started_ms=self._started_ms,
             at_ms=time.time_ns() // 1_000_000,
             queue=feed.queue if feed else "",
-            slots=feed.slots if feed else 0,
+            slots=load.slots if load.slots is not None else feed.slots if feed else 0,
             task_partition=self.feed_from[0].partition if self.feed_from else 0,
             task_offset=self.feed_from[1] if self.feed_from else 0,
             free_slots=load.free_slots,

@@ -41,7 +41,15 @@ def main() -> int:
     try:
         counts = wait_for_topics(
             broker,
-            ("run-requests", "run-commands", "run-events", "gate-requests", "gate-decisions", "step-results", "dead-letters"),
+            (
+                "run-requests",
+                "run-commands",
+                "run-events",
+                "gate-requests",
+                "gate-decisions",
+                "step-results",
+                "dead-letters",
+            ),
             process.broker_wait_s,
             stop,
         )

@@ -191,7 +191,7 @@ class App:
         max_steps = options.pop("max_steps", DEFAULT_MAX_STEPS)
 
         def register(call: F) -> F:
-            name = _checked_name(kind, options.get("name") or getattr(call, "__name__", ""))
+            name = _checked_name(kind, str(options.get("name") or getattr(call, "__name__", "")))
             given = {key: value for key, value in options.items() if key != "name" and value is not None}
             settings = _settings(kind, name, {"queue": self.queue, **given})
             self._add(Function(kind, name, call, settings, tools=tools, max_steps=max_steps))
@@ -234,6 +234,7 @@ class App:
 
     def add(self, graph: Graph) -> Graph:
         """Make a graph belong to this app, so that it is published with it."""
+        graph.app = self
         self._graphs.append(graph)
         return graph
 
@@ -299,7 +300,7 @@ class App:
 
 
 def _checked_name(what: str, name: str) -> str:
-    if not isinstance(name, str) or not _name.match(name):
+    if not isinstance(name, str) or not _name.fullmatch(name):
         raise AppError(f"{what} name {name!r}: a letter or underscore, then letters, digits, _ . or -, at most 64")
     return name
 

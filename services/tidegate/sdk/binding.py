@@ -134,8 +134,12 @@ def _readable(error: pydantic.ValidationError) -> str:
     found = []
     for problem in error.errors(include_url=False, include_context=False)[:MAX_PROBLEMS]:
         where = ".".join(str(part) for part in problem["loc"]) or "input"
-        missing = problem["type"].startswith("missing")
-        found.append(f"{where}: {problem['msg']}" + ("" if missing else f", not {problem['input']!r:.80}"))
+        if problem["type"].startswith("missing"):
+            found.append(f"{where}: is missing")
+        elif problem["type"] == "unexpected_keyword_argument":
+            found.append(f"{where}: there is no such parameter")
+        else:
+            found.append(f"{where}: {problem['msg']}, not {problem['input']!r:.80}")
     if error.error_count() > MAX_PROBLEMS:
         found.append(f"and {error.error_count() - MAX_PROBLEMS} more")
     return "; ".join(found)

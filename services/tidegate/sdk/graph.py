@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pydantic
 
 from tidegate.domain.workflow import DEFAULT_MAX_STEPS
 from tidegate.sdk import json_form
 from tidegate.sdk.errors import NotJsonError
+
+if TYPE_CHECKING:
+    from tidegate.sdk.app import App
 
 Reference = str | Callable[..., Any]
 Resolve = Callable[[Reference], tuple[str, str] | None]
@@ -35,6 +38,7 @@ class Graph:
         self.name = name
         self.version = version
         self.max_steps = max_steps
+        self.app: App | None = None  # set when it is added to one
         self._nodes: dict[str, tuple[Reference, Any]] = {}
         self._edges: list[tuple[str, str]] = []
         self._output: Any = UNSET

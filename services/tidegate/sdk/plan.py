@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tidegate.sdk import json_form
-from tidegate.sdk.errors import NotJsonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +35,14 @@ class Plan:
     cost_micros: int | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
+            raise TypeError("tool_calls must be a list of ToolCall")
+        if self.final not in (None, True, False):
+            raise TypeError(f"final must be True, False or None, not {self.final!r:.80}; the answer goes into `output`")
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as it is recorded. Raises NotJsonError."""
-        if self.final not in (None, True, False):
-            raise NotJsonError(f"final: True, False or None, not {self.final!r:.80}; the answer belongs into `output`")
         return {
             "content": json_form.to_json(self.content, "content"),
             "tool_calls": [

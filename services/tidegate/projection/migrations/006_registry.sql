@@ -52,13 +52,15 @@ CREATE TABLE IF NOT EXISTS dead_letter_facts
 ENGINE = ReplacingMergeTree(letter_offset)
 ORDER BY (topic, `partition`, `offset`);
 
+-- Text for people; the exact bytes are in `original_base64`.
 CREATE VIEW IF NOT EXISTS dead_letters AS
 SELECT
     topic, `partition`, `offset`, service, code, reason, run_id,
-    base64Decode(original_base64) AS original,
+    toValidUTF8(base64Decode(d.original_base64)) AS original,
+    original_base64,
     original_size,
-    base64Decode(key_base64) AS original_key,
-    mapApply((name, value) -> (name, base64Decode(value)), JSONExtract(d.headers, 'Map(String, String)')) AS headers,
+    toValidUTF8(base64Decode(key_base64)) AS original_key,
+    mapApply((name, value) -> (name, toValidUTF8(base64Decode(value))), JSONExtract(d.headers, 'Map(String, String)')) AS headers,
     fromUnixTimestamp64Milli(at_ms, 'UTC') AS at
 FROM dead_letter_facts AS d FINAL
 WHERE NOT removed;

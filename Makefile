@@ -1,0 +1,61 @@
+# Tidegate. `make` alone lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo dev test test-fast lint format types imports docs manifests features bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tidegate needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,kubernetes]' --group dev
+	@touch $@
+
+install: $(STAMP) ## Make .venv with everything that development needs
+
+demo: $(STAMP) ## The refund demo: an executor is killed in the middle, the customer is paid once
+	$(BIN)/tidegate demo
+
+dev: $(STAMP) ## Kafka, ClickHouse and all services on this machine, until Ctrl-C
+	$(BIN)/tidegate dev
+
+test: lint types imports ## Everything that CI checks
+	$(BIN)/pytest
+
+test-fast: $(STAMP) ## Only the tests that need no broker
+	$(BIN)/pytest tests/unit tests/tidy tests/deploy
+
+lint: $(STAMP) ## ruff, over code and format
+	$(BIN)/ruff check services tests k8s
+	$(BIN)/ruff format --check services tests k8s
+
+format: $(STAMP) ## Let ruff format and mend what it can
+	$(BIN)/ruff check --fix services tests k8s
+	$(BIN)/ruff format services tests k8s
+
+types: $(STAMP) ## mypy --strict over the package
+	$(BIN)/mypy
+
+imports: $(STAMP) ## Who may know whom (import-linter)
+	$(BIN)/lint-imports
+
+features: $(STAMP) ## Each row of docs/features.md with the tests that show it
+	$(BIN)/python tests/features.py
+
+manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics
+	$(BIN)/python k8s/render.py
+
+docs: $(STAMP) ## Write the generated pages of docs/ anew
+	$(BIN)/tidegate topics docs
+
+bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, rebuild (about five minutes)
+	$(BIN)/tidegate bench
+
+clean: ## Remove the environment, caches and development data
+	rm -rf $(VENV) .tidegate .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,106 @@
+"""`tidegate dev`: everything on this machine, for development."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tidegate.embedded.errors import EmbeddedKafkaError
+from tidegate.embedded.stack import ExecutorPool, Stack, StackError
+from tidegate.embedded.supervisor import ProcessStatus
+from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.process import stop_on_signals
+from tidegate.sdk.client import Client
+from tidegate.sdk.errors import AppError, PublishConflictError
+from tidegate.sdk.loading import load_app
+
+app = typer.Typer(add_completion=False)
+DEMO_APP = "tidegate.demo.app:app"
+HEALTH_EVERY_S = 30.0
+
+
+@app.command()
+def dev(
+    app_name: Annotated[str, typer.Option("--app", help="Your app: module:attribute or file.py:attribute.")] = DEMO_APP,
+    slots: Annotated[
+        int, typer.Option(help="How many attempts the executor runs at the same time.", min=1, max=1000)
+    ] = 16,
+    data_dir: Annotated[Path, typer.Option(envvar="TIDEGATE_DATA_DIR", help="Where everything is kept.")] = Path(
+        ".tidegate/dev"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was kept and start empty.")] = False,
+    kafka_port: Annotated[int, typer.Option(help="Port of Kafka; a free one if it is taken.")] = 9092,
+    sql_port: Annotated[int, typer.Option(help="Port of the SQL endpoint; 0 for a free one.")] = 0,
+    gateway_port: Annotated[int, typer.Option(help="Port of the live view; 0 for a free one.")] = 0,
+) -> None:
+    """Start Kafka, ClickHouse, all services and one executor of your app; Ctrl-C stops them, the data stays.
+
+    An existing Kafka is used if TIDEGATE_KAFKA_BOOTSTRAP names it. Exit code 1 if something does not start.
+    """
+    stop = stop_on_signals()
+    try:
+        loaded = load_app(app_name)
+    except AppError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if fresh:
+        shutil.rmtree(data_dir, ignore_errors=True)
+    console = Console()
+    stack = Stack(
+        data_dir,
+        pools=[ExecutorPool(app_name, slots=slots)],
+        kafka=KafkaSettings() if os.environ.get("TIDEGATE_KAFKA_BOOTSTRAP") else None,
+        kafka_port=kafka_port,
+        sql_port=sql_port,
+        gateway_port=gateway_port,
+        on_progress=lambda line: console.print(f"[dim]{line}[/dim]"),
+    )
+    try:
+        with stack:
+            with Client(stack.settings) as client:
+                published = client.publish(loaded)
+            _show(console, stack, published)
+            _watch(console, stack, stop.wait)
+            console.print("[dim]stopping …[/dim]")
+    except (StackError, EmbeddedKafkaError, EventLogError, PublishConflictError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show(console: Console, stack: Stack, published: list[str]) -> None:
+    console.print(f"\n[bold]Tidegate is up.[/bold] Data: {stack.data_dir}")
+    console.print(f"  Kafka      {stack.settings.bootstrap}")
+    for name, file in (("SQL", "sql.json"), ("live view", "gateway.json")):
+        path = stack.data_dir / file
+        if path.exists():
+            console.print(f"  {name:<10} {path.read_text(encoding='utf-8').strip()}")
+    console.print(f"  workflows  {', '.join(published)}")
+    console.print(f"\nIn another terminal: [bold]export TIDEGATE_KAFKA_BOOTSTRAP={stack.settings.bootstrap}[/bold]")
+    console.print('  tidegate runs start --agent support --input \'{"order_id": "order-1"}\' --wait')
+    console.print('  tidegate sql "select run_id, status, spent_micros from runs"\n')
+    for status in stack.status():
+        console.print(_line(status))
+
+
+def _watch(console: Console, stack: Stack, wait: object) -> None:
+    """Print a line whenever a part changes its state, until we are asked to stop."""
+    seen = {status.name: (status.state, status.restarts) for status in stack.status()}
+    assert callable(wait)  # noqa: S101 - Event.wait
+    while not wait(0.5):
+        for status in stack.status():
+            if seen.get(status.name) != (status.state, status.restarts):
+                seen[status.name] = (status.state, status.restarts)
+                console.print(f"{time.strftime('%H:%M:%S')} {_line(status)}")
+
+
+def _line(status: ProcessStatus) -> str:
+    colour = "green" if status.state == "running" else "yellow" if status.state in ("starting", "restarting") else "red"
+    again = f", started again {status.restarts} times" if status.restarts else ""
+    return f"  [{colour}]{status.state:<13}[/{colour}] {status.name:<20} pid {status.pid}{again}  log {status.log_path}"

@@ -1,0 +1,99 @@
+"""`tidegate policy apply|list|show`: the gate's policies."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tidegate import codec
+from tidegate.domain import canonical
+from tidegate.domain.messages import PolicyPublished
+from tidegate.eventlog.interface import Record
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.validity import TYPE_HEADER
+from tidegate.gate.policy import PolicyError, parse
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Apply, list and show policies of the gate.")
+POLICIES = "policies"
+
+
+def _in_force(broker: KafkaBroker) -> dict[str, PolicyPublished]:
+    tables = Tables((POLICIES,))
+    tables.load(broker)
+    return tables.rows[POLICIES]
+
+
+@app.command()
+def apply(
+    files: Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)],
+) -> None:
+    """Check policy documents, all of them first, and put them in force without restarting anything."""
+    policies = []
+    for file in files:
+        try:
+            policies.append(parse(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        except (PolicyError, yaml.YAMLError) as error:
+            problems = error.problems if isinstance(error, PolicyError) else [str(error)]
+            for problem in problems:
+                typer.echo(f"{file}: {problem}", err=True)
+            raise typer.Exit(2) from None
+    broker = KafkaBroker(KafkaSettings())
+    writer = broker.writer()
+    for policy in policies:
+        row = PolicyPublished(
+            policy_id=policy.policy,
+            version=policy.version,
+            document=canonical.dumps(policy.model_dump(mode="json")),
+            by=getpass.getuser(),
+            at_ms=time.time_ns() // 1_000_000,
+        )
+        writer.send(
+            Record(POLICIES, 0, policy.policy.encode(), codec.encode(row), ((TYPE_HEADER, b"PolicyPublished"),))
+        )
+    writer.flush(30.0)
+    for policy in policies:
+        typer.echo(f"{policy.policy}@{policy.version} is in force: {len(policy.rules)} rules")
+
+
+@app.command()
+def remove(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -> None:
+    """Take a policy out of force."""
+    broker = KafkaBroker(KafkaSettings())
+    if policy_id not in _in_force(broker):
+        typer.echo(f"there is no policy {policy_id!r}", err=True)
+        raise typer.Exit(1)
+    writer = broker.writer()
+    writer.send(Record(POLICIES, 0, policy_id.encode(), None))
+    writer.flush(30.0)
+    typer.echo(f"{policy_id} is no longer in force")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the policies in force."""
+    table = Table("policy", "version", "rules", "by")
+    for policy_id, row in sorted(_in_force(KafkaBroker(KafkaSettings())).items()):
+        table.add_row(policy_id, row.version, str(len(canonical.loads(row.document)["rules"])), row.by)
+    Console().print(table)
+
+
+@app.command()
+def show(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -> None:
+    """Print a policy in force as JSON."""
+    row = _in_force(KafkaBroker(KafkaSettings())).get(policy_id)
+    if row is None:
+        typer.echo(f"there is no policy {policy_id!r}", err=True)
+        raise typer.Exit(1)
+    json.dump(canonical.loads(row.document), sys.stdout, indent=2)
+    sys.stdout.write("\n")

@@ -1,0 +1,187 @@
+"""The refund demo: an executor is killed between the money moving and anybody knowing, and the customer is paid once."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tidegate.demo.app import app
+from tidegate.demo.payments import Payments
+from tidegate.domain import canonical
+from tidegate.domain.identity import account_root, partition_of
+from tidegate.embedded.stack import ExecutorPool, Stack
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.verification import Report, verify_partition
+from tidegate.sdk.client import Client
+
+APP: Final = "tidegate.demo.app:app"
+EXECUTOR: Final = "executor-default-0"
+ACCOUNT: Final = "acme/support"
+BUDGET_MICROS: Final = 50_000
+PROVIDER_DELAY_S: Final = "1.5"
+RUN_TIMEOUT_S: Final = 60.0
+PROJECTION_TIMEOUT_S: Final = 30.0
+
+Say = Callable[[str], None]
+
+
+class DemoError(RuntimeError):
+    """The demo could not show what it wanted to show; the message says where it stopped."""
+
+
+def make_stack(data_dir: Path, on_progress: Say) -> Stack:
+    """Return the stack that the demo runs on: everything, and one executor whose payment provider is slow to answer."""
+    pool = ExecutorPool(APP, slots=4, env={"TIDEGATE_DEMO_PROVIDER_DELAY_S": PROVIDER_DELAY_S})
+    return Stack(data_dir, pools=[pool], on_progress=on_progress)
+
+
+class RefundDemo:
+    """Runs the demo on a started stack. `say` gets every line for people as it happens."""
+
+    def __init__(self, stack: Stack, say: Say) -> None:
+        self._stack = stack
+        self._say = say
+        self._payments = Payments(stack.data_dir / "payments.sqlite")
+        self._order_id = f"order-{uuid.uuid4().hex[:6]}"
+        self._killed_pid: int | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Run it and return the proof. Blocks for some seconds. Raises DemoError, EventLogError."""
+        began = time.monotonic()
+        with Client(self._stack.settings, by="demo") as client:
+            client.publish(app)
+            run_id = client.start(
+                agent="support", input={"order_id": self._order_id}, account=ACCOUNT, budget_micros=BUDGET_MICROS
+            )
+            self._say(f"run {run_id}: an agent handles the complaint about {self._order_id}")
+            killer = threading.Thread(target=self._kill_in_the_refund, daemon=True)
+            killer.start()
+            self._show_time_line(client, run_id)
+            killer.join(timeout=1.0)
+            run = client.wait(run_id, RUN_TIMEOUT_S)
+        if self._killed_pid is None:
+            raise DemoError("the refund was over before the executor could be killed")
+        if run.status != "succeeded":
+            raise DemoError(f"the run ended as {run.status}: {run.code} {run.reason}")
+        return self._prove(run_id, began)
+
+    # -- what happens -------------------------------------------------------------------
+
+    def _kill_in_the_refund(self) -> None:
+        """Kill the executor as soon as the payment ledger shows the refund: its result has not reached Kafka then."""
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        while not self._payments.refunds(self._order_id):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
+        self._killed_pid = self._stack.kill(EXECUTOR)
+        self._say(f"          the money has moved; kill -9 {self._killed_pid} (the executor), before anybody knows")
+
+    def _show_time_line(self, client: Client, run_id: str) -> None:
+        began_ms = 0
+        for event in client.events(run_id, follow=True):
+            began_ms = began_ms or event.at_ms
+            self._say(f"  {event.at_ms - began_ms:>6} ms {event.type:<18} {_describe(event.data)}")
+
+    # -- the proof ----------------------------------------------------------------------
+
+    def _prove(self, run_id: str, began: float) -> dict[str, Any]:
+        self._wait_for_projection(run_id)
+        dispatches = self._sql(
+            "SELECT uniqExact(attempt) AS n FROM events "
+            f"WHERE run_id = '{run_id}' AND type = 'AttemptDispatched' AND endsWith(step_id, 'tool:issue_refund')"
+        )[0]["n"]
+        money = self._sql(
+            "SELECT sumIf(reserved_micros, type = 'AttemptReserved') AS reserved, "
+            "sumIf(reserved_micros, type IN ('AttemptSettled', 'AttemptReleased')) AS ended, "
+            f"sumIf(actual_micros, type = 'AttemptSettled') AS settled FROM ledger WHERE run_id = '{run_id}'"
+        )[0]
+        report = self._verify(run_id)
+        effects = self._payments.refunds(self._order_id)
+        proof = {
+            "run_id": run_id,
+            "refund_dispatches": int(dispatches),
+            "refund_effects": effects,
+            "chain_verified": report.ok and report.events > 0,
+            "reserved_micros": int(money["reserved"]),
+            "settled_micros": int(money["settled"]),
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        open_micros = int(money["reserved"]) - int(money["ended"])
+        ok = (
+            proof["refund_dispatches"] == 2
+            and proof["refund_effects"] == 1
+            and proof["chain_verified"]
+            and open_micros == 0
+            and 0 < int(money["settled"]) <= BUDGET_MICROS
+        )
+        self._say("\nThe proof, each line the answer to a query:")
+        self._say(f"  refund dispatched   {proof['refund_dispatches']} times     (ClickHouse, events)")
+        self._say(f"  refunded            {effects} time      (the payment provider's own ledger)")
+        self._say(
+            f"  chain verified      {proof['chain_verified']}       ({report.events} events in {report.entries} entries, run and ledger)"
+        )
+        self._say(
+            f"  money               {money['reserved']} micro-dollars reserved, {money['settled']} settled, {open_micros} left open"
+        )
+        return {"ok": ok, **proof}
+
+    def _wait_for_projection(self, run_id: str) -> None:
+        deadline = time.monotonic() + PROJECTION_TIMEOUT_S
+        while time.monotonic() < deadline:
+            done = self._sql(f"SELECT count() AS n FROM events WHERE run_id = '{run_id}' AND type = 'RunFinished'")
+            closed = self._sql(f"SELECT count() AS n FROM ledger WHERE run_id = '{run_id}' AND type = 'RunClosed'")
+            if int(done[0]["n"]) and int(closed[0]["n"]):
+                return
+            time.sleep(0.1)
+        raise DemoError("the projection did not catch up; see projection-0.log")
+
+    def _verify(self, run_id: str) -> Report:
+        """Verify the run's chain, and the whole partition of the ledger that paid for it."""
+        broker = KafkaBroker(self._stack.settings)
+        report = Report()
+        counts = broker.describe(["run-events", "gate-ledger"])
+        runs = partition_of(run_id, counts["run-events"].partition_count)
+        ledger = partition_of(account_root(ACCOUNT), counts["gate-ledger"].partition_count)
+        for topic, partition, only in (("run-events", runs, run_id), ("gate-ledger", ledger, None)):
+            start, end = broker.offsets(topic, partition)
+            verify_partition(broker.read(topic, partition, start, end), report, only)
+        return report
+
+    def _sql(self, query: str) -> list[dict[str, Any]]:
+        return query_sql(self._stack.data_dir, query)
+
+
+def query_sql(data_dir: Path, query: str) -> list[dict[str, Any]]:
+    """Ask the projection's SQL endpoint; returns rows as objects. Raises DemoError if it does not answer."""
+    address_file = data_dir / "sql.json"
+    try:
+        url = canonical.loads(address_file.read_text(encoding="utf-8"))["url"]
+        target = f"{url.rstrip('/')}/?{urllib.parse.urlencode({'query': query, 'default_format': 'JSONEachRow'})}"
+        with urllib.request.urlopen(target, timeout=30) as answer:  # noqa: S310 - the address is our own file's
+            lines = answer.read().decode().splitlines()
+    except (OSError, KeyError, canonical.NotJsonError) as error:
+        raise DemoError(f"the SQL endpoint does not answer: {error}") from error
+    return [canonical.loads(line) for line in lines if line]
+
+
+def _describe(event: Any) -> str:
+    """Return what of an event a person wants to see in a time line."""
+    body = {name: getattr(event, name) for name in event.__struct_fields__}
+    parts = [str(body["step_id"])] if body.get("step_id") else []
+    if int(body.get("attempt") or 0) > 1:
+        parts.append(f"(attempt {body['attempt']})")
+    parts += [
+        f"{name}={body[name]}"
+        for name in ("instance_id", "outcome", "code", "status")
+        if body.get(name) not in (None, "")
+    ]
+    if body.get("error_message"):
+        parts.append(f"- {body['error_message']}")
+    return " ".join(parts)

@@ -1,0 +1,242 @@
+"""Reading topics as a consumer group whose committed offsets alone decide where reading starts.
+
+The opposite of an `Inbox`, whose owner says where to read: here an operator may say it, with Kafka's own tool, on the
+stopped group. For readers whose work may be done twice without harm, such as projections. With `kafka.py` the only module
+that knows confluent-kafka.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka import TopicPartition as KafkaPartition
+
+from tidegate.eventlog.interface import EventLogError, Headers, Message, TopicPartition, UnknownTopicError
+from tidegate.eventlog.settings import KafkaSettings
+
+MAX_PREFETCH_KIB: Final = 64 * 1024
+MIN_PREFETCH_MESSAGES: Final = 100_000
+MAX_RECORD_BYTES: Final = 16 * 1024 * 1024
+ANSWER_TIMEOUT_S: Final = 10.0
+
+_UNKNOWN_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
+# Answers to a commit that pass: the group is giving out its partitions afresh, or its coordinator is away.
+_PASSING: Final = frozenset(
+    {
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.ILLEGAL_GENERATION,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.REBALANCE_IN_PROGRESS,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.UNKNOWN_MEMBER_ID,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._ASSIGNMENT_LOST,
+        KafkaError._STATE,
+        KafkaError._TIMED_OUT,
+        KafkaError._TRANSPORT,
+        KafkaError._WAIT_COORD,
+    }
+)
+
+_log = logging.getLogger(__name__)
+_client_log = logging.getLogger(f"{__name__}.client")
+
+
+class AssignmentChange(NamedTuple):
+    """Partitions that the group gave to us and took from us since the last call; a partition may be in both."""
+
+    gained: frozenset[TopicPartition]
+    lost: frozenset[TopicPartition]
+
+
+class KafkaSubscription:
+    """A member of a group that shares the partitions of some topics. Not thread-safe.
+
+    Where nothing was committed, or what was committed is kept no more, reading starts at the first offset kept.
+
+    instance_id: static membership. Without it (the default) a member that closes leaves the group at once, so that the
+    group's offsets can be reset right away, and one that is killed is missed after `session_timeout_ms`.
+    """
+
+    def __init__(
+        self, settings: KafkaSettings, group: str, topics: Sequence[str], instance_id: str | None = None
+    ) -> None:
+        self._prefix = settings.topic_prefix
+        self._names = {settings.topic_prefix + topic: topic for topic in topics}
+        self._assigned: frozenset[TopicPartition] = frozenset()
+        self._gained: frozenset[TopicPartition] = frozenset()
+        self._lost: frozenset[TopicPartition] = frozenset()
+        membership = {} if instance_id is None else {"group.instance.id": instance_id}
+        self._consumer = Consumer(_consumer_config(settings, group) | membership, logger=_client_log)
+        self._consumer.subscribe(
+            list(self._names), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
+
+    @property
+    def assigned(self) -> frozenset[TopicPartition]:
+        """The partitions that are ours right now."""
+        return self._assigned
+
+    def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
+        """Return messages of the assigned partitions, in order per partition; waits for the first one only.
+
+        Blocks up to `timeout_s`. Must be called at least every `max_poll_interval_ms`, also while paused: it is how the
+        group knows that the reader lives. Raises UnknownTopicError, or EventLogError when shut out of the group.
+        """
+        try:
+            batch: list[Any] = self._consumer.consume(1, timeout_s)
+            if batch and max_messages > 1:
+                batch += self._consumer.consume(max_messages - 1, 0)
+        except KafkaException as failure:
+            raise EventLogError(str(failure.args[0])) from failure
+        names = self._names
+        messages = []
+        for raw in batch:
+            error = raw.error()
+            if error is None:
+                topic = names[raw.topic() or ""]
+                headers = _headers(raw)
+                messages.append(
+                    Message(topic, raw.partition(), raw.offset(), raw.key(), raw.value(), headers, raw.timestamp()[1])
+                )
+            else:
+                self._note(error)
+        return messages
+
+    def take_changes(self) -> AssignmentChange:
+        """Return what changed since the last call. Messages of the same `poll` may be from before or after the change."""
+        change = AssignmentChange(self._gained, self._lost)
+        self._gained = self._lost = frozenset()
+        return change
+
+    def commit(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Note next offsets in the group and wait for the answer; partitions that are no longer ours are left out.
+
+        A commit that fails because the group moves on or the broker is away is harmless, and only logged: who reads next
+        begins at what was committed before. Blocks for a round trip. Raises EventLogError if the broker refuses for good.
+        """
+        ours = [
+            KafkaPartition(self._prefix + at.topic, at.partition, offset)
+            for at, offset in positions.items()
+            if at in self._assigned
+        ]
+        if not ours:
+            return
+        try:
+            results: Any = self._consumer.commit(offsets=ours, asynchronous=False)
+        except KafkaException as error:
+            self._commit_failed(error.args[0])
+            return
+        for result in results or ():
+            if result.error is not None:
+                self._commit_failed(result.error)
+
+    def pause(self) -> None:
+        """Deliver nothing more of what is assigned now. What a later rebalance brings is not paused: pause again."""
+        with suppress(KafkaException):
+            self._consumer.pause(self._physical())
+
+    def resume(self) -> None:
+        """Go on where `pause` stopped."""
+        with suppress(KafkaException):
+            self._consumer.resume(self._physical())
+
+    def committed(self) -> dict[TopicPartition, int]:
+        """Return the next offset that the group committed of each assigned partition that has one.
+
+        Blocks for a round trip, bounded; returns nothing if the broker does not answer.
+        """
+        try:
+            found = self._consumer.committed(self._physical(), timeout=ANSWER_TIMEOUT_S) if self._assigned else []
+        except KafkaException as error:
+            _log.warning("committed offsets not known: %s", error)
+            return {}
+        return {TopicPartition(self._names[p.topic], p.partition): p.offset for p in found if p.offset >= 0}
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return the next offset to be written of each assigned partition, as far as the last fetch told. Does not block."""
+        ends = {}
+        for at in self._assigned:
+            with suppress(KafkaException):
+                physical = KafkaPartition(self._prefix + at.topic, at.partition)
+                _, end = self._consumer.get_watermark_offsets(physical, cached=True)
+                if end >= 0:
+                    ends[at] = end
+        return ends
+
+    def close(self) -> None:
+        """Leave the group. Nothing is committed. Does not raise."""
+        with suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+
+    def _physical(self) -> list[KafkaPartition]:
+        return [KafkaPartition(self._prefix + at.topic, at.partition) for at in self._assigned]
+
+    def _on_assign(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        gained = self._logical(partitions)
+        self._assigned |= gained
+        self._gained |= gained
+
+    def _on_revoke(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        lost = self._logical(partitions)
+        self._assigned -= lost
+        self._lost |= lost
+
+    def _logical(self, partitions: list[KafkaPartition]) -> frozenset[TopicPartition]:
+        return frozenset(
+            TopicPartition(self._names[p.topic], p.partition) for p in partitions if p.topic in self._names
+        )
+
+    def _note(self, error: KafkaError) -> None:
+        if error.code() in _UNKNOWN_TOPIC:
+            raise UnknownTopicError(error.str())
+        if error.fatal():
+            raise EventLogError(f"{error.name()}: {error.str()}")
+        _log.warning("trouble with Kafka: %s", error)
+
+    def _commit_failed(self, error: KafkaError) -> None:
+        if error.code() not in _PASSING and not error.retriable():
+            raise EventLogError(f"commit failed: {error.name()}: {error.str()}")
+        _log.warning("not committed: %s", error)
+
+
+def _consumer_config(settings: KafkaSettings, group: str) -> dict[str, Any]:
+    return {
+        **settings.client_config(),
+        "group.id": settings.topic_prefix + group,
+        "group.protocol": "classic",
+        "partition.assignment.strategy": "range",
+        "session.timeout.ms": settings.session_timeout_ms,
+        "heartbeat.interval.ms": settings.heartbeat_interval_ms,
+        "max.poll.interval.ms": max(settings.max_poll_interval_ms, settings.session_timeout_ms),
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+        "isolation.level": "read_committed",
+        "fetch.min.bytes": 1,
+        "fetch.wait.max.ms": 100,
+        "fetch.message.max.bytes": 4 * 1024 * 1024,
+        "fetch.max.bytes": 2 * MAX_RECORD_BYTES,
+        "receive.message.max.bytes": 8 * MAX_RECORD_BYTES,
+        # Bounded memory; a full queue is looked at again soon, not after the default of a second.
+        "queued.max.messages.kbytes": MAX_PREFETCH_KIB,
+        "queued.min.messages": MIN_PREFETCH_MESSAGES,
+        "fetch.queue.backoff.ms": 10,
+        "retry.backoff.ms": 20,
+        "reconnect.backoff.ms": 50,
+        "reconnect.backoff.max.ms": 1_000,
+        "enable.metrics.push": False,
+    }
+
+
+def _headers(raw: Any) -> Headers:
+    try:
+        headers = raw.headers()
+    except (SystemError, UnicodeDecodeError):
+        return ()  # names that are not UTF-8: none of ours
+    return tuple((name, value or b"") for name, value in headers) if headers else ()

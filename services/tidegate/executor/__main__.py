@@ -1,0 +1,87 @@
+"""`python -m tidegate.executor --app module:app`: wiring only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Annotated, Any
+
+import structlog
+import typer
+from pydantic import ValidationError
+
+from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.executor.results import STEP_RESULTS
+from tidegate.executor.service import EXIT_LOG_FAILED, Executor
+from tidegate.executor.settings import ExecutorSettings
+from tidegate.process import EXIT_USAGE, ProcessSettings, configure_logging, wait_for_topics
+from tidegate.registry import task_topic
+from tidegate.sdk.app import App
+from tidegate.sdk.errors import AppError
+from tidegate.sdk.loading import load_app
+
+_log = structlog.get_logger()
+
+
+def executor(
+    app: Annotated[str, typer.Option(envvar="TIDEGATE_EXECUTOR_APP", help="The app: module:attribute or file.py.")],
+    queue: Annotated[str | None, typer.Option(help="The queue whose work to take.")] = None,
+    slots: Annotated[int | None, typer.Option(help="How many attempts to run at the same time.")] = None,
+    instance_id: Annotated[str | None, typer.Option(help="Name in the registry, the same after a restart.")] = None,
+    bootstrap: Annotated[str | None, typer.Option(help="Addresses of Kafka brokers, host:port.")] = None,
+) -> None:
+    """Run an executor: it runs the app's functions when the gate says so. Options win over TIDEGATE_… variables."""
+    try:
+        process = ProcessSettings(**_given(instance_id=instance_id))
+        settings = ExecutorSettings(**_given(queue=queue, slots=slots))
+        kafka = KafkaSettings(**_given(bootstrap=bootstrap))
+        loaded = load_app(app)
+    except (AppError, ValidationError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    name = process.instance_id or f"executor-{settings.queue}-{socket.gethostname()}"
+    configure_logging("executor", name, process.log_level)
+    raise typer.Exit(asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, process.broker_wait_s)))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+async def _run(broker: KafkaBroker, app: App, settings: ExecutorSettings, name: str, wait_s: float) -> int:
+    service = Executor(broker, app, settings, instance_id=name)
+    stop, loop = threading.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        stop.set()
+        service.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        needed = [task_topic(settings.queue), "instances", STEP_RESULTS]
+        await asyncio.to_thread(wait_for_topics, broker, needed, wait_s, stop)
+        code = await service.run()
+    except EventLogError as error:
+        _log.error("cannot work", error=str(error))
+        return EXIT_LOG_FAILED
+    if service.has_stuck_functions:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter would wait for them
+    return code
+
+
+def main() -> None:
+    """Run the command line; exits the process."""
+    typer.run(executor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""One constructor per kind of answer to a task."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tidegate import codec
+from tidegate.domain.messages import StepResult, StepTask
+from tidegate.eventlog.interface import Record
+from tidegate.eventlog.validity import TYPE_HEADER
+
+STEP_RESULTS: Final = "step-results"
+MAX_MESSAGE_CHARACTERS: Final = 4000
+
+SUCCEEDED: Final = "succeeded"
+FAILED: Final = "failed"
+TIMED_OUT: Final = "timed_out"
+CANCELLED: Final = "cancelled"
+RELEASED: Final = "released"
+BUSY: Final = "busy"
+
+
+class Spent:
+    """What an attempt cost and used, and when it ran (Unix milliseconds). `cost_micros` None: nothing was reported."""
+
+    __slots__ = ("cost_micros", "finished_ms", "started_ms", "usage")
+
+    def __init__(self, cost_micros: int | None, usage: dict[str, int], started_ms: int, finished_ms: int) -> None:
+        self.cost_micros = cost_micros
+        self.usage = usage
+        self.started_ms = started_ms
+        self.finished_ms = finished_ms
+
+
+NOTHING_SPENT: Final = Spent(None, {}, 0, 0)
+
+
+def succeeded(task: StepTask, output: str, spent: Spent) -> StepResult:
+    """The function returned. Without a report it is taken to have cost what was set aside for it."""
+    declared = task.call.reserve_micros if task.call is not None else 0
+    cost = declared if spent.cost_micros is None else spent.cost_micros
+    return _result(task, SUCCEEDED, spent, output=output, actual_micros=cost)
+
+
+def failed(
+    task: StepTask, error_class: str, message: str, *, retryable: bool = True, spent: Spent = NOTHING_SPENT
+) -> StepResult:
+    """The function raised, or could not be called, or what it returned cannot be used."""
+    return _error(task, FAILED, error_class, message, retryable, spent)
+
+
+def timed_out(task: StepTask, timeout_s: float, spent: Spent) -> StepResult:
+    """The deadline passed. What the function did until then is not known: not to be repeated unless that is harmless."""
+    idempotent = task.call is not None and task.call.idempotent
+    message = f"not finished after {timeout_s:g} s"
+    if not idempotent:
+        message += "; it may have had its effect, and is not idempotent"
+    return _error(task, TIMED_OUT, "TimedOut", message, idempotent, spent)
+
+
+def cancelled(task: StepTask, spent: Spent) -> StepResult:
+    """The attempt was aborted because it was not wanted any more."""
+    return _error(task, CANCELLED, "Cancelled", "aborted because it was cancelled", False, spent)
+
+
+def released(task: StepTask) -> StepResult:
+    """The attempt was never begun here: this executor is draining."""
+    return _error(task, RELEASED, "Released", "handed back by an executor that is draining", True, NOTHING_SPENT)
+
+
+def busy(task: StepTask) -> StepResult:
+    """The attempt was never begun here: no slot was free."""
+    return _error(task, BUSY, "Busy", "no free slot", True, NOTHING_SPENT)
+
+
+def _error(task: StepTask, outcome: str, error_class: str, message: str, retryable: bool, spent: Spent) -> StepResult:
+    return _result(
+        task,
+        outcome,
+        spent,
+        error_class=error_class[:200],
+        error_message=_bounded(message),
+        retryable=retryable,
+        actual_micros=spent.cost_micros or 0,
+    )
+
+
+def _result(task: StepTask, outcome: str, spent: Spent, **fields: object) -> StepResult:
+    return StepResult(
+        run_id=task.run_id,
+        step_id=task.step_id,
+        attempt=task.attempt,
+        account=task.account,
+        instance_id=task.instance_id,
+        incarnation=task.incarnation,
+        outcome=outcome,
+        usage=spent.usage,
+        started_ms=spent.started_ms,
+        finished_ms=spent.finished_ms,
+        **fields,  # type: ignore[arg-type]  # the fields of StepResult that differ between the constructors above
+    )
+
+
+def _bounded(message: str) -> str:
+    # What somebody's exception says may hold anything, lone surrogates included.
+    text = message.encode("utf-8", "replace").decode()
+    return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 1] + "…"
+
+
+def to_record(task: StepTask, result: StepResult) -> Record:
+    """Return the record that answers a task: it goes where the task says."""
+    key = f"{result.run_id}:{result.step_id}:{result.attempt}:{result.outcome}"
+    headers = ((TYPE_HEADER, b"StepResult"),)
+    return Record(STEP_RESULTS, task.result_partition, key.encode(), codec.encode(result), headers)

@@ -1,0 +1,405 @@
+"""The projection: poll, decode, rows, insert, commit. It writes nothing but rows, and can be done again from any offset."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, Protocol
+
+import structlog
+
+from tidegate import codec
+from tidegate.eventlog.interface import Broker, Message, TopicPartition
+from tidegate.eventlog.subscription import AssignmentChange
+from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
+from tidegate.failpoints import failpoint
+from tidegate.projection import rows
+from tidegate.projection.epochs import epoch_before
+from tidegate.projection.inserter import Batch, Inserter
+
+RUN_EVENTS: Final = "run-events"
+GATE_LEDGER: Final = "gate-ledger"
+INSTANCES: Final = "instances"
+DEAD_LETTERS: Final = "dead-letters"
+TOPICS: Final = (RUN_EVENTS, GATE_LEDGER, INSTANCES, DEAD_LETTERS)
+SCHEMAS: Final = "schemas"
+
+MAX_POLL: Final = 5_000
+IDLE_POLL_S: Final = 0.25
+# Heartbeats of instances alone are in no hurry: every insert leaves parts that ClickHouse has to merge.
+HEARTBEATS_WAIT_S: Final = 1.0
+FRESHNESS_EVERY_S: Final = 10.0
+PROGRESS_EVERY_S: Final = 10.0
+# A full batch waits so long for the one before it; then reading is paused, and the group hears from us so often.
+PATIENCE_S: Final = 1.0
+PAUSED_POLL_S: Final = 0.5
+STOP_TIMEOUT_S: Final = 15.0
+
+_log = structlog.get_logger()
+
+
+class Subscription(Protocol):
+    """What the service needs of `KafkaSubscription`."""
+
+    @property
+    def assigned(self) -> frozenset[TopicPartition]: ...
+
+    def poll(self, max_messages: int, timeout_s: float) -> list[Message]: ...
+
+    def take_changes(self) -> AssignmentChange: ...
+
+    def commit(self, positions: Mapping[TopicPartition, int]) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def committed(self) -> dict[TopicPartition, int]: ...
+
+    def ends(self) -> dict[TopicPartition, int]: ...
+
+    def close(self) -> None: ...
+
+
+class Limits(NamedTuple):
+    """When a batch is inserted: after so long, or sooner when it has so many rows or bytes."""
+
+    flush_s: float
+    batch_rows: int
+    batch_bytes: int
+
+
+class Counters:
+    """What happened since the start."""
+
+    __slots__ = ("events", "messages", "rows", "unreadable", "void")
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.rows = 0
+        self.events = 0
+        self.void = 0
+        self.unreadable = 0
+
+
+class _Place:
+    """Where we are in a partition of a log: the epoch in force after `offset`."""
+
+    __slots__ = ("offset", "tracker")
+
+    def __init__(self, offset: int, epoch: int) -> None:
+        self.offset = offset
+        self.tracker = EpochTracker(epoch)
+
+
+class Projection:
+    """Reads the topics and has their rows inserted. One thread; `inserter` is another.
+
+    At most two batches are in memory: the one being inserted and the one being filled. When both are full, reading pauses.
+    """
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        broker: Broker,
+        inserter: Inserter,
+        limits: Limits,
+        *,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._subscription = subscription
+        self._broker = broker
+        self._inserter = inserter
+        self._limits = limits
+        self._clock_ms = clock_ms
+        self._monotonic_s = monotonic_s
+        self._batch = Batch(monotonic_s())
+        self._places: dict[TopicPartition, _Place] = {}
+        self._positions: dict[TopicPartition, int] = {}
+        self._last_event_ms: dict[TopicPartition, int] = {}
+        self._paused = False
+        self._schemas_seen: set[str] = set()
+        self._freshness_due_s = monotonic_s() + FRESHNESS_EVERY_S
+        self._progress_s = monotonic_s()
+        self._progress_events = 0
+        self.counters = Counters()
+        self.turns = 0
+
+    # -- the loop ---------------------------------------------------------------
+
+    def run_once(self) -> None:
+        """Run one turn. Blocks up to IDLE_POLL_S when nothing happens. Raises EventLogError, MigrationError.
+
+        1. Commit what was inserted since. 2. Poll, unless two batches are full. 3. Turn messages into rows. 4. Hand the
+        batch over if it is due.
+        """
+        self.turns += 1
+        self._commit_done()
+        if self._is_full():
+            self._wait_for_inserter()
+        else:
+            self._go_on()
+            messages = self._subscription.poll(MAX_POLL, self._patience_s())
+            self._take_all(messages)
+        self._submit_if_due()
+        self._tell_progress()
+
+    def close(self) -> None:
+        """Insert and commit what was read, if ClickHouse is there to take it; then leave the group."""
+        deadline_s = self._monotonic_s() + STOP_TIMEOUT_S
+        try:
+            self._inserter.wait(STOP_TIMEOUT_S)
+            self._commit_done()
+            if self._batch.positions and self._inserter.is_idle:
+                self._submit()
+            finished = self._inserter.stop(max(0.0, deadline_s - self._monotonic_s()))
+            self._commit_done()
+            if not finished:
+                _log.warning("leaving rows behind, uncommitted: they will be read again", why=self._inserter.failing)
+        except Exception as error:
+            _log.warning("leaving without a clean end: what is not committed will be read again", error=str(error))
+        finally:
+            self._subscription.close()
+
+    def _patience_s(self) -> float:
+        if not self._batch.positions:
+            return IDLE_POLL_S
+        if not self._inserter.is_idle:
+            return 0.02  # the inserter does not wake us: look again soon
+        return min(IDLE_POLL_S, max(0.0, self._due_s() - self._monotonic_s()))
+
+    def _due_s(self) -> float:
+        wait_s = self._limits.flush_s if self._batch.urgent else max(self._limits.flush_s, HEARTBEATS_WAIT_S)
+        return self._batch.began_s + wait_s
+
+    def _is_full(self) -> bool:
+        batch, limits = self._batch, self._limits
+        return batch.row_count >= limits.batch_rows or batch.byte_count >= limits.batch_bytes
+
+    # -- 1. commit ---------------------------------------------------------------
+
+    def _commit_done(self) -> None:
+        done = self._inserter.take_done()
+        if done is None:
+            return
+        failpoint("projection.before-commit")
+        self._subscription.commit(done.positions)
+        failpoint("projection.after-commit")
+
+    # -- 2. poll, or wait ---------------------------------------------------------------
+
+    def _wait_for_inserter(self) -> None:
+        """Wait for the batch before ours. If that takes long, pause, and go on polling for the group's sake."""
+        if self._inserter.is_idle:
+            return
+        if not self._paused:
+            if self._inserter.wait(PATIENCE_S):
+                return
+            _log.warning("ClickHouse is slower than the log: reading pauses", why=self._inserter.failing or "slow")
+            self._paused = True
+        self._subscription.pause()
+        # What a rebalance brought is not paused yet: few messages, once.
+        self._take_all(self._subscription.poll(MAX_POLL, PAUSED_POLL_S))
+
+    def _go_on(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._subscription.resume()
+            _log.info("reading goes on")
+
+    # -- 3. rows ---------------------------------------------------------------
+
+    def _take_all(self, messages: list[Message]) -> None:
+        changes = self._subscription.take_changes()
+        changed = bool(changes.gained or changes.lost)
+        if changed:
+            self._follow(changes)
+        if not messages:
+            return
+        batch = self._batch
+        if not batch.positions:
+            batch.began_s = self._monotonic_s()
+        for message in messages:
+            self._take(batch, message, changed)
+        self.counters.messages += len(messages)
+
+    def _follow(self, changes: AssignmentChange) -> None:
+        """Forget where we were: after a rebalance reading goes on at what was committed, by whomever."""
+        self._places.clear()
+        for at in changes.lost:
+            self._positions.pop(at, None)
+            self._last_event_ms.pop(at, None)
+        self._positions |= self._subscription.committed()
+        _log.info(
+            "partitions assigned",
+            partitions=[f"{at.topic}-{at.partition}" for at in sorted(self._subscription.assigned)],
+        )
+
+    def _take(self, batch: Batch, message: Message, after_change: bool) -> None:
+        topic, partition, offset = message.topic, message.partition, message.offset
+        at = TopicPartition(topic, partition)
+        value = message.value
+        if value is None:
+            self._take_tombstone(batch, message)
+        else:
+            batch.byte_count += len(value)
+            try:
+                name, fields = self._decoded(value)
+                handle = _HANDLERS[topic].get(name)
+                if handle is None:
+                    self._unreadable(batch, message, f"a {name} has no business in {topic}")
+                else:
+                    handle(self, batch, message, fields, after_change)
+            except (codec.DecodeError, LookupError, TypeError, ValueError) as error:
+                self._unreadable(batch, message, f"{type(error).__name__}: {error}")
+        batch.positions[at] = offset + 1
+
+    def _place(self, message: Message, after_change: bool) -> _Place:
+        """Return where we are in the message's log partition; looks back in the log when that is not known."""
+        at = TopicPartition(message.topic, message.partition)
+        place = self._places.get(at)
+        if place is None or message.offset <= place.offset or (after_change and message.offset != place.offset + 1):
+            epoch = epoch_before(self._broker, message.topic, message.partition, message.offset)
+            place = self._places[at] = _Place(message.offset, epoch)
+            _log.info("reading", topic=at.topic, partition=at.partition, offset=message.offset, epoch=epoch)
+        place.offset = message.offset
+        return place
+
+    def _decoded(self, value: bytes) -> tuple[str, dict[str, Any]]:
+        try:
+            return codec.decode_raw(value)
+        except codec.UnknownSchemaError as error:
+            if error.fingerprint in self._schemas_seen:
+                raise
+            self._schemas_seen.add(error.fingerprint)
+            self._learn_schemas()
+            return codec.decode_raw(value)
+
+    def _learn_schemas(self) -> None:
+        """Read the topic of all schemas ever used: a newer writer's is there before its first record."""
+        start, end = self._broker.offsets(SCHEMAS, 0)
+        for message in self._broker.read(SCHEMAS, 0, start, end):
+            try:
+                if message.value is not None:
+                    codec.register_schema(message.value.decode())
+            except (ValueError, LookupError, TypeError) as error:
+                _log.error("schema skipped", offset=message.offset, error=str(error))
+
+    def _unreadable(self, batch: Batch, message: Message, reason: str) -> None:
+        """Note a record of our own topics that gives no rows, loudly, and go on."""
+        self.counters.unreadable += 1
+        _log.error(
+            "record skipped", topic=message.topic, partition=message.partition, offset=message.offset, reason=reason
+        )
+        batch.table(rows.UNREADABLE).append(rows.unreadable_row(message, reason))
+        self._added(batch, 1, urgent=True)
+
+    def _added(self, batch: Batch, count: int, *, urgent: bool) -> None:
+        batch.row_count += count
+        batch.urgent |= urgent
+        self.counters.rows += count
+
+    def _take_run_entry(self, batch: Batch, message: Message, entry: dict[str, Any], after_change: bool) -> None:
+        self._take_entry(batch, message, entry, after_change, rows.EVENTS, rows.add_run_events)
+
+    def _take_ledger_entry(self, batch: Batch, message: Message, entry: dict[str, Any], after_change: bool) -> None:
+        self._take_entry(batch, message, entry, after_change, rows.LEDGER, rows.add_ledger_events)
+
+    def _take_entry(
+        self,
+        batch: Batch,
+        message: Message,
+        entry: dict[str, Any],
+        after_change: bool,
+        table: str,
+        add: Callable[[list[rows.Row], dict[str, Any], int, int], None],
+    ) -> None:
+        if not self._place(message, after_change).tracker.is_valid(entry["epoch"]):
+            self.counters.void += 1
+            return
+        table_rows = batch.table(table)
+        before = len(table_rows)
+        try:
+            add(table_rows, entry, message.partition, message.offset)
+        except Exception:
+            del table_rows[before:]  # an entry stands or falls as a whole
+            raise
+        count = len(table_rows) - before
+        self.counters.events += count
+        self._added(batch, count, urgent=True)
+        batch.last_event_ms[TopicPartition(message.topic, message.partition)] = entry["now_ms"]
+
+    def _take_announcement(self, batch: Batch, message: Message, fields: dict[str, Any], after_change: bool) -> None:
+        self._place(message, after_change).tracker.announced(message.offset, fields["epoch"])
+
+    def _take_instance(self, batch: Batch, message: Message, fields: dict[str, Any], after_change: bool) -> None:
+        batch.table(rows.INSTANCES).append(rows.instance_row(fields, message.offset))
+        self._added(batch, 1, urgent=fields["incarnation"] == NO_EPOCH)
+        batch.last_event_ms[TopicPartition(message.topic, message.partition)] = fields["at_ms"]
+
+    def _take_dead_letter(self, batch: Batch, message: Message, fields: dict[str, Any], after_change: bool) -> None:
+        batch.table(rows.DEAD_LETTERS).append(rows.dead_letter_row(fields, message.offset))
+        self._added(batch, 1, urgent=True)
+        batch.last_event_ms[TopicPartition(message.topic, message.partition)] = fields["at_ms"]
+
+    def _take_tombstone(self, batch: Batch, message: Message) -> None:
+        """In the tables a tombstone removes a row. In the logs it is retention's: rows of removed runs stay."""
+        row: rows.Row | None = None
+        if message.topic == INSTANCES:
+            row = rows.removed_instance_row(message.key or b"", message.offset)
+            table = rows.INSTANCES
+        elif message.topic == DEAD_LETTERS:
+            row = rows.removed_dead_letter_row(message.key or b"", message.offset)
+            table = rows.DEAD_LETTERS
+        if row is not None:
+            batch.table(table).append(row)
+            self._added(batch, 1, urgent=False)
+
+    # -- 4. insert ---------------------------------------------------------------
+
+    def _submit_if_due(self) -> None:
+        if not self._inserter.is_idle:
+            return
+        now_s = self._monotonic_s()
+        batch = self._batch
+        if now_s >= self._freshness_due_s or (batch.positions and (self._is_full() or now_s >= self._due_s())):
+            self._submit()
+
+    def _submit(self) -> None:
+        batch, self._batch = self._batch, Batch(self._monotonic_s())
+        self._positions.update(batch.positions)
+        self._last_event_ms.update(batch.last_event_ms)
+        every = self._monotonic_s() >= self._freshness_due_s
+        if every:
+            self._freshness_due_s = self._monotonic_s() + FRESHNESS_EVERY_S
+        self._add_freshness(batch, self._positions if every else batch.positions)
+        self._inserter.submit(batch)
+
+    def _add_freshness(self, batch: Batch, positions: Mapping[TopicPartition, int]) -> None:
+        ends, now_ms = self._subscription.ends(), self._clock_ms()
+        batch.tables[rows.FRESHNESS] = [
+            (at.topic, at.partition, offset, ends.get(at, offset), self._last_event_ms.get(at), now_ms)
+            for at, offset in positions.items()
+        ]
+
+    def _tell_progress(self) -> None:
+        now_s = self._monotonic_s()
+        elapsed_s = now_s - self._progress_s
+        if elapsed_s < PROGRESS_EVERY_S:
+            return
+        count = self.counters.events - self._progress_events
+        self._progress_s, self._progress_events = now_s, self.counters.events
+        if count > 1000 * elapsed_s:
+            ends = self._subscription.ends()
+            lag = sum(max(0, end - self._positions.get(at, 0)) for at, end in ends.items())
+            _log.info("projecting", events_per_s=round(count / elapsed_s), lag=lag, void=self.counters.void)
+
+
+_Handler = Callable[[Projection, Batch, Message, dict[str, Any], bool], None]
+_HANDLERS: Final[dict[str, dict[str, _Handler]]] = {
+    RUN_EVENTS: {"RunEntry": Projection._take_run_entry, "OwnerAnnounced": Projection._take_announcement},
+    GATE_LEDGER: {"LedgerEntry": Projection._take_ledger_entry, "OwnerAnnounced": Projection._take_announcement},
+    INSTANCES: {"Instance": Projection._take_instance},
+    DEAD_LETTERS: {"DeadLetter": Projection._take_dead_letter},
+}

@@ -1,0 +1,124 @@
+"""ClickHouse as the projection writes it: one client for a server and for the embedded engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Final, Self
+
+import clickhouse_connect
+import structlog
+
+from tidegate.projection.migrations import pending
+from tidegate.projection.rows import COLUMNS, FRESHNESS, INSERT_FORMAT, Row, encode
+from tidegate.projection.settings import ProjectionSettings
+
+CONNECT_TIMEOUT_S: Final = 5
+ANSWER_TIMEOUT_S: Final = 120
+
+_MIGRATIONS_TABLE: Final = """
+CREATE TABLE IF NOT EXISTS schema_migrations
+(version Int32, name String, checksum String, applied_at DateTime64(3, 'UTC'))
+ENGINE = ReplacingMergeTree ORDER BY version
+"""
+
+_log = structlog.get_logger()
+logging.getLogger("clickhouse_connect").setLevel(logging.WARNING)
+
+
+class StoreError(RuntimeError):
+    """ClickHouse cannot be reached or did not do what it was asked: trying again later may help."""
+
+
+class Store:
+    """A connection for writing. Not thread-safe: the thread that inserts owns it."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    @classmethod
+    def open(cls, settings: ProjectionSettings) -> Self:
+        """Connect, make the database and apply pending migrations. Blocks. Raises StoreError, or MigrationError for good."""
+        try:
+            client = _connect(settings)
+        except Exception as error:  # the client raises its own, urllib3's and the engine's exceptions
+            raise StoreError(f"cannot open {settings.effective_url}: {_first_line(error)}") from error
+        store = cls(client)
+        try:
+            store._migrate(settings.clickhouse_database)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _migrate(self, database: str) -> None:
+        self._command(f"CREATE DATABASE IF NOT EXISTS `{database}`", use_database=False)
+        self._client.database = database
+        self._command(_MIGRATIONS_TABLE)
+        applied = {
+            int(row[0]): str(row[1]) for row in self.rows("SELECT version, checksum FROM schema_migrations FINAL")
+        }
+        for migration in pending(applied):
+            for statement in migration.statements:
+                self._command(statement)
+            self._command(
+                "INSERT INTO schema_migrations SELECT "
+                f"{migration.version}, '{migration.name}', '{migration.checksum}', now64(3)"
+            )
+            _log.info("migration applied", version=migration.version, name=migration.name)
+
+    def insert(self, tables: Mapping[str, list[Row]]) -> None:
+        """Insert rows into their tables, `freshness` last, so that it never promises what is not there. Blocks.
+
+        Whatever fails in between, inserting all of it again is right: rows are idempotent. Raises StoreError.
+        """
+        for table in sorted(tables, key=lambda name: name == FRESHNESS):
+            rows = tables[table]
+            if not rows:
+                continue
+            try:
+                self._client.raw_insert(table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT)
+            except Exception as error:
+                raise StoreError(f"insert into {table}: {_first_line(error)}") from error
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a query. Blocks. Raises StoreError."""
+        try:
+            return list(self._client.query(query).result_rows)
+        except Exception as error:
+            raise StoreError(_first_line(error)) from error
+
+    def close(self) -> None:
+        """Close the connection, and the embedded engine with it. Does not raise."""
+        try:
+            self._client.close()
+        except Exception as error:
+            _log.warning("closing ClickHouse failed", error=_first_line(error))
+
+    def _command(self, statement: str, *, use_database: bool = True) -> None:
+        try:
+            self._client.command(statement, use_database=use_database)
+        except Exception as error:
+            raise StoreError(_first_line(error)) from error
+
+
+def _connect(settings: ProjectionSettings) -> Any:
+    path = settings.embedded_path
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        return clickhouse_connect.get_client(dsn=f"chdb://{path}")
+    return clickhouse_connect.get_client(
+        dsn=settings.effective_url,
+        username=settings.clickhouse_user,
+        password=settings.clickhouse_password.get_secret_value(),
+        # The database is made by us: asking for it at connect would fail the first time.
+        database="default",
+        connect_timeout=CONNECT_TIMEOUT_S,
+        send_receive_timeout=ANSWER_TIMEOUT_S,
+        autogenerate_session_id=False,
+        client_name="tidegate-projection",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]

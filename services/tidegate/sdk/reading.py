@@ -1,0 +1,160 @@
+"""Reading runs from the log: what `run-events` says, void entries left out, folded by the one function that folds runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+from tidegate import codec
+from tidegate.domain import canonical, states
+from tidegate.domain import run_events as ev
+from tidegate.domain.entry import OwnerAnnounced
+from tidegate.domain.run import RunState, apply
+from tidegate.eventlog.interface import Message
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
+
+RUN_EVENTS: Final = "run-events"
+_ANSWERS: Final = (ev.ApprovalResolved, ev.CommandRefused, ev.RunCancelRequested)
+
+
+class Event(NamedTuple):
+    """A fact about a run. `type` is the name of its record, `data` the record itself; `at_ms` Unix milliseconds."""
+
+    seq: int
+    at_ms: int
+    type: str
+    data: Any
+
+
+class Approval(NamedTuple):
+    """A question that waits for a human: may this attempt run? `arguments` is what it would be called with."""
+
+    step_id: str
+    function: str
+    arguments: Any
+    why: str
+    reason: str
+    rule: str
+
+
+class Run(NamedTuple):
+    """A run as the log has it up to event `seq`.
+
+    status: `running`, `waiting` (for the `approvals`), `succeeded`, `failed`, `cancelled` or `refused`; code and reason
+    say why it ended badly. spent_micros: what its attempts have cost so far, in micro-dollars.
+    """
+
+    run_id: str
+    status: str
+    workflow: str
+    account: str
+    output: Any
+    code: str
+    reason: str
+    approvals: tuple[Approval, ...]
+    spent_micros: int
+    seq: int
+    started_ms: int
+    finished_ms: int
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing further will happen."""
+        return self.status in states.RUN_TERMINAL
+
+    @property
+    def needs_human(self) -> bool:
+        """Tell whether it waits for somebody to approve or reject."""
+        return self.status == states.WAITING
+
+
+class RunReader:
+    """Picks one run out of its partition of the log and folds it. Messages must come in order, none left out."""
+
+    def __init__(self, run_id: str, epoch: int = NO_EPOCH) -> None:
+        """`epoch`: the one in force where the reading begins, if it is known."""
+        self._prefix = f"{run_id}:".encode()
+        self._tracker = EpochTracker(epoch)
+        self._state = RunState(run_id)
+        self._account = ""
+        self._spent_micros = 0
+        self.answered: set[str] = set()
+        """The ids of the commands that the run has answered."""
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch in force after what was read."""
+        return self._tracker.epoch
+
+    @property
+    def exists(self) -> bool:
+        """Tell whether the run was found."""
+        return self._state.status != states.ABSENT
+
+    def read(self, messages: Iterable[Message]) -> list[Event]:
+        """Fold what belongs to the run; return its events. Raises DecodeError, IllegalTransitionError on a damaged log."""
+        found: list[Event] = []
+        for message in messages:
+            epoch = self._note_epoch(message)
+            if message.value is None or epoch is None or not (message.key or b"").startswith(self._prefix):
+                continue
+            if self._tracker.is_valid(epoch):
+                found += self._fold(codec.decode(message.value))
+        return found
+
+    def _note_epoch(self, message: Message) -> int | None:
+        """Return the epoch that an entry carries, None for an announcement."""
+        headers = dict(message.headers)
+        is_announcement = headers.get(TYPE_HEADER) == ANNOUNCEMENT_TYPE.encode()
+        stated = headers.get(EPOCH_HEADER)
+        if stated is None:
+            record = codec.decode(message.value) if message.value is not None else None
+            epoch = getattr(record, "epoch", NO_EPOCH)
+            is_announcement = isinstance(record, OwnerAnnounced)
+        else:
+            epoch = int(stated)
+        # An owner writes nothing before its announcement: a higher epoch in an entry proves one that lies before the
+        # place where the reading began.
+        if is_announcement or epoch > self._tracker.epoch:
+            self._tracker.announced(message.offset, epoch)
+        return None if is_announcement else epoch
+
+    def _fold(self, entry: Any) -> list[Event]:
+        self._account = entry.account
+        events = []
+        for number, event in enumerate(entry.events):
+            apply(self._state, event, entry.now_ms)
+            self._spent_micros += getattr(event, "actual_micros", 0)
+            if isinstance(event, _ANSWERS):
+                self.answered.add(event.command_id)
+            events.append(Event(entry.first_seq + number, entry.now_ms, type(event).__name__, event))
+        return events
+
+    def run(self) -> Run:
+        """Return the run as far as it was read."""
+        state = self._state
+        return Run(
+            run_id=state.run_id,
+            status=state.status,
+            workflow=state.workflow_label,
+            account=self._account,
+            output=canonical.loads(state.output) if state.output else None,
+            code=state.code,
+            reason=state.reason,
+            approvals=tuple(
+                Approval(
+                    step.step_id,
+                    step.call.function,
+                    canonical.loads(step.call.arguments),
+                    step.approval.why,
+                    step.approval.reason,
+                    step.approval.rule,
+                )
+                for step in state.open_approvals()
+                if step.approval is not None
+            ),
+            spent_micros=self._spent_micros,
+            seq=state.seq,
+            started_ms=state.started_ms,
+            finished_ms=state.finished_ms,
+        )

@@ -1,0 +1,157 @@
+"""Declared topics and schemas on a Kafka: what differs, making what is missing, and the check that services do at start.
+
+Nothing that exists is ever altered, unless the entry was named by who asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from tidegate import codec
+from tidegate.eventlog.interface import Broker, EventLogError, Record
+from tidegate.eventlog.validity import TYPE_HEADER
+from tidegate.topics.administration import AdministeredBroker, alter, create
+from tidegate.topics.comparison import Difference, compare, group_problems
+from tidegate.topics.declaration import Topic, load_topics
+
+SCHEMAS_TOPIC: Final = "schemas"
+SCHEMA_TYPE: Final = b"Schema"
+WRITE_DEADLINE_S: Final = 30.0
+
+_log = structlog.get_logger()
+
+
+class TopicsError(EventLogError):
+    """Topics are not fit for use; `problems` lists everything that is wrong, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What `apply` did (`created` topics, `altered` config entries) and what differs still and may."""
+
+    created: list[str]
+    altered: list[Difference]
+    warnings: list[Difference]
+
+
+def diff(broker: Broker, declared: Sequence[Topic], *, production: bool = False) -> list[Difference]:
+    """Return how the topics on Kafka differ from the declared ones. Blocks for a round trip or two. Raises EventLogError."""
+    found = broker.describe([topic.name for topic in declared])
+    return [
+        difference for topic in declared for difference in compare(topic, found.get(topic.name), production=production)
+    ]
+
+
+def apply(
+    broker: AdministeredBroker,
+    declared: Sequence[Topic],
+    *,
+    production: bool = False,
+    alter_config: Collection[str] = (),
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Applied:
+    """Create the topics that are missing; alter the config entries named in `alter_config` (`KEY` or `TOPIC:KEY`).
+
+    If anything else is wrong with a topic that exists, nothing is created or altered at all. Idempotent; several may do it
+    at once. Blocks. Raises TopicsError with all problems, EventLogError if Kafka fails or refuses.
+    """
+    differences = diff(broker, declared, production=production)
+    missing = {difference.topic for difference in differences if difference.is_missing}
+    to_alter = [difference for difference in differences if _may_alter(difference, alter_config)]
+    left = [difference for difference in differences if not difference.is_missing and difference not in to_alter]
+    errors = [difference for difference in left if difference.severity == "error"]
+    if errors:
+        raise TopicsError([str(difference) for difference in errors])
+    created = create(broker, [topic for topic in declared if topic.name in missing], on_progress)
+    alter(broker, to_alter, on_progress)
+    return Applied(created, to_alter, left)
+
+
+def _may_alter(difference: Difference, named: Collection[str]) -> bool:
+    is_config = difference.what not in ("missing", "partition count", "replication factor")
+    return is_config and (difference.what in named or f"{difference.topic}:{difference.what}" in named)
+
+
+def check_at_start(broker: Broker, names: Sequence[str], *, production: bool) -> None:
+    """Check the topics that a service is about to use. Blocks for a round trip or two.
+
+    Partition counts are taken as they are: services learn them from Kafka, so only the topics of one group must agree.
+    Raises TopicsError with all problems; warnings are logged.
+    """
+    wanted = set(names)
+    # A service may use topics of queues that the settings do not name, so theirs are taken from the names.
+    queues = [name.partition(".")[2] for name in names if name.startswith("step-tasks.")]
+    declared = [topic for topic in load_topics(queues=queues) if topic.name in wanted]
+    if unknown := wanted - {topic.name for topic in declared}:
+        raise TopicsError([f"{name}: no such topic is declared in schemas/topics" for name in sorted(unknown)])
+    found = broker.describe(sorted(wanted))
+    problems = group_problems(declared, found)
+    for topic in declared:
+        for difference in compare(topic, found.get(topic.name), production=production):
+            if difference.what == "partition count":
+                continue
+            if difference.severity == "error":
+                problems.append(str(difference))
+            else:
+                _log.warning("topic not as declared", problem=str(difference))
+    if problems:
+        raise TopicsError(problems)
+
+
+def publish_schemas(broker: Broker) -> list[str]:
+    """Write every schema that this version ships and the `schemas` topic does not have; return their fingerprints.
+
+    Done before anything is written with them, so that whoever reads the log can read it. Blocks. Raises EventLogError.
+    """
+    there = _published(broker)
+    missing = {name: text for name, text in codec.schema_texts().items() if name not in there}
+    if not missing:
+        return []
+    writer = broker.writer()
+    try:
+        for name, text in missing.items():
+            headers = ((TYPE_HEADER, SCHEMA_TYPE),)
+            writer.send(Record(SCHEMAS_TOPIC, 0, name.encode(), text.encode(), headers))
+        writer.flush(WRITE_DEADLINE_S)
+    finally:
+        writer.close()
+    return sorted(missing)
+
+
+def load_schemas(broker: Broker) -> list[str]:
+    """Make the schemas in the `schemas` topic known to the codec; return the fingerprints of those that were new.
+
+    One that cannot be used (not a record of ours, or of a form that this version does not know) is logged and left out.
+    Blocks. Raises EventLogError.
+    """
+    known = codec.schema_texts()
+    loaded = []
+    for name, text in _published(broker).items():
+        if name in known:
+            continue
+        try:
+            codec.register_schema(text)
+            loaded.append(name)
+        except codec.DecodeError as error:
+            _log.error("schema skipped", fingerprint=name, error=str(error))
+    return loaded
+
+
+def _published(broker: Broker) -> dict[str, str]:
+    start, end = broker.offsets(SCHEMAS_TOPIC, 0)
+    found: dict[str, str] = {}
+    for message in broker.read(SCHEMAS_TOPIC, 0, start, end):
+        name = (message.key or b"").decode("utf-8", "replace")
+        if message.value is None:
+            found.pop(name, None)
+        else:
+            found[name] = message.value.decode("utf-8", "replace")
+    return found

@@ -1,0 +1,403 @@
+"""The chart lints and renders, refuses values it does not know, and every pod in it is restricted and runs what exists."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tidegate.cli.__main__ import app as cli
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.executor.settings import ExecutorSettings
+from tidegate.process import ProcessSettings
+from tidegate.projection.settings import ProjectionSettings
+from tidegate.registry.process import STATEFUL_POD_VARIABLE
+
+Render = Callable[..., list[dict[str, Any]]]
+Object = dict[str, Any]
+
+CHART = Path(__file__).resolve().parents[2] / "charts/tidegate"
+UID = 10001
+ERROR = 3  # of helm_python.lint
+
+MINIMAL: Object = {"kafka": {"bootstrap": "kafka:9092"}}
+POOL: Object = {
+    "name": "orders",
+    "app": "orders:app",
+    "queue": "default",
+    "slots": 4,
+    "replicas": 2,
+    "drainSeconds": 60,
+    "resources": {"requests": {"cpu": 1, "memory": "256Mi"}, "limits": {"memory": "1Gi"}},
+}
+# Every branch of the templates, together with the environments' own values.
+VARIANTS: dict[str, Object] = {
+    "minimal": MINIMAL,
+    "chdb in an emptyDir": MINIMAL | {"projection": {"persistence": {"enabled": False}}},
+    "chdb on a named storage class": MINIMAL | {"projection": {"persistence": {"storageClass": "fast"}}},
+    "ClickHouse server": MINIMAL | {"clickhouse": {"url": "http://ch:8123", "existingSecret": "clickhouse"}},
+    "topics made otherwise": MINIMAL | {"topics": {"job": False}},
+    "all that is optional": {
+        "image": {"digest": "sha256:" + "0" * 64},
+        "imagePullSecrets": ["registry"],
+        "serviceAccountName": "tidegate",
+        "env": {"TIDEGATE_LOG_LEVEL": "debug"},
+        "kafka": {
+            "bootstrap": "a:9092,b:9092",
+            "securityProtocol": "sasl_ssl",
+            "saslMechanism": "PLAIN",
+            "existingSecret": "kafka",
+            "secretKeys": {"SASL_USERNAME": "username", "SASL_PASSWORD": "password"},
+            "caSecret": "kafka-ca",
+        },
+        "executors": [POOL, POOL | {"name": "other", "env": {"A": "1"}, "envFromSecrets": ["keys"]}],
+    },
+}
+
+
+@pytest.fixture(params=[*VARIANTS, "values-dev.yaml", "values-staging.yaml", "values-production.yaml"])
+def values(request: pytest.FixtureRequest, values_files: dict[str, Object]) -> Object:
+    """Values of every variant and of every environment."""
+    return copy.deepcopy({**VARIANTS, **values_files}[request.param])
+
+
+@pytest.fixture
+def objects(render: Render, values: Object) -> list[Object]:
+    """What the chart makes of them."""
+    return render(values)
+
+
+def pod_specs(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+    """Yield `Kind/name` and the spec of the pods that each object makes."""
+    for document in objects:
+        name = f"{document['kind']}/{document['metadata']['name']}"
+        if document["kind"] == "Pod":
+            yield name, document["spec"]
+        elif "template" in document.get("spec", {}):
+            yield name, document["spec"]["template"]["spec"]
+
+
+def workloads(objects: list[Object]) -> list[Object]:
+    return [document for document in objects if document["kind"] in {"StatefulSet", "Deployment"}]
+
+
+def named(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = (o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name)
+    return found
+
+
+def environment(spec: Object) -> Object:
+    return {entry["name"]: entry for entry in spec["containers"][0]["env"]}
+
+
+def image_of(objects: list[Object], kind: str, name: str) -> str:
+    image = named(objects, kind, name)["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert isinstance(image, str)
+    return image
+
+
+# --- lint and schema ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("K1")
+def test_chart_lints_without_warnings(values: Object) -> None:
+    report = helm_python.lint(CHART, values, strict=True)
+    assert report["errors"] == []
+    # Informational only: the chart has no icon.
+    assert [m for m in report["messages"] if m["severity"] > 1] == []
+
+
+def test_every_environment_is_tested(values_files: dict[str, Object]) -> None:
+    assert set(values_files) == {"values-dev.yaml", "values-staging.yaml", "values-production.yaml"}
+
+
+REFUSED: dict[str, tuple[Object, str]] = {
+    "no Kafka": ({}, "bootstrap"),
+    "address without port": ({"kafka": {"bootstrap": "kafka"}}, "bootstrap"),
+    "unknown key": (MINIMAL | {"schedulr": {}}, "schedulr"),
+    "unknown key of a service": (MINIMAL | {"gate": {"replica": 3}}, "replica"),
+    "unknown key of the connection": ({"kafka": {"bootstrap": "k:1", "password": "x"}}, "password"),
+    "unknown resource": (MINIMAL | {"gate": {"resources": {"limits": {"cpus": 1}}}}, "cpus"),
+    "more than one projection": (MINIMAL | {"projection": {"replicas": 2}}, "replicas"),
+    "replicas as text": (MINIMAL | {"scheduler": {"replicas": "3"}}, "replicas"),
+    "number in the environment": (MINIMAL | {"env": {"TIDEGATE_GATE_LEASE_S": 10}}, "TIDEGATE_GATE_LEASE_S"),
+    "a variable that the chart sets": (MINIMAL | {"env": {"TIDEGATE_INSTANCE_ID": "x"}}, "TIDEGATE_INSTANCE_ID"),
+    "SASL without a mechanism": ({"kafka": {"bootstrap": "k:1", "securityProtocol": "sasl_ssl"}}, "saslMechanism"),
+    "secret without keys": ({"kafka": {"bootstrap": "k:1", "existingSecret": "s"}}, "secretKeys"),
+    "keys without secret": ({"kafka": {"bootstrap": "k:1", "secretKeys": {"SASL_USERNAME": "u"}}}, "secretKeys"),
+    "unknown variable from a secret": (
+        {"kafka": {"bootstrap": "k:1", "existingSecret": "s", "secretKeys": {"SASL_USER": "u"}}},
+        "SASL_USER",
+    ),
+    "pool without app": (MINIMAL | {"executors": [{k: v for k, v in POOL.items() if k != "app"}]}, "app"),
+    "pool without slots": (MINIMAL | {"executors": [POOL | {"slots": 0}]}, "slots"),
+    "pool with an image of no version": (MINIMAL | {"executors": [POOL | {"image": {"repository": "o"}}]}, "image"),
+    "pool with an unknown key": (MINIMAL | {"executors": [POOL | {"queues": ["a"]}]}, "queues"),
+    "pool name that is no label": (MINIMAL | {"executors": [POOL | {"name": "Orders"}]}, "name"),
+    "no time to drain": (MINIMAL | {"gate": {"terminationGracePeriodSeconds": 0}}, "terminationGracePeriodSeconds"),
+    "credentials for no server": (MINIMAL | {"clickhouse": {"existingSecret": "s"}}, "url"),
+    "a DSN for a server": (MINIMAL | {"clickhouse": {"url": "clickhouse://u:p@h"}}, "url"),
+    "digest of another kind": (MINIMAL | {"image": {"digest": "md5:1"}}, "digest"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_schema_refuses(render: Render, case: str) -> None:
+    values, offending = REFUSED[case]
+    with pytest.raises(helm_python.HelmError, match=offending):
+        render(values)
+
+
+def test_two_pools_of_one_name_are_refused(render: Render) -> None:
+    with pytest.raises(helm_python.HelmError, match='two pools of executors have the name "orders"'):
+        render(MINIMAL | {"executors": [POOL, POOL]})
+
+
+def test_too_long_names_are_refused_not_cut(render: Render) -> None:
+    with pytest.raises(helm_python.HelmError, match="choose a shorter release name"):
+        render(MINIMAL, release="r" * 50)
+
+
+def test_schema_is_strict_at_every_level() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def check(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            if node.get("type") == "object" and path != "/properties/global":
+                assert "additionalProperties" in node, path
+                assert node["additionalProperties"] is False or "propertyNames" in node, path
+            for key, child in node.items():
+                check(child, f"{path}/{key}")
+        elif isinstance(node, list):
+            for child in node:
+                check(child, path)
+
+    check(schema, "")
+
+
+def test_every_value_has_a_default_or_is_refused_without() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert set(schema["properties"]) - {"global"} == set(defaults)
+    for name in ("image", "kafka", "clickhouse", "topics"):
+        assert set(schema["properties"][name]["properties"]) == set(defaults[name])
+    for name in ("scheduler", "gate", "gateway"):
+        assert set(schema["definitions"]["replicated"]["properties"]) == set(defaults[name])
+    assert set(schema["properties"]["projection"]["properties"]) == set(defaults["projection"])
+
+
+# --- what is rendered --------------------------------------------------------------------------------------------------
+
+
+def test_names_are_unique(objects: list[Object]) -> None:
+    names = [(document["kind"], document["metadata"]["name"]) for document in objects]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.feature("K1")
+def test_every_pod_is_restricted(objects: list[Object]) -> None:
+    seen = 0
+    for name, spec in pod_specs(objects):
+        seen += 1
+        context = spec["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"] == UID, name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert spec["automountServiceAccountToken"] is False, name
+        assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")), name
+        allowed = {"name", "emptyDir", "secret", "persistentVolumeClaim"}
+        assert all(set(volume) <= allowed for volume in spec["volumes"]), name
+        for container in spec["containers"] + spec.get("initContainers", []):
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, name
+            assert own["readOnlyRootFilesystem"] is True, name
+            assert own["capabilities"] == {"drop": ["ALL"]}, name
+            assert not own.get("privileged"), name
+            assert not any(port.get("hostPort") for port in container.get("ports", [])), name
+            assert "tmp" in {mount["name"] for mount in container["volumeMounts"]}, name
+        assert {"name": "tmp", "emptyDir": {}} in spec["volumes"], name
+    assert seen >= 5
+
+
+def test_every_pod_says_what_it_needs_and_bounds_its_memory(objects: list[Object]) -> None:
+    for name, spec in pod_specs(objects):
+        resources = spec["containers"][0]["resources"]
+        assert {"cpu", "memory"} <= set(resources["requests"]), name
+        assert "memory" in resources["limits"], name
+
+
+def test_every_pod_runs_tidegate_of_a_certain_version(objects: list[Object]) -> None:
+    for name, spec in pod_specs(objects):
+        (container,) = spec["containers"]
+        assert container["command"] == ["tidegate"], name
+        repository, _, digest = container["image"].partition("@")
+        tag = repository.rpartition("/")[2].partition(":")[2]
+        assert digest or tag not in {"", "latest"}, name
+
+
+@pytest.mark.feature("K1")
+@pytest.mark.parametrize(
+    "component",
+    ["scheduler", "gate", "projection", "gateway", "executor-orders", "topics", "test-topics"],
+)
+def test_the_command_of_every_pod_exists_with_its_options(render: Render, component: str) -> None:
+    pods = {name.partition("/tidegate-")[2]: spec for name, spec in pod_specs(render(VARIANTS["all that is optional"]))}
+    assert set(pods) == {
+        "scheduler",
+        "gate",
+        "projection",
+        "gateway",
+        "executor-orders",
+        "executor-other",
+        "topics",
+        "test-topics",
+    }
+    arguments = pods[component]["containers"][0]["args"]
+    # Options are parsed before the help is shown, so one that does not exist is an error.
+    result = CliRunner().invoke(cli, [*arguments, "--help"])
+    assert result.exit_code == 0, f"tidegate {' '.join(arguments)}: {result.output or result.exception}"
+
+
+def test_every_variable_of_the_chart_is_a_setting(objects: list[Object], values: Object) -> None:
+    known = {f"TIDEGATE_KAFKA_{field.upper()}" for field in KafkaSettings.model_fields}
+    known |= {f"TIDEGATE_{field.upper()}" for field in ProcessSettings.model_fields}
+    known |= {f"TIDEGATE_{field.upper()}" for field in ProjectionSettings.model_fields}
+    known |= {f"TIDEGATE_EXECUTOR_{field.upper()}" for field in ExecutorSettings.model_fields}
+    known |= {STATEFUL_POD_VARIABLE}
+    given = set(values.get("env", {})).union(*(pool.get("env", {}) for pool in values.get("executors", [])))
+    for name, spec in pod_specs(objects):
+        variables = [entry["name"] for entry in spec["containers"][0]["env"]]
+        assert len(variables) == len(set(variables)), name
+        assert set(variables) - known - given <= {"HOME", "POD_NAME", "POD_NAMESPACE", "POD_UID"}, name
+
+
+def test_no_secret_is_in_the_chart(objects: list[Object]) -> None:
+    assert not [document for document in objects if document["kind"] == "Secret"]
+    for name, spec in pod_specs(objects):
+        for variable, entry in environment(spec).items():
+            if "PASSWORD" in variable or "SECRET" in variable:
+                assert set(entry["valueFrom"]) == {"secretKeyRef"}, name
+
+
+def test_selectors_pick_their_own_pods_and_no_others(objects: list[Object]) -> None:
+    pods = {o["metadata"]["name"]: o["spec"]["template"]["metadata"]["labels"] for o in workloads(objects)}
+    for workload in workloads(objects):
+        wanted = workload["spec"]["selector"]["matchLabels"].items()
+        assert [name for name, labels in pods.items() if wanted <= labels.items()] == [workload["metadata"]["name"]]
+        for constraint in workload["spec"]["template"]["spec"]["topologySpreadConstraints"]:
+            assert constraint["labelSelector"]["matchLabels"].items() == wanted
+
+
+def test_disruption_budgets_cover_what_has_replicas(objects: list[Object]) -> None:
+    budgets = [document["spec"] for document in objects if document["kind"] == "PodDisruptionBudget"]
+    assert all(budget["maxUnavailable"] == 1 for budget in budgets)
+    covered = [budget["selector"]["matchLabels"] for budget in budgets]
+    assert covered == [
+        workload["spec"]["selector"]["matchLabels"]
+        for workload in sorted(workloads(objects), key=lambda o: o["metadata"]["name"])
+        if workload["spec"]["replicas"] > 1
+    ]
+
+
+def test_only_pods_of_stateful_sets_claim_that_identity(objects: list[Object]) -> None:
+    for workload in workloads(objects):
+        variables = environment(workload["spec"]["template"]["spec"])
+        is_stateful = workload["kind"] == "StatefulSet"
+        assert (STATEFUL_POD_VARIABLE in variables) == is_stateful, workload["metadata"]["name"]
+        assert variables["TIDEGATE_INSTANCE_ID"]["value"] == "$(POD_NAME)"
+        # Kubernetes expands only what stands above.
+        order = list(variables)
+        assert order.index("POD_NAME") < order.index("TIDEGATE_INSTANCE_ID")
+        if is_stateful:
+            assert max(order.index("POD_NAME"), order.index("POD_NAMESPACE")) < order.index(STATEFUL_POD_VARIABLE)
+            assert workload["spec"]["serviceName"] == named(objects, "Service", "tidegate")["metadata"]["name"]
+
+
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+def test_owners_are_stateful(render: Render, service: str) -> None:
+    assert named(render(MINIMAL), "StatefulSet", f"tidegate-{service}")["spec"]["replicas"] == 2
+
+
+def test_projection_on_chdb_is_one_process_with_a_disk(render: Render) -> None:
+    spec = named(render(MINIMAL), "StatefulSet", "tidegate-projection")["spec"]
+    assert spec["replicas"] == 1
+    assert [claim["metadata"]["name"] for claim in spec["volumeClaimTemplates"]] == ["data"]
+    pod = spec["template"]["spec"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts["/var/lib/tidegate"] == "data"
+    variables = environment(pod)
+    assert variables["TIDEGATE_DATA_DIR"]["value"] == "/var/lib/tidegate"
+    assert not {"TIDEGATE_CLICKHOUSE_URL", "TIDEGATE_PROJECTION_GROUP"} & set(variables)
+
+
+def test_projection_without_a_disk_begins_anew_with_every_pod(render: Render) -> None:
+    pod = named(render(VARIANTS["chdb in an emptyDir"]), "StatefulSet", "tidegate-projection")["spec"]["template"][
+        "spec"
+    ]
+    assert {"name": "data", "emptyDir": {}} in pod["volumes"]
+    variables = environment(pod)
+    assert variables["POD_UID"]["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
+    assert variables["TIDEGATE_PROJECTION_GROUP"]["value"].endswith("$(POD_UID)")
+    assert list(variables).index("POD_UID") < list(variables).index("TIDEGATE_PROJECTION_GROUP")
+
+
+def test_projection_on_a_server_ends_before_its_successor_begins(render: Render) -> None:
+    objects = render(VARIANTS["ClickHouse server"])
+    spec = named(objects, "Deployment", "tidegate-projection")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+    variables = environment(spec["template"]["spec"])
+    assert variables["TIDEGATE_CLICKHOUSE_URL"]["value"] == "http://ch:8123"
+    password = variables["TIDEGATE_CLICKHOUSE_PASSWORD"]["valueFrom"]
+    assert password == {"secretKeyRef": {"name": "clickhouse", "key": "password"}}
+    others = [spec for name, spec in pod_specs(objects) if not name.endswith("-projection")]
+    assert not any("TIDEGATE_CLICKHOUSE_PASSWORD" in environment(spec) for spec in others)
+
+
+def test_a_pool_becomes_executors_of_its_app_and_queue(render: Render) -> None:
+    objects = render(VARIANTS["all that is optional"])
+    spec = named(objects, "StatefulSet", "tidegate-executor-orders")["spec"]
+    pod = spec["template"]["spec"]
+    assert pod["containers"][0]["args"] == ["executor", "--app", "orders:app", "--queue", "default", "--slots", "4"]
+    assert spec["replicas"] == 2
+    # The pod is given longer than the process gives itself.
+    assert environment(pod)["TIDEGATE_EXECUTOR_DRAIN_S"]["value"] == "60"
+    assert pod["terminationGracePeriodSeconds"] == 90
+    other = named(objects, "StatefulSet", "tidegate-executor-other")["spec"]["template"]["spec"]
+    assert environment(other)["A"]["value"] == "1"
+    assert other["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
+
+
+@pytest.mark.parametrize(
+    ("image", "pool_image", "expected"),
+    [
+        ({}, {}, "tidegate:0.1.0"),
+        ({"tag": "t"}, {}, "tidegate:t"),
+        ({"tag": "t"}, {"tag": "u"}, "tidegate:u"),
+        ({"tag": "t"}, {"repository": "orders", "tag": "u"}, "orders:u"),
+        ({"digest": "sha256:" + "1" * 64}, {}, "tidegate:0.1.0@sha256:" + "1" * 64),
+        ({"digest": "sha256:" + "1" * 64}, {"repository": "orders", "tag": "u"}, "orders:u"),
+        ({"digest": "sha256:" + "1" * 64}, {"tag": "u"}, "tidegate:u"),
+    ],
+)
+def test_image_of_a_pool(render: Render, image: Object, pool_image: Object, expected: str) -> None:
+    objects = render(MINIMAL | {"image": image, "executors": [POOL | {"image": pool_image}]})
+    assert image_of(objects, "StatefulSet", "tidegate-executor-orders") == expected
+
+
+def test_topics_are_made_before_the_pods_and_deleted_by_nothing(objects: list[Object], values: Object) -> None:
+    hooks = {o["metadata"]["annotations"]["helm.sh/hook"]: o for o in objects if "annotations" in o["metadata"]}
+    wanted = {"test": ["topics", "diff"]}
+    if values.get("topics", {}).get("job", True):
+        wanted["pre-install,pre-upgrade"] = ["topics", "apply"]
+    commands = {hook: spec["containers"][0]["args"] for hook, o in hooks.items() for _, spec in pod_specs([o])}
+    assert commands == wanted
+
+
+def test_another_release_name_is_in_every_name(render: Render) -> None:
+    for document in render(MINIMAL, release="blue"):
+        assert document["metadata"]["name"].startswith("blue-tidegate")

@@ -1,0 +1,110 @@
+"""The image is built from locked wheels, runs as nobody special, and leaves nothing else of the repository in."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^ ;]+) \\$")
+HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$")
+
+
+@pytest.fixture(scope="module")
+def dockerfile(root: Path) -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile with their arguments, continued lines joined."""
+    text = (root / "services/Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split()[0], line.partition(" ")[2].strip()) for line in lines]
+
+
+def locked(path: Path) -> dict[str, str]:
+    """Return the versions that a lock file pins; fails on a line of any other kind."""
+    versions: dict[str, str] = {}
+    hashes = 0
+    for line in path.read_text().splitlines():
+        if found := PINNED.match(line):
+            assert not versions or hashes, f"{list(versions)[-1]} has no hash"
+            versions[canonicalize_name(found[1])], hashes = found[2], 0
+        elif HASH.match(line):
+            hashes += 1
+        else:
+            assert line.lstrip().startswith("#"), line
+            assert "://" not in line, line
+    assert hashes
+    return versions
+
+
+def requirements_in(path: Path) -> list[Requirement]:
+    return [Requirement(line) for line in path.read_text().splitlines() if not line.startswith("#")]
+
+
+def assert_satisfied(requirements: list[Requirement], versions: dict[str, str]) -> None:
+    for requirement in requirements:
+        version = versions.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement} is not in the lock: run `make lock`"
+        assert requirement.specifier.contains(version), f"the lock has {version}, wanted {requirement}"
+
+
+def test_base_images_have_a_version(dockerfile: list[tuple[str, str]]) -> None:
+    stages = [argument.split() for instruction, argument in dockerfile if instruction == "FROM"]
+    assert len(stages) == 2
+    for image, *_ in stages:
+        name, _, tag = image.rpartition(":")
+        assert name
+        assert tag not in {"", "latest"}
+    assert stages[0][0] == stages[1][0], "a virtual environment belongs to the Python that made it"
+
+
+@pytest.mark.feature("K1")
+def test_last_stage_runs_as_the_chart_says_and_builds_nothing(dockerfile: list[tuple[str, str]], root: Path) -> None:
+    last = max(index for index, (instruction, _) in enumerate(dockerfile) if instruction == "FROM")
+    stage = dockerfile[last:]
+    (user,) = (argument for instruction, argument in stage if instruction == "USER")
+    assert user == "10001:10001"
+    assert "runAsUser: 10001" in (root / "charts/tidegate/templates/_pod.tpl").read_text()
+    runs = " ".join(argument for instruction, argument in stage if instruction == "RUN")
+    assert not re.search(r"\b(pip|apt|apt-get|gcc|make)\b", runs)
+    assert ("ENTRYPOINT", '["tidegate"]') in stage
+
+
+def test_only_hashed_wheels_are_installed(dockerfile: list[tuple[str, str]]) -> None:
+    installs = [
+        command
+        for instruction, argument in dockerfile
+        if instruction == "RUN"
+        for command in argument.split("&&")
+        if "pip install" in command
+    ]
+    assert installs
+    for command in installs:
+        assert "--require-hashes --only-binary :all:" in command or "--no-deps --no-index" in command, command
+
+
+def test_lock_holds_what_the_services_need(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    extra_lines = requirements_in(root / "services/requirements.in")
+    wanted = [Requirement(line) for line in project["dependencies"] + extras["clickhouse"] + extras["gateway"]]
+    assert_satisfied(wanted + extra_lines, locked(root / "services/requirements.lock"))
+    assert {str(line) for line in extra_lines} <= {str(Requirement(line)) for line in extras["embedded"]}
+
+
+def test_lock_holds_what_the_build_needs(root: Path) -> None:
+    wanted = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
+    lines = requirements_in(root / "services/requirements-build.in")
+    assert [str(line) for line in lines] == [str(Requirement(line)) for line in wanted]
+    assert_satisfied(lines, locked(root / "services/requirements-build.lock"))
+
+
+def test_everything_that_is_copied_is_in_the_context(dockerfile: list[tuple[str, str]], root: Path) -> None:
+    ignored = (root / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    let_in = {line[1:].rstrip("/") for line in ignored if line.startswith("!")}
+    for instruction, argument in dockerfile:
+        if instruction == "COPY" and not argument.startswith("--from"):
+            for source in argument.split()[:-1]:
+                assert source.rstrip("*/").partition("/")[0] in let_in, source
+                assert source.endswith("*") or (root / source).exists(), source
