@@ -5,6 +5,7 @@ What the owner loop adds (durability, epochs, marks) is left out, so a test sees
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ def chain(*functions: str, **settings: Function) -> dict[str, Any]:
         "name": "chain",
         "version": "1",
         "nodes": {name: {"kind": "step", "function": name} for name in functions},
-        "edges": [[a, b] for a, b in zip(functions, functions[1:], strict=False)],
+        "edges": [[a, b] for a, b in itertools.pairwise(functions)],
         "functions": {name: settings.get(name, step()) for name in functions},
     }
 
@@ -90,7 +91,11 @@ class Pair:
 
     def policy(self, document: dict[str, Any]) -> None:
         row = PolicyPublished(
-            policy_id=document["policy"], version=document["version"], document=canonical.dumps(document), by="t", at_ms=0
+            policy_id=document["policy"],
+            version=document["version"],
+            document=canonical.dumps(document),
+            by="t",
+            at_ms=0,
         )
         self.gate.table_changed("policies", document["policy"], row, 0)
 

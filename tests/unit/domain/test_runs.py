@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from support.pure import Pair, agent, chain, step, tool
+from tidegate.domain.messages import EndedIncarnation
 
 STEPS = ("step:a", "step:b", "step:c", "step:d", "agent:bot", "tool:look", "tool:pay")
 
@@ -249,8 +251,6 @@ def test_lost_work_starts_again_under_a_new_attempt_once() -> None:
     p = pair()
     p.start("r", chain("a", a=step(reserve_micros=5)))
     old = p.tasks.popleft()
-
-    from tidegate.domain.messages import EndedIncarnation
 
     ended = {"ended": (EndedIncarnation(incarnation=1, evidence="pid 7 is gone"),)}
     p.register("worker-0", 9, 10, STEPS, **ended)

@@ -1,0 +1,204 @@
+"""Scheduler and gate under the real owner loop, on the log in memory, with one executor that the test plays.
+
+Single-threaded: `settle` lets everybody work until nothing moves. A process dies by `crash`: what it had sent may or may not
+have been written, as the seed decides.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from support.pure import chain
+from tidegate import codec
+from tidegate.domain import canonical
+from tidegate.domain.identity import partition_of
+from tidegate.domain.messages import DeadLetter, Instance, RunCommand, StepResult
+from tidegate.domain.run import RunState
+from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.memory import MemoryBroker
+from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.verification import Report, verify_partition
+from tidegate.gate.placement import Executors
+from tidegate.gate.service import GateMachine
+from tidegate.scheduler.service import SchedulerMachine
+
+RUN_PARTITIONS, ACCOUNT_PARTITIONS = 2, 2
+TOPICS = {
+    "run-commands": RUN_PARTITIONS,
+    "run-events": RUN_PARTITIONS,
+    "gate-decisions": RUN_PARTITIONS,
+    "step-results": RUN_PARTITIONS,
+    "gate-requests": ACCOUNT_PARTITIONS,
+    "gate-ledger": ACCOUNT_PARTITIONS,
+    "step-tasks.default": 1,
+    "instances": 1,
+    "policies": 1,
+    "dead-letters": 1,
+}
+
+
+class Crash(BaseException):
+    """A process ends here, without any handler running."""
+
+
+class Cluster:
+    """One broker in memory, owners of both logs, an executor of step functions a, b and c."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.now_ms = 1_000_000
+        self.rng = None if seed is None else random.Random(seed)
+        self.broker = MemoryBroker(clock_ms=lambda: self.now_ms, rng=self.rng)
+        for name, count in TOPICS.items():
+            self.broker.create_topic(name, count)
+        self.writer = self.broker.writer()
+        self.tasks = self.broker.plain_inbox()
+        self.entered: Counter[tuple[str, str, int]] = Counter()
+        self.seen_ranks: dict[int, int] = {}
+        self.incarnation = self.register()
+        self.tasks.read_from({TopicPartition("step-tasks.default", 0): 0})
+        self.owners: dict[str, OwnerLoop] = {}
+        self.generation = 0
+        self.start("scheduler")
+        self.start("gate")
+
+    # -- processes ----------------------------------------------------------------------
+
+    def start(self, service: str, instance_id: str | None = None) -> OwnerLoop:
+        """Start an owner; under its old name it has its partitions back at once."""
+        machine: Any = (
+            SchedulerMachine(RUN_PARTITIONS, ACCOUNT_PARTITIONS)
+            if service == "scheduler"
+            else GateMachine(
+                RUN_PARTITIONS,
+                ACCOUNT_PARTITIONS,
+                Executors(10_000, lambda: self.now_ms, lambda: self.broker.offsets("instances", 0).end),
+            )
+        )
+        loop = OwnerLoop(
+            self.broker,
+            machine,
+            instance_id or f"{service}-0",
+            clock_ms=lambda: self.now_ms,
+            monotonic_s=lambda: self.now_ms / 1000,
+        )
+        loop.start()
+        self.owners[service] = loop
+        return loop
+
+    def crash(self, service: str) -> None:
+        """Kill an owner: its writers are gone with what they had not written."""
+        dead = self.owners.pop(service)
+        self.broker.crash(dead._log_writer)
+        self.broker.crash(dead._tell_writer)
+
+    def register(self) -> int:
+        row = Instance(
+            instance_id="ex-0",
+            service="executor",
+            incarnation=-1,
+            state="ready",
+            host="h",
+            boot_id="b",
+            pid=1,
+            pid_started=0.0,
+            started_ms=0,
+            at_ms=0,
+            queue="default",
+            slots=4,
+            functions=("step:a", "step:b", "step:c"),
+        )
+        offsets: list[int] = []
+        self._send("instances", 0, "ex-0", row, offsets.append)
+        return offsets[0]
+
+    # -- work ---------------------------------------------------------------------------
+
+    def command(self, run_id: str, kind: str, **fields: Any) -> None:
+        fields = {"command_id": f"{kind}-{run_id}", "content_hash": "h", "source": "run-requests:0:0"} | fields
+        record = RunCommand(run_id=run_id, type=kind, original=b"{}", **fields)
+        self._send("run-commands", partition_of(run_id, RUN_PARTITIONS), f"{run_id}:{record.command_id}", record)
+
+    def start_run(self, run_id: str, *functions: str, **fields: Any) -> None:
+        text = canonical.dumps(chain(*(functions or ("a", "b", "c"))))
+        self.command(
+            run_id,
+            "start",
+            account=fields.pop("account", "acme"),
+            workflow="chain@1",
+            definition=text,
+            definition_hash=canonical.digest(text),
+            input="1",
+            **fields,
+        )
+
+    def execute(self) -> int:
+        """Play the executor: run every task that is addressed to us and new; returns how many messages there were."""
+        messages = self.tasks.poll(100, 0.0)
+        for message in messages:
+            task = codec.decode(message.value)
+            rank = task.source.rank()
+            if task.incarnation != self.incarnation or rank <= self.seen_ranks.get(task.source.partition, -1):
+                continue
+            self.seen_ranks[task.source.partition] = rank
+            if task.type != "run":
+                continue
+            self.entered[task.run_id, task.step_id, task.attempt] += 1
+            result = StepResult(
+                run_id=task.run_id,
+                step_id=task.step_id,
+                attempt=task.attempt,
+                account=task.account,
+                instance_id=task.instance_id,
+                incarnation=task.incarnation,
+                outcome="succeeded",
+                output='{"ok":true}',
+                actual_micros=2,
+            )
+            key = f"{task.run_id}:{task.step_id}:{task.attempt}:succeeded"
+            self._send("step-results", task.result_partition, key, result)
+        return len(messages)
+
+    def settle(self, turns: int = 400) -> None:
+        """Let everybody work until nothing has moved for some turns. A Crash ends the owner that it happens in."""
+        quiet = 0
+        for _ in range(turns):
+            moved = self.execute()
+            for service, loop in list(self.owners.items()):
+                try:
+                    moved += loop.run_once(0.0)
+                except Crash:
+                    self.crash(service)
+                    self.start(service)
+                    moved += 1
+            self.now_ms += 10
+            quiet = 0 if moved else quiet + 1
+            if quiet > 20:
+                return
+        raise AssertionError("it never comes to rest")
+
+    def _send(
+        self, topic: str, partition: int, key: str, record: Any, acked: Callable[[int], None] | None = None
+    ) -> None:
+        self.writer.send(Record(topic, partition, key.encode(), codec.encode(record)), acked)
+        self.writer.flush(1.0)
+
+    # -- what came of it ----------------------------------------------------------------
+
+    def verified(self) -> tuple[Report, dict[str, RunState]]:
+        """Verify both logs and return the folded runs."""
+        report, runs = Report(), {}
+        for topic, count in (("run-events", RUN_PARTITIONS), ("gate-ledger", ACCOUNT_PARTITIONS)):
+            for partition in range(count):
+                start, end = self.broker.offsets(topic, partition)
+                runs.update(verify_partition(self.broker.read(topic, partition, start, end), report))
+        return report, runs
+
+    def ledger_state(self, partition: int) -> Any:
+        return self.owners["gate"].owned[partition].state
+
+    def letters(self) -> list[DeadLetter]:
+        start, end = self.broker.offsets("dead-letters", 0)
+        return [codec.decode(message.value) for message in self.broker.read("dead-letters", 0, start, end)]

@@ -1,0 +1,287 @@
+"""The log-then-tell protocol, with real machines on the log in memory: crashes at its edges, zombies, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
+from tidegate.domain.identity import account_root, partition_of
+from tidegate.eventlog import owner
+from tidegate.eventlog.interface import Record
+from tidegate.eventlog.owner import CorruptLogError, RefusedToStartError
+
+EDGES = ("owner.before-log", "owner.after-log", "owner.after-tell")
+RUNS = [f"r{n}" for n in range(6)]
+
+
+def all_ended_once(cluster: Cluster) -> None:
+    """Nothing lost, nothing twice: every run succeeded, its chain is whole, each step was entered once, no money is open."""
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert {run_id: run.status for run_id, run in runs.items()} == dict.fromkeys(RUNS, "succeeded")
+    assert cluster.entered == {(run_id, step, 1): 1 for run_id in RUNS for step in "abc"}
+    for partition in range(ACCOUNT_PARTITIONS):
+        assert cluster.ledger_state(partition).runs == {}
+        assert cluster.ledger_state(partition).attempts == {}
+
+
+def run_scheduler(cluster: Cluster) -> None:
+    for _ in range(10):
+        cluster.owners["scheduler"].run_once(0.0)
+
+
+def start_all(cluster: Cluster) -> None:
+    for number, run_id in enumerate(RUNS):
+        cluster.start_run(run_id, account=f"acme{number % 3}")
+
+
+def test_runs_end_and_both_logs_verify() -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    cluster.settle()
+    all_ended_once(cluster)
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+@pytest.mark.parametrize(
+    ("edge", "hit"),
+    [("owner.after-announce", 1), ("owner.after-announce", 2)] + [(e, n) for e in EDGES for n in (1, 2, 3, 5, 8)],
+)
+def test_a_crash_at_an_edge_loses_nothing_and_repeats_nothing(
+    monkeypatch: pytest.MonkeyPatch, service: str, edge: str, hit: int
+) -> None:
+    for seed in range(4):
+        cluster = Cluster(seed)
+        passes = 0
+        running: list[str] = []
+
+        def point(name: str, running: list[str] = running) -> None:
+            nonlocal passes
+            if name == edge and running[-1] == service:
+                passes += 1
+                if passes == hit:
+                    raise Crash
+
+        for name in ("scheduler", "gate"):
+            wrap(monkeypatch, cluster, name, running)
+        monkeypatch.setattr(owner, "failpoint", point)
+        start_all(cluster)
+        cluster.settle()
+        assert passes >= hit, "the edge was never reached: the test shows nothing"
+        all_ended_once(cluster)
+
+
+def wrap(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, service: str, running: list[str]) -> None:
+    """Note whose turn it is, so that a failpoint can tell the services apart; also for owners started later."""
+    original = cluster.start
+
+    def start(name: str, instance_id: str | None = None) -> Any:
+        loop = original(name, instance_id)
+        note(loop, name)
+        return loop
+
+    def note(loop: Any, name: str) -> None:
+        turn = loop.run_once
+
+        def run_once(timeout_s: float) -> int:
+            running.append(name)
+            return int(turn(timeout_s))
+
+        loop.run_once = run_once
+
+    if service == "scheduler":
+        monkeypatch.setattr(cluster, "start", start)
+    note(cluster.owners[service], service)
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+@pytest.mark.parametrize("pause_at", [2, 4, 6])
+def test_a_zombie_that_wakes_after_another_took_over_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, service: str, pause_at: int
+) -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    zombie = cluster.owners[service]
+    passes = 0
+    woken = False
+
+    def point(name: str) -> None:
+        """Stop the owner between deciding and logging; while it sleeps its session ends and another works on."""
+        nonlocal passes, woken
+        if name != "owner.before-log" or woken or not any(part.unacknowledged for part in zombie.owned.values()):
+            return
+        passes += 1
+        if passes == pause_at:
+            woken = True
+            cluster.broker.expire(f"tidegate-{service}", f"{service}-0")
+            cluster.start(service, f"{service}-1")
+            cluster.settle()
+
+    monkeypatch.setattr(owner, "failpoint", point)
+    turns = 0
+    while not woken and turns < 500:
+        turns += 1
+        cluster.execute()
+        for loop in list(cluster.owners.values()):
+            loop.run_once(0.0)
+        cluster.now_ms += 10
+    assert woken
+    zombie.run_once(0.0)
+    cluster.broker.expire(f"tidegate-{service}", f"{service}-0")  # it may have come back as an ordinary member
+    cluster.settle()
+    report, _ = cluster.verified()
+    assert report.void_entries > 0, "the zombie wrote nothing: the test shows nothing"
+    assert not zombie.owned
+    all_ended_once(cluster)
+
+
+def test_without_the_offset_check_the_zombie_would_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of rule 3 is what keeps a zombie silent: without it, it tells the gate what never happened."""
+    told: list[int] = []
+    for checks in (True, False):
+        with monkeypatch.context() as patch:
+            if not checks:
+                patch.setattr(owner.OwnedPartition, "acknowledged", lambda self, slot, offset: slot.append(offset))
+            cluster = Cluster()
+            zombie = cluster.owners["scheduler"]
+            cluster.settle()
+            start_all(cluster)
+            asleep = False
+
+            def point(name: str, cluster: Cluster = cluster, zombie: Any = zombie) -> None:
+                nonlocal asleep
+                if name == "owner.before-log" and not asleep and any(p.unacknowledged for p in zombie.owned.values()):
+                    asleep = True
+                    cluster.broker.expire("tidegate-scheduler", "scheduler-0")
+                    cluster.start("scheduler", "scheduler-1")
+                    cluster.settle()
+
+            patch.setattr(owner, "failpoint", point)
+            before = sum(cluster.broker.offsets("gate-requests", p).end for p in range(ACCOUNT_PARTITIONS))
+            zombie.run_once(0.0)
+            after = sum(cluster.broker.offsets("gate-requests", p).end for p in range(ACCOUNT_PARTITIONS))
+            told.append(after - before)
+            assert asleep
+    assert told[1] > told[0]
+
+
+def test_told_messages_that_come_again_are_not_taken_again() -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    cluster.settle()
+    before, _ = cluster.verified()
+    for topic in ("gate-requests", "gate-decisions"):
+        for partition in range(2):
+            start, end = cluster.broker.offsets(topic, partition)
+            for message in list(cluster.broker.read(topic, partition, start, end)):
+                cluster.writer.send(Record(topic, partition, message.key or b"", message.value, message.headers))
+    cluster.writer.flush(1.0)
+    cluster.settle()
+    after, _ = cluster.verified()
+    assert (after.entries, after.events) == (before.entries, before.events)
+    all_ended_once(cluster)
+
+
+def test_a_restart_folds_the_log_to_the_same_state() -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    for _ in range(6):  # in the middle
+        cluster.execute()
+        for loop in cluster.owners.values():
+            loop.run_once(0.0)
+    before = {p: sorted(part.state.runs) for p, part in cluster.owners["scheduler"].owned.items()}
+    cluster.crash("scheduler")
+    loop = cluster.start("scheduler")
+    for _ in range(4):
+        loop.run_once(0.0)
+    after = {p: sorted(part.state.runs) for p, part in loop.owned.items()}
+    assert {p: set(runs) for p, runs in before.items()} == {p: set(after[p]) & set(before[p]) for p in before}
+    cluster.settle()
+    all_ended_once(cluster)
+
+
+@pytest.mark.feature("O3")
+@pytest.mark.parametrize("topic", ["run-commands", "gate-requests", "gate-decisions", "step-results"])
+def test_bytes_that_are_nothing_become_a_dead_letter_and_block_nobody(topic: str) -> None:
+    cluster = Cluster()
+    for partition in range(2):
+        for value in (b"", b"{}", b"\xc3\x01" + bytes(8), b"\xc3\x01"):
+            cluster.writer.send(Record(topic, partition, b"k", value, (("who", b"me"),)))
+    cluster.writer.flush(1.0)
+    start_all(cluster)
+    cluster.settle()
+    all_ended_once(cluster)
+    letters = [letter for letter in cluster.letters() if letter.topic == topic]
+    assert len(letters) == 8
+    assert {letter.code for letter in letters} == {"malformed"}
+    assert letters[0].headers == {"who": b"me"}
+
+
+def test_a_message_in_the_wrong_partition_is_refused() -> None:
+    cluster = Cluster()
+    cluster.start_run("r0")
+    cluster.settle()
+    wrong = 1 - partition_of(account_root("acme"), ACCOUNT_PARTITIONS)
+    start, end = cluster.broker.offsets("gate-requests", 1 - wrong)
+    for message in list(cluster.broker.read("gate-requests", 1 - wrong, start, end)):
+        cluster.writer.send(Record("gate-requests", wrong, message.key or b"", message.value))
+    cluster.writer.flush(1.0)
+    cluster.settle()
+    assert {letter.code for letter in cluster.letters()} == {"internal_error"}
+    assert cluster.ledger_state(wrong).runs == {}
+
+
+def test_an_input_that_was_deleted_unread_is_refused_with_advice() -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    cluster.settle()
+    cluster.crash("scheduler")
+    partition = partition_of("r0", 2)
+    for number in range(20):
+        cluster.start_run(f"more{number}")
+    end = cluster.broker.offsets("run-commands", partition).end
+    cluster.broker.delete_before("run-commands", partition, end)
+    cluster.start("scheduler")
+    with pytest.raises(RefusedToStartError, match="deleted unread"):
+        run_scheduler(cluster)
+
+
+def test_a_log_topic_that_was_made_again_is_refused() -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    cluster.settle()
+    cluster.crash("scheduler")
+    kept = [
+        (p, m)
+        for p in range(2)
+        for m in cluster.broker.read("run-events", p, 0, cluster.broker.offsets("run-events", p).end)
+    ]
+    cluster.broker.delete_topic("run-events")
+    cluster.broker.create_topic("run-events", 2)
+    for p, m in kept:
+        cluster.writer.send(Record("run-events", p, m.key or b"", m.value, m.headers))
+    cluster.writer.flush(1.0)
+    cluster.start("scheduler")
+    with pytest.raises(RefusedToStartError, match="made again"):
+        run_scheduler(cluster)
+
+
+def test_a_broken_chain_is_not_folded() -> None:
+    cluster = Cluster()
+    start_all(cluster)
+    cluster.settle()
+    cluster.crash("scheduler")
+    partition = partition_of("r0", 2)
+    end = cluster.broker.offsets("run-events", partition).end
+    entries = [
+        m for m in cluster.broker.read("run-events", partition, 0, end) if dict(m.headers).get("type") == b"RunEntry"
+    ]
+    cluster.writer.send(Record("run-events", partition, b"forged", entries[-1].value, entries[-1].headers))
+    cluster.writer.flush(1.0)
+    cluster.start("scheduler")
+    with pytest.raises(CorruptLogError, match="starts at seq"):
+        run_scheduler(cluster)
