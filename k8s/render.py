@@ -15,17 +15,15 @@ from typing import Any
 import helm_python
 import yaml
 
+from tidegate.topics.declaration import load_topics, read_topic_files
+from tidegate.topics.settings import TopicsSettings
+
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts/tidegate"
 VALUES = ROOT / "helm/values-production.yaml"
 RELEASE = "tidegate"
 
 KAFKA_CLUSTER = "tidegate"  # the Kafka of strimzi/kafka.yaml
-REPLICATION_FACTOR = 3
-MIN_INSYNC_REPLICAS = 2
-# Fixed for good when a topic is made: what belongs together by partition number is one group in schemas/topics.
-PARTITIONS = {"run": 8, "account": 4, "inbox": 4, "tasks": 4, "dead": 1, "table": 1}
-
 HEADER = "# Written by `python k8s/render.py` ({source}). Changes belong there.\n"
 HOOK = "helm.sh/hook"
 
@@ -56,21 +54,20 @@ def queues(values: dict[str, Any]) -> list[str]:
 
 
 def kafka_topics(queue_names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield a KafkaTopic for every declared topic; one per queue where the name has a place for it."""
-    declared = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "schemas/topics").glob("*.yaml"))]
-    for topic in declared:
-        names = [topic["name"].format(queue=queue) for queue in queue_names]
-        for name in sorted(set(names)):
-            yield {
-                "apiVersion": "kafka.strimzi.io/v1",
-                "kind": "KafkaTopic",
-                "metadata": {"name": name, "labels": {"strimzi.io/cluster": KAFKA_CLUSTER}},
-                "spec": {
-                    "partitions": PARTITIONS[topic["partition_group"]],
-                    "replicas": REPLICATION_FACTOR,
-                    "config": topic["config"] | {"min.insync.replicas": str(MIN_INSYNC_REPLICAS)},
-                },
-            }
+    """Yield a KafkaTopic for every declared topic, as in production; one per queue where a topic has queues."""
+    # Constructed so, the settings are the built-in ones, whatever is in this process's environment.
+    settings = TopicsSettings.model_construct(production=True)
+    for topic in load_topics(queue_names, settings, read_topic_files(ROOT / "schemas/topics")):
+        yield {
+            "apiVersion": "kafka.strimzi.io/v1",
+            "kind": "KafkaTopic",
+            "metadata": {"name": topic.name, "labels": {"strimzi.io/cluster": KAFKA_CLUSTER}},
+            "spec": {
+                "partitions": topic.partition_count,
+                "replicas": topic.replication_factor,
+                "config": dict(topic.config),
+            },
+        }
 
 
 def manifests() -> dict[Path, str]:

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -44,9 +44,11 @@ def test_acknowledgements_come_in_order_in_each_partition(world: World) -> None:
     writer = world.broker.writer()
     acked: list[tuple[int, int, int]] = []
 
+    def note(at: int, n: int) -> Callable[[int], None]:
+        return lambda offset: acked.append((at, n, offset))
+
     for n in range(300):
-        at = n % 3
-        writer.send(Record("log", at, b"key", b""), lambda offset, n=n, at=at: acked.append((at, n, offset)))
+        writer.send(Record("log", n % 3, b"key", b""), note(n % 3, n))
     writer.flush(PATIENCE_S)
 
     for partition in range(3):

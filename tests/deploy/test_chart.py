@@ -17,6 +17,7 @@ from tidegate.executor.settings import ExecutorSettings
 from tidegate.process import ProcessSettings
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.registry.process import STATEFUL_POD_VARIABLE
+from tidegate.topics.settings import TopicsSettings
 
 Render = Callable[..., list[dict[str, Any]]]
 Object = dict[str, Any]
@@ -43,6 +44,7 @@ VARIANTS: dict[str, Object] = {
     "ClickHouse server": MINIMAL | {"clickhouse": {"url": "http://ch:8123", "existingSecret": "clickhouse"}},
     "topics made otherwise": MINIMAL | {"topics": {"job": False}},
     "all that is optional": {
+        "topics": {"production": False, "partitions": {"run": 16}},
         "image": {"digest": "sha256:" + "0" * 64},
         "imagePullSecrets": ["registry"],
         "serviceAccountName": "tidegate",
@@ -134,6 +136,7 @@ REFUSED: dict[str, tuple[Object, str]] = {
         {"kafka": {"bootstrap": "k:1", "existingSecret": "s", "secretKeys": {"SASL_USER": "u"}}},
         "SASL_USER",
     ),
+    "partitions of no group": (MINIMAL | {"topics": {"partitions": {"runs": 8}}}, "runs"),
     "pool without app": (MINIMAL | {"executors": [{k: v for k, v in POOL.items() if k != "app"}]}, "app"),
     "pool without slots": (MINIMAL | {"executors": [POOL | {"slots": 0}]}, "slots"),
     "pool with an image of no version": (MINIMAL | {"executors": [POOL | {"image": {"repository": "o"}}]}, "image"),
@@ -268,6 +271,7 @@ def test_every_variable_of_the_chart_is_a_setting(objects: list[Object], values:
     known |= {f"TIDEGATE_{field.upper()}" for field in ProcessSettings.model_fields}
     known |= {f"TIDEGATE_{field.upper()}" for field in ProjectionSettings.model_fields}
     known |= {f"TIDEGATE_EXECUTOR_{field.upper()}" for field in ExecutorSettings.model_fields}
+    known |= {f"TIDEGATE_TOPICS_{field.upper()}" for field in TopicsSettings.model_fields}
     known |= {STATEFUL_POD_VARIABLE}
     given = set(values.get("env", {})).union(*(pool.get("env", {}) for pool in values.get("executors", [])))
     for name, spec in pod_specs(objects):
@@ -396,6 +400,15 @@ def test_topics_are_made_before_the_pods_and_deleted_by_nothing(objects: list[Ob
         wanted["pre-install,pre-upgrade"] = ["topics", "apply"]
     commands = {hook: spec["containers"][0]["args"] for hook, o in hooks.items() for _, spec in pod_specs([o])}
     assert commands == wanted
+
+
+def test_topics_of_all_queues_are_made_as_the_values_say(render: Render) -> None:
+    pools = [POOL | {"name": name, "queue": queue} for name, queue in (("a", "slow"), ("b", "fast"), ("c", "slow"))]
+    values = MINIMAL | {"executors": pools, "topics": {"partitions": {"run": 16}}}
+    variables = environment(named(render(values), "Job", "tidegate-topics")["spec"]["template"]["spec"])
+    assert variables["TIDEGATE_TOPICS_QUEUES"]["value"] == "fast,slow"
+    assert variables["TIDEGATE_TOPICS_PRODUCTION"]["value"] == "true"
+    assert variables["TIDEGATE_TOPICS_PARTITIONS_RUN"]["value"] == "16"
 
 
 def test_another_release_name_is_in_every_name(render: Render) -> None:

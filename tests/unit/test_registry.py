@@ -214,9 +214,10 @@ def test_without_length_it_never_lapses(clock):
 
 
 def test_boottime_runs_on_while_a_process_is_stopped():
-    code = "from tidegate.registry import boottime_s as b; a = b(); input(); print(b() - a)"
+    code = "from tidegate.registry import boottime_s as b; a = b(); print(flush=True); input(); print(b() - a)"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        time.sleep(1.0)
+        assert child.stdout is not None
+        child.stdout.readline()
         child.send_signal(signal.SIGSTOP)
         time.sleep(1.0)
         child.send_signal(signal.SIGCONT)

@@ -162,9 +162,17 @@ volumes:
 - name: TIDEGATE_KAFKA_SSL_CA_LOCATION
   value: /etc/tidegate/kafka-ca/ca.crt
 {{- end }}
+- name: TIDEGATE_TOPICS_PRODUCTION
+  value: {{ $values.topics.production | quote }}
+- name: TIDEGATE_TOPICS_QUEUES
+  value: {{ include "tidegate.queues" .root | quote }}
+{{- range $group, $count := $values.topics.partitions }}
+- name: TIDEGATE_TOPICS_PARTITIONS_{{ upper $group }}
+  value: {{ $count | int | quote }}
+{{- end }}
 - name: POD_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
-- name: TIDEGATE_INSTANCE_ID
+- name: TIDEGATE_INSTANCE
   value: $(POD_NAME)
 {{- if .stateful }}
 - name: POD_NAMESPACE
@@ -180,4 +188,11 @@ volumes:
 - name: {{ $name }}
   value: {{ $value | quote }}
 {{- end }}
+{{- end }}
+
+{{/* The queues that the pools of executors serve, comma-separated. */}}
+{{- define "tidegate.queues" -}}
+{{- $queues := list }}
+{{- range .Values.executors }}{{ $queues = append $queues .queue }}{{ end }}
+{{- $queues | default (list "default") | uniq | sortAlpha | join "," }}
 {{- end }}

@@ -11,10 +11,12 @@ from typing import Annotated
 
 import typer
 
-from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, make_stack, query_sql
+from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, query_sql, wait_for_projection
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import StackError
-from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.interface import EventLogError, Record
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
 from tidegate.sdk.client import Client
 
 app = typer.Typer(add_completion=False)
@@ -39,7 +41,7 @@ def demo(
     try:
         with stack:
             proof = RefundDemo(stack, say).run()
-            _show_plain_producer(stack.settings.bootstrap, data_dir, say)
+            _show_plain_producer(stack.settings, data_dir, say)
     except (DemoError, StackError, EmbeddedKafkaError, EventLogError) as error:
         typer.echo(f"demo failed: {error}", err=True)
         typer.echo(f"the logs are in {data_dir}/logs", err=True)
@@ -56,30 +58,20 @@ def demo(
     raise typer.Exit(0 if proof["ok"] else 1)
 
 
-def _show_plain_producer(bootstrap: str, data_dir: Path, say: object) -> None:
-    """Start the same run by what any Kafka producer can send, and look at it with SQL."""
-    from confluent_kafka import Producer
-
-    request = {
-        "agent": "support",
-        "run_id": "by-a-plain-producer",
-        "input": {"order_id": "order-7"},
-        "account": ACCOUNT,
-    }
-    producer = Producer({"bootstrap.servers": bootstrap})
-    producer.produce("run-requests", key="any", value=json.dumps(request))
-    producer.flush(10)
-    with Client(bootstrap) as client:
-        run = client.wait("by-a-plain-producer", 60)
-    query = "SELECT step_id, status, attempts, spent_micros FROM steps WHERE run_id = 'by-a-plain-producer' ORDER BY ready_at"
-    assert callable(say)  # noqa: S101 - typed loosely because typer.echo has another signature
+def _show_plain_producer(settings: KafkaSettings, data_dir: Path, say: Say) -> None:
+    """Start the same run by what any Kafka producer can send, one JSON object, and look at it with SQL."""
+    run_id = "by-a-plain-producer"
+    request = json.dumps({"agent": "support", "run_id": run_id, "input": {"order_id": "order-7"}, "account": ACCOUNT})
+    writer = KafkaBroker(settings).writer()
+    writer.send(Record("run-requests", 0, b"any", request.encode()))
+    writer.flush(10)
+    with Client(settings) as client:
+        run = client.wait(run_id, 60)
     say("\nThe same by a plain producer:")
-    say(f"  echo '{json.dumps(request)}' | kcat -P -b {bootstrap} -t run-requests -k any")
+    say(f"  echo '{request}' | kcat -P -b {settings.bootstrap} -t run-requests -k any")
     say(f"  -> {run.status}: {run.output}")
+    query = f"SELECT step_id, status, attempts, spent_micros FROM steps WHERE run_id = '{run_id}' ORDER BY ready_at, step_id"
     say(f'  tidegate sql "{query}"')
-    for _ in range(100):
-        rows = query_sql(data_dir, query)
-        if rows and all(row["status"] == "succeeded" for row in rows):
-            break
-    for row in rows:
+    wait_for_projection(data_dir, run_id)
+    for row in query_sql(data_dir, query):
         say(f"     {row['step_id']:<36} {row['status']:<10} {row['attempts']} attempt {row['spent_micros']:>6} micros")

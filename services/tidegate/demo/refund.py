@@ -92,7 +92,7 @@ class RefundDemo:
     # -- the proof ----------------------------------------------------------------------
 
     def _prove(self, run_id: str, began: float) -> dict[str, Any]:
-        self._wait_for_projection(run_id)
+        wait_for_projection(self._stack.data_dir, run_id)
         dispatches = self._sql(
             "SELECT uniqExact(attempt) AS n FROM events "
             f"WHERE run_id = '{run_id}' AND type = 'AttemptDispatched' AND endsWith(step_id, 'tool:issue_refund')"
@@ -125,22 +125,13 @@ class RefundDemo:
         self._say(f"  refund dispatched   {proof['refund_dispatches']} times     (ClickHouse, events)")
         self._say(f"  refunded            {effects} time      (the payment provider's own ledger)")
         self._say(
-            f"  chain verified      {proof['chain_verified']}       ({report.events} events in {report.entries} entries, run and ledger)"
+            f"  chain verified      {proof['chain_verified']!s:<11} "
+            f"({report.events} events in {report.entries} entries, run and ledger)"
         )
         self._say(
             f"  money               {money['reserved']} micro-dollars reserved, {money['settled']} settled, {open_micros} left open"
         )
         return {"ok": ok, **proof}
-
-    def _wait_for_projection(self, run_id: str) -> None:
-        deadline = time.monotonic() + PROJECTION_TIMEOUT_S
-        while time.monotonic() < deadline:
-            done = self._sql(f"SELECT count() AS n FROM events WHERE run_id = '{run_id}' AND type = 'RunFinished'")
-            closed = self._sql(f"SELECT count() AS n FROM ledger WHERE run_id = '{run_id}' AND type = 'RunClosed'")
-            if int(done[0]["n"]) and int(closed[0]["n"]):
-                return
-            time.sleep(0.1)
-        raise DemoError("the projection did not catch up; see projection-0.log")
 
     def _verify(self, run_id: str) -> Report:
         """Verify the run's chain, and the whole partition of the ledger that paid for it."""
@@ -156,6 +147,22 @@ class RefundDemo:
 
     def _sql(self, query: str) -> list[dict[str, Any]]:
         return query_sql(self._stack.data_dir, query)
+
+
+def wait_for_projection(data_dir: Path, run_id: str) -> None:
+    """Wait until the tables show the end of the run and of its account at the gate. Raises DemoError."""
+    deadline = time.monotonic() + PROJECTION_TIMEOUT_S
+    while time.monotonic() < deadline:
+        done = query_sql(
+            data_dir, f"SELECT count() AS n FROM events WHERE run_id = '{run_id}' AND type = 'RunFinished'"
+        )
+        closed = query_sql(
+            data_dir, f"SELECT count() AS n FROM ledger WHERE run_id = '{run_id}' AND type = 'RunClosed'"
+        )
+        if int(done[0]["n"]) and int(closed[0]["n"]):
+            return
+        time.sleep(0.1)
+    raise DemoError("the projection did not catch up; see projection-0.log")
 
 
 def query_sql(data_dir: Path, query: str) -> list[dict[str, Any]]:

@@ -52,7 +52,8 @@ class ExecutorPool:
 class Stack:
     """Starts everything, keeps it running, stops it. Data lives in `data_dir` and survives.
 
-    kafka: the settings of an existing Kafka to be used instead of the embedded one.
+    kafka: the settings of an existing Kafka to be used instead of the embedded one. instances: how many processes of a
+    service there are, 1 if it is not named. process_env: further variables of single processes, by name (`gate-0`).
     """
 
     def __init__(
@@ -67,11 +68,15 @@ class Stack:
         gateway_port: int = 0,
         profile: str = "steady",
         env: Mapping[str, str] | None = None,
+        instances: Mapping[str, int] | None = None,
+        process_env: Mapping[str, Mapping[str, str]] | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.data_dir = data_dir.absolute()
         self.pools = tuple(pools)
         self._services = tuple(services)
+        self._instances = dict(instances or {})
+        self._process_env = dict(process_env or {})
         self._external = kafka
         self._on_progress = on_progress
         self.kafka = (
@@ -154,7 +159,11 @@ class Stack:
     # -- parts --------------------------------------------------------------------------
 
     def _specs(self) -> list[ProcessSpec]:
-        specs = [self._spec(f"{service}-0", ["-m", f"tidegate.{service}"], {}) for service in self._services]
+        specs = [
+            self._spec(f"{service}-{number}", ["-m", f"tidegate.{service}"], {})
+            for service in self._services
+            for number in range(self._instances.get(service, 1))
+        ]
         for pool in self.pools:
             argv = ["-m", "tidegate.executor", "--app", pool.app, "--queue", pool.queue, "--slots", str(pool.slots)]
             specs += [self._spec(name, argv, pool.env) for name in pool.instance_ids()]
@@ -168,7 +177,7 @@ class Stack:
         return ProcessSpec(
             name=name,
             argv=[sys.executable, *argv],
-            env={**self._env, **kafka, "TIDEGATE_INSTANCE_ID": name, **env},
+            env={**self._env, **kafka, "TIDEGATE_INSTANCE_ID": name, **env, **self._process_env.get(name, {})},
         )
 
     def _wait_registered(self, broker: KafkaBroker, since_ms: int) -> None:

@@ -658,10 +658,11 @@ class _Reader:
         if code == KafkaError._PARTITION_EOF:
             if at in self._reading:
                 self._end_seen = raw.offset() or 0
-        elif code in _PASSING or (error.retriable() and not error.fatal()):
-            _log.info("passing trouble with Kafka: %s", error)
-        elif not at.topic:
+        elif error.fatal():
             self._failures[None] = _log_error(error)
+        elif code in _PASSING or error.retriable() or not at.topic:
+            # Without a topic it concerns the group that this client has to name and never joins.
+            _log.info("passing trouble with Kafka: %s", error)
         elif at in self._reading:
             self._failures[at] = _log_error(error, f"{at.topic} [{at.partition}] at {raw.offset()}: ")
 

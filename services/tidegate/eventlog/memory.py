@@ -101,7 +101,7 @@ class MemoryBroker:
 
     # -- topics ---------------------------------------------------------------------------------------------------
 
-    def create_topic(self, name: str, partition_count: int, config: Mapping[str, str] | None = None) -> None:
+    def create_topic(self, name: str, partition_count: int = 1, config: Mapping[str, str] | None = None) -> None:
         """Make a topic, with a topic id that no other ever has. `config` as in Kafka, by the same names."""
         if name in self._topics:
             raise ValueError(f"topic {name} exists")

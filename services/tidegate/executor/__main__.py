@@ -28,9 +28,14 @@ from tidegate.sdk.loading import load_app
 
 _log = structlog.get_logger()
 
+app = typer.Typer(add_completion=False)
 
-def executor(
-    app: Annotated[str, typer.Option(envvar="TIDEGATE_EXECUTOR_APP", help="The app: module:attribute or file.py.")],
+
+@app.command()
+def executor(  # `tidegate executor` and `python -m tidegate.executor`
+    target: Annotated[
+        str, typer.Option("--app", envvar="TIDEGATE_EXECUTOR_APP", help="The app: module:attribute or file.py.")
+    ],
     queue: Annotated[str | None, typer.Option(help="The queue whose work to take.")] = None,
     slots: Annotated[int | None, typer.Option(help="How many attempts to run at the same time.")] = None,
     instance_id: Annotated[str | None, typer.Option(help="Name in the registry, the same after a restart.")] = None,
@@ -41,7 +46,7 @@ def executor(
         process = ProcessSettings(**_given(instance_id=instance_id))
         settings = ExecutorSettings(**_given(queue=queue, slots=slots))
         kafka = KafkaSettings(**_given(bootstrap=bootstrap))
-        loaded = load_app(app)
+        loaded = load_app(target)
     except (AppError, ValidationError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
@@ -54,8 +59,8 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-async def _run(broker: KafkaBroker, app: App, settings: ExecutorSettings, name: str, wait_s: float) -> int:
-    service = Executor(broker, app, settings, instance_id=name)
+async def _run(broker: KafkaBroker, loaded: App, settings: ExecutorSettings, name: str, wait_s: float) -> int:
+    service = Executor(broker, loaded, settings, instance_id=name)
     stop, loop = threading.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -80,7 +85,7 @@ async def _run(broker: KafkaBroker, app: App, settings: ExecutorSettings, name: 
 
 def main() -> None:
     """Run the command line; exits the process."""
-    typer.run(executor)
+    app()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ So the reader keeps its place in the group while ClickHouse is slow or away, and
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +58,9 @@ class Inserter:
         self._stopping = False
         self._error: BaseException | None = None
         self.failing = ""
-        self._thread = threading.Thread(target=self._run, name="inserter", daemon=True)
+        # The logs of the thread name the service and the instance too.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name="inserter", daemon=True)
 
     def start(self) -> None:
         """Begin; the store is opened first, by the thread. Does not block."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import threading
 import time
@@ -16,25 +15,25 @@ from tidegate.domain import canonical
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.domain.messages import WorkflowPublished
 from tidegate.domain.workflow import validate_definition
-from tidegate.eventlog.interface import Broker, Inbox, Message, Record, TopicPartition, UnknownTopicError
+from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables
-from tidegate.eventlog.validity import NO_EPOCH, TYPE_HEADER
+from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.sdk import json_form
 from tidegate.sdk.app import App, default_app
 from tidegate.sdk.errors import GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError
 from tidegate.sdk.graph import Graph
-from tidegate.sdk.reading import RUN_EVENTS, Approval, Event, Run, RunReader
+from tidegate.sdk.following import Follower
+from tidegate.sdk.reading import RUN_EVENTS, Approval, Event, GapError, Run, RunReader, ValidEntries
 
 RUN_REQUESTS: Final = "run-requests"
 WORKFLOWS: Final = "workflows"
 WRITE_DEADLINE_S: Final = 30.0
-FOLLOW_POLL_S: Final = 0.5
-MAX_BATCH: Final = 1000
-# More than an owner of the log lets pass between two announcements of its epoch.
-LOOK_BACK_RECORDS: Final = 1100
-MAX_REMEMBERED_RUNS: Final = 10_000
+FOLLOW_TURN_S: Final = 0.5
+CATCH_UP_S: Final = 5.0
+# A run whose id was chosen by the caller may have been asked for before: after so long without news of it we look.
+GIVEN_ID_HISTORY_S: Final = 1.0
 
 __all__ = ["Approval", "Client", "Event", "Run"]
 
@@ -61,10 +60,8 @@ class Client:
         self._lock = threading.Lock()
         self._writer = self._broker.writer()
         self._partition_counts: dict[str, int] = {}
-        self._inboxes: list[Inbox] = []
-        self._began: dict[str, int] = {}  # run id -> end of its partition before it was asked for
-        self._known_epochs: dict[int, tuple[int, int]] = {}  # partition -> (offset, epoch in force there)
-        self._unanswered: dict[str, set[str]] = {}  # run id -> commands of ours that it has not answered
+        self._follower = Follower(self._broker)
+        self._commands: dict[str, set[str]] = {}  # run id -> ids of the answers and cancels sent by this client
 
     def __enter__(self) -> Client:
         return self
@@ -78,9 +75,7 @@ class Client:
         """Free the connections."""
         with self._lock:
             self._writer.close()
-            for inbox in self._inboxes:
-                inbox.close()
-            self._inboxes.clear()
+        self._follower.close()
         if self._own_broker is not None:
             self._own_broker.close()
 
@@ -129,6 +124,7 @@ class Client:
         """
         if (workflow is None) == (agent is None):
             raise ValueError("give a workflow or an agent, not both")
+        is_new = run_id is None
         run_id = uuid.uuid4().hex if run_id is None else run_id
         if not is_run_id(run_id):
             raise ValueError(f"run id {run_id!r}: letters, digits, dot, dash and underscore, at most 128")
@@ -142,7 +138,8 @@ class Client:
             "budget_micros": budget_micros,
             "tags": dict(tags or {}),
         }
-        self._remember_where(run_id)
+        history_s = float("inf") if is_new else GIVEN_ID_HISTORY_S
+        self._follower.subscribe(run_id, self._partition(run_id), history_s)
         self._request(run_id, {name: value for name, value in request.items() if value is not None or name == "input"})
         return run_id
 
@@ -159,7 +156,7 @@ class Client:
 
     def get(self, run_id: str) -> Run:
         """Return the run as it stands now. Raises RunNotFoundError."""
-        reader = RunReader(run_id, self._epoch_at(run_id))
+        reader = RunReader(run_id)
         reader.read(self._present(run_id))
         if not reader.exists:
             raise RunNotFoundError(f"the log has no run {run_id}")
@@ -168,31 +165,32 @@ class Client:
     def events(self, run_id: str, *, follow: bool = False) -> Iterator[Event]:
         """Yield the run's events; with `follow` also those to come, until the run is over. Blocks between them.
 
-        Raises RunNotFoundError if there are none yet, unless it follows.
+        Raises RunNotFoundError if there are none, unless it follows.
         """
-        reader = RunReader(run_id, self._epoch_at(run_id))
-        batches = self._following(run_id, None) if follow else iter([list(self._present(run_id))])
-        for batch in batches:
-            yield from reader.read(batch)
+        if not follow:
+            events = RunReader(run_id).read(self._present(run_id))
+            if not events:
+                raise RunNotFoundError(f"the log has no run {run_id}")
+            yield from events
+            return
+        seq = 0
+        for reader, events in self._following(run_id, None):
+            yield from (event for event in events if event.seq > seq)
+            seq = max(seq, reader.run().seq)
             if reader.exists and reader.run().is_over:
                 return
-        if not reader.exists:
-            raise RunNotFoundError(f"the log has no run {run_id}")
 
     def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         """Return the run when it is over or needs a human who has not answered yet through this client.
 
         Waits for a run that does not exist yet, too. Raises RunNotFinishedError after `timeout_s`.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        reader = RunReader(run_id, self._epoch_at(run_id))
-        for batch in self._following(run_id, deadline):
-            if reader.read(batch) or reader.exists:
-                run = reader.run()
-                unanswered = self._unanswered.get(run_id, set()) - reader.answered
-                if run.is_over or (run.needs_human and not unanswered):
-                    self._remember_epoch(run_id, batch, reader.epoch)
-                    return run
+        reader = RunReader(run_id)
+        for reader, _ in self._following(run_id, timeout_s):
+            run = reader.run()
+            asks = run.needs_human and self._commands.get(run_id, frozenset()) <= reader.answered
+            if run.is_over or asks:
+                return run
         seen = f"it is {reader.run().status}" if reader.exists else "the log has nothing of it"
         raise RunNotFinishedError(f"run {run_id} did not end within {timeout_s} s: {seen}")
 
@@ -212,7 +210,7 @@ class Client:
 
     def _command(self, kind: str, run_id: str, **fields: str | None) -> None:
         command_id = uuid.uuid4().hex
-        self._unanswered.setdefault(run_id, set()).add(command_id)
+        self._commands.setdefault(run_id, set()).add(command_id)
         given = {name: value for name, value in fields.items() if value}
         self._request(run_id, {"type": kind, "run_id": run_id, "command_id": command_id, "by": self._by, **given})
 
@@ -240,62 +238,60 @@ class Client:
             self._partition_counts[topic] = found.partition_count
         return self._partition_counts[topic]
 
-    def _place(self, run_id: str) -> TopicPartition:
-        return TopicPartition(RUN_EVENTS, partition_of(run_id, self._partitions_of(RUN_EVENTS)))
-
-    def _remember_where(self, run_id: str) -> None:
-        """Note where the run's events cannot lie before, unless it may exist already."""
-        if len(self._began) >= MAX_REMEMBERED_RUNS:
-            self._began.pop(next(iter(self._began)), None)
-        self._began.setdefault(run_id, self._broker.offsets(*self._place(run_id)).end)
-
-    def _begin_of(self, run_id: str) -> int:
-        """Return where to begin to read: before the run, and so far back that the epoch in force is told, or known."""
-        place = self._place(run_id)
-        start = self._broker.offsets(*place).start
-        began = self._began.get(run_id)
-        if began is None:
-            return start
-        known = self._known_epochs.get(place.partition)
-        if known is not None and began - LOOK_BACK_RECORDS <= known[0] <= began:
-            return known[0]
-        return max(start, began - LOOK_BACK_RECORDS)
-
-    def _epoch_at(self, run_id: str) -> int:
-        known = self._known_epochs.get(self._place(run_id).partition)
-        return known[1] if known is not None and self._begin_of(run_id) == known[0] else NO_EPOCH
-
-    def _remember_epoch(self, run_id: str, batch: list[Message], epoch: int) -> None:
-        if batch:
-            self._known_epochs[batch[-1].partition] = (batch[-1].offset + 1, epoch)
+    def _partition(self, run_id: str) -> int:
+        return partition_of(run_id, self._partitions_of(RUN_EVENTS))
 
     def _present(self, run_id: str) -> Iterable[Message]:
-        place = self._place(run_id)
-        return self._broker.read(*place, self._begin_of(run_id), self._broker.offsets(*place).end)
+        """Return all entries of the run that are in the log now."""
+        partition = self._partition(run_id)
+        end = self._broker.offsets(RUN_EVENTS, partition).end
+        subscription = self._follower.find(run_id)
+        if (
+            subscription is not None
+            and subscription.history_s == float("inf")
+            and self._follower.catch_up(partition, end, CATCH_UP_S)
+            and not subscription.dropped
+        ):
+            return list(subscription.entries)
+        return self._entries(run_id, end)
 
-    def _following(self, run_id: str, deadline: float | None) -> Iterator[list[Message]]:
-        """Yield batches of the run's partition as they come, empty ones too, until the deadline (monotonic)."""
-        with self._borrowed_inbox() as inbox:
-            inbox.read_from({self._place(run_id): self._begin_of(run_id)})
-            while True:
-                left_s = FOLLOW_POLL_S if deadline is None else min(FOLLOW_POLL_S, deadline - time.monotonic())
-                if left_s <= 0:
-                    return
-                yield inbox.poll(MAX_BATCH, left_s)
+    def _entries(self, run_id: str, end: int) -> Iterator[Message]:
+        """Yield the run's entries below offset `end`: reads the partition from its beginning."""
+        partition, prefix, valid = self._partition(run_id), f"{run_id}:".encode(), ValidEntries()
+        for message in self._broker.read(RUN_EVENTS, partition, self._broker.offsets(RUN_EVENTS, partition).start, end):
+            if valid.admits(message) and (message.key or b"").startswith(prefix):
+                yield message
 
-    @contextlib.contextmanager
-    def _borrowed_inbox(self) -> Iterator[Inbox]:
-        with self._lock:
-            inbox = self._inboxes.pop() if self._inboxes else None
-        inbox = inbox or self._broker.plain_inbox()
-        try:
-            yield inbox
-            inbox.read_from({})
-        except BaseException:
-            inbox.close()
-            raise
-        with self._lock:
-            self._inboxes.append(inbox)
+    def _following(self, run_id: str, timeout_s: float | None) -> Iterator[tuple[RunReader, list[Event]]]:
+        """Yield the run as it is read, with what is new, at once and then whenever something came, until the time is up.
+
+        Events may come twice, after the follower has lost its place.
+        """
+        began_s = time.monotonic()
+        reader, seen, has_history = RunReader(run_id), 0, False
+        subscription = self._follower.subscribe(run_id, self._partition(run_id), 0.0)
+        while True:
+            silent_s = time.monotonic() - began_s
+            if subscription.dropped:
+                subscription = self._follower.subscribe(run_id, self._partition(run_id), 0.0)
+                reader, seen, has_history = RunReader(run_id), 0, False
+            if not has_history and not reader.exists and silent_s >= subscription.history_s:
+                has_history = True
+                yield reader, reader.read(self._entries(run_id, subscription.begin))
+            new = subscription.entries[seen:]
+            try:
+                events = reader.read(new)
+            except GapError:
+                if has_history:
+                    raise
+                subscription.history_s = 0.0  # it was there before we asked for it
+                continue
+            seen += len(new)
+            yield reader, events
+            left_s = FOLLOW_TURN_S if timeout_s is None else min(FOLLOW_TURN_S, timeout_s - silent_s)
+            if left_s <= 0:
+                return
+            self._follower.wait(subscription, seen, left_s)
 
 
 def _definitions(what: App | Graph | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""Reading runs from the log: what `run-events` says, void entries left out, folded by the one function that folds runs."""
+"""What `run-events` says of a run: void entries left out, folded by the one function that folds runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any, Final, NamedTuple
 from tidegate import codec
 from tidegate.domain import canonical, states
 from tidegate.domain import run_events as ev
-from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.run import RunState, apply
-from tidegate.eventlog.interface import Message
-from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
+from tidegate.eventlog.interface import EventLogError, Message
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, TYPE_HEADER, EpochTracker
 
 RUN_EVENTS: Final = "run-events"
 _ANSWERS: Final = (ev.ApprovalResolved, ev.CommandRefused, ev.RunCancelRequested)
@@ -68,13 +67,35 @@ class Run(NamedTuple):
         return self.status == states.WAITING
 
 
-class RunReader:
-    """Picks one run out of its partition of the log and folds it. Messages must come in order, none left out."""
+class ValidEntries:
+    """Tells the valid entries of a partition from announcements and from what zombies wrote. Messages come in order."""
 
-    def __init__(self, run_id: str, epoch: int = NO_EPOCH) -> None:
-        """`epoch`: the one in force where the reading begins, if it is known."""
-        self._prefix = f"{run_id}:".encode()
-        self._tracker = EpochTracker(epoch)
+    def __init__(self) -> None:
+        self._tracker = EpochTracker()
+
+    def admits(self, message: Message) -> bool:
+        """Take a message into account; returns whether it is a valid entry. Raises DecodeError."""
+        if message.value is None:
+            return False
+        headers = dict(message.headers)
+        stated = headers.get(EPOCH_HEADER)
+        is_announcement = headers.get(TYPE_HEADER) == ANNOUNCEMENT_TYPE.encode()
+        epoch = codec.decode(message.value).epoch if stated is None else int(stated)
+        # An owner writes nothing before its announcement: a higher epoch in an entry proves an announcement that lies
+        # before the place where the reading began.
+        if is_announcement or epoch > self._tracker.epoch:
+            self._tracker.announced(message.offset, epoch)
+        return not is_announcement and self._tracker.is_valid(epoch)
+
+
+class GapError(EventLogError):
+    """Entries of a run are missing before those that were read."""
+
+
+class RunReader:
+    """Folds a run from its valid entries, in order."""
+
+    def __init__(self, run_id: str) -> None:
         self._state = RunState(run_id)
         self._account = ""
         self._spent_micros = 0
@@ -82,44 +103,17 @@ class RunReader:
         """The ids of the commands that the run has answered."""
 
     @property
-    def epoch(self) -> int:
-        """Return the epoch in force after what was read."""
-        return self._tracker.epoch
-
-    @property
     def exists(self) -> bool:
         """Tell whether the run was found."""
         return self._state.status != states.ABSENT
 
-    def read(self, messages: Iterable[Message]) -> list[Event]:
-        """Fold what belongs to the run; return its events. Raises DecodeError, IllegalTransitionError on a damaged log."""
-        found: list[Event] = []
-        for message in messages:
-            epoch = self._note_epoch(message)
-            if message.value is None or epoch is None or not (message.key or b"").startswith(self._prefix):
-                continue
-            if self._tracker.is_valid(epoch):
-                found += self._fold(codec.decode(message.value))
-        return found
-
-    def _note_epoch(self, message: Message) -> int | None:
-        """Return the epoch that an entry carries, None for an announcement."""
-        headers = dict(message.headers)
-        is_announcement = headers.get(TYPE_HEADER) == ANNOUNCEMENT_TYPE.encode()
-        stated = headers.get(EPOCH_HEADER)
-        if stated is None:
-            record = codec.decode(message.value) if message.value is not None else None
-            epoch = getattr(record, "epoch", NO_EPOCH)
-            is_announcement = isinstance(record, OwnerAnnounced)
-        else:
-            epoch = int(stated)
-        # An owner writes nothing before its announcement: a higher epoch in an entry proves one that lies before the
-        # place where the reading began.
-        if is_announcement or epoch > self._tracker.epoch:
-            self._tracker.announced(message.offset, epoch)
-        return None if is_announcement else epoch
+    def read(self, entries: Iterable[Message]) -> list[Event]:
+        """Fold entries; return their events. Raises GapError, DecodeError, IllegalTransitionError."""
+        return [event for message in entries for event in self._fold(codec.decode(message.value))]
 
     def _fold(self, entry: Any) -> list[Event]:
+        if entry.first_seq != self._state.seq + 1:
+            raise GapError(f"run {entry.subject}: event {entry.first_seq} follows {self._state.seq}")
         self._account = entry.account
         events = []
         for number, event in enumerate(entry.events):

@@ -68,7 +68,7 @@ def create(broker: AdministeredBroker, topics: Sequence[Topic], on_progress: Cal
     _wait_visible(broker, [topic.name for topic in topics])
     for topic in topics:
         if topic.name in names:
-            on_progress(f"created {topic.name}, {topic.partition_count} partition{'s'[: topic.partition_count - 1]}")
+            on_progress(f"created {topic.name} (partitions: {topic.partition_count})")
     return names
 
 

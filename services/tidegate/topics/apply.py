@@ -17,6 +17,7 @@ from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.topics.administration import AdministeredBroker, alter, create
 from tidegate.topics.comparison import Difference, compare, group_problems
 from tidegate.topics.declaration import Topic, load_topics
+from tidegate.topics.settings import TopicsSettings
 
 SCHEMAS_TOPIC: Final = "schemas"
 SCHEMA_TYPE: Final = b"Schema"
@@ -89,7 +90,8 @@ def check_at_start(broker: Broker, names: Sequence[str], *, production: bool) ->
     wanted = set(names)
     # A service may use topics of queues that the settings do not name, so theirs are taken from the names.
     queues = [name.partition(".")[2] for name in names if name.startswith("step-tasks.")]
-    declared = [topic for topic in load_topics(queues=queues) if topic.name in wanted]
+    settings = TopicsSettings(production=production)
+    declared = [topic for topic in load_topics(queues, settings) if topic.name in wanted]
     if unknown := wanted - {topic.name for topic in declared}:
         raise TopicsError([f"{name}: no such topic is declared in schemas/topics" for name in sorted(unknown)])
     found = broker.describe(sorted(wanted))

@@ -5,7 +5,6 @@ Everything else about topics (creation, checks, manifests, docs) follows from wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -22,9 +22,7 @@ class Loop:
 
 
 def watch(loop: Loop, overdue: float, barks: list[str]) -> Watchdog:
-    watchdog = Watchdog(
-        ping=loop.ping, latest_overdue_s=lambda: overdue, grace_s=0.1, bark=barks.append, check_s=0.01
-    )
+    watchdog = Watchdog(ping=loop.ping, latest_overdue_s=lambda: overdue, grace_s=0.1, bark=barks.append, check_s=0.01)
     watchdog.start()
     return watchdog
 

@@ -47,7 +47,10 @@ def test_names_that_pydantic_models_could_not_have():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ('{"to": {"street": 1}, "on": "soon"}', "order_id: is missing; to.street: Input should be a valid string, not 1; on: "),
+        (
+            '{"to": {"street": 1}, "on": "soon"}',
+            "order_id: is missing; to.street: Input should be a valid string, not 1; on: ",
+        ),
         ('{"order_id": "A", "to": {"street": "Q"}, "on": "2026-01-02", "x": 1}', "x: there is no such parameter"),
         ('["A"]', "expected an object with the members order_id, to, on, copies, note"),
         ("null", "expected an object"),
@@ -122,9 +125,12 @@ def test_partials_and_callable_objects():
         def __call__(self, order: int) -> int:
             return order
 
-    assert Binder(TOOL, functools.partial(ship, copies=5)).bind(
-        '{"order_id": "A", "to": {"street": "Q"}, "on": "2026-01-02"}'
-    ).kwargs["copies"] == 5
+    assert (
+        Binder(TOOL, functools.partial(ship, copies=5))
+        .bind('{"order_id": "A", "to": {"street": "Q"}, "on": "2026-01-02"}')
+        .kwargs["copies"]
+        == 5
+    )
     assert Binder(TOOL, Shop()).bind('{"order": "4"}').kwargs == {"order": 4}
 
 

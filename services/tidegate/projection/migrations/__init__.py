@@ -36,8 +36,9 @@ def migrations() -> list[Migration]:
 
 
 def _statements(text: str) -> tuple[str, ...]:
-    """Split at semicolons that end a line: the only ones that our files use."""
-    return tuple(part.strip().rstrip(";") for part in text.split(";\n") if part.strip())
+    """Split at semicolons that end a line, after leaving out lines that are comments."""
+    code = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("--"))
+    return tuple(part.strip().rstrip(";") for part in code.split(";\n") if part.strip())
 
 
 def pending(applied: dict[int, str]) -> list[Migration]:

@@ -92,7 +92,10 @@ def app():
         if state.turn == 1:
             calls = [("look_up", {"order_id": state.input}), ("look_up", {}), ("fails", {}), ("not_mine", {})]
             return Plan("looking", [ToolCall(name, arguments, "same-id") for name, arguments in calls])
-        return {"found": state.output_of("look_up")["id"], "errors": [o.error for o in state.observations() if not o.ok]}
+        return {
+            "found": state.output_of("look_up")["id"],
+            "errors": [o.error for o in state.observations() if not o.ok],
+        }
 
     @app.agent
     def endless(state):

@@ -1,5 +1,6 @@
 """Apps and graphs: what decorators declare ends up in definitions, and all mistakes are told at once."""
 
+import subprocess
 import sys
 import textwrap
 
@@ -7,8 +8,8 @@ import pytest
 
 import tidegate
 from tidegate import App, AppError, Graph, GraphError, Plan, State, ToolCall, functions_of, load_app
-from tidegate.domain.workflow import compile_definition, validate_definition
 from tidegate.domain import canonical
+from tidegate.domain.workflow import compile_definition, validate_definition
 
 
 @pytest.fixture
@@ -345,8 +346,6 @@ def test_the_package_exports_what_it_lists_and_loads_it_late():
 
 
 def test_importing_the_package_loads_neither_kafka_nor_pydantic():
-    import subprocess
-
     code = "import sys, tidegate, tidegate.domain.messages; print([m for m in ('confluent_kafka', 'pydantic') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code]).strip() == b"[]"
     code = "import sys; from tidegate import App, Plan; print('confluent_kafka' in sys.modules)"

@@ -2,6 +2,7 @@
 
 import threading
 
+import msgspec
 import pytest
 
 from tidegate import codec
@@ -44,8 +45,6 @@ def test_a_failure_costs_what_was_reported():
 
 
 def test_a_timeout_is_repeated_only_if_that_is_harmless():
-    import msgspec
-
     assert results.timed_out(TASK, 1.0, results.NOTHING_SPENT).retryable
     call = msgspec.structs.replace(TASK.call, idempotent=False)
     dangerous = results.timed_out(msgspec.structs.replace(TASK, call=call), 1.5, results.NOTHING_SPENT)

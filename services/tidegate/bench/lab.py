@@ -1,0 +1,184 @@
+"""Where it is measured: everything started in a folder of its own, a producer of requests, and a reader of the log."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from tidegate.bench.app import app
+from tidegate.bench.processes import Meter
+from tidegate.bench.watcher import RunWatcher
+from tidegate.domain import canonical
+from tidegate.domain.identity import partition_of
+from tidegate.embedded.kafka import EmbeddedKafka
+from tidegate.embedded.stack import ExecutorPool, Stack
+from tidegate.embedded.supervisor import ProcessSpec
+from tidegate.eventlog.interface import Record
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.sdk.client import Client
+
+APP: Final = "tidegate.bench.app:app"
+ACCOUNTS: Final = tuple(f"bench-{number}/load" for number in range(16))
+BUDGET_MICROS: Final = 1_000_000
+RUN_REQUESTS: Final = "run-requests"
+SERVICES: Final = ("scheduler", "gate", "projection")
+EXECUTOR: Final = "executor-default-0"
+DEFAULT_SLOTS: Final = 64
+FLUSH_S: Final = 60.0
+
+Say = Callable[[str], None]
+
+
+class BenchStack(Stack):
+    """A stack whose processes can be profiled."""
+
+    def __init__(self, data_dir: Path, *, profile_dir: Path | None = None, **options: object) -> None:
+        super().__init__(data_dir, **options)  # type: ignore[arg-type]  # handed through as they are
+        self._profile_dir = profile_dir
+
+    def _spec(self, name: str, argv: list[str], env: Mapping[str, str]) -> ProcessSpec:
+        if self._profile_dir is not None:
+            argv = ["-m", "tidegate.bench.profiled", str(self._profile_dir), *argv[1:]]
+        return super()._spec(name, argv, env)
+
+
+class Lab:
+    """Kafka, the services and one executor, started when it is entered and gone when it is left; the folder stays."""
+
+    def __init__(self, data_dir: Path, *, slots: int, say: Say, profile_dir: Path | None = None) -> None:
+        self.data_dir = data_dir
+        self.say = say
+        self.profile_dir = profile_dir
+        # The start-up cache first, so that making it does not disturb what is measured.
+        self.kafka = EmbeddedKafka(data_dir / "kafka", startup_cache="before", on_progress=say)
+        self._slots = slots
+        self._stack: BenchStack | None = None
+        self._exit = ExitStack()
+        self._services = ExitStack()
+        self._names = itertools.count(1)
+        self._lot = uuid.uuid4().hex[:6]
+
+    def __enter__(self) -> Self:
+        try:
+            self._exit.callback(self.kafka.stop)
+            self.kafka.start()
+            self.settings = KafkaSettings(bootstrap=self.kafka.bootstrap)
+            self.broker = KafkaBroker(self.settings)
+            self._exit.callback(self.broker.close)
+            self.start_services()
+            self._publish()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self.stop_services()
+        self._exit.close()
+
+    def start_services(self) -> None:
+        """Start scheduler, gate, projection and executor, and wait until they are registered. Raises StackError."""
+        pools = [ExecutorPool(APP, slots=self._slots)]
+        self._stack = self._start(self.data_dir, SERVICES, pools, {})
+
+    def start_projection(self, data_dir: Path, group: str) -> None:
+        """Start nothing but a projection, in a folder and a consumer group of its own. Raises StackError."""
+        self._stack = self._start(data_dir, ("projection",), (), {"TIDEGATE_PROJECTION_GROUP": group})
+
+    def _start(
+        self, data_dir: Path, services: Sequence[str], pools: Sequence[ExecutorPool], env: Mapping[str, str]
+    ) -> BenchStack:
+        stack = BenchStack(
+            data_dir,
+            services=services,
+            pools=pools,
+            kafka=self.settings,
+            env=env,
+            on_progress=self.say,
+            profile_dir=self.profile_dir,
+        )
+        self._services.enter_context(stack)
+        return stack
+
+    def stop_services(self) -> None:
+        """Stop the services; Kafka stays."""
+        self._services.close()
+        self._stack = None
+
+    def _publish(self) -> None:
+        with Client(self.settings, by="bench") as client:
+            client.publish(app)
+        self._writer = self.broker.writer()
+        self._exit.callback(self._writer.close)
+        self._request_partitions = self.broker.describe([RUN_REQUESTS])[RUN_REQUESTS].partition_count
+        self._run_watcher = RunWatcher(self.broker)
+        self._exit.callback(self._run_watcher.close)
+
+    # -- runs ---------------------------------------------------------------
+
+    def request(self, workflow: str) -> tuple[str, float]:
+        """Ask for a run through `run-requests`, as any producer would; return its id and when it was asked for."""
+        number = next(self._names)
+        run_id = f"bench-{self._lot}-{number}"
+        request = {
+            "workflow": workflow,
+            "run_id": run_id,
+            "input": number,
+            "account": ACCOUNTS[number % len(ACCOUNTS)],
+            "budget_micros": BUDGET_MICROS,
+        }
+        value = canonical.dumps(request).encode()
+        asked_at_s = time.monotonic()
+        self._writer.send(Record(RUN_REQUESTS, partition_of(run_id, self._request_partitions), run_id.encode(), value))
+        self._writer.poll()
+        return run_id, asked_at_s
+
+    def request_many(self, workflow: str, count: int) -> dict[str, float]:
+        """Ask for runs as fast as the log takes them; return when each was asked for. Blocks until all are in the log."""
+        asked = dict(self.request(workflow) for _ in range(count))
+        self._writer.flush(FLUSH_S)
+        return asked
+
+    def wait(self, run_ids: Mapping[str, float], timeout_s: float, *, enough: int | None = None) -> dict[str, float]:
+        """See `RunWatcher.wait`."""
+        return self._run_watcher.wait(run_ids.keys(), timeout_s, enough=enough)
+
+    # -- processes ---------------------------------------------------------------
+
+    def kill(self, name: str) -> None:
+        """Kill a process with SIGKILL; it is started again at once."""
+        if self._stack is not None:
+            self._stack.kill(name)
+
+    def meter(self) -> Meter:
+        """Return a meter of every process that takes part, the broker and this one included."""
+        return Meter(self._pids)
+
+    def _pids(self) -> dict[str, int | None]:
+        statuses = self._stack.status() if self._stack is not None else []
+        services = {status.name.partition("-")[0]: status.pid for status in statuses}
+        return {"kafka": self.kafka.pid, "bench": os.getpid(), **services}
+
+    def log_path(self, name: str) -> Path:
+        """Return the log file of a process."""
+        return self.data_dir / "logs" / f"{name}.log"
+
+
+def say_on_stderr(line: str) -> None:
+    """Show progress without touching standard output, which carries the figures."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

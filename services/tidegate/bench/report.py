@@ -1,0 +1,78 @@
+"""Figures for machines (a JSON line each) and for people (a table with what was aimed at)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+Figure = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """What a work aims at, in words, and whether a figure reaches it."""
+
+    text: str
+    is_met: Callable[[Figure], bool]
+
+
+TARGETS: Final[dict[str, Target]] = {
+    "W1": Target("≥ 2,000 steps/s", lambda figure: figure["steps_per_s"] >= 2_000),
+    "W2": Target("p50 ≤ 20 ms", lambda figure: figure["p50_ms"] <= 20),
+    "W3": Target("last 100 steps no slower", lambda figure: figure["last_hundred_ms"] <= figure["first_hundred_ms"]),
+    "W4": Target("≤ 3 s", lambda figure: figure["recovery_s"] <= 3),
+    "W6": Target("≥ 30,000 events/s", lambda figure: figure["events_per_s"] >= 30_000),
+}
+_SUMMARIES: Final[dict[str, str]] = {
+    "W1": "{steps_per_s:,} steps/s, run p50 {p50_ms:,.0f} ms, p99 {p99_ms:,.0f} ms; projection {projection_lag_records:,} "
+    "records behind at the end, caught up {projection_caught_up_s} s later",
+    "W2": "p50 {p50_ms} ms, p99 {p99_ms} ms",
+    "W3": "{seconds} s; first hundred {first_hundred_ms} ms, last {last_hundred_ms} ms",
+    "W4": "kill -9 {killed}: {recovery_s} s at worst, {recovery_median_s} s in the middle ({undisturbed_s} s undisturbed)",
+    "W6": "{events_per_s:,} events/s: {events:,} events in {seconds} s",
+}
+_SIZES: Final[dict[str, str]] = {
+    "W1": "{runs:,} runs",
+    "W2": "{runs} runs",
+    "W3": "{steps:,} steps",
+    "W4": "{runs} runs, {repeats} times",
+    "W6": "",
+}
+
+
+def json_line(figure: Figure) -> str:
+    """Return a figure as one line of JSON, with whether its target was met."""
+    target = TARGETS[figure["work"]]
+    return json.dumps({**figure, "target": target.text, "met": target.is_met(figure)}, ensure_ascii=False)
+
+
+def append(path: Path, figure: Figure) -> None:
+    """Add a figure's line to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json_line(figure) + "\n")
+
+
+def print_table(console: Console, figures: Sequence[Figure]) -> None:
+    """Print one row per figure, and what each process cost."""
+    table = Table(show_edge=False, header_style="bold")
+    for heading in ("work", "size", "measured", "target", "", "load before"):
+        table.add_column(heading, justify="right" if heading == "load before" else "left")
+    costs = Table(show_edge=False, header_style="bold", title="processor seconds / peak MiB", title_justify="left")
+    names = sorted({name for figure in figures for name in figure["processes"]})
+    for heading in ("work", *names):
+        costs.add_column(heading, justify="left" if heading == "work" else "right")
+    for figure in figures:
+        work = figure["work"]
+        target = TARGETS[work]
+        verdict = "[green]met[/green]" if target.is_met(figure) else "[red]missed[/red]"
+        size, measured = (text[work].format(**figure) for text in (_SIZES, _SUMMARIES))
+        table.add_row(work, size, measured, target.text, verdict, f"{figure['load_before']}")
+        cells = [figure["processes"].get(name) for name in names]
+        costs.add_row(f"{work} {size}", *(f"{c['cpu_s']} / {c['peak_rss_mib']:.0f}" if c else "" for c in cells))
+    console.print(table)
+    console.print()
+    console.print(costs)

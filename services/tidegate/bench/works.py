@@ -1,0 +1,269 @@
+"""The works: each warms up, measures, and returns its figures. What they mean is written in `docs/benchmarks.md`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tidegate.bench import sql
+from tidegate.bench.app import STEPS_OF_CHAIN, STEPS_OF_THREE
+from tidegate.bench.lab import EXECUTOR, Lab
+from tidegate.bench.processes import Cost
+from tidegate.sdk.client import Client
+
+Figure = dict[str, Any]
+
+W1_RUNS: Final = (1_000, 10_000)
+W2_RUNS: Final = 200
+W4_RUNS: Final = 100
+W4_REPEATS: Final = 3
+W4_VICTIMS: Final = (EXECUTOR, "scheduler-0", "gate-0")
+W6_EVENTS_WANTED: Final = 200_000
+EVENTS_PER_RUN: Final = 20  # of both logs, about: what decides how many runs a rebuild needs to be worth measuring
+FIRST_WARM_UP_RUNS: Final = 1_000
+WARM_UP_RUNS: Final = 200
+TIMEOUT_S: Final = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of each work is done."""
+
+    w1_runs: tuple[int, ...] = W1_RUNS
+    w2_runs: int = W2_RUNS
+    w4_runs: int = W4_RUNS
+    w4_repeats: int = W4_REPEATS
+    w6_events: int = W6_EVENTS_WANTED
+    first_warm_up_runs: int = FIRST_WARM_UP_RUNS
+    warm_up_runs: int = WARM_UP_RUNS
+
+    @staticmethod
+    def of(runs: int | None) -> Sizes:
+        """Return the standard sizes, or small ones around `runs`."""
+        if runs is None:
+            return Sizes()
+        return Sizes(
+            (runs,), runs, runs, 1, runs * EVENTS_PER_RUN, min(runs, FIRST_WARM_UP_RUNS), min(runs, WARM_UP_RUNS)
+        )
+
+
+def run_works(lab: Lab, names: Iterable[str], sizes: Sizes) -> Iterable[Figure]:
+    """Do the works in the order of the names; yield each figure when it is there. Raises TimeoutError, RunFailedError."""
+    _warm_up(lab, sizes.first_warm_up_runs, "the broker's Java is compiled while it works")
+    for name in names:
+        yield from WORKS[name](lab, sizes)
+
+
+# -- W1: throughput ---------------------------------------------------------------
+
+
+def w1_throughput(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Runs of three steps, asked for as fast as the log takes them, whatever becomes of the earlier ones."""
+    for runs in sizes.w1_runs:
+        _warm_up(lab, sizes.warm_up_runs)
+        _settle(lab)
+        lab.say(f"W1: {runs} runs of {STEPS_OF_THREE} steps at once")
+        load = _load()
+        with lab.meter() as meter:
+            asked = lab.request_many("three", runs)
+            ended = lab.wait(asked, TIMEOUT_S)
+            done_at_s = max(ended.values())
+            ends = sql.log_ends(lab.broker)
+            behind = sql.lag(lab.data_dir, ends)
+            caught_up_at_s = sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
+        seconds = done_at_s - min(asked.values())
+        yield _figure(
+            "W1",
+            load,
+            meter.costs(),
+            runs=runs,
+            steps=runs * STEPS_OF_THREE,
+            seconds=round(seconds, 2),
+            steps_per_s=round(runs * STEPS_OF_THREE / seconds),
+            **_latencies(asked, ended),
+            projection_lag_records=behind,
+            projection_caught_up_s=round(max(0.0, caught_up_at_s - done_at_s), 2),
+        )
+
+
+# -- W2: latency ---------------------------------------------------------------
+
+
+def w2_one_at_a_time(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Runs of three steps, each asked for when the one before it was seen to end."""
+    _warm_up(lab, sizes.warm_up_runs)
+    _one_by_one(lab, max(1, sizes.w2_runs // 4))
+    _settle(lab)
+    lab.say(f"W2: {sizes.w2_runs} runs of {STEPS_OF_THREE} steps, one at a time")
+    load = _load()
+    with lab.meter() as meter:
+        asked, ended = _one_by_one(lab, sizes.w2_runs)
+    yield _figure("W2", load, meter.costs(), runs=sizes.w2_runs, **_latencies(asked, ended))
+
+
+def _one_by_one(lab: Lab, runs: int) -> tuple[dict[str, float], dict[str, float]]:
+    asked: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    for _ in range(runs):
+        run_id, asked_at_s = lab.request("three")
+        asked[run_id] = asked_at_s
+        ended |= lab.wait({run_id: asked_at_s}, TIMEOUT_S)
+    return asked, ended
+
+
+# -- W3: a long run ---------------------------------------------------------------
+
+
+def w3_long_run(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """One run of a thousand steps, one after the other; the times are those that the log recorded."""
+    _warm_up(lab, sizes.warm_up_runs)
+    lab.say("W3: a run of a thousand steps, for warming up")
+    lab.wait(dict([lab.request("thousand")]), TIMEOUT_S)
+    _settle(lab)
+    lab.say("W3: a run of a thousand steps")
+    load = _load()
+    with lab.meter() as meter:
+        run_id, asked_at_s = lab.request("thousand")
+        ended = lab.wait({run_id: asked_at_s}, TIMEOUT_S)
+    with Client(lab.settings) as client:
+        done_ms = [event.at_ms for event in client.events(run_id) if event.type == "StepSucceeded"]
+    seconds = ended[run_id] - asked_at_s
+    yield _figure(
+        "W3",
+        load,
+        meter.costs(),
+        steps=STEPS_OF_CHAIN,
+        seconds=round(seconds, 2),
+        steps_per_s=round(STEPS_OF_CHAIN / seconds, 1),
+        first_hundred_ms=done_ms[99] - done_ms[0],
+        last_hundred_ms=done_ms[-1] - done_ms[-100],
+        slowest_step_ms=max(later - earlier for earlier, later in itertools.pairwise(done_ms)),
+    )
+
+
+# -- W4: recovery ---------------------------------------------------------------
+
+
+def w4_recovery(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Runs asked for at once; when a third of them has ended a process is killed, and they all have to end."""
+    _warm_up(lab, sizes.warm_up_runs)
+    undisturbed = [_burst_with_kill(lab, sizes.w4_runs, None) for _ in range(sizes.w4_repeats)]
+    for victim in W4_VICTIMS:
+        load = _load()
+        with lab.meter() as meter:
+            times = []
+            for number in range(1, sizes.w4_repeats + 1):
+                _settle(lab)
+                lab.say(f"W4: kill -9 {victim} among {sizes.w4_runs} runs, {number} of {sizes.w4_repeats}")
+                times.append(_burst_with_kill(lab, sizes.w4_runs, victim))
+        yield _figure(
+            "W4",
+            load,
+            meter.costs(),
+            killed=victim.partition("-")[0],
+            runs=sizes.w4_runs,
+            repeats=sizes.w4_repeats,
+            recovery_s=round(max(times), 2),
+            recovery_median_s=round(statistics.median(times), 2),
+            undisturbed_s=round(statistics.median(undisturbed), 2),
+        )
+
+
+def _burst_with_kill(lab: Lab, runs: int, victim: str | None) -> float:
+    """Return the seconds from the kill, or from the moment at which it would have been, to the end of the last run."""
+    asked = lab.request_many("three", runs)
+    lab.wait(asked, TIMEOUT_S, enough=max(1, runs // 3))
+    killed_at_s = time.monotonic()
+    if victim is not None:
+        lab.kill(victim)
+    return max(lab.wait(asked, TIMEOUT_S).values()) - killed_at_s
+
+
+# -- W6: rebuild ---------------------------------------------------------------
+
+
+def w6_rebuild(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Everything projected anew, from offset 0 into an empty ClickHouse, with nothing else at work but the broker."""
+    _fill(lab, sizes.w6_events)
+    ends = sql.log_ends(lab.broker)
+    sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
+    live_events = int(sql.query(lab.data_dir, sql.EVENT_COUNT)[0]["n"])
+    lab.stop_services()
+    folder = lab.data_dir / "rebuild"
+    try:
+        lab.say(f"W6: a projection of {live_events} events from offset 0")
+        load = _load()
+        with lab.meter() as meter:
+            began_s = time.monotonic()
+            lab.start_projection(folder, "bench-rebuild")
+            registered_s = time.monotonic()
+            caught_up_s = sql.wait_caught_up(folder, ends, TIMEOUT_S)
+        events = int(sql.query(folder, sql.EVENT_COUNT)[0]["n"])
+    finally:
+        lab.stop_services()
+        lab.start_services()
+    yield _figure(
+        "W6",
+        load,
+        meter.costs(),
+        events=events,
+        identical_count=events == live_events,
+        seconds=round(caught_up_s - registered_s, 2),
+        seconds_with_start=round(caught_up_s - began_s, 2),
+        events_per_s=round(events / (caught_up_s - registered_s)),
+    )
+
+
+def _fill(lab: Lab, events_wanted: int) -> None:
+    """Have runs until the logs are long enough for a rebuild to say something."""
+    ends = sql.log_ends(lab.broker)
+    sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
+    there = int(sql.query(lab.data_dir, sql.EVENT_COUNT)[0]["n"])
+    runs = (events_wanted - there) // EVENTS_PER_RUN
+    if runs > 0:
+        lab.say(f"W6: {runs} runs, so that there is something to rebuild")
+        lab.wait(lab.request_many("three", runs), TIMEOUT_S)
+
+
+# -- what they share ---------------------------------------------------------------
+
+
+def _warm_up(lab: Lab, runs: int, why: str = "") -> None:
+    lab.say(f"warming up: {runs} runs{f' ({why})' if why else ''}")
+    lab.wait(lab.request_many("three", runs), TIMEOUT_S)
+
+
+def _settle(lab: Lab) -> None:
+    """Wait until the projection has caught up, so that one figure does not pay for another's rows."""
+    sql.wait_caught_up(lab.data_dir, sql.log_ends(lab.broker), TIMEOUT_S)
+
+
+def _load() -> float:
+    return round(os.getloadavg()[0], 2)
+
+
+def _latencies(asked: dict[str, float], ended: dict[str, float]) -> dict[str, float]:
+    took_ms = sorted((ended[run_id] - asked_at_s) * 1000 for run_id, asked_at_s in asked.items())
+    return {
+        "p50_ms": round(took_ms[len(took_ms) // 2], 1),
+        "p99_ms": round(took_ms[min(len(took_ms) - 1, len(took_ms) * 99 // 100)], 1),
+    }
+
+
+def _figure(work: str, load: float, costs: dict[str, Cost], **values: Any) -> Figure:
+    processes = {name: {"cpu_s": cost.cpu_s, "peak_rss_mib": cost.peak_rss_mib} for name, cost in costs.items()}
+    return {"work": work, **values, "load_before": load, "processes": processes}
+
+
+WORKS: Final[dict[str, Callable[[Lab, Sizes], Iterable[Figure]]]] = {
+    "W1": w1_throughput,
+    "W2": w2_one_at_a_time,
+    "W3": w3_long_run,
+    "W4": w4_recovery,
+    "W6": w6_rebuild,
+}

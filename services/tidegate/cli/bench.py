@@ -1,0 +1,79 @@
+"""`tidegate bench`: what it can do on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tidegate.bench import report
+from tidegate.bench.lab import DEFAULT_SLOTS, Lab, say_on_stderr
+from tidegate.bench.profiled import summary
+from tidegate.bench.watcher import RunFailedError
+from tidegate.bench.works import WORKS, Sizes, run_works
+from tidegate.embedded.errors import EmbeddedKafkaError
+from tidegate.embedded.stack import StackError
+from tidegate.eventlog.interface import EventLogError
+
+app = typer.Typer(add_completion=False)
+ALL_WORKS = ",".join(WORKS)
+
+
+@app.command()
+def bench(
+    works: Annotated[str, typer.Option(help="Which works, comma-separated.")] = ALL_WORKS,
+    runs: Annotated[int | None, typer.Option(min=1, help="Runs per work, instead of the standard sizes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
+    slots: Annotated[int, typer.Option(min=1, max=1000, help="Attempts that run at the same time.")] = DEFAULT_SLOTS,
+    profile: Annotated[
+        Path | None, typer.Option(help="Run the services under cProfile and write the profiles to this folder.")
+    ] = None,
+) -> None:
+    """Measure throughput, latency, recovery and rebuild, with everything on one machine and nothing switched off.
+
+    JSON lines go to standard output, progress and the table to standard error. Exit code 1 if something could not be
+    measured; a target that is missed is shown and changes nothing.
+    """
+    names = _works(works)
+    folder = Path(tempfile.mkdtemp(prefix="tidegate-bench-"))
+    figures: list[report.Figure] = []
+    try:
+        with Lab(folder, slots=slots, say=say_on_stderr, profile_dir=profile) as lab:
+            for figure in run_works(lab, names, Sizes.of(runs)):
+                figures.append(figure)
+                typer.echo(report.json_line(figure))
+                if out is not None:
+                    report.append(out, figure)
+    except (StackError, EmbeddedKafkaError, EventLogError, RunFailedError, TimeoutError) as error:
+        typer.echo(f"bench failed: {error}\n{_last_lines(folder)}", err=True)
+        raise typer.Exit(1) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if figures:
+            report.print_table(Console(stderr=True), figures)
+    if profile is not None:
+        (profile / "summary.txt").write_text(summary(profile), encoding="utf-8")
+        typer.echo(f"profiles and their summary: {profile}", err=True)
+
+
+def _works(text: str) -> list[str]:
+    names = [name.strip().upper() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in WORKS]
+    if unknown or not names:
+        raise typer.BadParameter(
+            f"unknown: {', '.join(unknown) or text!r}; there are {ALL_WORKS}", param_hint="--works"
+        )
+    return names
+
+
+def _last_lines(folder: Path) -> str:
+    """Return the ends of the services' logs, which are about to be removed."""
+    parts = []
+    for path in sorted((folder / "logs").glob("*.log")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        parts.append("\n".join([f"-- the end of {path.name}:", *lines]))
+    return "\n".join(parts)

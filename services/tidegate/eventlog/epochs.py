@@ -1,0 +1,54 @@
+"""Which epoch is in force where reading starts in the middle of a log partition (rule 6)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tidegate import codec
+from tidegate.domain.entry import OwnerAnnounced
+from tidegate.eventlog.interface import Broker, Message
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER
+
+FIRST_SPAN: Final = 2_500  # owners repeat their announcement every 1,000 entries
+GROWTH: Final = 4
+
+
+def epoch_before(broker: Broker, topic: str, partition: int, offset: int) -> int:
+    """Return the epoch in force for a record at `offset`: the highest announced before it; NO_EPOCH if there is none.
+
+    Looks back a bounded distance, and further as long as the highest epoch seen might not be the highest there is: an
+    entry tells that its epoch was announced, and the epoch is the offset of that announcement, so nothing before it can
+    matter. A repeated announcement of the highest epoch seen ends the search too; a dead owner's last entries alone do not.
+    Blocks for reading. Raises EventLogError.
+    """
+    kept = broker.offsets(topic, partition).start
+    span = FIRST_SPAN
+    while True:
+        start = max(kept, offset - span)
+        highest, announced = NO_EPOCH, NO_EPOCH
+        for message in broker.read(topic, partition, start, offset):
+            epoch, is_announcement = _epoch_of(message)
+            highest = max(highest, epoch)
+            if is_announcement:
+                announced = max(announced, epoch)
+        seen_since_claimed = highest != NO_EPOCH and start <= highest
+        if start == kept or seen_since_claimed or announced == highest != NO_EPOCH:
+            return highest
+        span *= GROWTH
+
+
+def _epoch_of(message: Message) -> tuple[int, bool]:
+    """Return the epoch that a record proves announced, and whether it is the announcement; NO_EPOCH if it proves none."""
+    if message.value is None:
+        return NO_EPOCH, False
+    headers = dict(message.headers)
+    if headers.get(TYPE_HEADER) != ANNOUNCEMENT_TYPE.encode() and EPOCH_HEADER in headers:
+        text = headers[EPOCH_HEADER]
+        return (int(text), False) if text.isdigit() else (NO_EPOCH, False)
+    try:
+        record = codec.decode(message.value)
+    except codec.DecodeError:
+        return NO_EPOCH, False
+    if isinstance(record, OwnerAnnounced):
+        return (message.offset if record.epoch == NO_EPOCH else record.epoch), True
+    return getattr(record, "epoch", NO_EPOCH), False

@@ -1,0 +1,214 @@
+"""Wiring of the gateway: Faust's loop on the main thread, heartbeats on their own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from tidegate.eventlog.interface import Broker, EventLogError
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, make_app, make_table
+from tidegate.gateway.service import Gateway
+from tidegate.gateway.settings import GatewaySettings
+from tidegate.gateway.web import Api
+from tidegate.process import (
+    EXIT_FAILED,
+    EXIT_OK,
+    ProcessSettings,
+    configure_logging,
+    stop_on_signals,
+    wait_for_topics,
+)
+from tidegate.registry import Registration
+
+SERVICE: Final = "gateway"
+READY_POLL_S: Final = 0.05
+STOP_TIMEOUT_S: Final = 15.0
+_log = structlog.get_logger()
+
+
+def main() -> int:
+    """Run the live view until SIGTERM; returns the exit code."""
+    process = ProcessSettings()
+    instance_id = process.named(SERVICE)
+    configure_logging(SERVICE, instance_id, process.log_level)
+    _log_libraries(instance_id, process.log_level)
+    stop = stop_on_signals()
+    settings, kafka = GatewaySettings(), KafkaSettings()
+    broker = KafkaBroker(kafka)
+    try:
+        counts = wait_for_topics(
+            broker, (RUN_EVENTS, GATEWAY_RUNS, "instances", "schemas"), process.broker_wait_s, stop
+        )
+        group = _group(broker, counts)
+        with _listen(settings) as listening:
+            asyncio.run(_serve(settings, kafka, broker, group, instance_id, listening, counts[RUN_EVENTS], stop))
+    except (EventLogError, OSError) as error:
+        if stop.is_set():
+            return EXIT_OK
+        _log.exception("ending: a restart begins where the changelog ends", error=str(error))
+        return EXIT_FAILED
+    finally:
+        broker.close()
+    return EXIT_OK
+
+
+async def _serve(
+    settings: GatewaySettings,
+    kafka: KafkaSettings,
+    broker: Broker,
+    group: str,
+    instance_id: str,
+    listening: socket.socket,
+    partition_count: int,
+    stop: threading.Event,
+) -> None:
+    """Run until the event is set. Raises EventLogError if the app fails."""
+    url = f"http://{settings.advertised_host}:{listening.getsockname()[1]}"
+    app = make_app(kafka, group=group, instance_id=instance_id, listening=listening, advertised_url=url)
+    table = make_table(app, kafka.topic_prefix, partition_count)
+    gateway = Gateway(
+        app,
+        table,
+        broker,
+        prefix=kafka.topic_prefix,
+        partition_count=partition_count,
+        keep_minutes=settings.gateway_keep_h * 60,
+    )
+    api = Api(gateway, url)
+    registration = Registration(broker, service=SERVICE, instance_id=instance_id)
+    address = _Address(settings.address_file, url)
+    stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
+    running = asyncio.create_task(_run(app, gateway, api, registration, address))
+    try:
+        await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+            raise EventLogError(f"the live view failed: {app.crash_reason!r}")
+    finally:
+        stop.set()
+        running.cancel()
+        address.remove()
+        await asyncio.to_thread(registration.stop)
+        await _stop(app)
+
+
+async def _run(app: GatewayApp, gateway: Gateway, api: Api, registration: Registration, address: _Address) -> None:
+    """Start everything, say so when the view is complete, and return when the app has ended."""
+    starting = asyncio.create_task(app.start())
+    while not starting.done() and app.web.state != "running":
+        await asyncio.sleep(READY_POLL_S)
+    address.write()
+    await starting
+    while gateway.lag() != 0 and not app.should_stop:
+        await asyncio.sleep(READY_POLL_S)
+    api.is_ready = not app.should_stop
+    await asyncio.to_thread(registration.start)
+    _log.info("ready", url=address.url, runs=len(gateway.view.rows))
+    evicting = asyncio.create_task(gateway.evict_forever())
+    try:
+        await app.wait_until_stopped()
+    finally:
+        evicting.cancel()
+
+
+async def _stop(app: GatewayApp) -> None:
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await app.stop()
+    except TimeoutError:
+        _log.warning("Faust does not stop: leaving it", timeout_s=STOP_TIMEOUT_S)
+        os._exit(EXIT_FAILED if app.crashed else EXIT_OK)
+
+
+class _Address:
+    """The file that tells local tools where we are."""
+
+    def __init__(self, file: Path, url: str) -> None:
+        self.url = url
+        self._file = file
+
+    def write(self) -> None:
+        """Write the file, whole or not at all. A read-only folder is no reason not to run."""
+        _log.info("listening", url=self.url)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            new = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            new.write_text(json.dumps({"url": self.url, "pid": os.getpid()}) + "\n", encoding="utf-8")
+            new.replace(self._file)
+        except OSError as error:
+            _log.warning("address not written", file=str(self._file), error=str(error))
+
+    def remove(self) -> None:
+        """Remove the file, unless somebody else has written it since."""
+        try:
+            if json.loads(self._file.read_text(encoding="utf-8"))["pid"] == os.getpid():
+                self._file.unlink()
+        except (OSError, ValueError, LookupError):
+            pass
+
+
+def _listen(settings: GatewaySettings) -> socket.socket:
+    """Return a socket that is bound and listens. Raises OSError that says what to do."""
+    try:
+        return socket.create_server((settings.gateway_host, settings.gateway_port), backlog=128)
+    except OSError as error:
+        where = f"{settings.gateway_host}:{settings.gateway_port}"
+        raise OSError(
+            f"cannot listen on {where}: {error}; set TIDEGATE_GATEWAY_PORT to another port, or 0 for any"
+        ) from error
+
+
+def _group(broker: Broker, counts: dict[str, int]) -> str:
+    """Return the consumer group, whose committed offsets are as good as the topics they belong to.
+
+    Its name names both topics' ids: whoever deletes the changelog and makes it again has the view rebuilt from the start.
+    Raises EventLogError if the topics do not fit together.
+    """
+    if counts[RUN_EVENTS] != counts[GATEWAY_RUNS]:
+        raise EventLogError(
+            f"{GATEWAY_RUNS} has {counts[GATEWAY_RUNS]} partitions but {RUN_EVENTS} has {counts[RUN_EVENTS]}: delete "
+            f"{GATEWAY_RUNS} and create it anew with `tidegate topics apply`; it holds nothing that cannot be rebuilt"
+        )
+    found = broker.describe((RUN_EVENTS, GATEWAY_RUNS))
+    ids = f"{found[RUN_EVENTS].topic_id} {found[GATEWAY_RUNS].topic_id}"
+    return f"tidegate-gateway-{hashlib.sha256(ids.encode()).hexdigest()[:12]}"
+
+
+def _log_libraries(instance_id: str, level: str) -> None:
+    """Write what Faust and its libraries log as JSON too: warnings only, unless we are asked for details."""
+
+    def name_service(_: Any, __: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        return {"service": SERVICE, "instance": instance_id, **line}
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                name_service,
+                structlog.processors.dict_tracebacks,
+            ],
+            processor=structlog.processors.JSONRenderer(),
+        )
+    )
+    wanted = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(handlers=[handler], level=wanted if wanted <= logging.DEBUG else max(wanted, logging.WARNING))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

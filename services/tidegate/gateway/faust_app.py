@@ -1,0 +1,198 @@
+"""The Faust app, bent to our rules: declared topics only, our partitions, our socket, and a table that is guarded by `seq`.
+
+Faust's own promises are not relied on (see the room's README): offsets are acknowledged by hand, after the rows that
+follow from them are, and what a changelog says is taken only if it is not older than what is known.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable
+from socket import socket
+from typing import Any, Final, cast
+
+import faust
+import msgspec
+import structlog
+from aiohttp.web import SockSite
+from faust.serializers import codecs
+from faust.types import EventT, FutureMessage
+from faust.web.drivers.aiohttp import Web
+
+from tidegate.domain.identity import partition_of
+from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.gateway.view import RunRow
+
+ROW_CODEC: Final = "tidegate-run-row"
+RUN_EVENTS: Final = "run-events"
+GATEWAY_RUNS: Final = "gateway-runs"
+REQUEST_TIMEOUT_S: Final = 40.0
+
+_log = structlog.get_logger()
+
+
+class _RowCodec(codecs.Codec):
+    """Rows as JSON. A row that this version cannot read counts as none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._encoder = msgspec.json.Encoder()
+        self._decoder = msgspec.json.Decoder(RunRow)
+
+    def _dumps(self, obj: Any) -> bytes:
+        return self._encoder.encode(obj)
+
+    def _loads(self, s: bytes) -> Any:
+        try:
+            return self._decoder.decode(s)
+        except msgspec.MsgspecError as error:
+            _log.error("row of the changelog skipped", error=str(error))
+            return None
+
+
+codecs.register(ROW_CODEC, _RowCodec())
+
+
+class RunTable(faust.Table[str, RunRow]):
+    """Rows by run id, in memory and in a changelog whose partitions are those of `run-events`."""
+
+    partition_count: int
+    unacknowledged: list[FutureMessage]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.unacknowledged = []
+
+    def partition_for_key(self, key: Any) -> int:
+        """Return the run's partition, whatever event is being handled (Faust would take that event's)."""
+        return partition_of(key, self.partition_count)
+
+    def send_changelog(self, *args: Any, **options: Any) -> FutureMessage:
+        """Send a change and remember it until somebody waits for all of them."""
+        sent = super().send_changelog(*args, **options)
+        self.unacknowledged.append(sent)
+        return sent
+
+    def apply_changelog_batch(self, batch: Iterable[EventT[Any]]) -> None:
+        """Take rows from the changelog, but no row that is older than the one known.
+
+        The last record of a key need not be the newest: a worker that had lost the partition may have written it.
+        """
+        newest: dict[str, RunRow | None] = {}
+        kept = []
+        for event in batch:
+            run_id = cast(str, event.key)
+            row: RunRow | None = event.value
+            if row is None and event.message.value is not None:
+                continue  # unreadable, and said so already
+            known = newest[run_id] if run_id in newest else self.data.get(run_id)
+            if row is None or known is None or row.seq >= known.seq:
+                newest[run_id] = row
+                kept.append(event)
+        super().apply_changelog_batch(kept)
+
+
+class _OneSocketWeb(Web):
+    """Serves on a socket that is bound already, so that its port is known before Faust tells it to others."""
+
+    def _new_transport_tcp(self) -> SockSite:
+        app = self.app
+        assert isinstance(app, GatewayApp)  # noqa: S101 - only GatewayApp makes it
+        return SockSite(self._runner, app.listening)
+
+
+class GatewayApp(faust.App):
+    """A Faust app without folders, on a socket of ours."""
+
+    listening: socket
+
+    def _create_directories(self) -> None:
+        """Make none: the store is in memory."""
+
+    def _new_web(self) -> Web:
+        return _OneSocketWeb(self)
+
+
+def make_app(
+    kafka: KafkaSettings, *, group: str, instance_id: str, listening: socket, advertised_url: str
+) -> GatewayApp:
+    """Return an app that consumes as static member `instance_id` of `group`. Raises EventLogError for what Faust cannot do."""
+    heartbeat_s = kafka.heartbeat_interval_ms / 1000
+    app = GatewayApp(
+        kafka.topic_prefix + group,
+        env_prefix="TIDEGATE_FAUST",  # nothing of ours: else Faust listens to variables such as WEB_PORT
+        broker=";".join(f"kafka://{address.strip()}" for address in kafka.bootstrap.split(",")),
+        broker_client_id=kafka.client_id,
+        broker_credentials=_credentials(kafka),
+        broker_session_timeout=kafka.session_timeout_ms / 1000,
+        broker_heartbeat_interval=heartbeat_s,
+        broker_request_timeout=max(REQUEST_TIMEOUT_S, kafka.session_timeout_ms / 1000),
+        broker_commit_interval=1.0,
+        consumer_group_instance_id=instance_id,
+        consumer_auto_offset_reset="earliest",
+        processing_guarantee="at_least_once",
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        store="memory://",
+        stream_wait_empty=False,
+        web_enabled=True,
+        web_host=listening.getsockname()[0],
+        web_port=listening.getsockname()[1],
+        canonical_url=advertised_url,
+        web_stats_enabled=False,
+        web_graph_enabled=False,
+        web_router_enabled=False,
+        web_tables_enabled=False,
+        web_metrics_enabled=False,
+        Table=RunTable,
+        autodiscover=False,
+    )
+    app.listening = listening
+    return app
+
+
+def make_table(app: GatewayApp, prefix: str, partition_count: int) -> RunTable:
+    """Return the app's table, whose changelog is the declared topic."""
+    changelog = app.topic(
+        prefix + GATEWAY_RUNS,
+        key_type=str,
+        key_serializer="raw",
+        value_serializer=ROW_CODEC,
+        partitions=partition_count,
+        internal=True,
+        acks=False,
+        allow_empty=True,
+    )
+    table = app.Table(GATEWAY_RUNS, key_type=str, changelog_topic=changelog, partitions=partition_count)
+    assert isinstance(table, RunTable)  # noqa: S101 - the class that the app was given
+    table.key_serializer = "raw"
+    table.value_serializer = ROW_CODEC
+    table.partition_count = partition_count
+    return table
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    """Return Faust's form of how to be let in. Raises EventLogError for mechanisms that it has no support for."""
+    context = _ssl_context(kafka) if kafka.security_protocol in {"ssl", "sasl_ssl"} else None
+    if kafka.security_protocol in {"plaintext", "ssl"}:
+        return None if context is None else faust.SSLCredentials(context)
+    if kafka.sasl_mechanism not in {"PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"}:
+        raise EventLogError(
+            f"the gateway cannot authenticate with {kafka.sasl_mechanism}: set TIDEGATE_KAFKA_SASL_MECHANISM to PLAIN, "
+            "SCRAM-SHA-256 or SCRAM-SHA-512 for it"
+        )
+    password = kafka.sasl_password.get_secret_value() if kafka.sasl_password else ""
+    return faust.SASLCredentials(
+        username=kafka.sasl_username, password=password, mechanism=kafka.sasl_mechanism, ssl_context=context
+    )
+
+
+def _ssl_context(kafka: KafkaSettings) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=kafka.ssl_ca_location)
+    if kafka.ssl_endpoint_identification_algorithm == "none":
+        context.check_hostname = False
+    if kafka.ssl_certificate_location:
+        password = kafka.ssl_key_password.get_secret_value() if kafka.ssl_key_password else None
+        context.load_cert_chain(kafka.ssl_certificate_location, kafka.ssl_key_location, password)
+    return context

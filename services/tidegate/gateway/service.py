@@ -1,0 +1,263 @@
+"""The live view, kept: consumes `run-events`, folds, writes the changed rows to the changelog, then acknowledges."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import structlog
+from faust import Stream
+from faust.types import TP, EventT
+
+from tidegate import codec
+from tidegate.domain.identity import partition_of
+from tidegate.eventlog.epochs import epoch_before
+from tidegate.eventlog.interface import Broker, Offsets
+from tidegate.failpoints import failpoint
+from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, RunTable
+from tidegate.gateway.view import LiveView, PartitionReader, RunRow
+
+SCHEMAS: Final = "schemas"
+MAX_BATCH: Final = 1000
+# How long a lone entry may wait for others. Faust looks as often as that whether there is anything.
+BATCH_WITHIN_S: Final = 0.1
+EVICT_EVERY_S: Final = 60.0
+MAX_WAITERS: Final = 1000
+
+Event = EventT[bytes | None]
+_log = structlog.get_logger()
+
+
+class Counters:
+    """What happened since the start."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.known = 0
+        self.void = 0
+        self.unreadable = 0
+        self.incomplete = 0
+
+
+class Gateway:
+    """The view of the partitions that are ours. Everything runs on the event loop; only `broker` calls use threads.
+
+    `view` may be read between any two awaits. Reads of runs in partitions that are not `owned` mean nothing.
+    """
+
+    def __init__(
+        self, app: GatewayApp, table: RunTable, broker: Broker, *, prefix: str, partition_count: int, keep_minutes: int
+    ) -> None:
+        """Wire the parts into the app; nothing is started."""
+        self.app = app
+        self.view = LiveView(keep_minutes=keep_minutes)
+        self.counters = Counters()
+        self.owned: frozenset[int] = frozenset()
+        self.partition_count = partition_count
+        self._table = table
+        self._broker = broker
+        self._prefix = prefix
+        self._keep_minutes = keep_minutes
+        self._readers: dict[int, PartitionReader] = {}
+        self._targets: dict[int, Offsets] = {}
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._schemas_seen: set[str] = set()
+        topic = app.topic(prefix + RUN_EVENTS, key_serializer="raw", value_serializer="raw", allow_empty=True)
+        app.agent(topic, name=RUN_EVENTS, concurrency=1)(self._consume)
+        app.on_partitions_revoked.connect(self._revoked, weak=False)
+        table.on_recover(self._recovered)
+
+    # -- who owns what -------------------------------------------------------------------
+
+    def partition_of(self, run_id: str) -> int:
+        """Return the partition of a run."""
+        return partition_of(run_id, self.partition_count)
+
+    def peers(self) -> dict[int, str]:
+        """Return the address of the gateway that owns each partition, as the group last agreed."""
+        changelog = self._prefix + GATEWAY_RUNS
+        return {
+            partition: str(url)
+            for url, topics in self.app.router.table_metadata(GATEWAY_RUNS).items()
+            for partition in topics.get(changelog, ())
+        }
+
+    async def _revoked(self, _app: Any, *_: Any, **__: Any) -> None:
+        """The group gives out its partitions afresh: nothing is ours until `_recovered`."""
+        self.owned = frozenset()
+        self._targets.clear()
+        self._readers.clear()
+
+    async def _recovered(self) -> None:
+        """The table holds what the changelog says of our partitions: make the view of it."""
+        changelog = self._prefix + GATEWAY_RUNS
+        owned = frozenset(tp.partition for tp in self.app.assignor.assigned_actives() if tp.topic == changelog)
+        rows = [row for row in self._table.values() if self.partition_of(row.run_id) in owned]
+        self.view = LiveView(rows, self._keep_minutes)
+        self._readers.clear()
+        self._targets = await asyncio.to_thread(self._ends, owned)
+        self.owned = owned
+        _log.info("restored", partitions=sorted(owned), runs=len(rows))
+
+    def _ends(self, owned: frozenset[int]) -> dict[int, Offsets]:
+        return {partition: self._broker.offsets(RUN_EVENTS, partition) for partition in owned}
+
+    def lag(self) -> int | None:
+        """Return how many records are left of those that were there when the table was restored; None before that."""
+        if not self._targets:
+            return None
+        return sum(
+            max(0, there.end - self._position(partition, there.start)) for partition, there in self._targets.items()
+        )
+
+    def _position(self, partition: int, start: int) -> int:
+        reader = self._readers.get(partition)
+        if reader is not None:
+            return reader.next_offset
+        committed = self.app.consumer._committed_offset.get(TP(self._prefix + RUN_EVENTS, partition))
+        return max(start, committed or 0)
+
+    # -- 1. consume ------------------------------------------------------------------------
+
+    async def _consume(self, stream: Stream[bytes]) -> None:
+        """Handle batches until the stream ends. Whatever goes wrong ends the process: state is never repaired."""
+        try:
+            async for events in _batches(stream):
+                for event in await self._handle(events):
+                    await stream.ack(event)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await self.app.crash(error)
+
+    async def _handle(self, events: list[Event]) -> list[Event]:
+        """Fold a batch; return the events that are done.
+
+        1. Find out which epoch is in force where a partition begins to be read. 2. Fold, without letting anything else
+        run. 3. Send the changed rows. 4. Wait until all of them are acknowledged. Only then are the events (by the caller),
+        so that what Faust commits never runs ahead of the changelog.
+        """
+        owned = self.owned
+        events = [event for event in events if event.message.partition in owned]
+        await self._find_epochs(events)
+        if self.owned != owned:
+            return []  # the partitions were given out afresh meanwhile: all of this is read again
+        changed: dict[str, RunRow] = {}
+        for event in events:
+            row = self._take(event)
+            if row is not None:
+                changed[row.run_id] = row
+        for run_id, row in changed.items():
+            self._table[run_id] = row
+        failpoint("gateway.before-changelog-acks")
+        await self._acknowledged()
+        failpoint("gateway.after-changelog-acks")
+        self._wake(changed)
+        return events
+
+    async def _acknowledged(self) -> None:
+        """Wait until the changelog has everything that was sent to it."""
+        sent, self._table.unacknowledged = self._table.unacknowledged, []
+        await asyncio.gather(*sent)
+
+    async def _find_epochs(self, events: list[Event]) -> None:
+        """Make a reader for each partition that begins here or is read again; looks back in the log for its epoch."""
+        first: dict[int, int] = {}
+        for event in events:
+            first.setdefault(event.message.partition, event.message.offset)
+        for partition, offset in first.items():
+            reader = self._readers.get(partition)
+            if reader is not None and offset >= reader.next_offset:
+                continue
+            epoch = await asyncio.to_thread(epoch_before, self._broker, RUN_EVENTS, partition, offset)
+            self._readers[partition] = PartitionReader(offset, epoch)
+            _log.info("reading", partition=partition, offset=offset, epoch=epoch)
+
+    # -- 2. fold ---------------------------------------------------------------------------
+
+    def _take(self, event: Event) -> RunRow | None:
+        """Return the row that an event changed."""
+        message = event.message
+        reader = self._readers[message.partition]
+        void_before = reader.void_count
+        try:
+            entry = self._decoded(reader, message.offset, message.value)
+        except codec.DecodeError as error:
+            self.counters.unreadable += 1
+            _log.error("record skipped", partition=message.partition, offset=message.offset, reason=str(error))
+            return None
+        self.counters.void += reader.void_count - void_before
+        if entry is None:
+            return None
+        self.counters.entries += 1
+        row = self.view.take(entry)
+        if row is None:
+            self.counters.known += 1
+        return row
+
+    def _decoded(self, reader: PartitionReader, offset: int, value: bytes | None) -> Any:
+        try:
+            return reader.take(offset, value)
+        except codec.UnknownSchemaError as error:
+            if error.fingerprint in self._schemas_seen:
+                raise
+            self._schemas_seen.add(error.fingerprint)
+            self._learn_schemas()
+            return reader.take(offset, value)
+
+    def _learn_schemas(self) -> None:
+        """Read the topic of all schemas ever used: a newer writer's is there before its first record. Blocks, rarely."""
+        start, end = self._broker.offsets(SCHEMAS, 0)
+        for message in self._broker.read(SCHEMAS, 0, start, end):
+            with contextlib.suppress(codec.DecodeError):
+                codec.register_schema((message.value or b"").decode())
+
+    # -- waiting for changes, forgetting ---------------------------------------------------------
+
+    async def changed(self, run_id: str, after_seq: int, timeout_s: float) -> None:
+        """Return when the run's row is past a seq, or after the time. Returns at once if too many wait already."""
+        waiting = sum(map(len, self._waiters.values()))
+        row = self.view.rows.get(run_id)
+        if waiting >= MAX_WAITERS or (row is not None and row.seq > after_seq):
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(run_id, set()).add(future)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except TimeoutError:
+            pass
+        finally:
+            waiters = self._waiters.get(run_id, set())
+            waiters.discard(future)
+            if not waiters:
+                self._waiters.pop(run_id, None)
+
+    def _wake(self, changed: dict[str, RunRow]) -> None:
+        for run_id in changed.keys() & self._waiters.keys():
+            for future in self._waiters.pop(run_id):
+                if not future.done():
+                    future.set_result(None)
+
+    async def evict_forever(self) -> None:
+        """Forget runs that are over for longer than the view keeps them, here and in the changelog."""
+        while True:
+            await asyncio.sleep(EVICT_EVERY_S)
+            outdated = [
+                run_id
+                for run_id in self.view.outdated(time.time_ns() // 1_000_000)
+                if self.partition_of(run_id) in self.owned
+            ]
+            for run_id in outdated:
+                self.view.forget(run_id)
+                self._table.pop(run_id, None)
+            if outdated:
+                _log.info("forgotten", runs=len(outdated))
+
+
+async def _batches(stream: Stream[bytes]) -> AsyncIterator[list[Event]]:
+    async for events in stream.noack_take(MAX_BATCH, within=BATCH_WITHIN_S):
+        yield list(events)

@@ -1,0 +1,347 @@
+"""The live view, folded: a status row per run, and what accounts spent per minute. Pure.
+
+A row is guarded by `seq`: an entry that the row already holds changes nothing, so reading any part of the log again is
+harmless. What a run spent per minute is part of its row and stands under the same guard; the windows of an account are
+sums over the rows of its runs and are never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import msgspec
+
+from tidegate import codec
+from tidegate.domain import run_events as ev
+from tidegate.domain import states
+from tidegate.domain.entry import Entry, OwnerAnnounced
+from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
+
+MINUTE_MS: Final = 60_000
+DEFAULT_KEEP_MINUTES: Final = 24 * 60
+MAX_STEP_LINES: Final = 64
+MAX_OUTPUT_CHARS: Final = 4096
+MAX_TEXT_CHARS: Final = 1024
+
+
+class StepLine(msgspec.Struct, array_like=True):
+    """A step as people want to see it. `error` is that of its latest attempt that ended badly."""
+
+    status: str
+    attempt: int = 1
+    error: str = ""
+
+
+class OpenApproval(msgspec.Struct, kw_only=True):
+    """A question that waits for a human, since `since_ms` (Unix milliseconds)."""
+
+    step_id: str
+    attempt: int
+    why: str
+    rule: str
+    policy: str
+    reason: str
+    since_ms: int
+
+
+class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A run's status: a fold of its valid entries up to `seq`.
+
+    status: as in `domain.states`; `absent` if only refused commands named the run. Counts of steps are exact; `steps` has
+    a line for at most MAX_STEP_LINES of them, and leaves out finished ones first. output: JSON text, cut to
+    MAX_OUTPUT_CHARS (`output_cut`). minutes: minute since the epoch -> micro-dollars spent in it, of the time that is kept.
+    incomplete: earlier entries are missing, so that what is summed up may be too little.
+    """
+
+    run_id: str
+    account: str = ""
+    workflow: str = ""
+    status: str = states.ABSENT
+    seq: int = 0
+    incomplete: bool = False
+    step_count: int = 0
+    succeeded_count: int = 0
+    failed_count: int = 0
+    cancelled_count: int = 0
+    steps: dict[str, StepLine] = {}
+    approvals: dict[str, OpenApproval] = {}
+    cancel_requested: bool = False
+    output: str = ""
+    output_cut: bool = False
+    code: str = ""
+    error: str = ""
+    started_ms: int = 0
+    finished_ms: int = 0
+    updated_ms: int = 0
+    budget_micros: int | None = None
+    spent_micros: int = 0
+    minutes: dict[int, int] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing further will happen."""
+        return self.status in states.RUN_TERMINAL
+
+
+def apply(row: RunRow, entry: Entry, keep_minutes: int = DEFAULT_KEEP_MINUTES) -> bool:
+    """Fold an entry into its run's row, in place. Returns False, and changes nothing, if the row holds it already.
+
+    Never raises: a view of a log that cannot be explained shows what it can, and says that it is `incomplete`.
+    """
+    if entry.first_seq <= row.seq:
+        return False
+    row.incomplete |= entry.first_seq != row.seq + 1
+    for event in entry.events:
+        apply_event(row, event, entry.now_ms, keep_minutes)
+    row.account = entry.account or row.account
+    return True
+
+
+def apply_event(row: RunRow, event: Any, now_ms: int, keep_minutes: int = DEFAULT_KEEP_MINUTES) -> None:
+    """Fold the event that follows on the row's seq. Events of types that this version does not know only count."""
+    row.seq += 1
+    row.updated_ms = now_ms
+    handler = _HANDLERS.get(type(event))
+    if handler is not None:
+        handler(row, event, now_ms)
+    micros = getattr(event, "actual_micros", 0)
+    if micros:
+        _spend(row, micros, now_ms // MINUTE_MS, keep_minutes)
+
+
+def _spend(row: RunRow, micros: int, minute: int, keep_minutes: int) -> None:
+    row.spent_micros += micros
+    if minute not in row.minutes:
+        oldest = max(minute, *row.minutes) - keep_minutes if row.minutes else minute
+        row.minutes = {known: spent for known, spent in row.minutes.items() if known > oldest}
+    row.minutes[minute] = row.minutes.get(minute, 0) + micros
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT_CHARS else f"{text[:MAX_TEXT_CHARS]}…"
+
+
+def _set_step(row: RunRow, step_id: str, status: str, attempt: int | None = None) -> StepLine | None:
+    """Return the step's line with its new status; None if it has no line."""
+    line = row.steps.get(step_id)
+    if line is not None:
+        line.status = status
+        if attempt is not None:
+            line.attempt = attempt
+    return line
+
+
+def _settle(row: RunRow, step_id: str) -> None:
+    """Close the question that the step has asked, if it has; the run goes on when none is left."""
+    if row.approvals.pop(step_id, None) is not None and not row.approvals and row.status == states.WAITING:
+        row.status = states.RUNNING
+
+
+def _run_started(row: RunRow, event: ev.RunStarted, now_ms: int) -> None:
+    row.status = states.RUNNING
+    row.workflow = event.workflow
+    row.budget_micros = event.budget_micros
+    row.started_ms = now_ms
+
+
+def _run_refused(row: RunRow, event: ev.RunRefused, now_ms: int) -> None:
+    row.status = states.REFUSED
+    row.code, row.error = event.code, _cut(event.reason)
+    row.started_ms = row.finished_ms = now_ms
+
+
+def _step_ready(row: RunRow, event: ev.StepReady, now_ms: int) -> None:
+    row.step_count += 1
+    if len(row.steps) >= MAX_STEP_LINES:
+        finished = next((key for key, line in row.steps.items() if line.status in states.STEP_TERMINAL), None)
+        if finished is None:
+            return
+        del row.steps[finished]
+    row.steps[event.step_id] = StepLine(states.REQUESTED)
+
+
+def _attempt_requested(row: RunRow, event: ev.AttemptRequested, now_ms: int) -> None:
+    _set_step(row, event.step_id, states.REQUESTED, event.attempt)
+
+
+def _attempt_dispatched(row: RunRow, event: ev.AttemptDispatched, now_ms: int) -> None:
+    _set_step(row, event.step_id, states.DISPATCHED, event.attempt)
+
+
+def _approval_requested(row: RunRow, event: ev.ApprovalRequested, now_ms: int) -> None:
+    _set_step(row, event.step_id, states.AWAITING_APPROVAL, event.attempt)
+    row.approvals[event.step_id] = OpenApproval(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        why=event.why,
+        rule=event.rule,
+        policy=event.policy,
+        reason=_cut(event.reason),
+        since_ms=now_ms,
+    )
+    row.status = states.WAITING
+
+
+def _approval_resolved(row: RunRow, event: ev.ApprovalResolved, now_ms: int) -> None:
+    resumes = event.approved and event.why == "policy"
+    _set_step(row, event.step_id, states.REQUESTED if resumes else states.ENDED)
+    _settle(row, event.step_id)
+
+
+def _attempt_ended(row: RunRow, event: ev.AttemptEnded, now_ms: int) -> None:
+    status = states.ENDED if event.retry_at_ms is None else states.BACKING_OFF
+    line = _set_step(row, event.step_id, status, event.attempt)
+    if line is not None:
+        line.error = _cut(": ".join(part for part in (event.error_class, event.error_message) if part) or event.outcome)
+
+
+def _step_succeeded(row: RunRow, event: ev.StepSucceeded, now_ms: int) -> None:
+    row.succeeded_count += 1
+    line = _set_step(row, event.step_id, states.SUCCEEDED)
+    if line is not None:
+        line.error = ""
+    _settle(row, event.step_id)
+
+
+def _step_failed(row: RunRow, event: ev.StepFailed, now_ms: int) -> None:
+    row.failed_count += 1
+    line = _set_step(row, event.step_id, states.FAILED)
+    if line is not None:
+        line.error = _cut(event.reason)
+    _settle(row, event.step_id)
+
+
+def _step_cancelled(row: RunRow, event: ev.StepCancelled, now_ms: int) -> None:
+    row.cancelled_count += 1
+    _set_step(row, event.step_id, states.CANCELLED)
+    _settle(row, event.step_id)
+
+
+def _cancel_requested(row: RunRow, event: ev.RunCancelRequested, now_ms: int) -> None:
+    row.cancel_requested = True
+
+
+def _run_finished(row: RunRow, event: ev.RunFinished, now_ms: int) -> None:
+    row.status = event.status
+    row.output, row.output_cut = event.output[:MAX_OUTPUT_CHARS], len(event.output) > MAX_OUTPUT_CHARS
+    row.code, row.error = event.code, _cut(event.reason)
+    row.finished_ms = now_ms
+    row.approvals = {}
+
+
+_HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
+    ev.RunStarted: _run_started,
+    ev.RunRefused: _run_refused,
+    ev.StepReady: _step_ready,
+    ev.AttemptRequested: _attempt_requested,
+    ev.AttemptDispatched: _attempt_dispatched,
+    ev.ApprovalRequested: _approval_requested,
+    ev.ApprovalResolved: _approval_resolved,
+    ev.AttemptEnded: _attempt_ended,
+    ev.StepSucceeded: _step_succeeded,
+    ev.StepFailed: _step_failed,
+    ev.StepCancelled: _step_cancelled,
+    ev.RunCancelRequested: _cancel_requested,
+    ev.RunFinished: _run_finished,
+}
+
+
+# --- windows of spend ---------------------------------------------------------------------------------------------------
+
+
+class SpendWindows:
+    """What accounts spent per minute: the sums of `minutes` over rows. Made of rows, and kept up with their changes."""
+
+    def __init__(self, rows: Iterable[RunRow] = ()) -> None:
+        self._accounts: dict[str, dict[int, int]] = {}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: RunRow, sign: int = 1) -> None:
+        """Add what a row says to its account's windows; with `sign` -1 take it out again, before the row changes."""
+        if not row.minutes:
+            return
+        windows = self._accounts.setdefault(row.account, {})
+        for minute, micros in row.minutes.items():
+            left = windows.get(minute, 0) + sign * micros
+            if left:
+                windows[minute] = left
+            else:
+                windows.pop(minute, None)
+
+    def accounts(self, account: str = "", since_minute: int = 0) -> dict[str, dict[int, int]]:
+        """Return account -> minute -> micro-dollars, of an account and all below it (or of all), from a minute on."""
+        found = {}
+        for name, windows in self._accounts.items():
+            if not account or name == account or name.startswith(f"{account}/"):
+                recent = {minute: windows[minute] for minute in sorted(windows) if minute >= since_minute}
+                if recent:
+                    found[name] = recent
+        return found
+
+
+class LiveView:
+    """Rows by run id and the windows that follow from them, kept together."""
+
+    def __init__(self, rows: Iterable[RunRow] = (), keep_minutes: int = DEFAULT_KEEP_MINUTES) -> None:
+        self.rows = {row.run_id: row for row in rows}
+        self.windows = SpendWindows(self.rows.values())
+        self._keep_minutes = keep_minutes
+
+    def take(self, entry: Entry) -> RunRow | None:
+        """Fold an entry; return the row that changed, None if the entry was known."""
+        row = self.rows.get(entry.subject)
+        if row is None:
+            row = RunRow(run_id=entry.subject)
+        elif entry.first_seq <= row.seq:
+            return None
+        self.windows.add(row, -1)
+        apply(row, entry, self._keep_minutes)
+        self.windows.add(row)
+        self.rows[row.run_id] = row
+        return row
+
+    def forget(self, run_id: str) -> None:
+        """Remove a row, and with it what it says about windows."""
+        row = self.rows.pop(run_id, None)
+        if row is not None:
+            self.windows.add(row, -1)
+
+    def outdated(self, now_ms: int) -> list[str]:
+        """Return the runs that are over, or never were, and have not changed for as long as windows are kept."""
+        since_ms = now_ms - self._keep_minutes * MINUTE_MS
+        return [
+            row.run_id
+            for row in self.rows.values()
+            if row.updated_ms < since_ms and (row.is_over or row.status == states.ABSENT)
+        ]
+
+
+# --- the log ------------------------------------------------------------------------------------------------------------
+
+
+class PartitionReader:
+    """Reads one partition of `run-events` in order and gives the entries that count. `next_offset` is what comes next."""
+
+    def __init__(self, next_offset: int, epoch: int = NO_EPOCH) -> None:
+        """`epoch`: the one in force at `next_offset`."""
+        self.next_offset = next_offset
+        self.void_count = 0
+        self._tracker = EpochTracker(epoch)
+
+    def take(self, offset: int, value: bytes | None) -> Entry | None:
+        """Return the record's entry; None for tombstones, announcements and void entries. Raises DecodeError."""
+        self.next_offset = offset + 1
+        if value is None:
+            return None
+        record = codec.decode(value)
+        if isinstance(record, OwnerAnnounced):
+            self._tracker.announced(offset, record.epoch)
+            return None
+        if not isinstance(record, Entry):
+            raise codec.DecodeError(f"a {type(record).__name__} has no business in run-events")
+        if not self._tracker.is_valid(record.epoch):
+            self.void_count += 1
+            return None
+        return record

@@ -1,0 +1,266 @@
+"""The web endpoints of the live view, on Faust's own web server."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+from faust.web import Request, Response, View
+
+from tidegate.gateway.service import Gateway
+from tidegate.gateway.view import MINUTE_MS, RunRow
+
+DEFAULT_LIMIT: Final = 50
+MAX_LIMIT: Final = 1000
+MAX_WAIT_S: Final = 30.0
+PEER_TIMEOUT_S: Final = 5.0
+LOCAL: Final = "local"
+
+_encoder = msgspec.json.Encoder()
+
+
+class BadRequestError(ValueError):
+    """A parameter that makes no sense; the message says what would."""
+
+
+class Api:
+    """Answers requests: from our own partitions, and for the others by asking the gateways that own them."""
+
+    def __init__(self, gateway: Gateway, own_url: str) -> None:
+        self._gateway = gateway
+        self._own_url = own_url
+        page = gateway.app.page
+        for path, handler in (
+            ("/health", self._health),
+            ("/ready", self._ready),
+            ("/v1/runs", self._runs),
+            ("/v1/runs/{run_id}", self._run),
+            ("/v1/spend", self._spend),
+        ):
+            page(path, name=path)(_handler(handler))
+        self.is_ready = False
+
+    # -- endpoints ---------------------------------------------------------------
+
+    async def _health(self, view: View, request: Request) -> Response:
+        """The process lives. What the numbers say is for people."""
+        gateway = self._gateway
+        body = {
+            "ready": self.is_ready,
+            "partitions": sorted(gateway.owned),
+            "runs": len(gateway.view.rows),
+            "lag": gateway.lag(),
+            **vars(gateway.counters),
+        }
+        return _json(view, 200, body)
+
+    async def _ready(self, view: View, request: Request) -> Response:
+        """The view is complete as of the time when this process had its partitions."""
+        return _json(view, 200 if self.is_ready else 503, {"ready": self.is_ready, "lag": self._gateway.lag()})
+
+    async def _run(self, view: View, request: Request, run_id: str) -> Response:
+        """One run; with `after_seq` and `wait_ms` only when it is past that seq, or the time is over."""
+        query = request.query
+        peer = self._peer_of(run_id, query)
+        if peer is not None:
+            return await self._forwarded(view, peer, f"/v1/runs/{run_id}", query)
+        after_seq = _whole(query, "after_seq", 0, 0, 2**62)
+        wait_s = _whole(query, "wait_ms", 0, 0, int(MAX_WAIT_S * 1000)) / 1000
+        if wait_s:
+            await self._gateway.changed(run_id, after_seq, wait_s)
+        row = self._gateway.view.rows.get(run_id)
+        if row is None or row.status == "absent":
+            return _error(view, 404, "unknown_run", f"the live view has no run {run_id}")
+        return _json(view, 200, run_body(row))
+
+    async def _runs(self, view: View, request: Request) -> Response:
+        """The newest runs, without their steps."""
+        query = request.query
+        limit = _whole(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        own = [summary(row) for row in newest(self._gateway.view.rows.values(), query, limit)]
+        answers, missing = await self._ask_peers("/v1/runs", query)
+        rows = own + [row for answer in answers for row in answer["runs"]]
+        rows.sort(key=lambda row: (row["started_ms"], row["run_id"]), reverse=True)
+        return _json(view, 200, {"runs": rows[:limit], "partitions_missing": missing})
+
+    async def _spend(self, view: View, request: Request) -> Response:
+        """What an account and all below it spent, per minute."""
+        query = request.query
+        minutes = _whole(query, "minutes", 24 * 60, 1, 31 * 24 * 60)
+        since = time.time_ns() // 1_000_000 // MINUTE_MS - minutes + 1
+        if "since_ms" in query:
+            since = _whole(query, "since_ms", 0, 0, 2**62) // MINUTE_MS
+        spent = self._gateway.view.windows.accounts(query.get("account", ""), since)
+        answers, missing = await self._ask_peers("/v1/spend", {**query, "since_ms": str(since * MINUTE_MS)})
+        for answer in answers:
+            for account in answer["accounts"]:
+                windows = spent.setdefault(account["account"], {})
+                for window in account["windows"]:
+                    minute = window["start_ms"] // MINUTE_MS
+                    windows[minute] = windows.get(minute, 0) + window["micros"]
+        return _json(view, 200, {**spend_body(spent, since), "partitions_missing": missing})
+
+    # -- other gateways ---------------------------------------------------------------
+
+    def _peer_of(self, run_id: str, query: Mapping[str, str]) -> str | None:
+        """Return the address of the gateway that owns the run, None if that is us (or nobody else is known)."""
+        partition = self._gateway.partition_of(run_id)
+        if partition in self._gateway.owned or "scope" in query:
+            return None
+        url = self._gateway.peers().get(partition)
+        return None if url == self._own_url else url
+
+    async def _forwarded(self, view: View, peer: str, path: str, query: Mapping[str, str]) -> Response:
+        try:
+            status, body = await self._ask(peer, path, query, MAX_WAIT_S + PEER_TIMEOUT_S)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return _error(
+                view, 503, "peer_unavailable", f"the gateway at {peer}, which owns the run, does not answer: {error}"
+            )
+        return view.bytes(body, content_type="application/json", status=status)
+
+    async def _ask_peers(self, path: str, query: Mapping[str, str]) -> tuple[list[Any], list[int]]:
+        """Return the other gateways' answers, and the partitions that nobody answered for."""
+        gateway = self._gateway
+        if query.get("scope") == LOCAL:
+            return [], []
+        peers: dict[str, list[int]] = {}
+        missing = []
+        owners = gateway.peers()
+        for partition in range(gateway.partition_count):
+            if partition not in gateway.owned:
+                url = owners.get(partition)
+                if url is None or url == self._own_url:
+                    missing.append(partition)
+                else:
+                    peers.setdefault(url, []).append(partition)
+        results = await asyncio.gather(
+            *(self._ask(url, path, query, PEER_TIMEOUT_S) for url in peers), return_exceptions=True
+        )
+        answers = []
+        for partitions, result in zip(peers.values(), results, strict=True):
+            if isinstance(result, BaseException) or result[0] != 200:
+                missing += partitions
+            else:
+                answers.append(msgspec.json.decode(result[1]))
+        return answers, sorted(missing)
+
+    async def _ask(self, url: str, path: str, query: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
+        parameters = {**query, "scope": LOCAL}
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with self._gateway.app.http_client.get(
+            f"{url.rstrip('/')}{path}", params=parameters, timeout=timeout
+        ) as response:
+            return response.status, await response.read()
+
+
+_Handler = Callable[..., Awaitable[Response]]
+
+
+def _handler(method: _Handler) -> Any:
+    """Return a handler as Faust wants it: a plain function of the view and the request."""
+
+    async def answer(view: View, request: Request, **path: str) -> Response:
+        try:
+            return await method(view, request, **path)
+        except BadRequestError as error:
+            return _error(view, 400, "bad_request", str(error))
+
+    return answer
+
+
+def _json(view: View, status: int, body: Any) -> Response:
+    return view.bytes(_encoder.encode(body), content_type="application/json", status=status)
+
+
+def _error(view: View, status: int, code: str, message: str) -> Response:
+    return _json(view, status, {"code": code, "message": message})
+
+
+def _whole(query: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+    text = query.get(name)
+    if text is None:
+        return default
+    if not text.isdigit() or not least <= int(text) <= most:
+        raise BadRequestError(f"{name} must be a whole number from {least} to {most}, not {text[:40]!r}")
+    return int(text)
+
+
+# --- bodies -------------------------------------------------------------------------------------------------------------
+
+
+def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list[RunRow]:
+    """Return the rows that a query asks for, those started last first."""
+    wanted = {status for status in query.get("status", "").split(",") if status}
+    workflow, account = query.get("workflow", ""), query.get("account", "")
+
+    def fits(row: RunRow) -> bool:
+        return (
+            (row.status in wanted if wanted else row.status != "absent")
+            and (not workflow or row.workflow == workflow or row.workflow.startswith(f"{workflow}@"))
+            and (not account or row.account == account or row.account.startswith(f"{account}/"))
+        )
+
+    return heapq.nlargest(limit, filter(fits, rows), key=lambda row: (row.started_ms, row.run_id))
+
+
+def summary(row: RunRow) -> dict[str, Any]:
+    """Return what a list says of a run."""
+    return {
+        "run_id": row.run_id,
+        "status": row.status,
+        "workflow": row.workflow,
+        "account": row.account,
+        "seq": row.seq,
+        "step_count": row.step_count,
+        "succeeded_count": row.succeeded_count,
+        "failed_count": row.failed_count,
+        "cancelled_count": row.cancelled_count,
+        "open_approvals": len(row.approvals),
+        "error": row.error,
+        "started_ms": row.started_ms,
+        "finished_ms": row.finished_ms or None,
+        "updated_ms": row.updated_ms,
+        "budget_micros": row.budget_micros,
+        "spent_micros": row.spent_micros,
+        "incomplete": row.incomplete,
+    }
+
+
+def run_body(row: RunRow) -> dict[str, Any]:
+    """Return everything that the view knows of a run."""
+    return {
+        **summary(row),
+        "cancel_requested": row.cancel_requested,
+        "code": row.code,
+        "output": row.output or None,
+        "output_cut": row.output_cut,
+        "approvals": list(row.approvals.values()),
+        "steps": [
+            {"step_id": step_id, "status": line.status, "attempt": line.attempt, "error": line.error}
+            for step_id, line in row.steps.items()
+        ],
+    }
+
+
+def spend_body(spent: Mapping[str, Mapping[int, int]], since_minute: int) -> dict[str, Any]:
+    """Return what accounts spent, window by window."""
+    accounts = [
+        {
+            "account": account,
+            "total_micros": sum(windows.values()),
+            "windows": [{"start_ms": minute * MINUTE_MS, "micros": windows[minute]} for minute in sorted(windows)],
+        }
+        for account, windows in sorted(spent.items())
+    ]
+    return {
+        "window_ms": MINUTE_MS,
+        "since_ms": since_minute * MINUTE_MS,
+        "total_micros": sum(account["total_micros"] for account in accounts),
+        "accounts": accounts,
+    }

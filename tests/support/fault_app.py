@@ -1,0 +1,253 @@
+"""An app whose functions go wrong in every way, and leave traces of it that nothing in Tidegate has a hand in.
+
+The folder TIDEGATE_FAULT_DIR holds `entered.log`, one line per entry into a function, and `effects/`, one file per idempotency
+key that had an effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tidegate import App, NonRetryable, Plan, State, ToolCall, context, idempotency_key, report_cost
+
+app = App("faults")
+
+
+def _folder() -> Path:
+    return Path(os.environ["TIDEGATE_FAULT_DIR"])
+
+
+def _append(name: str, *words: object) -> None:
+    """Append a line in one write, so that lines of several processes do not mix and one that is killed leaves a whole one."""
+    line = ("\t".join(map(str, words)) + "\n").encode()
+    descriptor = os.open(_folder() / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def enter() -> None:
+    """Leave a trace before anything else: which attempt, in which process, of which instance."""
+    here = context()
+    instance = os.environ.get("TIDEGATE_INSTANCE_ID", "")
+    _append("entered.log", here.run_id, here.step_id, here.attempt, os.getpid(), instance, idempotency_key())
+
+
+def have_effect() -> bool:
+    """Do something to the outside world that counts once per idempotency key; returns whether it was done now."""
+    folder = _folder() / "effects"
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / idempotency_key()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+# --- what works ---------------------------------------------------------------
+
+
+@app.step(cost_micros=10, backoff_s=0.05)
+def one(n: int) -> int:
+    """Add one, and have an effect."""
+    enter()
+    have_effect()
+    return n + 1
+
+
+@app.step(cost_micros=20, backoff_s=0.05)
+def two(n: int) -> int:
+    """Double."""
+    enter()
+    have_effect()
+    report_cost(15)
+    return n * 2
+
+
+@app.step(cost_micros=30, backoff_s=0.05)
+def three(n: int) -> dict[str, int]:
+    """Wrap."""
+    enter()
+    have_effect()
+    return {"n": n}
+
+
+app.graph("chain").chain(one, two, three)
+app.graph("checked").node("one", one).input_schema({"type": "integer", "minimum": 0})
+
+
+@app.step(cost_micros=40, timeout_s=60)
+async def wait_here(seconds: float) -> str:
+    """Take this long; can be aborted."""
+    enter()
+    await asyncio.sleep(seconds)
+    have_effect()
+    return "done"
+
+
+@app.step(cost_micros=40, timeout_s=60)
+def block_here(seconds: float) -> str:
+    """Take this long, in a thread; cannot be aborted."""
+    enter()
+    time.sleep(seconds)
+    have_effect()
+    return "done"
+
+
+@app.step(cost_micros=40, timeout_s=60, idempotent=False)
+async def pay_once(seconds: float) -> str:
+    """Have an effect that must not be repeated, and take this long afterwards."""
+    enter()
+    _append("paid.log", context().run_id, context().attempt)
+    await asyncio.sleep(seconds)
+    return "paid"
+
+
+@app.step(queue="nobody")
+def never(_: Any) -> None:
+    """Wait for an executor that does not exist."""
+    enter()
+
+
+for _function in (wait_here, block_here, pay_once, never):
+    app.graph(_function.__name__).node("it", _function)
+
+app.graph("both").node("left", wait_here, input="${ input.left }").node("right", wait_here, input="${ input.right }")
+
+
+# --- what does not ---------------------------------------------------------------
+
+
+class Hopeless(Exception):
+    """An exception whose message cannot be read."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no message either")
+
+
+@app.step(cost_micros=10, retries=2, backoff_s=0.02)
+def fail(_: Any) -> None:
+    """Raise every time, having spent something."""
+    enter()
+    report_cost(3)
+    raise ValueError("no luck \ud800 today")
+
+
+@app.step(cost_micros=10, retries=5, backoff_s=0.02)
+def fail_twice(n: int) -> int:
+    """Raise in the first two attempts."""
+    enter()
+    if context().attempt <= 2:
+        raise OSError("not yet")
+    have_effect()
+    return n
+
+
+@app.step(retries=5)
+def fail_for_good(_: Any) -> None:
+    """Say that it is of no use."""
+    enter()
+    raise NonRetryable("the card is stolen")
+
+
+@app.step(retries=1, backoff_s=0.02)
+def fail_unspeakably(_: Any) -> None:
+    """Raise what cannot be printed, then try to end the process."""
+    enter()
+    if context().attempt == 1:
+        raise Hopeless
+    raise SystemExit(3)
+
+
+@app.step(timeout_s=0.3, retries=1, backoff_s=0.02)
+async def hang(_: Any) -> None:
+    """Hang beyond the timeout; aborted."""
+    enter()
+    await asyncio.sleep(3600)
+
+
+@app.step(timeout_s=0.3, retries=0)
+def hang_in_thread(_: Any) -> None:
+    """Hang beyond the timeout where it cannot be aborted."""
+    enter()
+    time.sleep(2.0)
+
+
+@app.step(timeout_s=0.3, retries=0)
+async def hang_and_refuse(_: Any) -> None:
+    """Hang, and swallow the abortion once."""
+    enter()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(3600)
+    await asyncio.sleep(0.2)
+
+
+@app.step(retries=5, cost_micros=7)
+def not_json(what: str) -> Any:
+    """Return what is not JSON, after the effect."""
+    enter()
+    have_effect()
+    return {"object": object(), "nan": float("nan"), "surrogate": "\ud800", "bytes": b"\xff", "lambda": enter}[what]
+
+
+@app.step(retries=5)
+def large(size: int) -> str:
+    """Return a string of that size."""
+    enter()
+    return "x" * size
+
+
+@app.step(cost_micros=100)
+def dear(micros: int) -> int:
+    """Cost so much, whatever was declared."""
+    enter()
+    report_cost(micros)
+    return micros
+
+
+for _function in (fail, fail_twice, fail_for_good, fail_unspeakably, hang, hang_in_thread, hang_and_refuse, not_json, large):
+    app.graph(_function.__name__).node("it", _function)
+
+app.graph("dear-twice").node("first", dear).node("second", dear, input="${ input }").edge("first", "second")
+
+
+@app.step()
+def length(value: Any) -> int:
+    """Measure what it is given."""
+    enter()
+    return len(value)
+
+
+_wide = app.graph("wide").node("large", large)
+for _number in range(40):
+    _wide.node(f"part{_number}", length).edge("large", f"part{_number}")
+
+
+# --- agents ---------------------------------------------------------------
+
+
+@app.tool(cost_micros=5)
+def look(n: int) -> int:
+    """Look something up."""
+    enter()
+    return n
+
+
+@app.agent(tools=[look], max_steps=6)
+def confused(state: State) -> Plan:
+    """Call tools that do not exist, with arguments that do not fit, under ids that repeat; then say what came of it."""
+    enter()
+    if state.turn == 1:
+        calls = [
+            ToolCall("look", {"n": 1}, id="same"),
+            ToolCall("look", {"n": "many"}, id="same"),
+            ToolCall("rm_rf", {}, id=""),
+        ]
+        return Plan(content="trying", tool_calls=calls)
+    return Plan(content="", final=True, output=[[call.ok, call.error] for call in state.history[0].calls])

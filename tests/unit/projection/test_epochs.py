@@ -1,0 +1,106 @@
+"""Which epoch is in force where reading starts in the middle of a log."""
+
+import random
+
+import pytest
+
+from support.logs import LogWriter, Story
+from tidegate import codec
+from tidegate.domain.entry import OwnerAnnounced
+from tidegate.eventlog.interface import Record
+from tidegate.eventlog.memory import MemoryBroker
+from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
+from tidegate.projection import epochs
+from tidegate.projection.epochs import epoch_before
+
+pytestmark = pytest.mark.feature("L4")
+
+
+def written(records: list[Record]) -> MemoryBroker:
+    broker = MemoryBroker()
+    broker.create_topic("run-events", 1)
+    writer = broker.writer()
+    for record in records:
+        writer.send(record._replace(partition=0))
+    writer.flush(1.0)
+    return broker
+
+
+def troubled_log(seed: int, length: int = 40) -> list[Record]:
+    """Return one partition's records, with owners that change often and zombies."""
+    story = Story()
+    for number in range(length // 8):
+        story.play_plain(number)
+    records = LogWriter(1, 1, seed).take(story.decided, trouble=0.5)
+    return [record for record in records if record.topic == "run-events"]
+
+
+def true_epochs(records: list[Record]) -> list[int]:
+    """Return the epoch in force before each offset, from a reading of the whole log."""
+    tracker, found = EpochTracker(), []
+    for offset, record in enumerate(records):
+        found.append(tracker.epoch)
+        decoded = codec.decode(record.value)
+        if isinstance(decoded, OwnerAnnounced):
+            tracker.announced(offset, decoded.epoch)
+    return [*found, tracker.epoch]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_the_epoch_that_a_reading_of_the_whole_log_gives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the shortest look back, every search has to grow, and sees zombies first.
+    monkeypatch.setattr(epochs, "FIRST_SPAN", 1)
+    records = troubled_log(seed)
+    broker = written(records)
+
+    found = [epoch_before(broker, "run-events", 0, offset) for offset in range(len(records) + 1)]
+
+    # The rule is bounded: a stretch in which an old owner alone both announces and writes would mislead it. With the span
+    # of one that happens; it then errs to an epoch that was in force before, and never to one that was not announced yet.
+    truth = true_epochs(records)
+    assert all(got <= true for got, true in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_within_the_bound_it_is_exact(seed: int) -> None:
+    records = troubled_log(seed)
+    broker = written(records)
+
+    found = [epoch_before(broker, "run-events", 0, offset) for offset in range(len(records) + 1)]
+
+    assert found == true_epochs(records)
+
+
+def test_an_owner_that_writes_without_repeating_is_found_however_far_back_it_announced() -> None:
+    story = Story()
+    for number in range(6):
+        story.play_plain(number)
+    records = [r for r in LogWriter(1, 1).take(story.decided, trouble=0.0) if r.topic == "run-events"]
+    broker = written(records)
+
+    assert len(records) > 4 * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epochs, "FIRST_SPAN", 2)
+        assert epoch_before(broker, "run-events", 0, len(records)) == 0
+
+
+def test_a_log_without_announcements_has_no_epoch() -> None:
+    records = [record for record in troubled_log(1) if not record.key.startswith(b"owner:")]
+    broker = written(records)
+
+    assert epoch_before(broker, "run-events", 0, 0) == NO_EPOCH
+    empty = MemoryBroker()
+    empty.create_topic("run-events", 1)
+    assert epoch_before(empty, "run-events", 0, 0) == NO_EPOCH
+
+
+def test_rubbish_in_the_log_is_no_evidence() -> None:
+    records = troubled_log(3)
+    noise = random.Random(3)
+    for _ in range(5):
+        records.insert(noise.randrange(len(records)), Record("run-events", 0, b"k", None))
+    records = [Record("run-events", 0, b"x", b"rubbish"), *records]
+    broker = written(records)
+
+    assert epoch_before(broker, "run-events", 0, 1) == NO_EPOCH
+    assert epoch_before(broker, "run-events", 0, len(records)) >= 0
