@@ -72,7 +72,9 @@ def _action(item: str, action: str) -> Callable[[], None]:
     if action == "kill":
         return lambda: os.kill(os.getpid(), signal.SIGKILL)
     if action == "stop":
-        return lambda: os.kill(os.getpid(), signal.SIGSTOP)
+        # To this very thread, which so stops here and now: sent to the process, another thread might take the signal,
+        # and this one run on for a moment.
+        return lambda: signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     kind, _, amount = action.partition(":")
     try:
         seconds = float(amount)

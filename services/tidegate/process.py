@@ -15,6 +15,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.eventlog.interface import Broker, EventLogError
+from tidegate.topics.apply import SCHEMAS_TOPIC, check_at_start, load_schemas, publish_schemas
+from tidegate.topics.settings import TopicsSettings
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -35,7 +37,9 @@ class ProcessSettings(BaseSettings):
         "under its old name has its partitions again at once.",
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
-    broker_wait_s: float = Field(default=60.0, gt=0, description="How long to wait for the broker and the topics at start.")
+    broker_wait_s: float = Field(
+        default=60.0, gt=0, description="How long to wait for the broker and the topics at start."
+    )
 
     def named(self, service: str) -> str:
         """Return the instance id, or the service's default one."""
@@ -99,6 +103,18 @@ def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: 
             said = True
             _log.info("waiting", reason=reason)
         stop.wait(0.2)
+
+
+def prepare(broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
+    """Wait for the topics, check that they are fit for use, and exchange schemas; returns their partition counts.
+
+    Raises EventLogError with everything that is wrong. Blocks up to `wait_s` for the topics, then for some round trips.
+    """
+    counts = wait_for_topics(broker, (*topics, SCHEMAS_TOPIC), wait_s, stop)
+    check_at_start(broker, topics, production=TopicsSettings().production)
+    publish_schemas(broker)
+    load_schemas(broker)
+    return counts
 
 
 def run_until_stopped(turn: Callable[[], object], stop: threading.Event) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tidegate.cli.__main__ import app as cli
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.executor.settings import ExecutorSettings
+from tidegate.gateway.settings import GatewaySettings
 from tidegate.process import ProcessSettings
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.registry.process import STATEFUL_POD_VARIABLE
@@ -271,6 +272,7 @@ def test_every_variable_of_the_chart_is_a_setting(objects: list[Object], values:
     known |= {f"TIDEGATE_{field.upper()}" for field in ProcessSettings.model_fields}
     known |= {f"TIDEGATE_{field.upper()}" for field in ProjectionSettings.model_fields}
     known |= {f"TIDEGATE_EXECUTOR_{field.upper()}" for field in ExecutorSettings.model_fields}
+    known |= {f"TIDEGATE_{field.upper()}" for field in GatewaySettings.model_fields}
     known |= {f"TIDEGATE_TOPICS_{field.upper()}" for field in TopicsSettings.model_fields}
     known |= {STATEFUL_POD_VARIABLE}
     given = set(values.get("env", {})).union(*(pool.get("env", {}) for pool in values.get("executors", [])))
@@ -319,7 +321,7 @@ def test_only_pods_of_stateful_sets_claim_that_identity(objects: list[Object]) -
         assert order.index("POD_NAME") < order.index("TIDEGATE_INSTANCE_ID")
         if is_stateful:
             assert max(order.index("POD_NAME"), order.index("POD_NAMESPACE")) < order.index(STATEFUL_POD_VARIABLE)
-            assert workload["spec"]["serviceName"] == named(objects, "Service", "tidegate")["metadata"]["name"]
+            assert named(objects, "Service", workload["spec"]["serviceName"])["spec"]["clusterIP"] == "None"
 
 
 @pytest.mark.parametrize("service", ["scheduler", "gate"])
@@ -360,6 +362,30 @@ def test_projection_on_a_server_ends_before_its_successor_begins(render: Render)
     assert password == {"secretKeyRef": {"name": "clickhouse", "key": "password"}}
     others = [spec for name, spec in pod_specs(objects) if not name.endswith("-projection")]
     assert not any("TIDEGATE_CLICKHOUSE_PASSWORD" in environment(spec) for spec in others)
+
+
+def test_gateways_are_probed_and_find_each_other(render: Render) -> None:
+    objects = render(MINIMAL)
+    spec = named(objects, "StatefulSet", "tidegate-gateway")["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    probes = {kind: container[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert probes == {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
+    variables = environment(spec["template"]["spec"])
+    (port,) = container["ports"]
+    assert port == {"name": "http", "containerPort": int(variables["TIDEGATE_GATEWAY_PORT"]["value"])}
+    advertised = variables["TIDEGATE_GATEWAY_ADVERTISED_HOST"]["value"]
+    assert advertised == f"$(POD_NAME).{spec['serviceName']}.$(POD_NAMESPACE)"
+    assert list(variables).index("POD_NAMESPACE") < list(variables).index("TIDEGATE_GATEWAY_ADVERTISED_HOST")
+    assert named(objects, "Service", spec["serviceName"])["spec"]["publishNotReadyAddresses"] is True
+    service = named(objects, "Service", "tidegate-gateway")["spec"]
+    assert service["selector"] == spec["selector"]["matchLabels"]
+    assert service["ports"][0]["targetPort"] == "http"
+
+
+def test_probes_ask_for_what_the_gateway_answers(root: Path) -> None:
+    web = (root / "services/tidegate/gateway/web.py").read_text()
+    assert '("/health", self._health)' in web
+    assert '("/ready", self._ready)' in web
 
 
 def test_a_pool_becomes_executors_of_its_app_and_queue(render: Render) -> None:

@@ -20,7 +20,7 @@ from tidegate import App, NonRetryable, Plan, ToolCall, codec, idempotency_key, 
 from tidegate.domain.entry import Position
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import Call, Instance, StepResult, StepTask
-from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.interface import EventLogError, Record, TopicPartition
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.executor.service import (
@@ -32,7 +32,8 @@ from tidegate.executor.service import (
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.registry import InstanceIdTakenError, Load, Registration
 
-WAIT_S = 30.0
+WAIT_S = 60.0
+SHORT_LEASE_S = 5.0  # a busy machine must not let it lapse by itself
 TASK_PARTITIONS = 3
 RESULT_PARTITIONS = 2
 
@@ -59,6 +60,19 @@ class Following:
         self._inbox.close()
 
 
+def wait_for_partitions(broker: KafkaBroker, topic: str, count: int) -> None:
+    """Block until the broker serves every partition of a topic that was made a moment ago."""
+    deadline = time.monotonic() + WAIT_S
+    for partition in range(count):
+        while True:
+            try:
+                broker.offsets(topic, partition)
+                break
+            except EventLogError:
+                assert time.monotonic() < deadline, f"{topic} is not there"
+                time.sleep(0.05)
+
+
 class World:
     """The topics that an executor needs, and a hand-played gate."""
 
@@ -71,6 +85,7 @@ class World:
             ("step-results", RESULT_PARTITIONS),
         ):
             create_topic(bootstrap, prefix + name, partitions=partitions, config={"cleanup.policy": "compact"})
+            wait_for_partitions(self.broker, name, partitions)
         self._writer = self.broker.writer()
         self._offsets = itertools.count(100)
         self.results = Following(self.broker, "step-results", RESULT_PARTITIONS)
@@ -539,7 +554,7 @@ def test_timeouts(world: World, execute: Callable[..., InThread]) -> None:
     assert aborted == ["async"]
     # The thread cannot be stopped: it keeps its slot until it ends.
     beat = world.heartbeat(worker.instance_id, lambda r: bool(r.marks) and not r.running, "both answered")
-    assert beat.free_slots == 1
+    assert (beat.slots, beat.free_slots) == (1, 1)
     door.set()
     world.heartbeat(worker.instance_id, lambda r: bool(r.marks) and r.free_slots == 2, "the slot is free again")
     assert [r.outcome for _, r in world.results.seen if isinstance(r, StepResult)] == ["timed_out"] * 2
@@ -761,12 +776,12 @@ def test_kill_and_restart_registers_with_proof(world: World, work: Callable[...,
 def test_after_a_lapse_nothing_is_entered_and_the_process_ends(
     world: World, work: Callable[..., Worker], tmp_path: Path
 ) -> None:
-    worker = work(TIDEGATE_EXECUTOR_LEASE_S="1.5")
+    worker = work(TIDEGATE_EXECUTOR_LEASE_S=str(SHORT_LEASE_S))
     held = world.place(worker, "note_and_wait", {"text": "held"})
     wait_for_entry(tmp_path, "held")
     worker.process.send_signal(signal.SIGSTOP)
     late = world.place(worker, "note", {"text": "late"})
-    time.sleep(2.0)  # longer than the lease
+    time.sleep(SHORT_LEASE_S + 0.5)
     (tmp_path / "go").touch()
     worker.process.send_signal(signal.SIGCONT)
     assert worker.wait() == EXIT_LEASE_LAPSED
@@ -784,11 +799,11 @@ def test_after_a_lapse_nothing_is_entered_and_the_process_ends(
 def test_the_lease_is_checked_right_before_the_function_is_entered(
     world: World, work: Callable[..., Worker], tmp_path: Path
 ) -> None:
-    worker = work(TIDEGATE_EXECUTOR_LEASE_S="1.5", TIDEGATE_FAILPOINTS="executor.before-enter=stop")
+    worker = work(TIDEGATE_EXECUTOR_LEASE_S=str(SHORT_LEASE_S), TIDEGATE_FAILPOINTS="executor.before-enter=stop")
     world.place(worker, "note", {"text": "too late"})
     _, status = os.waitpid(worker.process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
-    time.sleep(2.0)
+    time.sleep(SHORT_LEASE_S + 0.5)
     worker.process.send_signal(signal.SIGCONT)
     assert worker.wait() == EXIT_LEASE_LAPSED
     assert entered(tmp_path) == []

@@ -110,7 +110,7 @@ async def pay_once(seconds: float) -> str:
 
 
 @app.step(queue="nobody")
-def never(_: Any) -> None:
+def never(anything: Any) -> None:
     """Wait for an executor that does not exist."""
     enter()
 
@@ -124,7 +124,7 @@ app.graph("both").node("left", wait_here, input="${ input.left }").node("right",
 # --- what does not ---------------------------------------------------------------
 
 
-class Hopeless(Exception):
+class HopelessError(Exception):
     """An exception whose message cannot be read."""
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class Hopeless(Exception):
 
 
 @app.step(cost_micros=10, retries=2, backoff_s=0.02)
-def fail(_: Any) -> None:
+def fail(anything: Any) -> None:
     """Raise every time, having spent something."""
     enter()
     report_cost(3)
@@ -150,37 +150,37 @@ def fail_twice(n: int) -> int:
 
 
 @app.step(retries=5)
-def fail_for_good(_: Any) -> None:
+def fail_for_good(anything: Any) -> None:
     """Say that it is of no use."""
     enter()
     raise NonRetryable("the card is stolen")
 
 
 @app.step(retries=1, backoff_s=0.02)
-def fail_unspeakably(_: Any) -> None:
+def fail_unspeakably(anything: Any) -> None:
     """Raise what cannot be printed, then try to end the process."""
     enter()
     if context().attempt == 1:
-        raise Hopeless
+        raise HopelessError
     raise SystemExit(3)
 
 
 @app.step(timeout_s=0.3, retries=1, backoff_s=0.02)
-async def hang(_: Any) -> None:
+async def hang(anything: Any) -> None:
     """Hang beyond the timeout; aborted."""
     enter()
     await asyncio.sleep(3600)
 
 
 @app.step(timeout_s=0.3, retries=0)
-def hang_in_thread(_: Any) -> None:
+def hang_in_thread(anything: Any) -> None:
     """Hang beyond the timeout where it cannot be aborted."""
     enter()
     time.sleep(2.0)
 
 
 @app.step(timeout_s=0.3, retries=0)
-async def hang_and_refuse(_: Any) -> None:
+async def hang_and_refuse(anything: Any) -> None:
     """Hang, and swallow the abortion once."""
     enter()
     with contextlib.suppress(asyncio.CancelledError):
@@ -211,7 +211,17 @@ def dear(micros: int) -> int:
     return micros
 
 
-for _function in (fail, fail_twice, fail_for_good, fail_unspeakably, hang, hang_in_thread, hang_and_refuse, not_json, large):
+for _function in (
+    fail,
+    fail_twice,
+    fail_for_good,
+    fail_unspeakably,
+    hang,
+    hang_in_thread,
+    hang_and_refuse,
+    not_json,
+    large,
+):
     app.graph(_function.__name__).node("it", _function)
 
 app.graph("dear-twice").node("first", dear).node("second", dear, input="${ input }").edge("first", "second")

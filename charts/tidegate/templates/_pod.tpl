@@ -48,6 +48,7 @@ Argument: dict root, component, args (of the command `tidegate`), and optionally
   grace      seconds, instead of the service's terminationGracePeriodSeconds
   stateful   true for a pod of a StatefulSet
   variables  list of entries for the container's environment
+  http       port of an HTTP server with /health (the process lives) and /ready (its state is restored)
   data       name of the volume to be mounted at /var/lib/tidegate
   volumes    list of volumes besides /tmp
   once       true for a pod that ends by itself
@@ -103,6 +104,26 @@ containers:
           name: {{ . }}
       {{- end }}
     {{- end }}
+    {{- with .http }}
+    ports:
+      - name: http
+        containerPort: {{ . }}
+    # A process that waits for the broker answers nothing yet, and ends by itself if that takes long.
+    startupProbe:
+      httpGet: {path: /health, port: http}
+      periodSeconds: 3
+      timeoutSeconds: 3
+      failureThreshold: 60
+    livenessProbe:
+      httpGet: {path: /health, port: http}
+      periodSeconds: 10
+      timeoutSeconds: 5
+      failureThreshold: 6
+    readinessProbe:
+      httpGet: {path: /ready, port: http}
+      periodSeconds: 3
+      timeoutSeconds: 3
+    {{- end }}
     resources:
       {{- toYaml ($service.resources | default (dict "requests" (dict "cpu" "50m" "memory" "128Mi") "limits" (dict "memory" "512Mi"))) | nindent 6 }}
     securityContext:
@@ -142,6 +163,8 @@ volumes:
 {{- $values := .root.Values -}}
 - name: HOME
   value: /tmp
+- name: TIDEGATE_DATA_DIR
+  value: {{ ternary "/var/lib/tidegate" "/tmp/tidegate" (hasKey . "data") }}
 - name: TIDEGATE_KAFKA_BOOTSTRAP
   value: {{ $values.kafka.bootstrap | quote }}
 - name: TIDEGATE_KAFKA_TOPIC_PREFIX
@@ -172,7 +195,7 @@ volumes:
 {{- end }}
 - name: POD_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
-- name: TIDEGATE_INSTANCE
+- name: TIDEGATE_INSTANCE_ID
   value: $(POD_NAME)
 {{- if .stateful }}
 - name: POD_NAMESPACE

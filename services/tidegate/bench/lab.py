@@ -107,12 +107,16 @@ class Lab:
             services=services,
             pools=pools,
             kafka=self.settings,
-            env=env,
+            env={**self._bytecode_env(), **env},
             on_progress=self.say,
             profile_dir=self.profile_dir,
         )
         self._services.enter_context(stack)
         return stack
+
+    def _bytecode_env(self) -> dict[str, str]:
+        """Have modules compiled once and for all, as an installation does, whatever this shell is set to."""
+        return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(self.data_dir / "bytecode")}
 
     def stop_services(self) -> None:
         """Stop the services; Kafka stays."""

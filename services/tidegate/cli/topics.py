@@ -143,7 +143,7 @@ def list_(queue: Queues = None, production: Production = None, as_json: Json = F
             f"{topic.partition_count} ({file.partition_group})",
             str(topic.replication_factor),
             ", ".join(file.writers),
-            ", ".join(file.value) or "schemas",
+            ", ".join(file.value) or "JSON",
         )
     Console().print(table)
 
@@ -201,7 +201,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except TopicsError as error:
-        _fail([*error.problems, "nothing was changed"], EXIT_DIFFERS)
+        _fail([*error.problems, "no topic that exists was changed"], EXIT_DIFFERS)
     except EventLogError as error:
         _fail([str(error)], EXIT_KAFKA)
     except pydantic.ValidationError as error:

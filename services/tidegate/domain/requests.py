@@ -325,15 +325,11 @@ def _is_deeper(value: Any, levels: int) -> bool:
     """Tell whether a value is nested deeper than that, without recursion."""
     layer = [value]
     for _ in range(levels + 1):
-        layer = [
-            item
-            for outer in layer
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        layer = [item for item in layer if isinstance(item, dict | list)]
         if not layer:
             return False
-    return any(isinstance(item, dict | list) for item in layer)
+        layer = [item for outer in layer for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
 
 
 def _from_avro(data: bytes, decode: Decode | None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from operator import methodcaller
+from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection
 from confluent_kafka import TopicPartition as KafkaPartition
@@ -93,6 +94,19 @@ _PASSING = frozenset(
     }
 )
 
+# The client joins again by itself; whether a commit was refused for it is of no interest.
+_PASSING_IN_GROUP = _PASSING | {
+    KafkaError._ASSIGNMENT_LOST,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.MEMBER_ID_REQUIRED,
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.UNKNOWN_MEMBER_ID,
+}
+
+# A header's name that is not UTF-8 makes the client return a broken list and set an exception at the same time. Called
+# as a method, the interpreter may notice only later, with the list in use; called from C it notices at once.
+_read_headers = methodcaller("headers")
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -127,7 +141,7 @@ class KafkaBroker:
 
     def inbox(self, group: str, instance_id: str, lead_topic: str) -> KafkaInbox:
         """Return a new member of a group that shares `lead_topic`. `instance_id` is its static membership."""
-        member = _Member(self._settings, group, instance_id, lead_topic)
+        member = _Member(self._settings, group, instance_id, lead_topic, self.admin_client)
         return KafkaInbox(_Reader(self._settings), member, lead_topic)
 
     def plain_inbox(self) -> KafkaInbox:
@@ -211,28 +225,7 @@ class KafkaWriter:
     def __init__(self, settings: KafkaSettings) -> None:
         self._prefix = settings.topic_prefix
         self._failure: WriteFailedError | None = None
-        self._producer = Producer(
-            {
-                **settings.client_config(),
-                "acks": "all",
-                "enable.idempotence": True,
-                # A record that cannot be written must stop everything behind it, never be skipped: it does not time
-                # out by itself (`flush` has the deadline), and a gap is fatal.
-                "enable.gapless.guarantee": True,
-                "message.timeout.ms": 0,
-                "linger.ms": 0,
-                "compression.type": settings.compression,
-                "message.max.bytes": MAX_REQUEST_BYTES,
-                "queue.buffering.max.messages": MAX_UNACKED_RECORDS,
-                "queue.buffering.max.kbytes": MAX_UNACKED_KIB,
-                "retry.backoff.ms": 20,
-                "reconnect.backoff.ms": 50,
-                "reconnect.backoff.max.ms": 1_000,
-                "topic.metadata.propagation.max.ms": 10_000,
-                "enable.metrics.push": False,
-            },
-            logger=_client_log,
-        )
+        self._producer = Producer(_writer_config(settings), logger=_client_log)
         self._produce = self._producer.produce
         # The client asks for its producer id when metadata comes, but else only every 500 ms, which would make the
         # first write of every process so late. With no broker in reach it does so later by itself.
@@ -402,36 +395,22 @@ class KafkaInbox:
 class _Member:
     """A static member of a classic consumer group. It reads nothing: it knows which partitions are ours."""
 
-    def __init__(self, settings: KafkaSettings, group: str, instance_id: str, lead_topic: str) -> None:
+    def __init__(
+        self, settings: KafkaSettings, group: str, instance_id: str, lead_topic: str, admin: Callable[[], AdminClient]
+    ) -> None:
         self.on_loss: Callable[[frozenset[int]], None] = lambda _: None
+        self._settings = settings
+        self._group = settings.topic_prefix + group
+        self._instance_id = instance_id
         self._topic = settings.topic_prefix + lead_topic
+        self._admin = admin
         self._owned: frozenset[int] = frozenset()
         self._reported: frozenset[int] = frozenset()  # what the last `take_changes` left its caller with
         self._lost: frozenset[int] = frozenset()  # taken at some moment since
         self._failure: EventLogError | None = None
         self._is_settled = False
-        self._consumer = Consumer(
-            {
-                **settings.client_config(),
-                "group.id": settings.topic_prefix + group,
-                "group.instance.id": instance_id,
-                "group.protocol": "classic",
-                "partition.assignment.strategy": "range",
-                "session.timeout.ms": settings.session_timeout_ms,
-                "heartbeat.interval.ms": settings.heartbeat_interval_ms,
-                "max.poll.interval.ms": max(settings.max_poll_interval_ms, settings.session_timeout_ms),
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "retry.backoff.ms": 20,
-                "reconnect.backoff.ms": 50,
-                "reconnect.backoff.max.ms": 1_000,
-                "enable.metrics.push": False,
-            },
-            logger=_client_log,
-        )
-        self._consumer.subscribe(
-            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
-        )
+        self._member_id = ""  # by which the group knew us when it last gave us partitions
+        self._consumer = self._join()
 
     @property
     def serve_interval_s(self) -> float:
@@ -453,11 +432,12 @@ class _Member:
             event = self._consumer.poll(timeout_s)
         except KafkaException as failure:
             self._shut_out(failure.args[0])
+            return
         error = None if event is None else event.error()
-        if error is None or error.code() in _PASSING:
+        if error is None or error.code() in _PASSING_IN_GROUP:
             return
         if error.code() in _UNKNOWN_TOPIC:
-            raise UnknownTopicError(f"{self._topic}: {error.str()}")
+            raise _log_error(error, f"{self._topic}: ")
         if error.fatal() or not error.retriable():
             self._shut_out(error)
 
@@ -476,10 +456,16 @@ class _Member:
         with suppress(KafkaException, RuntimeError):
             self._consumer.close()
 
+    def _join(self) -> Consumer:
+        consumer = Consumer(_member_config(self._settings, self._group, self._instance_id), logger=_client_log)
+        consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke)
+        return consumer
+
     def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         # An empty assignment is the answer that the group waits for, and keeps this client from fetching anything.
         consumer.assign([])
         self._is_settled = True
+        self._member_id = consumer.memberid() or ""
         self._owned = frozenset(p.partition for p in partitions if p.topic == self._topic)
 
     def _on_revoke(self, consumer: Consumer, _partitions: list[KafkaPartition]) -> None:
@@ -487,10 +473,35 @@ class _Member:
         self._lose_all()
         consumer.unassign()
 
-    def _shut_out(self, error: KafkaError) -> NoReturn:
+    def _shut_out(self, error: KafkaError) -> None:
+        """Join afresh if it is sure that nobody else has our place, else raise EventLogError, now and ever after.
+
+        When no broker was in reach for longer than the session, the client forgets its member id, and the broker, which
+        does not, takes it for another process with the same instance id: a fatal error, although there is only one.
+        Joining again without proof could shut out our successor, and it us, without end.
+        """
         self._lose_all()
+        if error.fatal() and self._member_id and self._place_holder() in {"", self._member_id}:
+            _log.warning("joining the group of %s afresh after: %s", self._topic, error)
+            self.close()
+            self._member_id = ""
+            self._consumer = self._join()
+            return
+        print("HOLDER", self._place_holder(), "OURS", self._member_id, "CLIENT", self._consumer.memberid())
         self._failure = EventLogError(f"shut out of the group of {self._topic}: {error}")
         raise self._failure
+
+    def _place_holder(self) -> str:
+        """Return the id of the member that the group knows under our instance id, empty if there is none."""
+
+        def ask() -> str:
+            future = self._admin().describe_consumer_groups([self._group], request_timeout=REQUEST_TIMEOUT_S)[
+                self._group
+            ]
+            members = future.result().members
+            return next((m.member_id for m in members if m.group_instance_id == self._instance_id), "")
+
+        return _patiently(ask)
 
     def _lose_all(self) -> None:
         lost, self._owned = self._owned, frozenset()
@@ -509,40 +520,7 @@ class _Reader:
         self._reading: set[TopicPartition] = set()
         self._failures: dict[TopicPartition | None, EventLogError] = {}
         self._end_seen = -1
-        self._consumer = Consumer(
-            {
-                **settings.client_config(),
-                # The client insists on a group id. It never joins.
-                "group.id": settings.topic_prefix + "tidegate-readers",
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "enable.partition.eof": tell_end,
-                # A position that is not there is an error of ours to face, not a reason to jump.
-                "auto.offset.reset": "error",
-                "isolation.level": "read_committed",  # people may write requests in transactions
-                "check.crcs": True,
-                # The broker answers as soon as there is one byte. Newly added partitions wait for the request that is
-                # under way, so it must not be a long one.
-                "fetch.min.bytes": 1,
-                # `read` stops at an end that exists already: it has nothing to wait for.
-                "fetch.wait.max.ms": 1 if tell_end else 50,
-                "fetch.error.backoff.ms": 50,
-                # Bounded memory; a full queue is looked at again soon, not after the default of a second.
-                "queued.max.messages.kbytes": MAX_PREFETCH_KIB,
-                "queued.min.messages": 10_000,
-                "fetch.queue.backoff.ms": 10,
-                "fetch.message.max.bytes": 1024 * 1024,
-                "fetch.max.bytes": MAX_REQUEST_BYTES,
-                "message.max.bytes": MAX_REQUEST_BYTES,
-                # A response may hold one record that is larger than asked for, on top of what was asked for.
-                "receive.message.max.bytes": 4 * MAX_REQUEST_BYTES,
-                "retry.backoff.ms": 20,
-                "reconnect.backoff.ms": 50,
-                "reconnect.backoff.max.ms": 1_000,
-                "enable.metrics.push": False,
-            },
-            logger=_client_log,
-        )
+        self._consumer = Consumer(_reader_config(settings, tell_end=tell_end), logger=_client_log)
 
     @property
     def is_reading(self) -> bool:
@@ -667,9 +645,83 @@ class _Reader:
             self._failures[at] = _log_error(error, f"{at.topic} [{at.partition}] at {raw.offset()}: ")
 
 
+def _connection(settings: KafkaSettings) -> dict[str, Any]:
+    """Return what all our clients are configured with. Trouble is short where the client asks again soon."""
+    return {
+        **settings.client_config(),
+        "retry.backoff.ms": 20,
+        "reconnect.backoff.ms": 50,
+        "reconnect.backoff.max.ms": 1_000,
+        "topic.metadata.propagation.max.ms": 10_000,
+        "enable.metrics.push": False,
+    }
+
+
+def _writer_config(settings: KafkaSettings) -> dict[str, Any]:
+    return {
+        **_connection(settings),
+        "acks": "all",
+        "enable.idempotence": True,
+        # A record that cannot be written must stop everything behind it, never be skipped: it does not time out by
+        # itself (`flush` has the deadline), and a gap is fatal.
+        "enable.gapless.guarantee": True,
+        "message.timeout.ms": 0,
+        # Under load records gather by themselves while a request is under way. Any wait costs a lone record over 1 ms.
+        "linger.ms": 0,
+        "compression.type": settings.compression,
+        "message.max.bytes": MAX_REQUEST_BYTES,
+        "queue.buffering.max.messages": MAX_UNACKED_RECORDS,
+        "queue.buffering.max.kbytes": MAX_UNACKED_KIB,
+    }
+
+
+def _member_config(settings: KafkaSettings, group: str, instance_id: str) -> dict[str, Any]:
+    return {
+        **_connection(settings),
+        "group.id": group,
+        "group.instance.id": instance_id,
+        "group.protocol": "classic",
+        "partition.assignment.strategy": "range",
+        "session.timeout.ms": settings.session_timeout_ms,
+        "heartbeat.interval.ms": settings.heartbeat_interval_ms,
+        "max.poll.interval.ms": max(settings.max_poll_interval_ms, settings.session_timeout_ms),
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+    }
+
+
+def _reader_config(settings: KafkaSettings, *, tell_end: bool) -> dict[str, Any]:
+    return {
+        **_connection(settings),
+        # The client insists on a group id. It never joins.
+        "group.id": settings.topic_prefix + "tidegate-readers",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": tell_end,
+        # A position that is not there is an error of ours to face, not a reason to jump.
+        "auto.offset.reset": "error",
+        "isolation.level": "read_committed",  # people may write requests in transactions
+        "check.crcs": True,
+        # The broker answers as soon as there is one byte. Newly added partitions wait for the request that is under way,
+        # so it must not be a long one. `read` stops at an end that exists already: it has nothing to wait for.
+        "fetch.min.bytes": 1,
+        "fetch.wait.max.ms": 1 if tell_end else 50,
+        "fetch.error.backoff.ms": 50,
+        # Bounded memory; a full queue is looked at again soon, not after the default of a second.
+        "queued.max.messages.kbytes": MAX_PREFETCH_KIB,
+        "queued.min.messages": 10_000,
+        "fetch.queue.backoff.ms": 10,
+        "fetch.message.max.bytes": 1024 * 1024,
+        "fetch.max.bytes": MAX_REQUEST_BYTES,
+        "message.max.bytes": MAX_REQUEST_BYTES,
+        # A response may hold one record that is larger than asked for, on top of what was asked for.
+        "receive.message.max.bytes": 4 * MAX_REQUEST_BYTES,
+    }
+
+
 def _headers(raw: Any) -> tuple[tuple[str, bytes], ...]:
     try:
-        headers = raw.headers()
+        headers = _read_headers(raw)
     except (SystemError, UnicodeDecodeError):
         return ()  # names that are not UTF-8 and so not readable with this client: none of ours
     return tuple((name, value or b"") for name, value in headers) if headers else ()
@@ -679,7 +731,7 @@ def _log_error(error: KafkaError, where: str = "") -> EventLogError:
     """Return our exception for a client's error."""
     text = f"{where}{error.name()}: {error.str()}"
     if error.code() in _UNKNOWN_TOPIC:
-        return UnknownTopicError(text)
+        return UnknownTopicError(f"{text}: it does not exist, or this user may not see it")
     if error.code() in _OUT_OF_RANGE:
         return OffsetOutOfRangeError(text)
     return EventLogError(text)

@@ -17,7 +17,6 @@ import structlog
 from tidegate import codec
 from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Entry, OwnerAnnounced, Position
 from tidegate.domain.identity import entry_key
-from tidegate.domain.messages import DeadLetter
 from tidegate.eventlog.interface import (
     Broker,
     EventLogError,
@@ -30,6 +29,7 @@ from tidegate.eventlog.interface import (
     TopicPartition,
     Writer,
 )
+from tidegate.eventlog.letters import dead_letter
 from tidegate.eventlog.tables import Tables
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
 from tidegate.failpoints import failpoint
@@ -42,7 +42,6 @@ MAX_DUE_PER_TURN: Final = 500
 ANNOUNCE_EVERY_ENTRIES: Final = 1000
 COMMIT_EVERY_S: Final = 1.0
 WRITE_DEADLINE_S: Final = 30.0
-MAX_ORIGINAL_BYTES: Final = 256 * 1024
 RESTORE_PROGRESS_EVERY: Final = 50_000
 
 
@@ -336,10 +335,10 @@ class OwnerLoop:
 
     def _handle(self, message: Message) -> None:
         if message.topic in self.tables.rows:
-            row = self.tables.take(message)
-            self.machine.table_changed(
-                message.topic, (message.key or b"").decode("utf-8", "replace"), row, message.offset
-            )
+            if self.tables.take(message):
+                key = (message.key or b"").decode("utf-8", "replace")
+                row = self.tables.rows[message.topic].get(key)
+                self.machine.table_changed(message.topic, key, row, message.offset)
             return
         part = self.owned.get(message.partition)
         if part is None or part.doubt:
@@ -382,20 +381,7 @@ class OwnerLoop:
     def _bury(self, message: Message, now_ms: int, code: str, reason: str) -> None:
         """Write a dead letter and wait for it: the input counts as read only once its letter is durable."""
         _log.warning("dead letter", topic=message.topic, partition=message.partition, offset=message.offset, code=code)
-        letter = DeadLetter(
-            topic=message.topic,
-            partition=message.partition,
-            offset=message.offset,
-            service=self.machine.service,
-            code=code,
-            reason=reason,
-            run_id="",
-            original=(message.value or b"")[:MAX_ORIGINAL_BYTES],
-            original_size=len(message.value or b""),
-            original_key=message.key or b"",
-            headers=dict(message.headers),
-            at_ms=now_ms,
-        )
+        letter = dead_letter(message, service=self.machine.service, code=code, reason=reason, run_id="", at_ms=now_ms)
         key = f"{message.topic}:{message.partition}:{message.offset}"
         self._tell_writer.send(Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(letter)))
         self._tell_writer.flush(WRITE_DEADLINE_S)

@@ -93,13 +93,17 @@ class KafkaSubscription:
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         """Return messages of the assigned partitions, in order per partition; waits for the first one only.
 
+        They are all from after the changes that `take_changes` tells of next: what was read before is dropped.
         Blocks up to `timeout_s`. Must be called at least every `max_poll_interval_ms`, also while paused: it is how the
         group knows that the reader lives. Raises UnknownTopicError, or EventLogError when shut out of the group.
         """
         try:
             batch: list[Any] = self._consumer.consume(1, timeout_s)
             if batch and max_messages > 1:
-                batch += self._consumer.consume(max_messages - 1, 0)
+                lost_before = self._lost
+                more = self._consumer.consume(max_messages - 1, 0)
+                # The client itself drops what is outdated, but only of what one call returns.
+                batch = more if self._lost is not lost_before else batch + more
         except KafkaException as failure:
             raise EventLogError(str(failure.args[0])) from failure
         names = self._names
@@ -117,7 +121,7 @@ class KafkaSubscription:
         return messages
 
     def take_changes(self) -> AssignmentChange:
-        """Return what changed since the last call. Messages of the same `poll` may be from before or after the change."""
+        """Return what changed since the last call."""
         change = AssignmentChange(self._gained, self._lost)
         self._gained = self._lost = frozenset()
         return change

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
 from tidegate import codec
+from tidegate.domain.messages import Instance, PolicyPublished, WorkflowPublished
 from tidegate.eventlog.interface import Broker, Message, TopicPartition
+
+_ROWS: Final = {"workflows": WorkflowPublished, "policies": PolicyPublished, "instances": Instance}
 
 _log = structlog.get_logger()
 
@@ -33,22 +36,24 @@ class Tables:
         """Return where to go on reading."""
         return {TopicPartition(topic, 0): version for topic, version in self.versions.items()}
 
-    def take(self, message: Message) -> Any | None:
-        """Fold one record of a table; returns the decoded row, None for a tombstone or a record that cannot be read.
+    def take(self, message: Message) -> bool:
+        """Fold one record of a table; returns whether it changed anything: a row is there, or a tombstone removed one.
 
-        A broken record is logged and skipped: the row of before stays, so that one bad writer cannot take a table away.
+        A record that is broken or of another kind is logged and skipped: the row of before stays, so that one bad writer
+        cannot take a policy or an executor away.
         """
         rows, key = self.rows[message.topic], (message.key or b"").decode("utf-8", "replace")
         self.versions[message.topic] = message.offset + 1
         if message.value is None:
-            rows.pop(key, None)
             self.offsets[message.topic].pop(key, None)
-            return None
+            return rows.pop(key, None) is not None
         try:
             row = codec.decode(message.value)
+            if not isinstance(row, _ROWS.get(message.topic, object)):
+                raise codec.DecodeError(f"a {type(row).__name__} has no place here")
         except codec.DecodeError as error:
             _log.error("table record skipped", topic=message.topic, offset=message.offset, key=key, error=str(error))
-            return None
+            return False
         rows[key] = row
         self.offsets[message.topic][key] = message.offset
-        return row
+        return True

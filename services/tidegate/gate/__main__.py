@@ -19,9 +19,9 @@ from tidegate.process import (
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    prepare,
     run_until_stopped,
     stop_on_signals,
-    wait_for_topics,
 )
 from tidegate.registry import Registration
 
@@ -38,7 +38,7 @@ def main() -> int:
     settings = GateSettings()
     broker = KafkaBroker(KafkaSettings())
     try:
-        counts = wait_for_topics(
+        counts = prepare(
             broker,
             ("run-events", "gate-requests", "gate-ledger", "gate-decisions", "dead-letters", INSTANCES, POLICIES),
             process.broker_wait_s,

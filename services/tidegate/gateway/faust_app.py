@@ -15,6 +15,8 @@ import faust
 import msgspec
 import structlog
 from aiohttp.web import SockSite
+from faust.assignor.client_assignment import ClientMetadata
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.serializers import codecs
 from faust.types import EventT, FutureMessage
 from faust.web.drivers.aiohttp import Web
@@ -102,6 +104,27 @@ class _OneSocketWeb(Web):
         return SockSite(self._runner, app.listening)
 
 
+class RestartedAssignor(PartitionAssignor):
+    """Faust's assignor for static members whose address may change.
+
+    A static member that comes back gets its old assignment, and with it the address that it had before: Faust would stop
+    at the contradiction. Other gateways learn of the new address when the group next gives out its partitions.
+    """
+
+    def on_assignment(self, assignment: Any) -> None:
+        """Take an assignment, with our present address in it."""
+        metadata = ClientMetadata.loads(self._decompress(assignment.user_data))
+        old, new = metadata.url, str(self._url)
+        if old != new:
+            distribution = dict(metadata.changelog_distribution)
+            if old in distribution:
+                distribution[new] = distribution.pop(old)
+            metadata = metadata.derive(url=new, changelog_distribution=distribution)
+            user_data = self._compress(metadata.dumps())
+            assignment = type(assignment)(assignment.version, assignment.assignment, user_data)
+        super().on_assignment(assignment)
+
+
 class GatewayApp(faust.App):
     """A Faust app without folders, on a socket of ours."""
 
@@ -146,6 +169,7 @@ def make_app(
         web_tables_enabled=False,
         web_metrics_enabled=False,
         Table=RunTable,
+        PartitionAssignor=RestartedAssignor,
         autodiscover=False,
     )
     app.listening = listening

@@ -115,6 +115,7 @@ class Projection:
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
         self._batch = Batch(monotonic_s())
+        self._submitted = self._batch
         self._places: dict[TopicPartition, _Place] = {}
         self._positions: dict[TopicPartition, int] = {}
         self._last_event_ms: dict[TopicPartition, int] = {}
@@ -212,8 +213,7 @@ class Projection:
 
     def _take_all(self, messages: list[Message]) -> None:
         changes = self._subscription.take_changes()
-        changed = bool(changes.gained or changes.lost)
-        if changed:
+        if changes.gained or changes.lost:
             self._follow(changes)
         if not messages:
             return
@@ -221,13 +221,16 @@ class Projection:
         if not batch.positions:
             batch.began_s = self._monotonic_s()
         for message in messages:
-            self._take(batch, message, changed)
+            self._take(batch, message)
         self.counters.messages += len(messages)
 
     def _follow(self, changes: AssignmentChange) -> None:
         """Forget where we were: after a rebalance reading goes on at what was committed, by whomever."""
         self._places.clear()
         for at in changes.lost:
+            # What was read before is inserted, which is harmless, but not committed: another member may be further.
+            self._batch.positions.pop(at, None)
+            self._submitted.positions.pop(at, None)
             self._positions.pop(at, None)
             self._last_event_ms.pop(at, None)
         self._positions |= self._subscription.committed()
@@ -236,7 +239,7 @@ class Projection:
             partitions=[f"{at.topic}-{at.partition}" for at in sorted(self._subscription.assigned)],
         )
 
-    def _take(self, batch: Batch, message: Message, after_change: bool) -> None:
+    def _take(self, batch: Batch, message: Message) -> None:
         topic, partition, offset = message.topic, message.partition, message.offset
         at = TopicPartition(topic, partition)
         value = message.value
@@ -250,16 +253,16 @@ class Projection:
                 if handle is None:
                     self._unreadable(batch, message, f"a {name} has no business in {topic}")
                 else:
-                    handle(self, batch, message, fields, after_change)
+                    handle(self, batch, message, fields)
             except (codec.DecodeError, LookupError, TypeError, ValueError) as error:
                 self._unreadable(batch, message, f"{type(error).__name__}: {error}")
         batch.positions[at] = offset + 1
 
-    def _place(self, message: Message, after_change: bool) -> _Place:
+    def _place(self, message: Message) -> _Place:
         """Return where we are in the message's log partition; looks back in the log when that is not known."""
         at = TopicPartition(message.topic, message.partition)
         place = self._places.get(at)
-        if place is None or message.offset <= place.offset or (after_change and message.offset != place.offset + 1):
+        if place is None or message.offset <= place.offset:
             epoch = epoch_before(self._broker, message.topic, message.partition, message.offset)
             place = self._places[at] = _Place(message.offset, epoch)
             _log.info("reading", topic=at.topic, partition=at.partition, offset=message.offset, epoch=epoch)
@@ -300,22 +303,21 @@ class Projection:
         batch.urgent |= urgent
         self.counters.rows += count
 
-    def _take_run_entry(self, batch: Batch, message: Message, entry: dict[str, Any], after_change: bool) -> None:
-        self._take_entry(batch, message, entry, after_change, rows.EVENTS, rows.add_run_events)
+    def _take_run_entry(self, batch: Batch, message: Message, entry: dict[str, Any]) -> None:
+        self._take_entry(batch, message, entry, rows.EVENTS, rows.add_run_events)
 
-    def _take_ledger_entry(self, batch: Batch, message: Message, entry: dict[str, Any], after_change: bool) -> None:
-        self._take_entry(batch, message, entry, after_change, rows.LEDGER, rows.add_ledger_events)
+    def _take_ledger_entry(self, batch: Batch, message: Message, entry: dict[str, Any]) -> None:
+        self._take_entry(batch, message, entry, rows.LEDGER, rows.add_ledger_events)
 
     def _take_entry(
         self,
         batch: Batch,
         message: Message,
         entry: dict[str, Any],
-        after_change: bool,
         table: str,
         add: Callable[[list[rows.Row], dict[str, Any], int, int], None],
     ) -> None:
-        if not self._place(message, after_change).tracker.is_valid(entry["epoch"]):
+        if not self._place(message).tracker.is_valid(entry["epoch"]):
             self.counters.void += 1
             return
         table_rows = batch.table(table)
@@ -330,15 +332,15 @@ class Projection:
         self._added(batch, count, urgent=True)
         batch.last_event_ms[TopicPartition(message.topic, message.partition)] = entry["now_ms"]
 
-    def _take_announcement(self, batch: Batch, message: Message, fields: dict[str, Any], after_change: bool) -> None:
-        self._place(message, after_change).tracker.announced(message.offset, fields["epoch"])
+    def _take_announcement(self, batch: Batch, message: Message, fields: dict[str, Any]) -> None:
+        self._place(message).tracker.announced(message.offset, fields["epoch"])
 
-    def _take_instance(self, batch: Batch, message: Message, fields: dict[str, Any], after_change: bool) -> None:
+    def _take_instance(self, batch: Batch, message: Message, fields: dict[str, Any]) -> None:
         batch.table(rows.INSTANCES).append(rows.instance_row(fields, message.offset))
         self._added(batch, 1, urgent=fields["incarnation"] == NO_EPOCH)
         batch.last_event_ms[TopicPartition(message.topic, message.partition)] = fields["at_ms"]
 
-    def _take_dead_letter(self, batch: Batch, message: Message, fields: dict[str, Any], after_change: bool) -> None:
+    def _take_dead_letter(self, batch: Batch, message: Message, fields: dict[str, Any]) -> None:
         batch.table(rows.DEAD_LETTERS).append(rows.dead_letter_row(fields, message.offset))
         self._added(batch, 1, urgent=True)
         batch.last_event_ms[TopicPartition(message.topic, message.partition)] = fields["at_ms"]
@@ -374,6 +376,7 @@ class Projection:
         if every:
             self._freshness_due_s = self._monotonic_s() + FRESHNESS_EVERY_S
         self._add_freshness(batch, self._positions if every else batch.positions)
+        self._submitted = batch
         self._inserter.submit(batch)
 
     def _add_freshness(self, batch: Batch, positions: Mapping[TopicPartition, int]) -> None:
@@ -396,7 +399,7 @@ class Projection:
             _log.info("projecting", events_per_s=round(count / elapsed_s), lag=lag, void=self.counters.void)
 
 
-_Handler = Callable[[Projection, Batch, Message, dict[str, Any], bool], None]
+_Handler = Callable[[Projection, Batch, Message, dict[str, Any]], None]
 _HANDLERS: Final[dict[str, dict[str, _Handler]]] = {
     RUN_EVENTS: {"RunEntry": Projection._take_run_entry, "OwnerAnnounced": Projection._take_announcement},
     GATE_LEDGER: {"LedgerEntry": Projection._take_ledger_entry, "OwnerAnnounced": Projection._take_announcement},

@@ -17,9 +17,9 @@ from tidegate.process import (
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    prepare,
     run_until_stopped,
     stop_on_signals,
-    wait_for_topics,
 )
 from tidegate.registry import Registration
 from tidegate.scheduler.admission import Admission
@@ -39,7 +39,7 @@ def main() -> int:
     kafka = KafkaSettings()
     broker = KafkaBroker(kafka)
     try:
-        counts = wait_for_topics(
+        counts = prepare(
             broker,
             (
                 "run-requests",

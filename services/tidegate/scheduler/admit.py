@@ -13,8 +13,7 @@ from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.domain.requests import RequestError, StartRequest, parse_request
 from tidegate.domain.workflow import AGENT_PREFIX, DefinitionError, compile_definition
 from tidegate.eventlog.interface import Message
-
-MAX_ORIGINAL_BYTES = 256 * 1024
+from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, dead_letter
 
 Lookup = Callable[[str], WorkflowPublished | None]
 
@@ -95,19 +94,8 @@ def _start(message: Message, request: StartRequest, lookup: Lookup, now_ms: int)
 
 def _refused(message: Message, error: RequestError, now_ms: int) -> Admitted:
     data = message.value or b""
-    letter = DeadLetter(
-        topic=message.topic,
-        partition=message.partition,
-        offset=message.offset,
-        service="scheduler",
-        code=error.code,
-        reason=error.reason,
-        run_id=error.run_id or "",
-        original=data[:MAX_ORIGINAL_BYTES],
-        original_size=len(data),
-        original_key=message.key or b"",
-        headers=dict(message.headers),
-        at_ms=now_ms,
+    letter = dead_letter(
+        message, service="scheduler", code=error.code, reason=error.reason, run_id=error.run_id or "", at_ms=now_ms
     )
     if not error.run_id:
         return Admitted(None, letter)

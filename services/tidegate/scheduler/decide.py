@@ -249,6 +249,8 @@ def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
     step = run.steps.get(result.step_id)
     if step is None or result.attempt in step.reported or result.attempt > step.attempt or result.attempt < 1:
         return []
+    if result.attempt == step.attempt and _is_foreign(step, result):
+        return []
     if run.is_over or result.attempt != step.attempt or not _still_counts(step, result):
         return [_ignored(run, step, result)]
     if result.outcome == "succeeded":
@@ -256,10 +258,20 @@ def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
     return _on_failure(run, step, result, now_ms)
 
 
+def _is_foreign(step: StepState, result: StepResult) -> bool:
+    """Tell whether this attempt cannot have run there: it was placed elsewhere, or the gate still holds it for approval.
+
+    Such a result is nobody's; if it were noted as the attempt's, the true one would later pass for a doubled one.
+    """
+    if step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy":
+        return True
+    return step.instance_id not in ("", result.instance_id) or step.incarnation not in (-1, result.incarnation)
+
+
 def _still_counts(step: StepState, result: StepResult) -> bool:
     """A result beats `lost` as long as no successor was asked for; only a success is then worth taking."""
     if step.status in (states.REQUESTED, states.DISPATCHED):
-        return step.instance_id in ("", result.instance_id) and step.incarnation in (-1, result.incarnation)
+        return True
     unknown = step.status == states.AWAITING_APPROVAL and step.approval is not None
     return unknown and step.approval.why == "outcome_unknown" and result.outcome == "succeeded"  # type: ignore[union-attr] # `unknown` says it
 

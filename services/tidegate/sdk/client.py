@@ -23,8 +23,8 @@ from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.sdk import json_form
 from tidegate.sdk.app import App, default_app
 from tidegate.sdk.errors import GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError
-from tidegate.sdk.graph import Graph
 from tidegate.sdk.following import Follower
+from tidegate.sdk.graph import Graph
 from tidegate.sdk.reading import RUN_EVENTS, Approval, Event, GapError, Run, RunReader, ValidEntries
 
 RUN_REQUESTS: Final = "run-requests"
@@ -282,7 +282,7 @@ class Client:
             try:
                 events = reader.read(new)
             except GapError:
-                if has_history:
+                if has_history or reader.exists:
                     raise
                 subscription.history_s = 0.0  # it was there before we asked for it
                 continue

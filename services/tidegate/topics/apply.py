@@ -14,7 +14,7 @@ import structlog
 from tidegate import codec
 from tidegate.eventlog.interface import Broker, EventLogError, Record
 from tidegate.eventlog.validity import TYPE_HEADER
-from tidegate.topics.administration import AdministeredBroker, alter, create
+from tidegate.topics.administration import AdministeredBroker, alter, await_made, create
 from tidegate.topics.comparison import Difference, compare, group_problems
 from tidegate.topics.declaration import Topic, load_topics
 from tidegate.topics.settings import TopicsSettings
@@ -62,18 +62,33 @@ def apply(
     """Create the topics that are missing; alter the config entries named in `alter_config` (`KEY` or `TOPIC:KEY`).
 
     If anything else is wrong with a topic that exists, nothing is created or altered at all. Idempotent; several may do it
-    at once. Blocks. Raises TopicsError with all problems, EventLogError if Kafka fails or refuses.
+    at once. Blocks until what was done is in force. Raises TopicsError with all problems, EventLogError if Kafka fails or refuses.
     """
     differences = diff(broker, declared, production=production)
-    missing = {difference.topic for difference in differences if difference.is_missing}
+    if await_made(broker, _missing(declared, differences)):
+        differences = diff(broker, declared, production=production)
     to_alter = [difference for difference in differences if _may_alter(difference, alter_config)]
     left = [difference for difference in differences if not difference.is_missing and difference not in to_alter]
-    errors = [difference for difference in left if difference.severity == "error"]
-    if errors:
-        raise TopicsError([str(difference) for difference in errors])
-    created = create(broker, [topic for topic in declared if topic.name in missing], on_progress)
+    _refuse_errors(left)
+    created = create(broker, _missing(declared, differences), on_progress)
+    if late := [topic for topic in _missing(declared, differences) if topic.name not in created]:
+        # Somebody else made these meanwhile, perhaps otherwise than declared.
+        found = diff(broker, late, production=production)
+        _refuse_errors(found)
+        left += found
     alter(broker, to_alter, on_progress)
     return Applied(created, to_alter, left)
+
+
+def _missing(declared: Sequence[Topic], differences: Sequence[Difference]) -> list[Topic]:
+    missing = {difference.topic for difference in differences if difference.is_missing}
+    return [topic for topic in declared if topic.name in missing]
+
+
+def _refuse_errors(differences: Sequence[Difference]) -> None:
+    errors = [difference for difference in differences if difference.severity == "error"]
+    if errors:
+        raise TopicsError([str(difference) for difference in errors])
 
 
 def _may_alter(difference: Difference, named: Collection[str]) -> bool:

@@ -57,7 +57,7 @@ def topics_page(files: Sequence[TopicFile]) -> str:
                         f"{file.partition_by} ({file.partition_group})",
                         ", ".join(file.writers),
                         ", ".join(file.readers),
-                        ", ".join(file.value) or "Avro schemas (JSON)",
+                        ", ".join(file.value) or "JSON",
                         _kept(file),
                     )
                     for file in files

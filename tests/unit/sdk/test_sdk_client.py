@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,7 +14,8 @@ from tidegate.domain.identity import entry_key, partition_of
 from tidegate.domain.messages import Call, WorkflowPublished
 from tidegate.domain.requests import StartRequest, parse_request
 from tidegate.eventlog.interface import Record, TopicPartition
-from tidegate.eventlog.memory import MemoryBroker
+from tidegate.eventlog.memory import MemoryBroker, MemoryInbox
+from tidegate.sdk.reading import GapError
 
 PARTITIONS = 4
 
@@ -402,42 +404,97 @@ def test_wait_tells_of_a_refused_start(broker, client):
     assert (run.status, run.code, run.reason, run.is_over) == ("refused", "unknown_workflow", "none", True)
 
 
-def test_runs_started_here_are_read_from_where_the_log_ended_and_the_epoch_is_known_there(broker, client):
+@pytest.fixture
+def reads(monkeypatch):
+    """The positions from which inboxes of the broker in memory were told to read."""
+    positions: list[int] = []
+    original = MemoryInbox.add
+
+    def add(self, partitions):
+        positions.extend(partitions.values())
+        original(self, partitions)
+
+    monkeypatch.setattr(MemoryInbox, "add", add)
+    return positions
+
+
+REFUSED = ev.RunRefused(command_id="c", content_hash="h", source="s", code="", reason="", original=b"")
+
+
+def test_runs_started_here_are_read_from_near_the_end_with_the_right_epoch(broker, client, reads):
     log = Log(broker, "run-1")
     old = log.announce()
     for number in range(3000):
-        log.append(
-            ev.RunRefused(command_id="c", content_hash="h", source="s", code="", reason="", original=b""),
-            run_id=f"x{number}",
-            first_seq=1,
-        )
+        log.append(REFUSED, run_id=f"x{number}", first_seq=1)
     log.announce()
-    client.start("shop", run_id="run-1")
-    reads: list[int] = []
-    inbox = broker.plain_inbox()
-    original = type(inbox).read_from
+    run_id = client.start("shop", run_id="run-1")
+    log.append(*started(), epoch=old, first_seq=1)  # void: its writer was replaced before the run was asked for
+    with pytest.raises(RunNotFinishedError, match="nothing of it"):
+        client.wait(run_id, 0.01)
+    log.seq = itertools.count(1)
+    log.append(*started())
+    log.append(DISPATCHED, *DONE)
+    assert client.wait(run_id, 1).status == "succeeded"
+    assert client.get(run_id).seq == 5
+    assert len(reads) == 1
+    assert log.end() - 1200 < reads[0] < log.end() - 1000
 
-    def read_from(self, positions):
-        reads.extend(positions.values())
-        original(self, positions)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(inbox), "read_from", read_from)
-        log.append(*started(), epoch=old, first_seq=1)  # void: its writer was replaced before the run was asked for
-        with pytest.raises(RunNotFinishedError, match="nothing of it"):
-            client.wait("run-1", 0.01)
-        log.seq = itertools.count(1)
-        log.append(*started())
-        log.append(DISPATCHED, *DONE)
-        assert client.wait("run-1", 1).status == "succeeded"
-        again = Log(broker, next(n for i in range(100) if partition_of(n := f"again-{i}", PARTITIONS) == log.partition))
-        again.epoch = log.epoch
-        client.start("shop", run_id=again.run_id)
-        again.append(*started(), DISPATCHED, *DONE)
-        end = log.end()
-        assert client.wait(again.run_id, 1).status == "succeeded"
-    assert min(reads) > 1500  # not from the beginning of the partition
-    assert end - max(reads) <= 2  # and the second time not even from before the first run
+def test_reading_goes_on_where_it_was(broker, client, reads):
+    log = Log(broker, "run-0")
+    log.announce()
+    names = [name for n in range(1000) if partition_of(name := f"run-{n}", PARTITIONS) == log.partition][:20]
+    for name in names:
+        client.start("shop", run_id=name)
+        log.append(*started(), run_id=name, first_seq=1)
+        log.append(DISPATCHED, *DONE, run_id=name, first_seq=3)
+        assert client.wait(name, 1).status == "succeeded"
+    assert reads == [0]
+
+
+def test_a_run_that_was_there_before_it_was_asked_for_is_found(broker, client, monkeypatch):
+    log = Log(broker, "run-1")
+    log.announce()
+    log.append(*started())
+    for number in range(1500):
+        log.append(REFUSED, run_id=f"x{number}", first_seq=1)
+    client.start("shop", run_id="run-1")  # the same once more: the scheduler says nothing
+    monkeypatch.setattr("tidegate.sdk.client.GIVEN_ID_HISTORY_S", 0.05)
+    log.append(DISPATCHED)
+    with pytest.raises(RunNotFinishedError, match="it is running"):
+        client.wait("run-1", 0.01)
+    log.append(*DONE)
+    assert client.wait("run-1", 1).status == "succeeded"
+    with Client(broker) as other:
+        other.start("shop", run_id="run-1")
+        assert other.wait("run-1", 5).status == "succeeded"  # after a while without news
+        assert other.wait("run-1", 1).seq == 5
+
+
+def test_a_gap_in_the_log_is_not_passed_over(broker, client):
+    log = Log(broker, "run-1")
+    log.announce()
+    log.append(*started())
+    log.append(DISPATCHED, first_seq=5)
+    with pytest.raises(GapError, match="run run-1: event 5 follows 2"):
+        client.get("run-1")
+    with pytest.raises(GapError):
+        client.wait("run-1", 1)
+
+
+def test_threads_wait_for_each_their_own_run(broker, client):
+    """One of them reads, the others get what is theirs."""
+    log = Log(broker, "run-0")
+    log.announce()
+    names = [name for n in range(1000) if partition_of(name := f"run-{n}", PARTITIONS) == log.partition][:8]
+    for name in names:
+        client.start("shop", run_id=name)
+    for name in reversed(names):
+        log.append(*started(), run_id=name, first_seq=1)
+        log.append(DISPATCHED, *DONE, run_id=name, first_seq=3)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(client.wait, name, 20) for name in names]
+        assert [future.result(20).run_id for future in waiting] == names
 
 
 def test_topic_partitions_are_those_of_the_log(broker, client):

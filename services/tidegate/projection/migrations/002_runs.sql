@@ -1,7 +1,8 @@
 -- A run changes with every event. Its row is not written by the projection, which would need the run's state for it, but
 -- merged by ClickHouse from what each event says alone. All aggregates are idempotent and independent of order (max, min,
 -- maxMap over keys that name what is counted), so events that arrive twice, late or in another order give the same row.
--- `status` is the name with the highest seq; `costs` maps an attempt (hash of step and number) to what it cost.
+-- `status` is the name with the highest seq, written as 19 digits of the seq and then the name: a tuple would be merged element by
+-- element when FINAL reads only one of its elements, as ClickHouse does for `status.name`; `costs` maps an attempt (hash of step and number) to what it cost.
 
 CREATE TABLE IF NOT EXISTS run_state
 (
@@ -10,7 +11,7 @@ CREATE TABLE IF NOT EXISTS run_state
     log_partition SimpleAggregateFunction(max, Int32),
     last_seq SimpleAggregateFunction(max, Int64),
     updated_at SimpleAggregateFunction(max, DateTime64(3, 'UTC')),
-    status SimpleAggregateFunction(max, Tuple(seq Int64, name String)),
+    status SimpleAggregateFunction(max, String),
     workflow SimpleAggregateFunction(max, String),
     definition_hash SimpleAggregateFunction(max, String),
     input SimpleAggregateFunction(max, String),
@@ -35,12 +36,12 @@ SELECT
     max(`partition`) AS log_partition,
     max(seq) AS last_seq,
     max(at) AS updated_at,
-    max(multiIf(
-        type = 'RunStarted', (seq, 'running'),
-        type = 'RunRefused', (seq, 'refused'),
-        type = 'RunFinished', (seq, JSONExtractString(body, 'status')),
-        (toInt64(0), '')
-    )) AS status,
+    max(if((multiIf(
+        type = 'RunStarted', 'running',
+        type = 'RunRefused', 'refused',
+        type = 'RunFinished', JSONExtractString(body, 'status'),
+        ''
+    ) AS name) = '', '', concat(leftPad(toString(seq), 19, '0'), name))) AS status,
     max(if(type = 'RunStarted', JSONExtractString(body, 'workflow'), '')) AS workflow,
     max(if(type = 'RunStarted', JSONExtractString(body, 'definition_hash'), '')) AS definition_hash,
     max(if(type = 'RunStarted', JSONExtractString(body, 'input'), '')) AS input,

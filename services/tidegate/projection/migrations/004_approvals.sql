@@ -76,7 +76,7 @@ LEFT JOIN
 CREATE VIEW IF NOT EXISTS runs AS
 SELECT
     run_id,
-    if(r.status.name = 'running' AND run_id IN (SELECT run_id FROM approvals WHERE status = 'open'), 'waiting', r.status.name) AS status,
+    if(substring(r.status, 20) = 'running' AND run_id IN (SELECT run_id FROM approvals WHERE status = 'open'), 'waiting', substring(r.status, 20)) AS status,
     if(position(r.workflow, '@') = 0, r.workflow, substring(r.workflow, 1, length(r.workflow) - position(reverse(r.workflow), '@'))) AS workflow,
     if(position(r.workflow, '@') = 0, '', substringIndex(r.workflow, '@', -1)) AS version,
     account,
@@ -96,4 +96,4 @@ SELECT
     last_seq,
     log_partition
 FROM run_state AS r FINAL
-WHERE r.status.name != '';
+WHERE substring(r.status, 20) != '';
