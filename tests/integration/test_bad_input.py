@@ -126,7 +126,7 @@ def test_a_definition_with_an_unknown_function_starts_nothing(whole: WholeStack)
     run = whole.wait(run_id)
     assert (run.status, run.code) == ("refused", "invalid_definition")
     assert "no_such" in run.reason
-    assert "'b'" in run.reason
+    assert "a -> b" in run.reason
 
 
 @pytest.mark.feature("P6")
@@ -312,7 +312,7 @@ def test_garbage_in_a_mailbox_is_kept_for_people_and_blocks_nothing(whole: Whole
     for name in ("garbage", "json", "cut off"):
         letter = whole.letter(sources[name])
         assert (letter.code, letter.original) == ("malformed", records[name])
-    assert whole.letter(sources["workflow"]).code in {"internal_error", "unexpected"}
+    assert whole.letter(sources["workflow"]).code in {"internal_error"}
 
 
 def test_a_command_of_an_unknown_type_is_refused_by_the_run(whole: WholeStack) -> None:
@@ -352,7 +352,7 @@ def codec_name(value: bytes) -> str:
 
 
 def forged(run_id: str, step_id: str, attempt: int, **fields: Any) -> bytes:
-    whose = {"account": "default", "instance_id": "executor-default-0", "incarnation": 0} | fields
+    whose = {"account": "default", "instance_id": "executor-default-0", "incarnation": 10**6} | fields
     return avro(
         StepResult(
             run_id=run_id,

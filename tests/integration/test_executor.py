@@ -139,7 +139,7 @@ class World:
             function=function,
             queue="default",
             arguments=json.dumps({} if arguments is None else arguments),
-            timeout_ms=int(changes.pop("timeout_ms", 10_000)),  # type: ignore[call-overload]
+            timeout_ms=int(changes.pop("timeout_ms", 60_000)),  # type: ignore[call-overload]
             reserve_micros=500,
             idempotent=bool(changes.pop("idempotent", True)),
         )

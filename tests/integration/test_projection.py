@@ -710,7 +710,7 @@ def test_clickhouse_connect_works_unchanged(sql: ProjectionProcess) -> None:
         assert len(client.query("SELECT number FROM numbers(200000)").result_rows) == 200_000
         assert client.query("SELECT * FROM runs WHERE 0").result_rows == []
         assert b"s-plain-0" in client.raw_query("SELECT run_id FROM runs", fmt="CSV")
-        with pytest.raises(clickhouse_connect.driver.exceptions.DatabaseError, match="READONLY|only SELECT"):
+        with pytest.raises(clickhouse_connect.driver.exceptions.DatabaseError, match=r"READONLY|only SELECT"):
             client.command("DROP TABLE event_facts")
         with pytest.raises(clickhouse_connect.driver.exceptions.DatabaseError):
             client.insert("run_state", [["x"]], column_names=["run_id"])

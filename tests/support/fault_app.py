@@ -234,6 +234,7 @@ def length(value: Any) -> int:
     return len(value)
 
 
+app.graph("measure").node("it", length)
 _wide = app.graph("wide").node("large", large)
 for _number in range(40):
     _wide.node(f"part{_number}", length).edge("large", f"part{_number}")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
 from confluent_kafka import TopicPartition as KafkaPartition
 from confluent_kafka.admin import AdminClient
 
@@ -95,7 +95,9 @@ class Topics:
         ]
         request = ConsumerGroupTopicPartitions(self.settings.topic_prefix + GROUP, partitions)
         for future in admin.alter_consumer_group_offsets([request]).values():
-            future.result(WAIT_S)
+            for answer in future.result(WAIT_S).topic_partitions:
+                if answer.error is not None:
+                    raise KafkaException(answer.error)
 
     def close(self) -> None:
         self.broker.close()

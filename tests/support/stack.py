@@ -96,7 +96,9 @@ class WholeStack:
             self.labels = self.client.publish(fault_app.app)
             self.counts = {name: found.partition_count for name, found in self.broker.describe(_TOPICS).items()}
             self.pids = self._pids()
-            self._producer = Producer({"bootstrap.servers": self.stack.settings.bootstrap, "message.max.bytes": 2**24})
+            self._producer = Producer(
+                {"bootstrap.servers": self.stack.settings.bootstrap, "message.max.bytes": 2**24 + 2**16, "log_level": 0}
+            )
         except BaseException:
             self.stack.stop()
             raise

@@ -25,7 +25,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "gate": ("tidegate.gate.__main__:main", "Run the gate service (policy, budget, placement)."),
     "executor": ("tidegate.executor.__main__:app", "Run an executor of an app's functions."),
     "projection": ("tidegate.projection.__main__:main", "Run the projection into ClickHouse."),
-    "gateway": ("tidegate.gate.__main__:mainway", "Run the live view of runs."),
+    "gateway": ("tidegate.gateway.__main__:main", "Run the live view of runs."),
     "kafka": ("tidegate.cli.kafka:app", "Run an embedded Apache Kafka in the foreground."),
 }
 

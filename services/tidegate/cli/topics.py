@@ -83,7 +83,7 @@ def apply(
     with _explained():
         declared, settings = _declared(queue, production)
         _check_alterations(declared, alter_config or [])
-        broker = KafkaBroker(KafkaSettings())
+        broker = _kafka()
         done = apply_topics(
             broker,
             declared,
@@ -115,7 +115,7 @@ def diff(queue: Queues = None, production: Production = None, as_json: Json = Fa
     """Say how the topics on Kafka differ from the declared ones. Changes nothing."""
     with _explained():
         declared, settings = _declared(queue, production)
-        differences = diff_topics(KafkaBroker(KafkaSettings()), declared, production=settings.production)
+        differences = diff_topics(_kafka(), declared, production=settings.production)
     if as_json:
         _print_json([dataclasses.asdict(difference) for difference in differences])
     elif differences:
@@ -188,6 +188,13 @@ def _declared(queues: list[str] | None, production: bool | None) -> tuple[list[T
     return load_topics(settings=settings), settings
 
 
+def _kafka() -> KafkaBroker:
+    settings = KafkaSettings()
+    prefix = f", topics beginning with {settings.topic_prefix}" if settings.topic_prefix else ""
+    _notes.print(f"Kafka at {settings.bootstrap}{prefix}", markup=False)
+    return KafkaBroker(settings)
+
+
 def _check_alterations(declared: Sequence[Topic], named: Sequence[str]) -> None:
     """Refuse names that no declaration has: they are slips of the pen."""
     known = {key for topic in declared for name in topic.config for key in (name, f"{topic.name}:{name}")}
@@ -203,7 +210,7 @@ def _explained() -> Iterator[None]:
     except TopicsError as error:
         _fail([*error.problems, "no topic that exists was changed"], EXIT_DIFFERS)
     except EventLogError as error:
-        _fail([str(error)], EXIT_KAFKA)
+        _fail([f"Kafka at {KafkaSettings().bootstrap}: {error}"], EXIT_KAFKA)
     except pydantic.ValidationError as error:
         prefix = "TIDEGATE_KAFKA_" if error.title == KafkaSettings.__name__ else "TIDEGATE_TOPICS_"
         _fail([f"{prefix}{'.'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in error.errors()], EXIT_USAGE)

@@ -7,7 +7,7 @@ output are handed in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,10 @@ from tidegate.domain.identity import agent_turn_step, tool_call_step
 from tidegate.domain.messages import Call
 from tidegate.domain.run import RunState, StepState, node_output
 from tidegate.domain.workflow import Workflow
+
+# What one input may make a run hand out, or end with. Every entry and every message that follows from it must fit into a
+# record (16 MiB) together with the output that caused it: an entry that cannot be written would stop its owner for good.
+MAX_CALLS_BYTES: Final = 6 * 1024 * 1024
 
 
 class Changed(NamedTuple):
@@ -106,7 +110,9 @@ def _after_node(run: RunState, step: StepState, changed: Changed, output: str) -
     workflow = _workflow(run)
     outputs = _Outputs(run.nodes, {step.node_id: (output, step.wave)})
     if outputs.count() == len(workflow.document.nodes):
-        return _finish(run, changed, states.SUCCEEDED, _run_output(run, outputs), "", "")
+        run_output = _run_output(run, outputs)
+        _check_size([run_output], "the output of the run")
+        return _finish(run, changed, states.SUCCEEDED, run_output, "", "")
     ready = [
         target
         for target in workflow.successors[step.node_id]
@@ -185,7 +191,18 @@ def _limited(run: RunState, events: list[Any]) -> list[Any]:
     limit = _workflow(run).document.max_steps
     if len(run.steps) + len(events) > limit:
         raise _Stop("max_steps", f"the run would need more than {limit} steps (`max_steps` of its definition)")
+    _check_size([event.call.arguments for event in events], f"the input of {len(events)} steps that are ready together")
     return events
+
+
+def _check_size(texts: list[str], what: str) -> None:
+    if sum(map(len, texts)) * 4 <= MAX_CALLS_BYTES:  # no character takes more than four bytes
+        return
+    size = sum(len(text.encode()) for text in texts)
+    if size > MAX_CALLS_BYTES:
+        raise _Stop(
+            "too_large", f"{what} has {size} bytes, at most {MAX_CALLS_BYTES} are allowed: keep large values elsewhere"
+        )
 
 
 # --- agents ---------------------------------------------------------------

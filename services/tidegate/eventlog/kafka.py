@@ -438,7 +438,7 @@ class _Member:
             return
         if error.code() in _UNKNOWN_TOPIC:
             raise _log_error(error, f"{self._topic}: ")
-        if error.fatal() or not error.retriable():
+        if _is_fatal(error) or not error.retriable():
             self._shut_out(error)
 
     def take_changes(self) -> OwnershipChange:
@@ -481,13 +481,12 @@ class _Member:
         Joining again without proof could shut out our successor, and it us, without end.
         """
         self._lose_all()
-        if error.fatal() and self._member_id and self._place_holder() in {"", self._member_id}:
+        if _is_fatal(error) and self._member_id and self._place_holder() in {"", self._member_id}:
             _log.warning("joining the group of %s afresh after: %s", self._topic, error)
             self.close()
             self._member_id = ""
             self._consumer = self._join()
             return
-        print("HOLDER", self._place_holder(), "OURS", self._member_id, "CLIENT", self._consumer.memberid())
         self._failure = EventLogError(f"shut out of the group of {self._topic}: {error}")
         raise self._failure
 
@@ -636,7 +635,7 @@ class _Reader:
         if code == KafkaError._PARTITION_EOF:
             if at in self._reading:
                 self._end_seen = raw.offset() or 0
-        elif error.fatal():
+        elif _is_fatal(error):
             self._failures[None] = _log_error(error)
         elif code in _PASSING or error.retriable() or not at.topic:
             # Without a topic it concerns the group that this client has to name and never joins.
@@ -725,6 +724,11 @@ def _headers(raw: Any) -> tuple[tuple[str, bytes], ...]:
     except (SystemError, UnicodeDecodeError):
         return ()  # names that are not UTF-8 and so not readable with this client: none of ours
     return tuple((name, value or b"") for name, value in headers) if headers else ()
+
+
+def _is_fatal(error: KafkaError) -> bool:
+    """Tell whether the client can do no more. A consumer's error says so by its code, without the flag."""
+    return error.fatal() or error.code() == KafkaError._FATAL
 
 
 def _log_error(error: KafkaError, where: str = "") -> EventLogError:

@@ -25,6 +25,8 @@ from tidegate.gate.policy import PolicySet, Verdict
 BUDGET_RULE: Final = "budget"
 MAX_PLACEMENTS_PER_ENTRY: Final = 200
 MAX_LOSSES_PER_ENTRY: Final = 500
+# Of the calls that an entry, or the run's answer to it, repeats: they must fit into a record (16 MiB) twice over.
+MAX_CALLS_BYTES: Final = 6 * 1024 * 1024
 
 
 class _Money:
@@ -317,9 +319,10 @@ _ITEMS: Final[dict[type, Callable[[Draft, Any], None]]] = {
 
 
 def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None = None) -> list[Any]:
-    """Return placements of waiting attempts on free slots, the oldest first, at most MAX_PLACEMENTS_PER_ENTRY."""
+    """Return placements of waiting attempts on free slots, the oldest first, as many as an entry may hold."""
     gone = ended or set()
     events: list[Any] = []
+    size = 0
     lines = {name: iter(line) for name, line in ledger.waiting.items()}
     heads = {name: head for name, line in lines.items() if (head := next(line, None)) is not None}
     while heads and len(events) < MAX_PLACEMENTS_PER_ENTRY:
@@ -331,6 +334,9 @@ def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | Non
             if executor is None:
                 del heads[name]
                 continue
+            size += len(attempt.call.arguments.encode())
+            if events and size > MAX_CALLS_BYTES:
+                break
             events.append(
                 _placed(
                     key, attempt.account, attempt.call, attempt.reserved_micros, attempt.rule, attempt.policy, executor
@@ -345,24 +351,30 @@ def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | Non
 
 
 def losses(ledger: Ledger, ended: Mapping[Incarnation, str]) -> list[Any]:
-    """Return the losses of attempts whose executor life has ended, at most MAX_LOSSES_PER_ENTRY."""
+    """Return the losses of attempts whose executor life has ended, as many as an entry may hold.
+
+    Their money is given back when the run answers. A run that is over does not answer any more: there it ends here.
+    """
     events: list[Any] = []
+    size = 0
     for life, keys in ledger.held_by.items():
         reason = ended.get(life)
         if reason is None:
             continue
         for key in keys:
-            events.append(
-                ev.PlacementLost(
-                    account=ledger.attempts[key].account,
-                    run_id=key.run_id,
-                    step_id=key.step_id,
-                    attempt=key.attempt,
-                    instance_id=life.instance_id,
-                    incarnation=life.incarnation,
-                    reason=reason,
-                )
-            )
-            if len(events) >= MAX_LOSSES_PER_ENTRY:
+            attempt = ledger.attempts[key]
+            size += 0 if attempt.call is None else len(attempt.call.arguments.encode())
+            if events and (size > MAX_CALLS_BYTES or len(events) >= MAX_LOSSES_PER_ENTRY):
                 return events
+            names: dict[str, Any] = {
+                "account": attempt.account,
+                "run_id": key.run_id,
+                "step_id": key.step_id,
+                "attempt": key.attempt,
+            }
+            events.append(
+                ev.PlacementLost(**names, instance_id=life.instance_id, incarnation=life.incarnation, reason=reason)
+            )
+            if ledger.runs[key.run_id].closed:
+                events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason="lost"))
     return events

@@ -204,7 +204,7 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
 
 
 def _cancel_told(ledger: Ledger, event: ev.AttemptCancelTold) -> None:
-    """The executor was told; nothing changes until it answers."""
+    """The executor was told; its answer, or its loss, ends the attempt. Until then nothing changes."""
 
 
 def _lost(ledger: Ledger, event: ev.PlacementLost) -> None:

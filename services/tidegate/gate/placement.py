@@ -57,12 +57,16 @@ class Executors:
             self._end(Incarnation(instance_id, older.incarnation), older.evidence)
         if row.state == "gone":
             self._end(life, "it said farewell")
-        if life in self.ended:
-            self.by_id.pop(instance_id, None)
-        else:
-            self.by_id[instance_id] = Executor(row, life)
+        if life not in self.ended:
             self._heard_ms[life] = self._monotonic_ms()
             self._suspects.pop(life, None)
+        current = self.by_id.get(instance_id)
+        if current is None or current.life.incarnation <= life.incarnation:
+            # An older life may go on beating under the same name: it keeps its lease, but it is given nothing new.
+            if life in self.ended:
+                self.by_id.pop(instance_id, None)
+            else:
+                self.by_id[instance_id] = Executor(row, life)
         self._sort()
 
     def _end(self, life: Incarnation, reason: str) -> None:

@@ -35,6 +35,8 @@ from tidegate.registry import Registration
 
 SERVICE: Final = "gateway"
 READY_POLL_S: Final = 0.05
+WATCH_EVERY_S: Final = 1.0
+ASSIGNMENT_TIMEOUT_S: Final = 120.0
 STOP_TIMEOUT_S: Final = 15.0
 _log = structlog.get_logger()
 
@@ -87,11 +89,11 @@ async def _serve(
         partition_count=partition_count,
         keep_minutes=settings.gateway_keep_h * 60,
     )
-    api = Api(gateway, url)
+    Api(gateway, url)
     registration = Registration(broker, service=SERVICE, instance_id=instance_id)
     address = _Address(settings.address_file, url)
     stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
-    running = asyncio.create_task(_run(app, gateway, api, registration, address))
+    running = asyncio.create_task(_run(app, gateway, registration, address))
     try:
         await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
@@ -105,23 +107,37 @@ async def _serve(
         await _stop(app)
 
 
-async def _run(app: GatewayApp, gateway: Gateway, api: Api, registration: Registration, address: _Address) -> None:
+async def _run(app: GatewayApp, gateway: Gateway, registration: Registration, address: _Address) -> None:
     """Start everything, say so when the view is complete, and return when the app has ended."""
-    starting = asyncio.create_task(app.start())
-    while not starting.done() and app.web.state != "running":
-        await asyncio.sleep(READY_POLL_S)
-    address.write()
-    await starting
-    while gateway.lag() != 0 and not app.should_stop:
-        await asyncio.sleep(READY_POLL_S)
-    api.is_ready = not app.should_stop
+    address.write()  # who asks now waits until the web server takes the connection from the socket
+    await app.start()
+    if not await _until_ready(app, gateway):
+        return
     await asyncio.to_thread(registration.start)
     _log.info("ready", url=address.url, runs=len(gateway.view.rows))
     evicting = asyncio.create_task(gateway.evict_forever())
     try:
-        await app.wait_until_stopped()
+        while not app.should_stop:
+            await app.sleep(WATCH_EVERY_S)
+            _check_assigned(gateway)
     finally:
         evicting.cancel()
+
+
+async def _until_ready(app: GatewayApp, gateway: Gateway) -> bool:
+    """Return when the view is complete; False if the app has ended before. Raises EventLogError."""
+    while not gateway.is_ready:
+        if app.should_stop:
+            return False
+        _check_assigned(gateway)
+        await app.sleep(READY_POLL_S)
+    return True
+
+
+def _check_assigned(gateway: Gateway) -> None:
+    """Raise EventLogError if the group has forgotten us: Faust's consumer may stop joining without telling anybody."""
+    if (gateway.unassigned_s or 0) > ASSIGNMENT_TIMEOUT_S:
+        raise EventLogError(f"the consumer group has given this gateway nothing for {ASSIGNMENT_TIMEOUT_S:.0f} s")
 
 
 async def _stop(app: GatewayApp) -> None:

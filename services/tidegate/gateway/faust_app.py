@@ -18,6 +18,7 @@ from aiohttp.web import SockSite
 from faust.assignor.client_assignment import ClientMetadata
 from faust.assignor.partition_assignor import PartitionAssignor
 from faust.serializers import codecs
+from faust.tables.manager import TableManager
 from faust.types import EventT, FutureMessage
 from faust.web.drivers.aiohttp import Web
 
@@ -85,7 +86,7 @@ class RunTable(faust.Table[str, RunRow]):
         kept = []
         for event in batch:
             run_id = cast(str, event.key)
-            row: RunRow | None = event.value
+            row = cast(RunRow | None, event.value)
             if row is None and event.message.value is not None:
                 continue  # unreadable, and said so already
             known = newest[run_id] if run_id in newest else self.data.get(run_id)
@@ -123,6 +124,15 @@ class RestartedAssignor(PartitionAssignor):
             user_data = self._compress(metadata.dumps())
             assignment = type(assignment)(assignment.version, assignment.assignment, user_data)
         super().on_assignment(assignment)
+
+
+class PromptTables(TableManager):
+    """Faust's table manager without the second that it sleeps at start."""
+
+    async def on_start(self) -> None:
+        """Announce the changelogs, so that the consumer can subscribe to everything at once."""
+        await self._update_channels()
+        await self.recovery.start()
 
 
 class GatewayApp(faust.App):
@@ -169,6 +179,7 @@ def make_app(
         web_tables_enabled=False,
         web_metrics_enabled=False,
         Table=RunTable,
+        TableManager=PromptTables,
         PartitionAssignor=RestartedAssignor,
         autodiscover=False,
     )

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
 from faust import Stream
-from faust.types import TP, EventT
+from faust.types import TP, EventT, StreamT
 
 from tidegate import codec
 from tidegate.domain.identity import partition_of
@@ -63,11 +63,16 @@ class Gateway:
         self._keep_minutes = keep_minutes
         self._readers: dict[int, PartitionReader] = {}
         self._targets: dict[int, Offsets] = {}
+        self._generation = 0
+        self._is_restored = False
+        self._has_caught_up = False
+        self._unassigned_since_s: float | None = time.monotonic()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._schemas_seen: set[str] = set()
         topic = app.topic(prefix + RUN_EVENTS, key_serializer="raw", value_serializer="raw", allow_empty=True)
         app.agent(topic, name=RUN_EVENTS, concurrency=1)(self._consume)
         app.on_partitions_revoked.connect(self._revoked, weak=False)
+        app.on_partitions_assigned.connect(self._assigned, weak=False)
         table.on_recover(self._recovered)
 
     # -- who owns what -------------------------------------------------------------------
@@ -85,10 +90,12 @@ class Gateway:
             for partition in topics.get(changelog, ())
         }
 
-    async def _revoked(self, _app: Any, *_: Any, **__: Any) -> None:
+    async def _revoked(self, *_: Any, **__: Any) -> None:
         """The group gives out its partitions afresh: nothing is ours until `_recovered`."""
+        self._generation += 1
+        self._is_restored = self._has_caught_up = False
+        self._unassigned_since_s = time.monotonic()
         self.owned = frozenset()
-        self._targets.clear()
         self._readers.clear()
 
     async def _recovered(self) -> None:
@@ -97,17 +104,33 @@ class Gateway:
         owned = frozenset(tp.partition for tp in self.app.assignor.assigned_actives() if tp.topic == changelog)
         rows = [row for row in self._table.values() if self.partition_of(row.run_id) in owned]
         self.view = LiveView(rows, self._keep_minutes)
-        self._readers.clear()
-        self._targets = await asyncio.to_thread(self._ends, owned)
-        self.owned = owned
+        generation = self._generation
+        targets = await asyncio.to_thread(self._ends, owned)
+        if generation != self._generation:
+            return
+        self._targets, self.owned, self._is_restored = targets, owned, True
         _log.info("restored", partitions=sorted(owned), runs=len(rows))
 
     def _ends(self, owned: frozenset[int]) -> dict[int, Offsets]:
         return {partition: self._broker.offsets(RUN_EVENTS, partition) for partition in owned}
 
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether the view is complete as of the time when the partitions became ours."""
+        self._has_caught_up = self._has_caught_up or self.lag() == 0
+        return self._has_caught_up
+
+    @property
+    def unassigned_s(self) -> float | None:
+        """Return for how long the group has given us nothing, not even an empty share; None if it has."""
+        return None if self._unassigned_since_s is None else time.monotonic() - self._unassigned_since_s
+
+    async def _assigned(self, *_: Any, **__: Any) -> None:
+        self._unassigned_since_s = None
+
     def lag(self) -> int | None:
         """Return how many records are left of those that were there when the table was restored; None before that."""
-        if not self._targets:
+        if not self._is_restored:
             return None
         return sum(
             max(0, there.end - self._position(partition, there.start)) for partition, there in self._targets.items()
@@ -117,12 +140,13 @@ class Gateway:
         reader = self._readers.get(partition)
         if reader is not None:
             return reader.next_offset
-        committed = self.app.consumer._committed_offset.get(TP(self._prefix + RUN_EVENTS, partition))
+        consumer = cast(Any, self.app.consumer)  # Faust says it nowhere else
+        committed: int | None = consumer._committed_offset.get(TP(self._prefix + RUN_EVENTS, partition))
         return max(start, committed or 0)
 
     # -- 1. consume ------------------------------------------------------------------------
 
-    async def _consume(self, stream: Stream[bytes]) -> None:
+    async def _consume(self, stream: StreamT[Any]) -> None:
         """Handle batches until the stream ends. Whatever goes wrong ends the process: state is never repaired."""
         try:
             async for events in _batches(stream):
@@ -140,10 +164,10 @@ class Gateway:
         run. 3. Send the changed rows. 4. Wait until all of them are acknowledged. Only then are the events (by the caller),
         so that what Faust commits never runs ahead of the changelog.
         """
-        owned = self.owned
-        events = [event for event in events if event.message.partition in owned]
+        generation = self._generation
+        events = [event for event in events if event.message.partition in self.owned]
         await self._find_epochs(events)
-        if self.owned != owned:
+        if generation != self._generation:
             return []  # the partitions were given out afresh meanwhile: all of this is read again
         changed: dict[str, RunRow] = {}
         for event in events:
@@ -258,6 +282,6 @@ class Gateway:
                 _log.info("forgotten", runs=len(outdated))
 
 
-async def _batches(stream: Stream[bytes]) -> AsyncIterator[list[Event]]:
-    async for events in stream.noack_take(MAX_BATCH, within=BATCH_WITHIN_S):
+async def _batches(stream: StreamT[Any]) -> AsyncIterator[list[Event]]:
+    async for events in cast(Stream[Any], stream).noack_take(MAX_BATCH, within=BATCH_WITHIN_S):
         yield list(events)

@@ -21,6 +21,7 @@ MAX_WAIT_S: Final = 30.0
 PEER_TIMEOUT_S: Final = 5.0
 LOCAL: Final = "local"
 
+_Handler = Callable[..., Awaitable[Response]]
 _encoder = msgspec.json.Encoder()
 
 
@@ -38,12 +39,11 @@ class Api:
         for path, handler in (
             ("/health", self._health),
             ("/ready", self._ready),
-            ("/v1/runs", self._runs),
-            ("/v1/runs/{run_id}", self._run),
-            ("/v1/spend", self._spend),
+            ("/v1/runs", self._when_ready(self._runs)),
+            ("/v1/runs/{run_id}", self._when_ready(self._run)),
+            ("/v1/spend", self._when_ready(self._spend)),
         ):
             page(path, name=path)(_handler(handler))
-        self.is_ready = False
 
     # -- endpoints ---------------------------------------------------------------
 
@@ -51,7 +51,7 @@ class Api:
         """The process lives. What the numbers say is for people."""
         gateway = self._gateway
         body = {
-            "ready": self.is_ready,
+            "ready": self._gateway.is_ready,
             "partitions": sorted(gateway.owned),
             "runs": len(gateway.view.rows),
             "lag": gateway.lag(),
@@ -61,7 +61,9 @@ class Api:
 
     async def _ready(self, view: View, request: Request) -> Response:
         """The view is complete as of the time when this process had its partitions."""
-        return _json(view, 200 if self.is_ready else 503, {"ready": self.is_ready, "lag": self._gateway.lag()})
+        return _json(
+            view, 200 if self._gateway.is_ready else 503, {"ready": self._gateway.is_ready, "lag": self._gateway.lag()}
+        )
 
     async def _run(self, view: View, request: Request, run_id: str) -> Response:
         """One run; with `after_seq` and `wait_ms` only when it is past that seq, or the time is over."""
@@ -104,6 +106,16 @@ class Api:
                     minute = window["start_ms"] // MINUTE_MS
                     windows[minute] = windows.get(minute, 0) + window["micros"]
         return _json(view, 200, {**spend_body(spent, since), "partitions_missing": missing})
+
+    def _when_ready(self, handler: _Handler) -> _Handler:
+        """Return the handler, but no half answers while the view is being restored."""
+
+        async def answer(view: View, request: Request, **path: str) -> Response:
+            if not self._gateway.is_ready:
+                return _error(view, 503, "restoring", "the live view is being restored; ask again in a moment")
+            return await handler(view, request, **path)
+
+        return answer
 
     # -- other gateways ---------------------------------------------------------------
 
@@ -157,9 +169,6 @@ class Api:
             f"{url.rstrip('/')}{path}", params=parameters, timeout=timeout
         ) as response:
             return response.status, await response.read()
-
-
-_Handler = Callable[..., Awaitable[Response]]
 
 
 def _handler(method: _Handler) -> Any:

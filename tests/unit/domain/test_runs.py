@@ -373,3 +373,25 @@ def test_a_binding_that_fails_ends_the_run_with_its_place() -> None:
     assert p.run("r").status == "failed"
     assert p.run("r").code == "binding_failed"
     assert "node b" in p.run("r").reason
+
+
+@pytest.mark.feature("P2")
+def test_money_of_a_cancelled_attempt_is_freed_when_its_executor_is_lost() -> None:
+    p = pair()
+    p.start("r", chain("a", a=step(reserve_micros=5)))
+    p.command("r", "cancel")
+    assert p.money() == (5, 0)
+    p.pass_time(10_001)
+    assert p.money() == (0, 0)
+    assert not p.ledger.runs
+    assert not p.ledger.attempts
+
+
+@pytest.mark.feature("P7")
+def test_an_older_life_that_goes_on_beating_is_given_nothing_new() -> None:
+    p = pair()
+    p.register("worker-0", 9, 10, STEPS)
+    p.register("worker-0", 1, 10, STEPS)
+    p.start("r", chain("a"))
+    (task,) = p.tasks
+    assert task.incarnation == 9
