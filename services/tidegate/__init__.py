@@ -11,6 +11,7 @@ def lookup_order(order_id: str) -> dict: ...
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ _MODULES: Final[dict[str, str]] = {
     **dict.fromkeys(("load_app",), "loading"),
     **dict.fromkeys(("Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
 }
+
+
+# As a library should: say nothing unless the application configures logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Final
 
 import structlog
 from pydantic import Field
@@ -23,6 +24,10 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 _log = structlog.get_logger()
+# Without the values of local variables: passwords and customers' data can be among them.
+_EXCEPTIONS: Final = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 
 
 class ProcessSettings(BaseSettings):
@@ -56,7 +61,7 @@ def configure_logging(service: str, instance_id: str, level: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
+            _EXCEPTIONS,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
@@ -65,6 +70,29 @@ def configure_logging(service: str, instance_id: str, level: str) -> None:
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service, instance=instance_id)
+    _log_libraries({"service": service, "instance": instance_id}, number)
+
+
+def _log_libraries(names: Mapping[str, str], level: int) -> None:
+    """Write what libraries log as JSON too: warnings only, unless we are asked for details."""
+
+    def name_service(_: Any, __: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        return {**names, **line}
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                name_service,
+                _EXCEPTIONS,
+            ],
+            processor=structlog.processors.JSONRenderer(),
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=level if level <= logging.DEBUG else max(level, logging.WARNING))
 
 
 def stop_on_signals() -> threading.Event:

@@ -19,6 +19,7 @@ def shared_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStac
     with WholeStack(tmp_path_factory.mktemp("whole"), slots=12) as stack:
         stack.client.start("wait_here", LONG_S, run_id=LONG_RUN)
         stack.under_way.add(LONG_RUN)
+        stack.until(LONG_RUN, "AttemptDispatched")
         yield stack
 
 

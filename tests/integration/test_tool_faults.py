@@ -48,7 +48,7 @@ def test_a_function_that_recovers_succeeds_and_has_its_effect_once(whole: WholeS
         ("fail_unspeakably", None, "attempts_exhausted", "SystemExit", 2),
         ("hang", None, "attempts_exhausted", "not finished after 0.3 s", 2),
         ("hang_in_thread", None, "attempts_exhausted", "not finished after 0.3 s", 1),
-        ("hang_and_refuse", None, "attempts_exhausted", "not finished after 0.3 s", 1),
+        ("hang_and_complain", None, "attempts_exhausted", "not finished after 0.3 s", 1),
         ("not_json", "object", "not_retryable", "NotJson", 1),
         ("not_json", "nan", "not_retryable", "NotJson", 1),
         ("not_json", "surrogate", "not_retryable", "NotJson", 1),
@@ -66,6 +66,14 @@ def test_a_function_that_goes_wrong_ends_its_run_with_the_reason(
     assert says in run.reason
     assert len(whole.entered(run.run_id)) == entries
     assert len({line.pid for line in whole.entered(run.run_id)}) <= 1
+
+
+@pytest.mark.feature("T4")
+def test_what_finishes_while_it_is_aborted_has_finished(whole: WholeStack) -> None:
+    """Its effect is known: calling that a timeout would have it done again."""
+    run = run_of(whole, "finish_late")
+    assert (run.status, run.output) == ("succeeded", "done, if late")
+    assert [line.attempt for line in whole.entered(run.run_id)] == [1]
 
 
 @pytest.mark.feature("T2")

@@ -102,10 +102,11 @@ def block_here(seconds: float) -> str:
 
 @app.step(cost_micros=40, timeout_s=60, idempotent=False)
 async def pay_once(seconds: float) -> str:
-    """Have an effect that must not be repeated, and take this long afterwards."""
+    """Have an effect that must not be repeated, and take this long afterwards; a second attempt is quick."""
     enter()
     _append("paid.log", context().run_id, context().attempt)
-    await asyncio.sleep(seconds)
+    if context().attempt == 1:
+        await asyncio.sleep(seconds)
     return "paid"
 
 
@@ -180,12 +181,24 @@ def hang_in_thread(anything: Any) -> None:
 
 
 @app.step(timeout_s=0.3, retries=0)
-async def hang_and_refuse(anything: Any) -> None:
-    """Hang, and swallow the abortion once."""
+async def hang_and_complain(anything: Any) -> None:
+    """Hang, and answer the abortion with an exception of its own."""
+    enter()
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        raise ValueError("how dare you") from None
+
+
+@app.step(timeout_s=0.3, retries=5)
+async def finish_late(anything: Any) -> str:
+    """Finish what was begun although aborted, and say so."""
     enter()
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(3600)
     await asyncio.sleep(0.2)
+    have_effect()
+    return "done, if late"
 
 
 @app.step(retries=5, cost_micros=7)
@@ -218,7 +231,8 @@ for _function in (
     fail_unspeakably,
     hang,
     hang_in_thread,
-    hang_and_refuse,
+    hang_and_complain,
+    finish_late,
     not_json,
     large,
 ):
@@ -238,6 +252,30 @@ app.graph("measure").node("it", length)
 _wide = app.graph("wide").node("large", large)
 for _number in range(40):
     _wide.node(f"part{_number}", length).edge("large", f"part{_number}")
+
+
+# --- a little of everything, for crashes in the middle ---------------------------------------------------------------
+
+
+@app.step(cost_micros=40)
+async def dawdle(n: int) -> int:
+    """Take a moment, and have an effect at the end of it."""
+    enter()
+    await asyncio.sleep(0.3)
+    have_effect()
+    return n
+
+
+@app.step(cost_micros=10)
+def gather(parts: dict[str, int]) -> int:
+    """Add up what the branches came to."""
+    enter()
+    have_effect()
+    return sum(parts.values())
+
+
+_busy = app.graph("busy").node("first", one).node("slow", dawdle).node("shaky", fail_twice).node("last", gather)
+_busy.chain("first", "slow", "last").chain("first", "shaky", "last")
 
 
 # --- agents ---------------------------------------------------------------

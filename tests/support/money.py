@@ -6,6 +6,7 @@ owner whose epoch was over) do not count.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -69,10 +70,12 @@ def audit(partitions: Iterable[Iterable[Message]]) -> Books:
     books = Books()
     for messages in partitions:
         _read(books, messages)
+    kept: Counter[str] = Counter()
+    for name, micros in books.open_reservations().items():
+        kept[name.run_id] += micros
     for run_id, run in books.runs.items():
-        kept = sum(micros for name, micros in books.open_reservations().items() if name.run_id == run_id)
-        if kept != run.reserved_micros:
-            books.problems.append(f"{run_id}: {run.reserved_micros} reserved, but open reservations of {kept}")
+        if kept[run_id] != run.reserved_micros:
+            books.problems.append(f"{run_id}: {run.reserved_micros} reserved, but open reservations of {kept[run_id]}")
     return books
 
 

@@ -20,6 +20,7 @@ from confluent_kafka import TopicPartition as KafkaPartition
 from confluent_kafka.admin import AdminClient
 
 from support.brokers import create_topic
+from tidegate.embedded.tools import tool_command
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
@@ -82,8 +83,15 @@ class Topics:
                     found[TopicPartition(topic, partition)] = end
         return found
 
+    def reset_to_earliest(self) -> subprocess.CompletedProcess[str]:
+        """Do what an operator does: Kafka's own tool. What it says is for the caller to judge."""
+        arguments = f"--bootstrap-server {self.settings.bootstrap} --group {self.settings.topic_prefix}{GROUP} "
+        arguments += "--reset-offsets --to-earliest --all-topics --execute"
+        command = tool_command("consumer-groups", arguments.split())
+        return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
     def reset_group(self, offset: int | Mapping[TopicPartition, int] = 0) -> None:
-        """Set the stopped group's offsets of the logs, as Kafka's own tool does; refused while it has members."""
+        """Set the stopped group's offsets; refused while it has members."""
         admin = AdminClient({"bootstrap.servers": self.settings.bootstrap})
         partitions = [
             KafkaPartition(
@@ -216,7 +224,7 @@ class ProjectionProcess:
                 self.kill()
 
 
-def ask(url: str, query: str, **parameters: str) -> bytes:
+def ask(url: str, query: str, /, **parameters: str) -> bytes:
     """Ask an SQL endpoint. Raises SqlFailedError."""
     address = f"{url}/?{urllib.parse.urlencode(parameters)}"
     request = urllib.request.Request(address, data=query.encode())  # noqa: S310 - http, by construction

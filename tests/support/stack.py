@@ -18,12 +18,14 @@ from support import fault_app
 from support.money import AttemptName, Books, audit
 from tidegate import codec
 from tidegate.domain import canonical, states
+from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import DeadLetter
 from tidegate.domain.run import RunState
 from tidegate.embedded.stack import ExecutorPool, Stack
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.validity import EpochTracker
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.sdk.client import Client, Event, Run
 
@@ -31,6 +33,10 @@ WAIT_S = 60.0
 POLL_S = 0.05
 APP = f"{fault_app.__file__}:app"
 RUNS, LEDGER, LETTERS = "run-events", "gate-ledger", "dead-letters"
+# Which log the messages of a topic follow from.
+TOLD_BY = {"gate-requests": RUNS, "gate-decisions": LEDGER, "step-tasks.default": LEDGER}
+
+Ends = dict[tuple[str, int], int]
 
 T = TypeVar("T")
 
@@ -118,23 +124,34 @@ class WholeStack:
 
         Raises AssertionError with the broker's answer if it refuses.
         """
-        places: list[str] = []
-        errors: list[KafkaError] = []
-
-        def delivered(error: KafkaError | None, message: Any) -> None:
-            if error is not None:
-                errors.append(error)
-            else:
-                places.append(f"{topic}:{message.partition()}:{message.offset()}")
-
-        self._producer.produce(topic, value, key, partition=partition, on_delivery=delivered, **options)
-        assert not self._producer.flush(WAIT_S), "the broker does not answer"
-        assert not errors, errors[0].name()
-        return places[0]
+        sources: list[str] = []
+        self._send(sources, topic, value, key=key, partition=partition, **options)
+        self._flush(sources, 1)
+        return sources[0]
 
     def request(self, request: Any, *, key: bytes = b"k", partition: int = -1) -> str:
         """Write a JSON request; returns its source."""
         return self.produce("run-requests", canonical.dumps(request).encode(), key=key, partition=partition)
+
+    def requests(self, requests: Sequence[Any]) -> None:
+        """Write many JSON requests in one go, spread over all partitions."""
+        sources: list[str] = []
+        for number, request in enumerate(requests):
+            partition = number % self.counts["run-requests"]
+            self._send(sources, "run-requests", canonical.dumps(request).encode(), key=b"k", partition=partition)
+        self._flush(sources, len(requests))
+
+    def _send(self, sources: list[str], topic: str, value: bytes | None, **options: Any) -> None:
+        def delivered(error: KafkaError | None, message: Any) -> None:
+            assert error is None, error.name()
+            sources.append(f"{topic}:{message.partition()}:{message.offset()}")
+
+        self._producer.produce(topic, value, on_delivery=delivered, **options)
+
+    def _flush(self, sources: list[str], count: int) -> None:
+        """Wait for the answers; what a callback raises is raised here."""
+        assert not self._producer.flush(WAIT_S), "the broker does not answer"
+        assert len(sources) == count
 
     def cli(self, *words: str, code: int = 0) -> str:
         """Run the `tidegate` command; returns what it printed, both ways. Fails unless it ends with `code`."""
@@ -163,6 +180,12 @@ class WholeStack:
         self.pids[name] = new
         return new
 
+    def expect_any_pid(self, names: Iterable[str]) -> None:
+        """Wait until these run, and take that for right: they may have been started again, or not."""
+        wanted = set(names)
+        eventually(lambda: wanted <= self._pids().keys(), f"{sorted(wanted)} to run")
+        self.pids |= {name: pid for name, pid in self._pids().items() if name in wanted}
+
     def kill(self, name: str) -> None:
         """Kill -9, and wait until the supervisor has started it again."""
         assert self.stack.kill(name) == self.pids[name]
@@ -174,6 +197,10 @@ class WholeStack:
         return self.pids[name]
 
     # -- looking at it ------------------------------------------------------------------
+
+    def last_exit(self, name: str) -> int | None:
+        """Return how a process last ended, as in `subprocess`."""
+        return next(status.last_exit for status in self.stack.status() if status.name == name)
 
     def wait(self, run_id: str) -> Run:
         """Wait for the run's end, or until it needs a human."""
@@ -215,13 +242,32 @@ class WholeStack:
         found = [Entered(p[0], p[1], int(p[2]), int(p[3]), p[4], p[5]) for p in parts]
         return [line for line in found if run_id in (None, line.run_id)]
 
-    def log(self, topic: str) -> list[list[Message]]:
-        """Return all records of a log, partition by partition."""
+    def effects(self) -> set[str]:
+        """Return the idempotency keys under which functions had effects."""
+        folder = self.fault_dir / "effects"
+        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+    def paid(self, run_id: str) -> list[int]:
+        """Return the attempts of a run in which `pay_once` paid."""
+        lines = (self.fault_dir / "paid.log").read_text(encoding="utf-8").splitlines()
+        return [int(attempt) for line_of, attempt in (line.split("\t") for line in lines) if line_of == run_id]
+
+    def log(self, topic: str, since: Ends | None = None) -> list[list[Message]]:
+        """Return all records of a topic (written since then), partition by partition."""
         found = []
         for partition in range(self.counts[topic]):
             start, end = self.broker.offsets(topic, partition)
+            start = max(start, since[topic, partition]) if since else start
             found.append(list(self.broker.read(topic, partition, start, end)))
         return found
+
+    def ends(self) -> Ends:
+        """Return where each partition of the logs and of what they tell ends now."""
+        return {
+            (topic, partition): self.broker.offsets(topic, partition).end
+            for topic in (*TOLD_BY, *set(TOLD_BY.values()))
+            for partition in range(self.counts[topic])
+        }
 
     def truth(self) -> Truth:
         """Read everything there is and verify it."""
@@ -249,7 +295,7 @@ class WholeStack:
         return "\n".join(tails)
 
 
-_TOPICS = (RUNS, LEDGER, LETTERS, "run-requests", "run-commands", "gate-requests", "gate-decisions", "step-results")
+_TOPICS = (RUNS, LEDGER, LETTERS, "run-requests", "run-commands", "step-results", *TOLD_BY)
 
 
 def assert_whole(whole: WholeStack, *, unfinished: Iterable[str] = ()) -> Truth:
@@ -270,6 +316,31 @@ def assert_whole(whole: WholeStack, *, unfinished: Iterable[str] = ()) -> Truth:
     _assert_no_leak(truth, allowed)
     _assert_entered_once(truth)
     return truth
+
+
+def assert_tells_follow_from_the_logs(whole: WholeStack, since: Ends) -> None:
+    """Check that what was told since then follows from valid entries: what a zombie decided must not even be told."""
+    valid = {topic: _valid_entries(whole.log(topic)) for topic in (RUNS, LEDGER)}
+    for topic, log in TOLD_BY.items():
+        for message in (message for messages in whole.log(topic, since) for message in messages):
+            told = codec.decode(message.value)
+            entry = valid[log].get((told.source.partition, told.source.offset))
+            where = f"{topic}-{message.partition}@{message.offset} of {told.run_id}"
+            assert entry is not None, f"{where} follows from no valid entry: {told.source}"
+            assert log == LEDGER or entry.subject == told.run_id, f"{where} follows from an entry of {entry.subject}"
+
+
+def _valid_entries(partitions: Iterable[Iterable[Message]]) -> dict[tuple[int, int], Entry]:
+    found = {}
+    for messages in partitions:
+        tracker = EpochTracker()
+        for message in messages:
+            record = codec.decode(message.value)
+            if isinstance(record, OwnerAnnounced):
+                tracker.announced(message.offset, record.epoch)
+            elif tracker.is_valid(record.epoch):
+                found[message.partition, message.offset] = record
+    return found
 
 
 def _quiet_truth(whole: WholeStack, allowed: set[str]) -> Truth:

@@ -32,7 +32,7 @@ BUDGET_MICROS: Final = 1_000_000
 RUN_REQUESTS: Final = "run-requests"
 SERVICES: Final = ("scheduler", "gate", "projection")
 EXECUTOR: Final = "executor-default-0"
-DEFAULT_SLOTS: Final = 64
+DEFAULT_SLOTS: Final = 512
 FLUSH_S: Final = 60.0
 
 Say = Callable[[str], None]
@@ -157,9 +157,9 @@ class Lab:
         self._writer.flush(FLUSH_S)
         return asked
 
-    def wait(self, run_ids: Mapping[str, float], timeout_s: float, *, enough: int | None = None) -> dict[str, float]:
+    def wait(self, run_ids: Mapping[str, float], timeout_s: float) -> dict[str, float]:
         """See `RunWatcher.wait`."""
-        return self._run_watcher.wait(run_ids.keys(), timeout_s, enough=enough)
+        return self._run_watcher.wait(run_ids.keys(), timeout_s)
 
     # -- processes ---------------------------------------------------------------
 

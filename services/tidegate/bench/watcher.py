@@ -51,17 +51,16 @@ class RunWatcher:
         self._thread.join()
         self._inbox.close()
 
-    def wait(self, run_ids: Collection[str], timeout_s: float, *, enough: int | None = None) -> dict[str, float]:
-        """Block until `enough` of the runs (all, if not said) ended; return when each was seen to, `time.monotonic`.
+    def wait(self, run_ids: Collection[str], timeout_s: float) -> dict[str, float]:
+        """Block until all the runs have ended; return when each was seen to, `time.monotonic`.
 
         Raises TimeoutError, and RunFailedError if one did not succeed or the log cannot be read.
         """
-        wanted = len(run_ids) if enough is None else enough
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             missing = {run_id for run_id in run_ids if run_id not in self._ended_at_s}
             seen = len(self._order)
-            while len(run_ids) - len(missing) < wanted:
+            while missing:
                 self._raise_if_bad()
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
@@ -70,7 +69,7 @@ class RunWatcher:
                 missing.difference_update(self._order[seen:])
                 seen = len(self._order)
             self._raise_if_bad()
-            return {run_id: self._ended_at_s[run_id] for run_id in run_ids if run_id in self._ended_at_s}
+            return {run_id: self._ended_at_s[run_id] for run_id in run_ids}
 
     def _raise_if_bad(self) -> None:
         if self._failure:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tidegate.cli.addresses import AddressError, read_address
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import ExecutorPool, Stack, StackError
 from tidegate.embedded.supervisor import ProcessStatus
@@ -66,24 +67,25 @@ def dev(
         with stack:
             with Client(stack.settings) as client:
                 published = client.publish(loaded)
-            _show(console, stack, published)
+            _show(console, stack, app_name, published)
             _watch(console, stack, stop.wait)
             console.print("[dim]stopping …[/dim]")
-    except (StackError, EmbeddedKafkaError, EventLogError, PublishConflictError) as error:
+    except (StackError, AddressError, EmbeddedKafkaError, EventLogError, PublishConflictError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 
 
-def _show(console: Console, stack: Stack, published: list[str]) -> None:
+def _show(console: Console, stack: Stack, app_name: str, published: list[str]) -> None:
     console.print(f"\n[bold]Tidegate is up.[/bold] Data: {stack.data_dir}")
     console.print(f"  Kafka      {stack.settings.bootstrap}")
     for name, file in (("SQL", "sql.json"), ("live view", "gateway.json")):
-        path = stack.data_dir / file
-        if path.exists():
-            console.print(f"  {name:<10} {path.read_text(encoding='utf-8').strip()}")
+        console.print(f"  {name:<10} {read_address(stack.data_dir / file, name)['url']}")
     console.print(f"  workflows  {', '.join(published)}")
     console.print(f"\nIn another terminal: [bold]export TIDEGATE_KAFKA_BOOTSTRAP={stack.settings.bootstrap}[/bold]")
-    console.print('  tidegate runs start --agent support --input \'{"order_id": "order-1"}\' --wait')
+    if app_name == DEMO_APP:
+        console.print('  tidegate runs start --agent support --input \'{"order_id": "order-1"}\' --wait')
+    else:
+        console.print(f"  tidegate runs start {published[-1]} --input JSON --wait")
     console.print('  tidegate sql "select run_id, status, spent_micros from runs"\n')
     for status in stack.status():
         console.print(_line(status))

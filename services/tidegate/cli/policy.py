@@ -1,8 +1,7 @@
-"""`tidegate policy apply|list|show`: the gate's policies."""
+"""`tidegate policy apply|list|show|remove`: the gate's policies."""
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 import time
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidegate import codec
+from tidegate.cli.endings import EXIT_REFUSED, explained
 from tidegate.domain import canonical
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.interface import Record
@@ -23,8 +23,14 @@ from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.gate.policy import PolicyError, parse
+from tidegate.sdk.client import user_name
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Apply, list and show policies of the gate.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Apply, list, show and remove policies of the gate. Exit codes: 0 done; 2 wrong usage, or a document that is no "
+    "policy; 3 Kafka does not answer; 4 there is no such policy.",
+)
 POLICIES = "policies"
 
 
@@ -35,6 +41,7 @@ def _in_force(broker: KafkaBroker) -> dict[str, PolicyPublished]:
 
 
 @app.command()
+@explained("policy apply")
 def apply(
     files: Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)],
 ) -> None:
@@ -55,7 +62,7 @@ def apply(
             policy_id=policy.policy,
             version=policy.version,
             document=canonical.dumps(policy.model_dump(mode="json")),
-            by=getpass.getuser(),
+            by=user_name(),
             at_ms=time.time_ns() // 1_000_000,
         )
         writer.send(
@@ -67,12 +74,13 @@ def apply(
 
 
 @app.command()
+@explained("policy remove")
 def remove(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -> None:
     """Take a policy out of force."""
     broker = KafkaBroker(KafkaSettings())
     if policy_id not in _in_force(broker):
         typer.echo(f"there is no policy {policy_id!r}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_REFUSED)
     writer = broker.writer()
     writer.send(Record(POLICIES, 0, policy_id.encode(), None))
     writer.flush(30.0)
@@ -80,6 +88,7 @@ def remove(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -
 
 
 @app.command("list")
+@explained("policy list")
 def list_() -> None:
     """List the policies in force."""
     table = Table("policy", "version", "rules", "by")
@@ -89,11 +98,12 @@ def list_() -> None:
 
 
 @app.command()
+@explained("policy show")
 def show(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -> None:
     """Print a policy in force as JSON."""
     row = _in_force(KafkaBroker(KafkaSettings())).get(policy_id)
     if row is None:
         typer.echo(f"there is no policy {policy_id!r}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_REFUSED)
     json.dump(canonical.loads(row.document), sys.stdout, indent=2)
     sys.stdout.write("\n")

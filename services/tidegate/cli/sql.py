@@ -7,7 +7,6 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import urlencode
 
@@ -16,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tidegate.cli.addresses import AddressError, address_file, read_address
+
 URL_VARIABLE: Final = "TIDEGATE_SQL_URL"
-DATA_DIR_VARIABLE: Final = "TIDEGATE_DATA_DIR"
-DEFAULT_DATA_DIR: Final = ".tidegate/dev"
 ADDRESS_FILE: Final = "sql.json"
 TABLE_FORMAT: Final = "JSONCompact"
 ANSWER_TIMEOUT_S: Final = 120.0
@@ -73,17 +72,14 @@ def _find(url: str) -> _Address:
     server = os.environ.get("TIDEGATE_CLICKHOUSE_URL", "")
     if server.startswith(("http://", "https://")):
         return _Address(server, database, "TIDEGATE_CLICKHOUSE_URL")
-    file = Path(os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR) / ADDRESS_FILE
+    file = address_file(ADDRESS_FILE)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return _Address(found["url"], found["database"], str(file))
-    except FileNotFoundError:
+        found = read_address(file, "projection")
+        return _Address(found["url"], str(found.get("database", database)), str(file))
+    except AddressError as error:
         raise _SqlError(
-            f"no projection has run here ({file} does not exist). Start `tidegate dev`, or say where SQL is served with "
-            f"--url or {URL_VARIABLE}."
+            f"{error}. Start `tidegate dev`, or say where SQL is served with --url or {URL_VARIABLE}."
         ) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _SqlError(f"{file} cannot be read: {error}") from None
 
 
 def _ask(address: _Address, query: str, default_format: str) -> tuple[str, bytes]:

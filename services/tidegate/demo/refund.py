@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from tidegate.cli.run_output import describe
 from tidegate.demo.app import app
 from tidegate.demo.payments import Payments
 from tidegate.domain import canonical
@@ -87,7 +88,7 @@ class RefundDemo:
         began_ms = 0
         for event in client.events(run_id, follow=True):
             began_ms = began_ms or event.at_ms
-            self._say(f"  {event.at_ms - began_ms:>6} ms {event.type:<18} {_describe(event.data)}")
+            self._say(f"  {event.at_ms - began_ms:>6} ms {event.type:<18} {describe(event)}")
 
     # -- the proof ----------------------------------------------------------------------
 
@@ -176,19 +177,3 @@ def query_sql(data_dir: Path, query: str) -> list[dict[str, Any]]:
     except (OSError, KeyError, canonical.NotJsonError) as error:
         raise DemoError(f"the SQL endpoint does not answer: {error}") from error
     return [canonical.loads(line) for line in lines if line]
-
-
-def _describe(event: Any) -> str:
-    """Return what of an event a person wants to see in a time line."""
-    body = {name: getattr(event, name) for name in event.__struct_fields__}
-    parts = [str(body["step_id"])] if body.get("step_id") else []
-    if int(body.get("attempt") or 0) > 1:
-        parts.append(f"(attempt {body['attempt']})")
-    parts += [
-        f"{name}={body[name]}"
-        for name in ("instance_id", "outcome", "code", "status")
-        if body.get(name) not in (None, "")
-    ]
-    if body.get("error_message"):
-        parts.append(f"- {body['error_message']}")
-    return " ".join(parts)

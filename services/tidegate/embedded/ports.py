@@ -30,11 +30,11 @@ def is_free(port: int) -> bool:
 
 
 def choose_port(asked: int | None = None, *, avoid: frozenset[int] = frozenset()) -> int:
-    """Return the asked port if it is free, else a random free one. Raises NoFreePortError.
+    """Return the asked port if it is free, else, and for 0, a random free one. Raises NoFreePortError.
 
     Nothing keeps the port reserved: the caller must be ready to find it taken when its server binds it.
     """
-    if asked is not None and asked not in avoid and is_free(asked):
+    if asked and asked not in avoid and is_free(asked):
         return asked
     # Never from the ephemeral range: while a restarted server is away, a client that keeps trying to connect to such
     # a port may be given the very same one as its own source port, connects to itself, and blocks the server's return.

@@ -26,6 +26,7 @@ from tidegate.topics.declaration import load_topics
 from tidegate.topics.settings import TopicsSettings
 
 INSTANCES: Final = "instances"
+ADDRESS_FILES: Final = ("sql.json", "gateway.json")
 READY_TIMEOUT_S: Final = 90.0
 SERVICES: Final = ("scheduler", "gate", "projection", "gateway")
 
@@ -104,6 +105,8 @@ class Stack:
     def start(self) -> None:
         """Start everything and wait until all of it is registered. Raises StackError, EventLogError, EmbeddedKafkaError."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        for name in ADDRESS_FILES:  # of the last time
+            (self.data_dir / name).unlink(missing_ok=True)
         if self.kafka is not None:
             self.kafka.start()
             self.settings = KafkaSettings(bootstrap=self.kafka.bootstrap)

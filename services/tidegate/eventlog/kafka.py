@@ -665,8 +665,11 @@ def _writer_config(settings: KafkaSettings) -> dict[str, Any]:
         # itself (`flush` has the deadline), and a gap is fatal.
         "enable.gapless.guarantee": True,
         "message.timeout.ms": 0,
-        # Under load records gather by themselves while a request is under way. Any wait costs a lone record over 1 ms.
+        # Under load records gather by themselves while a request is under way, and only then: any wait would cost a lone
+        # record over 1 ms. A broker answers the requests of a connection one by one anyhow, so more than one under way
+        # only makes them smaller and many (measured: a third less work for the broker, 40 % more steps/s).
         "linger.ms": 0,
+        "max.in.flight": 1,
         "compression.type": settings.compression,
         "message.max.bytes": MAX_REQUEST_BYTES,
         "queue.buffering.max.messages": MAX_UNACKED_RECORDS,

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -46,7 +44,6 @@ def main() -> int:
     process = ProcessSettings()
     instance_id = process.named(SERVICE)
     configure_logging(SERVICE, instance_id, process.log_level)
-    _log_libraries(instance_id, process.log_level)
     stop = stop_on_signals()
     settings, kafka = GatewaySettings(), KafkaSettings()
     broker = KafkaBroker(kafka)
@@ -201,29 +198,6 @@ def _group(broker: Broker, counts: dict[str, int]) -> str:
     found = broker.describe((RUN_EVENTS, GATEWAY_RUNS))
     ids = f"{found[RUN_EVENTS].topic_id} {found[GATEWAY_RUNS].topic_id}"
     return f"tidegate-gateway-{hashlib.sha256(ids.encode()).hexdigest()[:12]}"
-
-
-def _log_libraries(instance_id: str, level: str) -> None:
-    """Write what Faust and its libraries log as JSON too: warnings only, unless we are asked for details."""
-
-    def name_service(_: Any, __: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
-        return {"service": SERVICE, "instance": instance_id, **line}
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                name_service,
-                structlog.processors.dict_tracebacks,
-            ],
-            processor=structlog.processors.JSONRenderer(),
-        )
-    )
-    wanted = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(handlers=[handler], level=wanted if wanted <= logging.DEBUG else max(wanted, logging.WARNING))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ class Counters:
         self.known = 0
         self.void = 0
         self.unreadable = 0
-        self.incomplete = 0
 
 
 class Gateway:
@@ -243,17 +242,22 @@ class Gateway:
 
     async def changed(self, run_id: str, after_seq: int, timeout_s: float) -> None:
         """Return when the run's row is past a seq, or after the time. Returns at once if too many wait already."""
-        waiting = sum(map(len, self._waiters.values()))
-        row = self.view.rows.get(run_id)
-        if waiting >= MAX_WAITERS or (row is not None and row.seq > after_seq):
+        if sum(map(len, self._waiters.values())) >= MAX_WAITERS:
             return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._is_past(run_id, after_seq):
+                    await self._next_change(run_id)
+
+    def _is_past(self, run_id: str, seq: int) -> bool:
+        row = self.view.rows.get(run_id)
+        return row is not None and row.seq > seq
+
+    async def _next_change(self, run_id: str) -> None:
         future = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(run_id, set()).add(future)
         try:
-            async with asyncio.timeout(timeout_s):
-                await future
-        except TimeoutError:
-            pass
+            await future
         finally:
             waiters = self._waiters.get(run_id, set())
             waiters.discard(future)

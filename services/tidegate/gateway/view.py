@@ -291,14 +291,12 @@ class LiveView:
 
     def take(self, entry: Entry) -> RunRow | None:
         """Fold an entry; return the row that changed, None if the entry was known."""
-        row = self.rows.get(entry.subject)
-        if row is None:
-            row = RunRow(run_id=entry.subject)
-        elif entry.first_seq <= row.seq:
-            return None
+        row = self.rows.get(entry.subject) or RunRow(run_id=entry.subject)
         self.windows.add(row, -1)
-        apply(row, entry, self._keep_minutes)
+        has_changed = apply(row, entry, self._keep_minutes)
         self.windows.add(row)
+        if not has_changed:
+            return None
         self.rows[row.run_id] = row
         return row
 

@@ -195,7 +195,8 @@ def _whole(query: Mapping[str, str], name: str, default: int, least: int, most: 
     text = query.get(name)
     if text is None:
         return default
-    if not text.isdigit() or not least <= int(text) <= most:
+    # ASCII digits, and no more of them than `most` has: there are digits and lengths that `int` does not take.
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(most)) and least <= int(text) <= most):
         raise BadRequestError(f"{name} must be a whole number from {least} to {most}, not {text[:40]!r}")
     return int(text)
 

@@ -34,6 +34,8 @@ from tidegate.projection.store import Store
 from tidegate.registry import Registration
 
 SERVICE = "projection"
+GATHER_MS = 100
+OPEN_POLL_S = 0.2
 _log = structlog.get_logger()
 
 
@@ -58,12 +60,17 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
     broker = KafkaBroker(kafka)
     wait_for_topics(broker, TOPICS, process.broker_wait_s, stop)
     with ExitStack() as stack:
+        inserter = Inserter(lambda: _open_store(settings, stack))
+        inserter.start()
+        while not inserter.wait_opened(OPEN_POLL_S):
+            if stop.is_set():
+                inserter.stop(OPEN_POLL_S)
+                return
         registration = Registration(broker, service=SERVICE, instance_id=instance_id)
         registration.start()
         stack.callback(registration.stop)
-        inserter = Inserter(lambda: _open_store(settings, stack))
         projection = Projection(
-            KafkaSubscription(kafka, settings.projection_group, TOPICS, with_headers=False),
+            KafkaSubscription(kafka, settings.projection_group, TOPICS, with_headers=False, gather_ms=GATHER_MS),
             broker,
             inserter,
             Limits(
@@ -71,7 +78,6 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
             ),
         )
         stack.callback(projection.close)
-        inserter.start()
         _spare_the_collector()
         _log.info("ready")
         run_until_stopped(projection.run_once, stop)

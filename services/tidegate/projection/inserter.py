@@ -56,6 +56,7 @@ class Inserter:
         self._batch: Batch | None = None
         self._done: Batch | None = None
         self._stopping = False
+        self._is_open = False
         self._error: BaseException | None = None
         self.failing = ""
         # The logs of the thread name the service and the instance too.
@@ -65,6 +66,14 @@ class Inserter:
     def start(self) -> None:
         """Begin; the store is opened first, by the thread. Does not block."""
         self._thread.start()
+
+    def wait_opened(self, timeout_s: float) -> bool:
+        """Block until ClickHouse is open and its tables are there, or for so long. Raises what ended the thread."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._is_open or self._error is not None, timeout_s)
+        if self._error is not None:
+            raise self._error
+        return self._is_open
 
     @property
     def is_idle(self) -> bool:
@@ -112,8 +121,10 @@ class Inserter:
 
     def _next(self) -> Batch | None:
         # Opened before the first batch, so that whoever asks in SQL finds tables, if empty ones.
-        self._try_until_done(self._opened)
+        is_open = self._try_until_done(self._opened)
         with self._lock:
+            self._is_open = is_open
+            self._lock.notify_all()
             self._lock.wait_for(lambda: self._batch is not None or self._stopping)
             return None if self._stopping else self._batch
 

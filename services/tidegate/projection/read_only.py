@@ -96,6 +96,9 @@ def check(formatted: str, refused: Refused) -> str:
                 raise RefusedError("one statement at a time")
         elif token.kind in ("word", "name"):
             _check_name(token, following, refused)
+            if depth > 0 and token == _SETTINGS and "=" in (after.text for after in tokens[index + 2 : index + 3]):
+                # The engine does not apply them there, and does not say so.
+                raise RefusedError("SETTINGS can only stand at the end of the whole query")
             if depth == 0 and token == _FORMAT and following is not None and following.kind == "word":
                 asked_format = following.text
     check_format(asked_format)
@@ -109,6 +112,7 @@ def check_format(name: str) -> None:
 
 
 _FORMAT: Final = _Token("word", "FORMAT")
+_SETTINGS: Final = _Token("word", "SETTINGS")
 
 
 def _tokens(formatted: str) -> list[_Token]:

@@ -26,6 +26,13 @@ SCHEMAS: Final = "schemas"
 
 MAX_POLL: Final = 5_000
 IDLE_POLL_S: Final = 0.25
+# A poll that brought fewer than this is followed by a nap: messages wait for their batch anyway, and each turn costs.
+WORTH_A_TURN: Final = 1_000
+NAP_S: Final = 0.05
+# After an insert ClickHouse rests for so many times as long as it took: most of what an insert costs does not depend on its
+# rows, so a machine that is busy with other things gets fewer and larger ones.
+REST_PER_INSERT: Final = 5.0
+LONGEST_REST_S: Final = 1.0
 # Heartbeats of instances alone are in no hurry: every insert leaves parts that ClickHouse has to merge.
 HEARTBEATS_WAIT_S: Final = 1.0
 FRESHNESS_EVERY_S: Final = 10.0
@@ -107,6 +114,7 @@ class Projection:
         *,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic_s: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._subscription = subscription
         self._broker = broker
@@ -114,8 +122,10 @@ class Projection:
         self._limits = limits
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
+        self._sleep = sleep
         self._batch = Batch(monotonic_s())
         self._submitted = self._batch
+        self._submitted_s = self._rested_s = monotonic_s()
         self._places: dict[TopicPartition, _Place] = {}
         self._positions: dict[TopicPartition, int] = {}
         self._last_event_ms: dict[TopicPartition, int] = {}
@@ -143,6 +153,8 @@ class Projection:
             self._go_on()
             messages = self._subscription.poll(MAX_POLL, self._patience_s())
             self._take_all(messages)
+            if 0 < len(messages) < WORTH_A_TURN:
+                self._sleep(min(NAP_S, max(0.0, self._due_s() - self._monotonic_s())))
         self._submit_if_due()
         self._tell_progress()
 
@@ -172,7 +184,7 @@ class Projection:
 
     def _due_s(self) -> float:
         wait_s = self._limits.flush_s if self._batch.urgent else max(self._limits.flush_s, HEARTBEATS_WAIT_S)
-        return self._batch.began_s + wait_s
+        return max(self._batch.began_s + wait_s, self._rested_s)
 
     def _is_full(self) -> bool:
         batch, limits = self._batch, self._limits
@@ -184,6 +196,8 @@ class Projection:
         done = self._inserter.take_done()
         if done is None:
             return
+        now_s = self._monotonic_s()
+        self._rested_s = now_s + min(LONGEST_REST_S, REST_PER_INSERT * (now_s - self._submitted_s))
         failpoint("projection.before-commit")
         self._subscription.commit(done.positions)
         failpoint("projection.after-commit")
@@ -376,7 +390,7 @@ class Projection:
         if every:
             self._freshness_due_s = self._monotonic_s() + FRESHNESS_EVERY_S
         self._add_freshness(batch, self._positions if every else batch.positions)
-        self._submitted = batch
+        self._submitted, self._submitted_s = batch, self._monotonic_s()
         self._inserter.submit(batch)
 
     def _add_freshness(self, batch: Batch, positions: Mapping[TopicPartition, int]) -> None:

@@ -16,6 +16,8 @@ from tidegate.projection.settings import ProjectionSettings
 CONNECT_TIMEOUT_S: Final = 5
 ANSWER_TIMEOUT_S: Final = 120
 
+# The embedded engine shares its cores with everything else here; handing blocks between threads costs it a third more.
+_ONE_THREAD: Final = {"max_threads": 1, "max_insert_threads": 1, "input_format_parallel_parsing": 0}
 _MIGRATIONS_TABLE: Final = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (version Int32, name String, checksum String, applied_at DateTime64(3, 'UTC'))
@@ -33,8 +35,9 @@ class StoreError(RuntimeError):
 class Store:
     """A connection for writing. Not thread-safe: the thread that inserts owns it."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, insert_settings: Mapping[str, Any] | None = None) -> None:
         self._client = client
+        self._insert_settings = dict(insert_settings or {})
 
     @classmethod
     def open(cls, settings: ProjectionSettings) -> Self:
@@ -43,7 +46,7 @@ class Store:
             client = _connect(settings)
         except Exception as error:  # the client raises its own, urllib3's and the engine's exceptions
             raise StoreError(f"cannot open {settings.effective_url}: {_first_line(error)}") from error
-        store = cls(client)
+        store = cls(client, _ONE_THREAD if settings.embedded_path else None)
         try:
             store._migrate(settings.clickhouse_database)
         except BaseException:
@@ -77,7 +80,9 @@ class Store:
             if not rows:
                 continue
             try:
-                self._client.raw_insert(table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT)
+                self._client.raw_insert(
+                    table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT, settings=self._insert_settings
+                )
             except Exception as error:
                 raise StoreError(f"insert into {table}: {_first_line(error)}") from error
 

@@ -58,7 +58,7 @@ def main() -> int:
         registration.start()
         loop = OwnerLoop(broker, machine, instance_id)
         loop.start()
-        admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"])
+        admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"], instance_id)
         threading.Thread(target=_admit, args=(admission, stop), name="admission", daemon=True).start()
         _log.info("ready")
         run_until_stopped(loop.run_once, stop)

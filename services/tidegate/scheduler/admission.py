@@ -36,12 +36,14 @@ WRITE_DEADLINE_S: Final = 30.0
 class Admission:
     """One member of the admission group. Single-threaded."""
 
-    def __init__(self, broker: Broker, kafka: KafkaSettings, settings: SchedulerSettings, run_partitions: int) -> None:
+    def __init__(
+        self, broker: Broker, kafka: KafkaSettings, settings: SchedulerSettings, run_partitions: int, instance_id: str
+    ) -> None:
         self._broker = broker
         self._settings = settings
         self._run_partitions = run_partitions
         self._writer = broker.writer()
-        self._requests = KafkaSubscription(kafka, GROUP, [RUN_REQUESTS])
+        self._requests = KafkaSubscription(kafka, GROUP, [RUN_REQUESTS], instance_id)
         self._workflows = PublishedWorkflows(broker)
 
     def run_once(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import itertools
 import threading
 import time
 import uuid
@@ -28,6 +29,7 @@ from tidegate.sdk.graph import Graph
 from tidegate.sdk.reading import RUN_EVENTS, Approval, Event, GapError, Run, RunReader, ValidEntries
 
 RUN_REQUESTS: Final = "run-requests"
+ANSWER_TYPES: Final = frozenset({"ApprovalResolved", "RunCancelRequested", "CommandRefused"})
 WORKFLOWS: Final = "workflows"
 WRITE_DEADLINE_S: Final = 30.0
 FOLLOW_TURN_S: Final = 0.5
@@ -56,7 +58,7 @@ class Client:
             self._own_broker = own
         else:
             self._broker = kafka
-        self._by = by or _user()
+        self._by = by or user_name()
         self._lock = threading.Lock()
         self._writer = self._broker.writer()
         self._partition_counts: dict[str, int] = {}
@@ -173,11 +175,23 @@ class Client:
                 raise RunNotFoundError(f"the log has no run {run_id}")
             yield from events
             return
+        for _, events in self.follow(run_id):
+            yield from events
+
+    def follow(self, run_id: str, timeout_s: float | None = None) -> Iterator[tuple[Run, list[Event]]]:
+        """Yield the run as it stands and the events that are new, whenever there are some, until it is over.
+
+        Waits for a run that does not exist yet, too. Blocks in between. Ends without a word when the time is up.
+        """
         seq = 0
-        for reader, events in self._following(run_id, None):
-            yield from (event for event in events if event.seq > seq)
-            seq = max(seq, reader.run().seq)
-            if reader.exists and reader.run().is_over:
+        for reader, events in self._following(run_id, timeout_s):
+            new = [event for event in events if event.seq > seq]
+            if not new:
+                continue
+            run = reader.run()
+            seq = run.seq
+            yield run, new
+            if run.is_over:
                 return
 
     def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
@@ -194,25 +208,37 @@ class Client:
         seen = f"it is {reader.run().status}" if reader.exists else "the log has nothing of it"
         raise RunNotFinishedError(f"run {run_id} did not end within {timeout_s} s: {seen}")
 
-    def approve(self, run_id: str, step_id: str | None = None, *, reason: str = "") -> None:
-        """Allow the attempt that waits; `step_id` may be left out if only one does."""
-        self._command("approve", run_id, step_id=step_id, reason=reason)
+    def approve(self, run_id: str, step_id: str | None = None, *, reason: str = "") -> str:
+        """Allow the attempt that waits; `step_id` may be left out if only one does. Returns the command's id."""
+        return self._command("approve", run_id, step_id=step_id, reason=reason)
 
-    def reject(self, run_id: str, step_id: str | None = None, *, reason: str = "") -> None:
-        """Refuse the attempt that waits; its step fails."""
-        self._command("reject", run_id, step_id=step_id, reason=reason)
+    def reject(self, run_id: str, step_id: str | None = None, *, reason: str = "") -> str:
+        """Refuse the attempt that waits; its step fails. Returns the command's id."""
+        return self._command("reject", run_id, step_id=step_id, reason=reason)
 
-    def cancel(self, run_id: str, *, reason: str = "") -> None:
-        """Ask for the end of a run; what runs for it is aborted."""
-        self._command("cancel", run_id, reason=reason)
+    def cancel(self, run_id: str, *, reason: str = "") -> str:
+        """Ask for the end of a run; what runs for it is aborted. Returns the command's id."""
+        return self._command("cancel", run_id, reason=reason)
+
+    def answer(self, run_id: str, command_id: str, timeout_s: float | None = None) -> Event:
+        """Wait for what came of a command: `ApprovalResolved`, `RunCancelRequested` or `CommandRefused`.
+
+        Raises RunNotFinishedError after `timeout_s`: nobody has read the command yet, but it stays in the log.
+        """
+        for _, events in self._following(run_id, timeout_s):
+            for event in events:
+                if event.type in ANSWER_TYPES and event.data.command_id == command_id:
+                    return event
+        raise RunNotFinishedError(f"run {run_id} has not answered command {command_id} within {timeout_s} s")
 
     # --- writing ---
 
-    def _command(self, kind: str, run_id: str, **fields: str | None) -> None:
+    def _command(self, kind: str, run_id: str, **fields: str | None) -> str:
         command_id = uuid.uuid4().hex
         self._commands.setdefault(run_id, set()).add(command_id)
         given = {name: value for name, value in fields.items() if value}
         self._request(run_id, {"type": kind, "run_id": run_id, "command_id": command_id, "by": self._by, **given})
+        return command_id
 
     def _request(self, run_id: str, request: Mapping[str, Any]) -> None:
         partition = partition_of(run_id, self._partitions_of(RUN_REQUESTS))
@@ -277,7 +303,14 @@ class Client:
                 reader, seen, has_history = RunReader(run_id), 0, False
             if not has_history and not reader.exists and silent_s >= subscription.history_s:
                 has_history = True
-                yield reader, reader.read(self._entries(run_id, subscription.begin))
+                # Up to the present end before anybody looks: a question may have been answered long ago.
+                self._follower.catch_up(
+                    subscription.partition, self._broker.offsets(RUN_EVENTS, subscription.partition).end, CATCH_UP_S
+                )
+                if subscription.dropped:
+                    continue
+                since, seen = subscription.entries[seen:], len(subscription.entries)
+                yield reader, reader.read(itertools.chain(self._entries(run_id, subscription.begin), since))
             new = subscription.entries[seen:]
             try:
                 events = reader.read(new)
@@ -328,7 +361,8 @@ def _headers(kind: str) -> tuple[tuple[str, bytes], ...]:
     return ((TYPE_HEADER, kind.encode()),)
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Return who runs this process, for the record."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

@@ -24,6 +24,8 @@ REFUSED = refused_functions(
         "SELECT * FROM numbers(3)",
         "SELECT 'INTO OUTFILE x; file(', length(`a;b`)",
         "SELECT airport, url FROM runs",
+        "SELECT 1 SETTINGS limit = 3",
+        "SELECT * FROM (SELECT 1 AS SETTINGS)",
     ],
 )
 def test_reading_is_served(query: str) -> None:
@@ -54,6 +56,8 @@ def test_reading_is_served(query: str) -> None:
         "SELECT * FROM executable ('x')",
         "DESCRIBE TABLE s3('x')",
         "EXPLAIN SELECT file('x')",
+        "SELECT * FROM (SELECT 1 SETTINGS max_threads = 64)",
+        "SELECT (SELECT 1 SETTINGS limit = 1, readonly = 0)",
         "SELECT * FROM system.stack_trace",
     ],
 )

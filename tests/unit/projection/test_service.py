@@ -102,6 +102,8 @@ class Tables:
         self._batch: Batch | None = None
         self._done: Batch | None = None
         self._left = 0
+        # How many turns an insert takes; None: as the seed says, up to `slowness`.
+        self.lasting: int | None = None
         self.failing = ""
         self.batches: list[Batch] = []
         self.kept: dict[str, dict[Key, rows.Row]] = {table: {} for table in rows.COLUMNS}
@@ -115,7 +117,7 @@ class Tables:
     def submit(self, batch: Batch) -> None:
         assert self.is_idle
         self._batch = batch
-        self._left = self._rng.randint(0, self._slowness)
+        self._left = self._rng.randint(0, self._slowness) if self.lasting is None else self.lasting
 
     def _work(self) -> None:
         if self._batch is None:
@@ -166,6 +168,7 @@ class World:
         self.tables = Tables(self.rng, slowness)
         self.limits = limits
         self.now_s = 100.0
+        self.naps: list[float] = []
         self.projection = self.new_projection()
 
     def new_projection(self) -> Projection:
@@ -176,6 +179,7 @@ class World:
             self.limits,
             clock_ms=lambda: int(self.now_s * 1000),
             monotonic_s=lambda: self.now_s,
+            sleep=self.naps.append,
         )
 
     def write(self, records: list[Record]) -> None:
@@ -390,6 +394,47 @@ def test_heartbeats_alone_wait_longer_than_events_do() -> None:
     while len(world.tables.batches) == before:
         world.turn(0.05)
     assert world.now_s - began_s < service.HEARTBEATS_WAIT_S
+
+
+def test_a_slow_stream_is_inserted_by_time_and_the_less_often_the_longer_an_insert_takes() -> None:
+    def batches_in(seconds: float, insert_turns: int) -> list[Batch]:
+        world, log, told = World(), LogWriter(3, 2), story()
+        world.tables.lasting = insert_turns
+        for decided in told.decided[: int(seconds / 0.05)]:
+            world.write(log.take([decided], trouble=0.0))
+            world.turn(0.05)
+        return world.tables.batches
+
+    quick, slow = batches_in(4.0, 0), batches_in(4.0, 3)
+
+    # A batch takes 0.2 s to fill. An insert of 0.15 s is followed by a rest of five times that.
+    assert 10 <= len(quick) <= 20
+    assert 3 <= len(slow) <= 5
+    assert sum(batch.row_count for batch in slow) > 50
+
+
+def test_a_full_batch_waits_for_no_rest() -> None:
+    world, log = World(limits=Limits(60.0, 10, 10**6)), LogWriter(3, 2)
+    world.tables.lasting = 2
+    world.write(log.take(story().decided))
+    began_s = world.now_s
+
+    while sum(batch.row_count for batch in world.tables.batches) < 100:
+        world.turn(0.01)
+
+    assert world.now_s - began_s < service.LONGEST_REST_S
+
+
+def test_polls_that_bring_little_are_followed_by_a_nap_that_ends_when_the_batch_is_due() -> None:
+    world, log = World(), LogWriter(3, 2)
+    world.turn()
+    assert world.naps == []  # waiting for a first message is the poll's affair
+
+    world.write(log.take(story().decided[:60]))
+    world.finish()
+
+    assert world.naps
+    assert all(0 <= nap <= service.NAP_S for nap in world.naps)
 
 
 def test_freshness_tells_how_far_each_partition_is_and_is_renewed_while_nothing_happens() -> None:

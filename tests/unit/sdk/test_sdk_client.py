@@ -500,3 +500,33 @@ def test_threads_wait_for_each_their_own_run(broker, client):
 def test_topic_partitions_are_those_of_the_log(broker, client):
     client.start("shop", run_id="run-1")
     assert broker.offsets(*TopicPartition("run-requests", partition_of("run-1", 2))).end == 1
+
+
+@pytest.mark.feature("O4")
+def test_a_question_that_was_answered_long_ago_is_not_put_again(broker, client):
+    log = Log(broker, "run-1")
+    log.announce()
+    log.append(*started(), ASKED)
+    for number in range(1500):  # so much lies between that reading begins after the question
+        log.append(REFUSED, run_id=f"x{number}", first_seq=1)
+    log.append(resolved("c9"), DISPATCHED, *DONE)
+    assert client.wait("run-1", 5).status == "succeeded"
+    with Client(broker) as other:
+        seen = list(other.follow("run-1", 5))
+    assert [run.status for run, _ in seen] == ["succeeded"]
+    assert [event.seq for _, events in seen for event in events] == list(range(1, 8))
+
+
+@pytest.mark.feature("P4")
+def test_the_answer_to_a_command_is_found_by_its_id(broker, client):
+    log = Log(broker, "run-1")
+    log.announce()
+    log.append(*started(), ASKED)
+    mine, other = client.approve("run-1"), client.cancel("run-1")
+    with pytest.raises(RunNotFinishedError, match="not answered"):
+        client.answer("run-1", mine, 0.01)
+    log.append(resolved(mine))
+    refused = ev.CommandRefused(command_id=other, type="cancel", source="s", code="no", reason="", original=b"")
+    log.append(refused)
+    assert client.answer("run-1", mine, 5).type == "ApprovalResolved"
+    assert client.answer("run-1", other, 5).data == refused

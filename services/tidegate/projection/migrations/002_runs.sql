@@ -1,8 +1,9 @@
 -- A run changes with every event. Its row is not written by the projection, which would need the run's state for it, but
 -- merged by ClickHouse from what each event says alone. All aggregates are idempotent and independent of order (max, min,
 -- maxMap over keys that name what is counted), so events that arrive twice, late or in another order give the same row.
--- `status` is the name with the highest seq, written as 19 digits of the seq and then the name: a tuple would be merged element by
--- element when FINAL reads only one of its elements, as ClickHouse does for `status.name`; `costs` maps an attempt (hash of step and number) to what it cost.
+-- What the latest event decides (`status`) is a maximum, too: 19 digits of the event's seq, then the value. Not a tuple: where
+-- only one element of a tuple is read (`status.name`), FINAL merges that element alone, without the seq that it belongs to.
+-- `costs` maps an attempt (a hash of step and number) to what it cost.
 
 CREATE TABLE IF NOT EXISTS run_state
 (

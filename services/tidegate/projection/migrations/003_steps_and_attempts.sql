@@ -1,4 +1,5 @@
 -- Steps and attempts, merged like runs. The names of statuses are those of the scheduler's own tables (`domain/states.py`).
+-- `status` and `outcome` begin with 19 digits of the seq, `placement` with 19 digits of the incarnation: see 002.
 
 CREATE TABLE IF NOT EXISTS step_state
 (

@@ -76,8 +76,16 @@ LEFT JOIN
 CREATE VIEW IF NOT EXISTS runs AS
 SELECT
     run_id,
-    if(substring(r.status, 20) = 'running' AND run_id IN (SELECT run_id FROM approvals WHERE status = 'open'), 'waiting', substring(r.status, 20)) AS status,
-    if(position(r.workflow, '@') = 0, r.workflow, substring(r.workflow, 1, length(r.workflow) - position(reverse(r.workflow), '@'))) AS workflow,
+    if(
+        substring(r.status, 20) = 'running' AND run_id IN (SELECT run_id FROM approvals WHERE status = 'open'),
+        'waiting',
+        substring(r.status, 20)
+    ) AS status,
+    if(
+        position(r.workflow, '@') = 0,
+        r.workflow,
+        substring(r.workflow, 1, length(r.workflow) - position(reverse(r.workflow), '@'))
+    ) AS workflow,
     if(position(r.workflow, '@') = 0, '', substringIndex(r.workflow, '@', -1)) AS version,
     account,
     started_at,

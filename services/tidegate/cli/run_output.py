@@ -1,0 +1,254 @@
+"""What a terminal shows of runs. Nothing here asks anybody anything."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tidegate.domain import states
+from tidegate.domain.entry import TAG_FIELD
+from tidegate.sdk.client import Event, Run
+
+MICROS: Final = 1_000_000
+DEFAULT_RULE: Final = "default"
+_STYLES: Final = {
+    states.SUCCEEDED: "green",
+    states.FAILED: "red",
+    states.REFUSED: "red",
+    states.CANCELLED: "yellow",
+    states.WAITING: "magenta",
+    states.AWAITING_APPROVAL: "magenta",
+}
+_NAMED: Final = ("workflow", "instance_id", "outcome", "code", "status", "rule", "why", "by")
+_TOLD: Final = ("error_message", "reason")
+
+Body = Mapping[str, Any]
+
+
+# --- small things -------------------------------------------------------------------------------------------------------
+
+
+def money(micros: int | None) -> str:
+    """Return micro-dollars as dollars: all their digits, but at least cents."""
+    if micros is None:
+        return ""
+    whole, part = divmod(abs(micros), MICROS)
+    digits = f"{part:06d}".rstrip("0").ljust(2, "0")
+    return f"{'-' if micros < 0 else ''}${whole}.{digits}"
+
+
+def clock(at_ms: int) -> str:
+    """Return Unix milliseconds as the time of day here."""
+    return f"{time.strftime('%H:%M:%S', time.localtime(at_ms / 1000))}.{at_ms % 1000:03d}"
+
+
+def moment(at_ms: int) -> str:
+    """Return Unix milliseconds as date and time here."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_ms / 1000))
+
+
+def _status(status: str) -> Text:
+    return Text(status, style=_STYLES.get(status, ""))
+
+
+def _outcome(status: str) -> Text:
+    """Return what a run does, or what became of it."""
+    word = {states.CANCELLED: "was ", states.REFUSED: "was ", states.SUCCEEDED: "", states.FAILED: ""}.get(
+        status, "is "
+    )
+    return Text(word).append_text(_status(status))
+
+
+def _how_to_answer(run_id: str, step_id: str) -> Text:
+    return Text(f"    tidegate runs approve {run_id} {step_id}   (or reject)", style="dim")
+
+
+# --- from the log -------------------------------------------------------------------------------------------------------
+
+
+def time_line(event: Event, began_ms: int) -> Text:
+    """Return an event as a line of a run that began at `began_ms`."""
+    line = Text(f"{event.at_ms - began_ms:>7} ms  {event.type:<19} ")
+    return line.append_text(Text(describe(event), style=_STYLES.get(getattr(event.data, "status", ""), "")))
+
+
+def describe(event: Event) -> str:
+    """Return what of an event a person wants to see, on one line."""
+    body = event.data
+    parts = [step_id] if (step_id := getattr(body, "step_id", "")) else []
+    if getattr(body, "attempt", 0) > 1:
+        parts.append(f"(attempt {body.attempt})")
+    if event.type == "ApprovalResolved":
+        parts.append("approved" if body.approved else "rejected")
+    if event.type == "StepReady":
+        parts.append(f"{body.call.function}({_one_line(body.call.arguments)})")
+    parts += [f"{name}={value}" for name in _NAMED if (value := getattr(body, name, "")) and value != DEFAULT_RULE]
+    if getattr(body, "actual_micros", 0):
+        parts.append(money(body.actual_micros))
+    parts += [f"- {_one_line(value)}" for name in _TOLD if (value := getattr(body, name, ""))]
+    if getattr(body, "output", ""):
+        parts.append(f"-> {_one_line(body.output)}")
+    return " ".join(parts)
+
+
+def _one_line(text: str, most: int = 100) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else f"{flat[:most]}…"
+
+
+def event_json(event: Event) -> str:
+    """Return an event as one line of JSON: `data` has its fields as the log has them, JSON texts unparsed."""
+    data = msgspec.to_builtins(event.data)
+    data.pop(TAG_FIELD, None)
+    return json.dumps({"seq": event.seq, "at_ms": event.at_ms, "type": event.type, "data": data}, ensure_ascii=False)
+
+
+def run_json(run: Run) -> str:
+    """Return a run as one line of JSON."""
+    return json.dumps(
+        {**run._asdict(), "approvals": [approval._asdict() for approval in run.approvals]}, ensure_ascii=False
+    )
+
+
+def ending(run: Run) -> list[Text]:
+    """Return how a run stands at last, and what a human can do about it."""
+    lines = [Text(f"run {run.run_id} ").append_text(_outcome(run.status)).append(f", {money(run.spent_micros)} spent")]
+    if run.code:
+        lines[0].append(f": {run.code}: {run.reason}" if run.reason else f": {run.code}")
+    if run.status == states.SUCCEEDED:
+        lines.append(Text(json.dumps(run.output, ensure_ascii=False, indent=2)))
+    for approval in run.approvals:
+        arguments = json.dumps(approval.arguments, ensure_ascii=False)
+        lines.append(Text(f"  {approval.step_id} asks: {approval.function}({_one_line(arguments)})", style="magenta"))
+        lines.append(Text(f"    {approval.why}, rule {approval.rule or '-'}: {approval.reason or '-'}"))
+        lines.append(_how_to_answer(run.run_id, approval.step_id))
+    return lines
+
+
+# --- from the live view ---------------------------------------------------------------------------------------------------
+
+
+def runs_table(rows: Iterable[Body]) -> Table:
+    """Return a line for each run."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("run", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("workflow", overflow="fold")
+    table.add_column("account", overflow="fold")
+    table.add_column("steps", justify="right", no_wrap=True)
+    table.add_column("spent", justify="right", no_wrap=True)
+    table.add_column("started", no_wrap=True)
+    table.add_column("why")
+    for row in rows:
+        asks = f"{row['open_approvals']} to approve" if row["open_approvals"] else ""
+        table.add_row(
+            Text(row["run_id"]),
+            _status(row["status"]),
+            Text(row["workflow"]),
+            Text(row["account"]),
+            f"{row['succeeded_count']}/{row['step_count']}",
+            money(row["spent_micros"]),
+            moment(row["started_ms"]) if row["started_ms"] else "",
+            Text(_one_line(row["error"] or asks, 60)),
+        )
+    return table
+
+
+def run_page(body: Body) -> RenderableType:
+    """Return all that the live view knows of a run."""
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(body):
+        facts.add_row(Text(name, style="bold"), value)
+    parts: list[RenderableType] = [facts]
+    if body["steps"]:
+        steps = Table(show_edge=False, header_style="bold")
+        steps.add_column("step", overflow="fold")
+        steps.add_column("status")
+        steps.add_column("attempt", justify="right")
+        steps.add_column("error", overflow="fold")
+        for step in body["steps"]:
+            steps.add_row(Text(step["step_id"]), _status(step["status"]), str(step["attempt"]), Text(step["error"]))
+        parts += ["", steps]
+        if body["step_count"] > len(body["steps"]):
+            parts.append(Text(f"{len(body['steps'])} of {body['step_count']} steps", style="dim"))
+    for approval in body["approvals"]:
+        parts += ["", *_question(body["run_id"], approval)]
+    return Group(*parts)
+
+
+def _facts(body: Body) -> list[tuple[str, Text]]:
+    budget = f" of {money(body['budget_micros'])}" if body["budget_micros"] is not None else ""
+    counts = [
+        f"{body[f'{kind}_count']} {kind}" for kind in ("succeeded", "failed", "cancelled") if body[f"{kind}_count"]
+    ]
+    found = [
+        ("run", Text(body["run_id"])),
+        ("status", _status(body["status"]).append(", to be cancelled" if _is_ending(body) else "")),
+        ("workflow", Text(body["workflow"])),
+        ("account", Text(body["account"])),
+        ("spent", Text(money(body["spent_micros"]) + budget)),
+        ("steps", Text(", ".join([str(body["step_count"]), *counts]))),
+        ("started", Text(moment(body["started_ms"]) if body["started_ms"] else "")),
+    ]
+    if body["finished_ms"]:
+        found.append(("finished", Text(f"{moment(body['finished_ms'])} ({_lasted(body)})")))
+    if body["output"]:
+        found.append(("output", Text(body["output"] + ("…" if body["output_cut"] else ""))))
+    if body["code"]:
+        found.append(("why", Text(f"{body['code']}: {body['error']}")))
+    if body["incomplete"]:
+        found.append(("note", Text("earlier events are missing here: sums may be too little", style="yellow")))
+    return found
+
+
+def _is_ending(body: Body) -> bool:
+    return bool(body["cancel_requested"]) and body["status"] not in states.RUN_TERMINAL
+
+
+def _lasted(body: Body) -> str:
+    return f"{(body['finished_ms'] - body['started_ms']) / 1000:.3f} s"
+
+
+def _question(run_id: str, approval: Body) -> list[Text]:
+    return [
+        Text(f"  {approval['step_id']} asks for approval since {moment(approval['since_ms'])}", style="magenta"),
+        Text(f"    {approval['why']}, rule {approval['rule'] or '-'}: {approval['reason'] or '-'}"),
+        _how_to_answer(run_id, approval["step_id"]),
+    ]
+
+
+def changes(old: Body | None, new: Body) -> list[Text]:
+    """Return what is new in a run since it was last looked at, a line each."""
+    at = f"{clock(new['updated_ms'])}  "
+    lines = []
+    before = {step["step_id"]: step for step in old["steps"]} if old else {}
+    for step in new["steps"]:
+        if step != before.get(step["step_id"]):
+            line = Text(f"{at}{step['step_id']}  ").append_text(_status(step["status"]))
+            line.append(f" (attempt {step['attempt']})" if step["attempt"] > 1 else "")
+            lines.append(line.append(f" - {step['error']}" if step["error"] else ""))
+    asked = [approval["step_id"] for approval in old["approvals"]] if old else []
+    for approval in new["approvals"]:
+        if approval["step_id"] not in asked:
+            lines += _question(new["run_id"], approval)
+    if _is_ending(new) and not (old and old["cancel_requested"]):
+        lines.append(Text(f"{at}cancel was asked for", style="yellow"))
+    if old is None or old["status"] != new["status"]:
+        lines.append(Text(f"{at}run {new['run_id']} ").append_text(_outcome(new["status"])).append_text(_why(new)))
+    return lines
+
+
+def _why(body: Body) -> Text:
+    if body["status"] not in states.RUN_TERMINAL:
+        return Text("")
+    text = f", {money(body['spent_micros'])} spent"
+    if body["code"]:
+        text += f": {body['code']}: {body['error']}"
+    return Text(text + (f" -> {body['output']}" if body["output"] else ""))

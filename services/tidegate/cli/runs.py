@@ -1,0 +1,351 @@
+"""`tidegate runs …`: start runs, look at them, answer their questions.
+
+What starts, answers and reads the log talks to Kafka alone; `list`, `show` and `watch` ask the gateway's live view.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from tidegate.cli import run_output
+from tidegate.cli.endings import (
+    EXIT_NO_ANSWER,
+    EXIT_REFUSED,
+    EXIT_TIMEOUT,
+    RUN_EXIT_CODES,
+    exit_code,
+    explained,
+    usage,
+)
+from tidegate.cli.live_view import URL_VARIABLE, LiveView, NotReadyError, UnknownRunError
+from tidegate.domain import states
+from tidegate.domain.canonical import NotJsonError
+from tidegate.domain.requests import parse_json, validate
+from tidegate.sdk.client import Client, Run
+from tidegate.sdk.errors import RunNotFinishedError
+
+ANSWER_TIMEOUT_S: Final = 30.0
+# How long a run that was asked for a moment ago may take to be known to the live view.
+NEW_RUN_S: Final = 2.0
+POLL_S: Final = 20.0
+GATEWAY_AWAY_S: Final = 60.0
+RETRY_S: Final = 0.2
+PIPED_WIDTH: Final = 160
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Start, list, show, watch, approve, reject and cancel runs.",
+    epilog=RUN_EXIT_CODES,
+    pretty_exceptions_show_locals=False,
+)
+
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+StepId = Annotated[
+    str | None, typer.Argument(metavar="[STEP]", help="The step that asks; may be left out if only one does.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; recorded.")]
+By = Annotated[str | None, typer.Option("--by", help="Who; recorded. Default: your user name.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", min=0.0, help="Seconds after which to give up waiting.")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", envvar=URL_VARIABLE, help="Where the gateway answers. Default: gateway.json in TIDEGATE_DATA_DIR."
+    ),
+]
+
+_out = Console(highlight=False, soft_wrap=True)
+_tables = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+_notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+# --- through Kafka --------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def start(
+    workflow: Annotated[
+        str | None, typer.Argument(metavar="[WORKFLOW]", help="`name`, for its latest version, or `name@version`.")
+    ] = None,
+    agent: Annotated[str | None, typer.Option("--agent", help="Run this agent alone, instead of a workflow.")] = None,
+    input_: Annotated[
+        str, typer.Option("--input", "-i", metavar="JSON|@FILE|-", help="JSON, a file of it, or - for standard input.")
+    ] = "null",
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="Id of the run; asked for again under it, it is not run again.")
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option("--account", help="Who is billed: a path such as acme/support.")
+    ] = None,
+    budget_micros: Annotated[
+        int | None, typer.Option("--budget-micros", help="The most it may cost; a dollar is 1000000.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="NAME=VALUE", help="Repeatable.")] = None,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", "-w", help="Show its events until it is over or needs a human; see the exit codes."),
+    ] = False,
+    timeout: Timeout = None,
+    as_json: Json = False,
+) -> None:
+    """Ask for a run and print its id. The request is in Kafka then; whether it is taken is known with --wait."""
+    with _client("runs start") as client:
+        wanted = {
+            "workflow": workflow,
+            "agent": agent,
+            "input": _input(input_),
+            "run_id": run_id,
+            "account": account,
+            "budget_micros": budget_micros,
+            "tags": _tags(tag or ()),
+        }
+        given = {name: value for name, value in wanted.items() if value is not None}
+        validate({"type": "start", **given})
+        started = client.start(**given)
+        if wait:
+            _notes.print(f"run {started}")
+            request = validate({"type": "start", **given, "run_id": started})
+            _follow(client, started, timeout, as_json, request.content_hash())
+        print(json.dumps({"run_id": started}) if as_json else started)
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def wait(run_id: RunId, timeout: Timeout = None, as_json: Json = False) -> None:
+    """Show a run's events until it is over or needs a human. Waits for a run that is yet to come, too."""
+    with _client("runs wait") as client:
+        _follow(client, run_id, timeout, as_json)
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def events(
+    run_id: RunId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object per line, with all fields.")] = False,
+) -> None:
+    """Print a run's events from the log itself. Needs no gateway."""
+    with _client("runs events") as client:
+        began_ms = 0
+        for event in client.events(run_id, follow=follow):
+            began_ms = began_ms or event.at_ms
+            if as_json:
+                print(run_output.event_json(event), flush=True)
+            else:
+                _out.print(run_output.time_line(event, began_ms))
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def approve(run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None) -> None:
+    """Let the attempt that waits go ahead; say what came of it."""
+    with _client("runs approve", by) as client:
+        _check("approve", run_id, step_id=step_id, reason=reason, by=by)
+        _answer(client, "approve", run_id, client.approve(run_id, step_id, reason=reason))
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def reject(run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None) -> None:
+    """Refuse the attempt that waits: its step fails. Say what came of it."""
+    with _client("runs reject", by) as client:
+        _check("reject", run_id, step_id=step_id, reason=reason, by=by)
+        _answer(client, "reject", run_id, client.reject(run_id, step_id, reason=reason))
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def cancel(run_id: RunId, reason: Reason = "", by: By = None) -> None:
+    """Cancel a run: what runs is aborted, nothing further starts."""
+    with _client("runs cancel", by) as client:
+        _check("cancel", run_id, reason=reason, by=by)
+        _answer(client, "cancel", run_id, client.cancel(run_id, reason=reason))
+
+
+@contextmanager
+def _client(command: str, by: str | None = None) -> Iterator[Client]:
+    with explained(command), Client(by=by) as client:
+        yield client
+
+
+def _input(text: str) -> Any:
+    """Return the JSON value that `--input` means."""
+    where, data = "", text.encode("utf-8", "surrogateescape")
+    try:
+        if text == "-":
+            where, data = " on standard input", sys.stdin.buffer.read()
+        elif text.startswith("@"):
+            where, data = f" in {text[1:]}", Path(text[1:]).read_bytes()
+        return parse_json(data)
+    except OSError as error:
+        usage("runs start", f"--input: {text[1:]} cannot be read: {error.strerror or error}")
+    except NotJsonError as error:
+        hint = "" if where else '. In a shell: --input \'{"order_id": "order-1"}\''
+        usage("runs start", f"--input: no JSON{where}: {error}{hint}")
+
+
+def _tags(texts: Sequence[str]) -> dict[str, str] | None:
+    """Return tags by name."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, mark, value = text.partition("=")
+        if not mark or name in found:
+            usage("runs start", f"--tag: {text!r} {'names a tag twice' if mark else 'is no NAME=VALUE'}")
+        found[name] = value
+    return found or None
+
+
+def _check(kind: str, run_id: str, **fields: str | None) -> None:
+    """Find out before it is sent whether a command has the right form. Raises RequestError."""
+    validate({"type": kind, "run_id": run_id, **{name: value for name, value in fields.items() if value}})
+
+
+def _follow(
+    client: Client, run_id: str, timeout_s: float | None, as_json: bool, content_hash: str | None = None
+) -> None:
+    """Print a run's time line until it is over or needs a human; then end with the exit code that says so.
+
+    content_hash: that of the request that we think has started it.
+    """
+    lines = _notes if as_json else _out
+    began_ms = 0
+    last: Run | None = None
+    for run, new in client.follow(run_id, timeout_s):
+        last = run
+        for event in new:
+            if event.type == "RunStarted" and content_hash not in (None, event.data.content_hash):
+                typer.echo(f"tidegate runs start: run {run_id} is there already, with other content", err=True)
+                raise typer.Exit(EXIT_REFUSED)
+            began_ms = began_ms or event.at_ms
+            lines.print(run_output.time_line(event, began_ms))
+        if run.needs_human:
+            break
+    if last is None or not (last.is_over or last.needs_human):
+        seen = f"it is {last.status}" if last is not None else "the log has nothing of it"
+        raise RunNotFinishedError(f"run {run_id} did not end within {timeout_s} s: {seen}")
+    if as_json:
+        print(run_output.run_json(last))
+    else:
+        for line in run_output.ending(last):
+            _out.print(line)
+    raise typer.Exit(exit_code(last.status))
+
+
+def _answer(client: Client, command: str, run_id: str, command_id: str) -> None:
+    """Wait until the run has answered a command, and say what it answered."""
+    try:
+        event = client.answer(run_id, command_id, ANSWER_TIMEOUT_S)
+    except RunNotFinishedError:
+        problem = f"no scheduler has answered within {ANSWER_TIMEOUT_S:.0f} s. The command is in Kafka and counts when one runs."
+        typer.echo(f"tidegate runs {command}: {problem}", err=True)
+        raise typer.Exit(EXIT_NO_ANSWER) from None
+    if event.type == "CommandRefused":
+        typer.echo(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
+        raise typer.Exit(EXIT_REFUSED)
+    if event.type == "ApprovalResolved":
+        word = "approved" if event.data.approved else "rejected"
+        print(f"{word}: {event.data.step_id} (attempt {event.data.attempt}) of run {run_id}")
+    else:
+        print(f"run {run_id} is being cancelled")
+
+
+# --- through the live view ------------------------------------------------------------------------------------------------
+
+
+@app.command("list", epilog=RUN_EXIT_CODES)
+def list_(
+    status: Annotated[
+        list[str] | None, typer.Option("--status", "-s", help="Such as waiting or failed; repeatable.")
+    ] = None,
+    workflow: Annotated[str, typer.Option("--workflow", help="`name` or `name@version`.")] = "",
+    account: Annotated[str, typer.Option("--account", help="This account and all below it.")] = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="At most so many.")] = 50,
+    as_json: Json = False,
+    url: Url = "",
+) -> None:
+    """List runs, those started last first."""
+    known = {states.RUNNING, states.WAITING, *states.RUN_TERMINAL}
+    for name in status or ():
+        if name not in known:
+            usage("runs list", f"--status: {name!r} is none of {', '.join(sorted(known))}")
+    asked = {"status": ",".join(status or ()), "workflow": workflow, "account": account, "limit": limit}
+    with explained("runs list"):
+        found = LiveView(url).runs({name: value for name, value in asked.items() if value})
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _tables.print(run_output.runs_table(found["runs"]))
+    if found["partitions_missing"]:
+        _notes.print(f"[yellow]no gateway answers for partitions {found['partitions_missing']}: runs are missing[/]")
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def show(run_id: RunId, as_json: Json = False, url: Url = "") -> None:
+    """Show how a run stands: its steps, its questions, its money."""
+    with explained("runs show"):
+        found = LiveView(url).run(run_id, wait_s=NEW_RUN_S)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _tables.print(run_output.run_page(found))
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def watch(
+    run_id: RunId,
+    timeout: Timeout = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object per line for every change.")] = False,
+    url: Url = "",
+) -> None:
+    """Follow a run in the live view until it is over; a question to a human is shown, and waited for."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    seen: dict[str, Any] | None = None
+    with explained("runs watch"):
+        for body in _changes(LiveView(url), run_id, deadline):
+            if as_json:
+                print(json.dumps(body, ensure_ascii=False), flush=True)
+            else:
+                for line in run_output.changes(seen, body):
+                    _out.print(line)
+            seen = body
+    assert seen is not None  # noqa: S101 - a run that is not there raises
+    if seen["status"] in states.RUN_TERMINAL:
+        raise typer.Exit(exit_code(seen["status"]))
+    typer.echo(f"tidegate runs watch: run {run_id} is still {seen['status']} after {timeout} s", err=True)
+    raise typer.Exit(EXIT_TIMEOUT)
+
+
+def _changes(view: LiveView, run_id: str, deadline: float | None) -> Iterator[dict[str, Any]]:
+    """Yield the run, then again after each change, until it is over or the time is up. Raises as LiveView.run.
+
+    A gateway that is restarted meanwhile is waited for: it may come back under another address.
+    """
+    seq, wait_s = 0, NEW_RUN_S
+    away_since: float | None = None
+    while True:
+        try:
+            body = view.run(run_id, after_seq=seq, wait_s=wait_s)
+        except (NotReadyError, UnknownRunError) as error:
+            # Known a moment ago, so the gateway that answers now is one that knows it not yet.
+            if not seq or (away_since and time.monotonic() - away_since > GATEWAY_AWAY_S):
+                raise
+            if away_since is None:
+                away_since = time.monotonic()
+                _notes.print(f"{error} Waiting for it …", style="dim", markup=False)
+            time.sleep(RETRY_S)
+        else:
+            away_since = None
+            if body["seq"] > seq:
+                seq = body["seq"]
+                yield body
+                if body["status"] in states.RUN_TERMINAL:
+                    return
+        left_s = POLL_S if deadline is None else deadline - time.monotonic()
+        if left_s <= 0:
+            return
+        wait_s = min(POLL_S, left_s)

@@ -1,0 +1,357 @@
+"""The live view on a whole system: it follows runs, answers over HTTP, and is the same after kill -9."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode, urlsplit
+
+import pytest
+
+from support.stack import RUNS, WAIT_S, WholeStack, assert_whole, eventually
+
+GATEWAY = "gateway-0"
+SESSION_TIMEOUT_MS = "6000"
+MINUTE_MS = 60_000
+
+
+class Answer(NamedTuple):
+    status: int
+    body: Any
+
+
+class View:
+    """A live view as seen from outside, wherever it answers at the moment."""
+
+    def __init__(self, address_file: Path) -> None:
+        self._file = address_file
+
+    @property
+    def pid(self) -> int:
+        return int(json.loads(self._file.read_text(encoding="utf-8"))["pid"])
+
+    def ask(self, path: str, **query: Any) -> Answer:
+        """Ask once. Raises OSError if nobody answers."""
+        url = urlsplit(json.loads(self._file.read_text(encoding="utf-8"))["url"])
+        connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=WAIT_S)
+        try:
+            connection.request("GET", f"{path}?{urlencode(query)}")
+            response = connection.getresponse()
+            data = response.read()
+        finally:
+            connection.close()
+        is_json = response.headers.get_content_type() == "application/json"
+        return Answer(response.status, json.loads(data) if is_json else data.decode())
+
+    def ask_if_there(self, path: str, **query: Any) -> Answer | None:
+        """Ask once; returns None if nobody answers, or one who is being restored."""
+        try:
+            answer = self.ask(path, **query)
+        except (OSError, http.client.HTTPException):
+            return None
+        return None if answer.status == 503 else answer
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Ask until the view is there and restored; returns the body of an answer that is not an error."""
+        answer = eventually(lambda: self.ask_if_there(path, **query), f"the live view to answer {path}")
+        assert answer is not None
+        assert answer.status == 200, answer
+        return answer.body
+
+    def run(self, run_id: str, fits: Callable[[Any], object]) -> Any:
+        """Return a run's body as soon as it fits."""
+
+        def ask() -> Any:
+            answer = self.ask_if_there(f"/v1/runs/{run_id}", wait_ms=1000)
+            return answer is not None and answer.status == 200 and fits(answer.body) and answer.body
+
+        return eventually(ask, f"the live view to show {run_id}")
+
+    def checksum(self) -> str:
+        """Return a digest of everything that it knows: all runs with their steps, and all windows of spend."""
+        listed = self.get("/v1/runs", limit=1000)
+        assert listed["partitions_missing"] == []
+        everything = {
+            "runs": [self.get(f"/v1/runs/{run['run_id']}") for run in listed["runs"]],
+            "spend": self.get("/v1/spend", since_ms=0),
+        }
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
+    env = {"TIDEGATE_KAFKA_SESSION_TIMEOUT_MS": SESSION_TIMEOUT_MS}
+    folder = tmp_path_factory.mktemp("live")
+    with WholeStack(folder, services=("scheduler", "gate", "gateway"), env=env) as whole:
+        policy = folder / "ask.yaml"
+        policy.write_text(ASK, encoding="utf-8")
+        whole.cli("policy", "apply", str(policy))
+        yield whole
+
+
+@pytest.fixture
+def whole(stack: WholeStack) -> Iterator[WholeStack]:
+    """The stack of this module, checked after the test: see `assert_whole`."""
+    yield stack
+    assert_whole(stack)
+
+
+@pytest.fixture
+def view(stack: WholeStack) -> View:
+    return View(stack.stack.data_dir / "gateway.json")
+
+
+ASK = """
+policy: ask
+version: "1"
+rules:
+  - name: ask-about-two
+    when: account.startsWith('asked') && step == 'two'
+    then: require_approval
+    reason: somebody must look
+"""
+
+
+def new_id(word: str) -> str:
+    return f"{word}-{uuid.uuid4().hex[:8]}"
+
+
+# --- what it shows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("O4")
+def test_it_follows_a_run_to_its_end(whole: WholeStack, view: View) -> None:
+    run_id = whole.client.start("chain", 1, run_id=new_id("chain"), account="live/one", budget_micros=1000)
+    truth = whole.wait(run_id)
+    body = view.run(run_id, lambda found: found["seq"] == truth.seq)
+    assert (body["status"], body["workflow"], body["account"]) == ("succeeded", truth.workflow, "live/one")
+    assert json.loads(body["output"]) == truth.output
+    assert [(step["step_id"], step["status"]) for step in body["steps"]] == [
+        (name, "succeeded") for name in ("one", "two", "three")
+    ]
+    assert (body["step_count"], body["succeeded_count"]) == (3, 3)
+    assert (body["spent_micros"], body["budget_micros"]) == (truth.spent_micros, 1000)
+    assert (body["started_ms"], body["finished_ms"]) == (truth.started_ms, truth.finished_ms)
+    assert body["incomplete"] is False
+    listed = view.get("/v1/runs", account="live/one")["runs"]
+    assert [run["run_id"] for run in listed] == [run_id]
+
+
+@pytest.mark.feature("P4")
+def test_it_shows_questions_and_takes_them_away_when_they_are_answered(whole: WholeStack, view: View) -> None:
+    run_id = whole.client.start("chain", 1, run_id=new_id("asked"), account="asked/here")
+    assert whole.wait(run_id).needs_human
+    body = view.run(run_id, lambda found: found["status"] == "waiting")
+    (question,) = body["approvals"]
+    assert (question["step_id"], question["attempt"], question["why"]) == ("two", 1, "policy")
+    assert (question["policy"], question["rule"], question["reason"]) == (
+        "ask@1",
+        "ask-about-two",
+        "somebody must look",
+    )
+    assert run_id in [run["run_id"] for run in view.get("/v1/runs", status="waiting")["runs"]]
+
+    whole.client.reject(run_id, reason="no")
+    body = view.run(run_id, lambda found: found["status"] == "failed")
+    assert body["approvals"] == []
+    assert body["code"] == "rejected"
+    assert run_id not in [run["run_id"] for run in view.get("/v1/runs", status="waiting")["runs"]]
+
+
+@pytest.mark.feature("O4")
+def test_refused_starts_are_runs_and_refused_commands_are_none(whole: WholeStack, view: View) -> None:
+    refused, nobody = new_id("refused"), new_id("nobody")
+    whole.client.start("no-such-workflow", run_id=refused)
+    body = view.run(refused, lambda found: found["status"] == "refused")
+    assert body["code"] == "unknown_workflow"
+    whole.client.answer(nobody, whole.client.cancel(nobody), WAIT_S)
+    assert view.ask(f"/v1/runs/{nobody}", wait_ms=1000).status == 404
+
+
+@pytest.mark.feature("P2")
+def test_spend_is_summed_per_minute_over_an_account_and_all_below_it(whole: WholeStack, view: View) -> None:
+    root = new_id("spend")
+    runs = [
+        whole.wait(whole.client.start("chain", 1, account=account))
+        for account in (root, f"{root}/a", f"{root}/a", f"{root}/b")
+    ]
+    for run in runs:
+        view.run(run.run_id, lambda found, seq=run.seq: found["seq"] == seq)
+    each = runs[0].spent_micros
+    assert each > 0
+    found = view.get("/v1/spend", account=root)
+    assert found["total_micros"] == 4 * each
+    assert {one["account"]: one["total_micros"] for one in found["accounts"]} == {
+        root: each,
+        f"{root}/a": 2 * each,
+        f"{root}/b": each,
+    }
+    assert all(window["start_ms"] % MINUTE_MS == 0 for one in found["accounts"] for window in one["windows"])
+    assert view.get("/v1/spend", account=f"{root}/a")["total_micros"] == 2 * each
+    later = (runs[-1].finished_ms // MINUTE_MS + 2) * MINUTE_MS
+    assert view.get("/v1/spend", account=root, since_ms=later)["accounts"] == []
+
+
+@pytest.mark.feature("O4")
+def test_who_waits_is_told_of_the_next_change_and_of_none_after_the_time(whole: WholeStack, view: View) -> None:
+    run_id = whole.client.start("chain", 1, run_id=new_id("wait"), account="asked/wait")
+    assert whole.wait(run_id).needs_human
+    seq = view.run(run_id, lambda found: found["status"] == "waiting")["seq"]
+    assert view.ask(f"/v1/runs/{run_id}", after_seq=seq, wait_ms=50).body["seq"] == seq
+
+    answers: list[Answer] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(view.ask(f"/v1/runs/{run_id}", after_seq=seq, wait_ms=30_000))
+    )
+    asking.start()
+    whole.client.approve(run_id)
+    asking.join(timeout=WAIT_S)
+    assert answers[0].body["seq"] > seq
+    assert whole.client.wait(run_id, WAIT_S).status == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "status", "code"),
+    [
+        ("/v1/runs/no-such-run", {}, 404, "unknown_run"),
+        ("/v1/runs/" + quote("ä/%?\n"), {}, 404, None),
+        ("/v1/runs/x", {"wait_ms": "²"}, 400, "bad_request"),
+        ("/v1/runs/x", {"wait_ms": "30001"}, 400, "bad_request"),
+        ("/v1/runs/x", {"after_seq": "-1"}, 400, "bad_request"),
+        ("/v1/runs", {"limit": "0"}, 400, "bad_request"),
+        ("/v1/runs", {"limit": "9" * 5000}, 400, "bad_request"),
+        ("/v1/spend", {"minutes": "all"}, 400, "bad_request"),
+        ("/v1/nothing", {}, 404, None),
+    ],
+)
+def test_a_bad_question_gets_a_clear_answer(
+    view: View, path: str, query: Mapping[str, str], status: int, code: str | None
+) -> None:
+    answer = view.ask(path, **query)
+    assert answer.status == status
+    if code is not None:
+        assert answer.body["code"] == code
+        assert answer.body["message"]
+
+
+def test_it_tells_that_it_is_ready(stack: WholeStack, view: View) -> None:
+    assert view.get("/ready") == {"ready": True, "lag": 0}
+    health = view.get("/health")
+    assert health["ready"] is True
+    assert health["partitions"] == list(range(stack.counts[RUNS]))
+
+
+# --- what it survives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.feature("O4")
+def test_a_kill_changes_nothing_that_it_knows(whole: WholeStack, view: View) -> None:
+    ids = [whole.client.start("chain", n, account=f"kill/{n % 3}") for n in range(20)]
+    waiting = whole.client.start("chain", 1, account="asked/kill")
+    for run_id in [*ids, waiting]:
+        seq = whole.wait(run_id).seq
+        view.run(run_id, lambda found, seq=seq: found["seq"] == seq)
+    before = view.checksum()
+    read_before = view.get("/health")["entries"]
+
+    whole.kill(GATEWAY)
+    assert view.checksum() == before
+    assert view.get("/health")["entries"] < read_before, "it has read the log again instead of its changelog"
+
+    # What was under way goes on where it was.
+    whole.client.approve(waiting)
+    run = whole.client.wait(waiting, WAIT_S)
+    body = view.run(waiting, lambda found: found["seq"] == run.seq)
+    assert (body["status"], body["incomplete"]) == ("succeeded", False)
+
+
+@pytest.mark.feature("D1")
+def test_killed_again_and_again_under_load_it_ends_with_the_truth(whole: WholeStack, view: View) -> None:
+    root = new_id("load")
+    ids = []
+    for _ in range(2):
+        ids += [whole.client.start("chain", n, account=root) for n in range(40)]
+        view.run(ids[-40], lambda found: found["seq"])  # it has begun to follow them
+        whole.kill(GATEWAY)
+    spent = 0
+    for run_id in ids:
+        truth = whole.wait(run_id)
+        spent += truth.spent_micros
+        body = view.run(run_id, lambda found, seq=truth.seq: found["seq"] >= seq)
+        assert (body["seq"], body["status"], body["spent_micros"]) == (truth.seq, "succeeded", truth.spent_micros)
+        assert (body["succeeded_count"], body["incomplete"]) == (3, False)
+    assert view.get("/v1/spend", account=root)["total_micros"] == spent
+    assert len(view.get("/v1/runs", account=root, limit=1000)["runs"]) == len(ids)
+
+
+@pytest.mark.feature("D1")
+def test_a_stop_is_clean_and_quick_to_come_back_from(whole: WholeStack, view: View) -> None:
+    before = view.checksum()
+    os.kill(whole.pids[GATEWAY], signal.SIGTERM)
+    whole.expect_other_pid(GATEWAY)
+    assert view.checksum() == before
+    assert view.pid == whole.pids[GATEWAY]
+
+
+@pytest.mark.feature("O4")
+def test_two_gateways_share_the_runs_and_each_answers_for_both(whole: WholeStack, view: View, tmp_path: Path) -> None:
+    ids = [whole.client.start("chain", n, account="shared") for n in range(8)]
+    seqs = {run_id: whole.wait(run_id).seq for run_id in ids}
+    with second_gateway(whole, tmp_path) as second:
+        other = View(tmp_path / "gateway.json")
+        every = set(range(whole.counts[RUNS]))
+
+        def shared() -> bool:
+            mine, theirs = (set(one.get("/health")["partitions"]) for one in (view, other))
+            return bool(mine) and bool(theirs) and mine | theirs == every and not mine & theirs
+
+        eventually(shared, "the two to share the partitions")
+        for one in (view, other):
+            answer = eventually(lambda one=one: complete(one, "shared", len(ids)), "all runs from either")
+            assert {run["run_id"] for run in answer["runs"]} == set(ids)
+            assert one.get("/v1/spend", account="shared") == view.get("/v1/spend", account="shared")
+            for run_id, seq in seqs.items():
+                assert one.get(f"/v1/runs/{run_id}")["seq"] == seq
+        second.terminate()
+        assert second.wait(WAIT_S) == 0
+    # The one that is left takes over what the other had.
+    eventually(lambda: set(view.get("/health")["partitions"]) == every, "the first to own everything again")
+    assert {run["run_id"] for run in complete(view, "shared", len(ids))["runs"]} == set(ids)
+
+
+def complete(view: View, account: str, count: int) -> Any:
+    """Return the runs of an account if none is missing."""
+    answer = view.get("/v1/runs", account=account)
+    return answer["partitions_missing"] == [] and len(answer["runs"]) == count and answer
+
+
+@contextmanager
+def second_gateway(whole: WholeStack, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A further gateway beside the stack's own; killed at the end if it still runs."""
+    environment = {
+        **os.environ,
+        "TIDEGATE_KAFKA_BOOTSTRAP": whole.stack.settings.bootstrap,
+        "TIDEGATE_KAFKA_SESSION_TIMEOUT_MS": SESSION_TIMEOUT_MS,
+        "TIDEGATE_DATA_DIR": str(folder),
+        "TIDEGATE_GATEWAY_PORT": "0",
+        "TIDEGATE_INSTANCE_ID": "gateway-second",
+    }
+    with (folder / "second.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "tidegate.gateway"], env=environment, stderr=log, stdout=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(WAIT_S)
