@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tidegate.bench import sql
 from tidegate.bench.app import STEPS_OF_CHAIN, STEPS_OF_THREE
 from tidegate.bench.lab import EXECUTOR, Lab
 from tidegate.bench.processes import Cost
+from tidegate.embedded import sql
 from tidegate.sdk.client import Client
 
 Figure = dict[str, Any]
@@ -29,6 +29,7 @@ EVENTS_PER_RUN: Final = 20  # of both logs, about: what decides how many runs a 
 FIRST_WARM_UP_RUNS: Final = 1_000
 WARM_UP_RUNS: Final = 200
 TIMEOUT_S: Final = 900.0
+EVENT_COUNT: Final = "SELECT (SELECT count() FROM events) + (SELECT count() FROM ledger) AS n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def w6_rebuild(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
     _fill(lab, sizes.w6_events)
     ends = sql.log_ends(lab.broker)
     sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
-    live_events = int(sql.query(lab.data_dir, sql.EVENT_COUNT)[0]["n"])
+    live_events = int(sql.query(lab.data_dir, EVENT_COUNT)[0]["n"])
     lab.stop_services()
     folder = lab.data_dir / "rebuild"
     try:
@@ -210,7 +211,7 @@ def w6_rebuild(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
             lab.start_projection(folder, "bench-rebuild")
             registered_s = time.monotonic()
             caught_up_s = sql.wait_caught_up(folder, ends, TIMEOUT_S)
-        events = int(sql.query(folder, sql.EVENT_COUNT)[0]["n"])
+        events = int(sql.query(folder, EVENT_COUNT)[0]["n"])
     finally:
         lab.stop_services()
         lab.start_services()
@@ -230,7 +231,7 @@ def _fill(lab: Lab, events_wanted: int) -> None:
     """Have runs until the logs are long enough for a rebuild to say something."""
     ends = sql.log_ends(lab.broker)
     sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
-    there = int(sql.query(lab.data_dir, sql.EVENT_COUNT)[0]["n"])
+    there = int(sql.query(lab.data_dir, EVENT_COUNT)[0]["n"])
     runs = (events_wanted - there) // EVENTS_PER_RUN
     if runs > 0:
         lab.say(f"W6: {runs} runs, so that there is something to rebuild")

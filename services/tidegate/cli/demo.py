@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, query_sql, wait_for_projection
+from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, wait_for_projection
+from tidegate.embedded import sql
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import StackError
 from tidegate.eventlog.interface import EventLogError, Record
@@ -72,6 +73,6 @@ def _show_plain_producer(settings: KafkaSettings, data_dir: Path, say: Say) -> N
     say(f"  -> {run.status}: {run.output}")
     query = f"SELECT step_id, status, attempts, spent_micros FROM steps WHERE run_id = '{run_id}' ORDER BY ready_at, step_id"
     say(f'  tidegate sql "{query}"')
-    wait_for_projection(data_dir, run_id)
-    for row in query_sql(data_dir, query):
+    wait_for_projection(data_dir, settings, run_id)
+    for row in sql.query(data_dir, query):
         say(f"     {row['step_id']:<36} {row['status']:<10} {row['attempts']} attempt {row['spent_micros']:>6} micros")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Any, Final
 from tidegate.cli.run_output import describe
 from tidegate.demo.app import app
 from tidegate.demo.payments import Payments
-from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
+from tidegate.embedded import sql
 from tidegate.embedded.stack import ExecutorPool, Stack
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.sdk.client import Client
 
@@ -93,7 +92,7 @@ class RefundDemo:
     # -- the proof ----------------------------------------------------------------------
 
     def _prove(self, run_id: str, began: float) -> dict[str, Any]:
-        wait_for_projection(self._stack.data_dir, run_id)
+        wait_for_projection(self._stack.data_dir, self._stack.settings, run_id)
         dispatches = self._sql(
             "SELECT uniqExact(attempt) AS n FROM events "
             f"WHERE run_id = '{run_id}' AND type = 'AttemptDispatched' AND endsWith(step_id, 'tool:issue_refund')"
@@ -147,33 +146,24 @@ class RefundDemo:
         return report
 
     def _sql(self, query: str) -> list[dict[str, Any]]:
-        return query_sql(self._stack.data_dir, query)
+        try:
+            return sql.query(self._stack.data_dir, query)
+        except OSError as error:
+            raise DemoError(f"the SQL endpoint does not answer: {error}") from error
 
 
-def wait_for_projection(data_dir: Path, run_id: str) -> None:
-    """Wait until the tables show the end of the run and of its account at the gate. Raises DemoError."""
-    deadline = time.monotonic() + PROJECTION_TIMEOUT_S
-    while time.monotonic() < deadline:
-        done = query_sql(
-            data_dir, f"SELECT count() AS n FROM events WHERE run_id = '{run_id}' AND type = 'RunFinished'"
-        )
-        closed = query_sql(
-            data_dir, f"SELECT count() AS n FROM ledger WHERE run_id = '{run_id}' AND type = 'RunClosed'"
-        )
-        if int(done[0]["n"]) and int(closed[0]["n"]):
-            return
-        time.sleep(0.1)
-    raise DemoError("the projection did not catch up; see projection-0.log")
-
-
-def query_sql(data_dir: Path, query: str) -> list[dict[str, Any]]:
-    """Ask the projection's SQL endpoint; returns rows as objects. Raises DemoError if it does not answer."""
-    address_file = data_dir / "sql.json"
+def wait_for_projection(data_dir: Path, kafka: KafkaSettings, run_id: str) -> None:
+    """Wait until the gate has closed the books of the run and all tables show it. Raises DemoError."""
+    broker = KafkaBroker(kafka)
+    closed = f"SELECT count() AS n FROM ledger WHERE run_id = '{run_id}' AND type = 'RunClosed'"
+    deadline_s = time.monotonic() + PROJECTION_TIMEOUT_S
     try:
-        url = canonical.loads(address_file.read_text(encoding="utf-8"))["url"]
-        target = f"{url.rstrip('/')}/?{urllib.parse.urlencode({'query': query, 'default_format': 'JSONEachRow'})}"
-        with urllib.request.urlopen(target, timeout=30) as answer:  # noqa: S310 - the address is our own file's
-            lines = answer.read().decode().splitlines()
-    except (OSError, KeyError, canonical.NotJsonError) as error:
-        raise DemoError(f"the SQL endpoint does not answer: {error}") from error
-    return [canonical.loads(line) for line in lines if line]
+        while not int(sql.query(data_dir, closed)[0]["n"]):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("the ledger in ClickHouse does not show the end of the run")
+            time.sleep(0.1)
+        sql.wait_caught_up(data_dir, sql.log_ends(broker), PROJECTION_TIMEOUT_S)
+    except OSError as error:  # TimeoutError too
+        raise DemoError(f"{error}; see projection-0.log") from error
+    finally:
+        broker.close()
