@@ -320,7 +320,7 @@ def assert_whole(whole: WholeStack, *, unfinished: Iterable[str] = ()) -> Truth:
 
 def assert_tells_follow_from_the_logs(whole: WholeStack, since: Ends) -> None:
     """Check that what was told since then follows from valid entries: what a zombie decided must not even be told."""
-    valid = {topic: _valid_entries(whole.log(topic)) for topic in (RUNS, LEDGER)}
+    valid = {topic: valid_entries(whole.log(topic)) for topic in (RUNS, LEDGER)}
     for topic, log in TOLD_BY.items():
         for message in (message for messages in whole.log(topic, since) for message in messages):
             told = codec.decode(message.value)
@@ -330,7 +330,8 @@ def assert_tells_follow_from_the_logs(whole: WholeStack, since: Ends) -> None:
             assert log == LEDGER or entry.subject == told.run_id, f"{where} follows from an entry of {entry.subject}"
 
 
-def _valid_entries(partitions: Iterable[Iterable[Message]]) -> dict[tuple[int, int], Entry]:
+def valid_entries(partitions: Iterable[Iterable[Message]]) -> dict[tuple[int, int], Entry]:
+    """Return what no zombie wrote in a log, read from its beginning, by partition and offset."""
     found = {}
     for messages in partitions:
         tracker = EpochTracker()

@@ -21,6 +21,7 @@ from tidegate.process import (
     configure_logging,
     prepare,
     run_until_stopped,
+    spare_the_collector,
     stop_on_signals,
 )
 from tidegate.registry import Registration
@@ -54,6 +55,7 @@ def main() -> int:
         registration.start()
         loop = OwnerLoop(broker, machine, instance_id)
         loop.start()
+        spare_the_collector()
         _log.info("ready")
         run_until_stopped(loop.run_once, stop)
         loop.close()

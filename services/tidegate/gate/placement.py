@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -14,7 +15,7 @@ EXECUTOR: Final = "executor"
 class Executor:
     """The latest life of an executor, as it last reported."""
 
-    __slots__ = ("functions", "life", "queue", "row", "slots")
+    __slots__ = ("functions", "life", "queue", "row", "running", "slots")
 
     def __init__(self, row: Instance, life: Incarnation) -> None:
         self.row = row
@@ -22,6 +23,8 @@ class Executor:
         self.queue = row.queue
         self.slots = row.slots
         self.functions = frozenset(row.functions)
+        # How many attempts it runs, by the ledger partition that placed them.
+        self.running = Counter(item.ledger_partition for item in row.running)
 
     def offers(self, kind: str, function: str) -> bool:
         """Tell whether it registered the function."""
@@ -44,6 +47,7 @@ class Executors:
         self._suspects: dict[Incarnation, int] = {}
         self.ended: dict[Incarnation, str] = {}
         self._ready: dict[str, list[Executor]] = {}
+        self._by_life: dict[Incarnation, Executor] = {}
 
     def take(self, instance_id: str, row: Instance | None, offset: int) -> None:
         """Note a record of `instances`."""
@@ -75,10 +79,11 @@ class Executors:
         self._suspects.pop(life, None)
 
     def _sort(self) -> None:
+        ready = [executor for executor in self.by_id.values() if executor.row.state == "ready"]
+        self._by_life = {executor.life: executor for executor in ready}
         self._ready = {}
-        for executor in self.by_id.values():
-            if executor.row.state == "ready":
-                self._ready.setdefault(executor.queue, []).append(executor)
+        for executor in ready:
+            self._ready.setdefault(executor.queue, []).append(executor)
 
     def watch(self, lives: Iterable[Incarnation]) -> None:
         """Begin a full lease for lives that hold attempts but were never heard of here (after a take-over)."""
@@ -110,44 +115,52 @@ class Executors:
 
     def free_slots(self, ledgers: Mapping[int, Ledger]) -> FreeSlots:
         """Return the free slots of everybody who is ready: slots, less what our ledgers placed there, less what others did."""
-        return FreeSlots(self._ready, ledgers)
+        return FreeSlots(self._ready, self._by_life, ledgers)
 
 
 class FreeSlots:
     """Free slots, counted down while one decision places several attempts."""
 
-    __slots__ = ("_free", "_ledgers", "_ready")
+    __slots__ = ("_by_life", "_free", "_ledgers", "_ready")
 
-    def __init__(self, ready: Mapping[str, list[Executor]], ledgers: Mapping[int, Ledger]) -> None:
+    def __init__(
+        self,
+        ready: Mapping[str, list[Executor]],
+        by_life: Mapping[Incarnation, Executor],
+        ledgers: Mapping[int, Ledger],
+    ) -> None:
         self._ready = ready
+        self._by_life = by_life
         self._ledgers = ledgers
         self._free: dict[Incarnation, int] = {}
 
     def _of(self, executor: Executor) -> int:
         free = self._free.get(executor.life)
         if free is None:
-            ours = sum(len(ledger.held_by.get(executor.life, ())) for ledger in self._ledgers.values())
-            theirs = sum(1 for item in executor.row.running if item.ledger_partition not in self._ledgers)
-            free = self._free[executor.life] = executor.slots - ours - theirs
+            free = executor.slots
+            for ledger in self._ledgers.values():
+                free -= len(ledger.held_by.get(executor.life, ()))
+            for partition, count in executor.running.items():
+                if partition not in self._ledgers:
+                    free -= count
+            self._free[executor.life] = free
         return free
 
     def give_back(self, life: Incarnation) -> None:
         """Count a slot that an attempt ended in this decision leaves."""
-        for executors in self._ready.values():
-            for executor in executors:
-                if executor.life == life:
-                    self._free[life] = self._of(executor) + 1
+        executor = self._by_life.get(life)
+        if executor is not None:
+            self._free[life] = self._of(executor) + 1
 
     def take(self, queue: str, kind: str, function: str) -> Executor | None:
         """Return the executor with the most free slots that offers the function, and take one of them; None if all are full."""
         best: Executor | None = None
         for executor in self._ready.get(queue, ()):
-            if self._of(executor) > 0 and executor.offers(kind, function):
-                better = best is None or (self._of(executor), best.life.instance_id) > (
-                    self._of(best),
-                    executor.life.instance_id,
-                )
-                best = executor if better else best
+            free = self._of(executor)
+            if free <= 0 or not executor.offers(kind, function):
+                continue
+            if best is None or (free, best.life.instance_id) > (self._of(best), executor.life.instance_id):
+                best = executor
         if best is not None:
             self._free[best.life] -= 1
         return best

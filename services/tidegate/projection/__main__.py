@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import sys
 import threading
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from tidegate.process import (
     ProcessSettings,
     configure_logging,
     run_until_stopped,
+    spare_the_collector,
     stop_on_signals,
     wait_for_topics,
 )
@@ -78,16 +78,10 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
             ),
         )
         stack.callback(projection.close)
-        _spare_the_collector()
+        spare_the_collector()
         _log.info("ready")
         run_until_stopped(projection.run_once, stop)
     _log.info("ended", events=projection.counters.events, rows=projection.counters.rows)
-
-
-def _spare_the_collector() -> None:
-    """Rows are tuples of text and numbers, in no cycles, tens of thousands at a time: looking through them costs a tenth."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def _open_store(settings: ProjectionSettings, stack: ExitStack) -> Store:

@@ -19,6 +19,7 @@ from tidegate.process import (
     configure_logging,
     prepare,
     run_until_stopped,
+    spare_the_collector,
     stop_on_signals,
 )
 from tidegate.registry import Registration
@@ -60,6 +61,7 @@ def main() -> int:
         loop.start()
         admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"], instance_id)
         threading.Thread(target=_admit, args=(admission, stop), name="admission", daemon=True).start()
+        spare_the_collector()
         _log.info("ready")
         run_until_stopped(loop.run_once, stop)
         loop.close()
