@@ -23,7 +23,10 @@ class Target(NamedTuple):
 TARGETS: Final[dict[str, Target]] = {
     "W1": Target("≥ 2,000 steps/s", lambda figure: figure["steps_per_s"] >= 2_000),
     "W2": Target("p50 ≤ 20 ms", lambda figure: figure["p50_ms"] <= 20),
-    "W3": Target("last 100 steps no slower", lambda figure: figure["last_hundred_ms"] <= figure["first_hundred_ms"]),
+    # Repeats of the same hundred steps differ by more than a tenth.
+    "W3": Target(
+        "last 100 steps as fast (±10 %)", lambda figure: figure["last_hundred_ms"] <= 1.1 * figure["first_hundred_ms"]
+    ),
     "W4": Target("≤ 3 s", lambda figure: figure["recovery_s"] <= 3),
     "W6": Target("≥ 30,000 events/s", lambda figure: figure["events_per_s"] >= 30_000),
 }

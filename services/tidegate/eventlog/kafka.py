@@ -726,7 +726,12 @@ def _headers(raw: Any) -> tuple[tuple[str, bytes], ...]:
         headers = _read_headers(raw)
     except (SystemError, UnicodeDecodeError):
         return ()  # names that are not UTF-8 and so not readable with this client: none of ours
-    return tuple((name, value or b"") for name, value in headers) if headers else ()
+    if not headers:
+        return ()
+    for _, value in headers:
+        if value is None:
+            return tuple((name, value or b"") for name, value in headers)
+    return tuple(headers)
 
 
 def _is_fatal(error: KafkaError) -> bool:
