@@ -1,0 +1,60 @@
+"""The benchmark does its works and prints its figures. Nothing here is about how large they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT_S = 300.0
+COMMON = {"work", "load_before", "processes", "target", "met"}
+KEYS = {
+    "W4": {"killed", "runs", "repeats", "recovery_s", "recovery_median_s", "undisturbed_s", "log_records"},
+    "W1": {
+        "runs",
+        "steps",
+        "seconds",
+        "steps_per_s",
+        "p50_ms",
+        "p99_ms",
+        "projection_lag_records",
+        "projection_caught_up_s",
+    },
+    "W2": {"runs", "p50_ms", "p99_ms"},
+    "W6": {"events", "identical_count", "seconds", "seconds_with_start", "events_per_s"},
+}
+
+
+def test_small_works_print_a_json_line_per_figure(tmp_path: Path) -> None:
+    out = tmp_path / "figures.jsonl"
+    words = ["bench", "--works", "W4,W1,W2,W6", "--runs", "20", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tidegate.cli", *words], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [figure["work"] for figure in figures] == ["W4", "W4", "W4", "W1", "W2", "W6"]
+    assert [figure["killed"] for figure in figures[:3]] == ["executor", "scheduler", "gate"]
+    for figure in figures:
+        assert set(figure) == COMMON | KEYS[figure["work"]]
+        assert all(cost["cpu_s"] >= 0 and cost["peak_rss_mib"] > 0 for cost in figure["processes"].values())
+    assert figures[-1]["identical_count"]
+    assert {"kafka", "scheduler", "gate", "executor", "projection", "bench"} <= set(figures[3]["processes"])
+    assert out.read_text(encoding="utf-8").splitlines() == done.stdout.splitlines()
+    assert "processor seconds" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--works", "W9"), ("--works", ""), ("--runs", "0")])
+def test_wrong_usage_starts_nothing(words: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tidegate.cli", "bench", *words],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Kafka" not in done.stderr
