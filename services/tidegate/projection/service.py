@@ -9,12 +9,12 @@ from typing import Any, Final, NamedTuple, Protocol
 import structlog
 
 from tidegate import codec
+from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, Message, TopicPartition
 from tidegate.eventlog.subscription import AssignmentChange
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 from tidegate.failpoints import failpoint
 from tidegate.projection import rows
-from tidegate.projection.epochs import epoch_before
 from tidegate.projection.inserter import Batch, Inserter
 
 RUN_EVENTS: Final = "run-events"
