@@ -11,7 +11,7 @@ from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
-from tidegate.projection import epochs
+from tidegate.eventlog import epochs
 
 pytestmark = pytest.mark.feature("L4")
 

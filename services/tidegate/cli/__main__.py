@@ -43,7 +43,7 @@ class LazyGroup(TyperGroup):
             return None
         module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
         found = getattr(importlib.import_module(module_name), attribute)
-        command = typer.main.get_command(found if isinstance(found, typer.Typer) else _service(found))
+        command = typer.main.get_command(found if isinstance(found, typer.Typer) else _service(cmd_name, found))
         command.name = cmd_name
         return command
 
@@ -56,11 +56,12 @@ class LazyGroup(TyperGroup):
         )
 
 
-def _service(main_function: Callable[[], int]) -> typer.Typer:
+def _service(name: str, main_function: Callable[[], int]) -> typer.Typer:
     """Wrap a service's `main` as a command without options: services are configured by environment variables."""
+    text = f"{COMMANDS[name][1]}\n\nConfigured by environment variables that start with TIDEGATE_. Runs until SIGTERM or Ctrl-C."
     wrapped = typer.Typer(add_completion=False)
 
-    @wrapped.command(help=main_function.__doc__)
+    @wrapped.command(help=text)
     def run() -> None:
         raise typer.Exit(main_function())
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from tidegate.cli.addresses import AddressError, read_address
+from tidegate.cli.addresses import DATA_DIR_VARIABLE, DEFAULT_DATA_DIR, AddressError, read_address
+from tidegate.cli.wording import counted
+from tidegate.embedded.data_folder import DataFolder, DataFolderError
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import ExecutorPool, Stack, StackError
 from tidegate.embedded.supervisor import ProcessStatus
@@ -24,7 +27,6 @@ from tidegate.sdk.loading import load_app
 
 app = typer.Typer(add_completion=False)
 DEMO_APP = "tidegate.demo.app:app"
-HEALTH_EVERY_S = 30.0
 
 
 @app.command()
@@ -33,27 +35,31 @@ def dev(
     slots: Annotated[
         int, typer.Option(help="How many attempts the executor runs at the same time.", min=1, max=1000)
     ] = 16,
-    data_dir: Annotated[Path, typer.Option(envvar="TIDEGATE_DATA_DIR", help="Where everything is kept.")] = Path(
-        ".tidegate/dev"
+    data_dir: Annotated[Path, typer.Option(envvar=DATA_DIR_VARIABLE, help="Where everything is kept.")] = Path(
+        DEFAULT_DATA_DIR
     ),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was kept and start empty.")] = False,
-    kafka_port: Annotated[int, typer.Option(help="Port of Kafka; a free one if it is taken.")] = 9092,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Empty the data folder first, if `tidegate dev` made it.")
+    ] = False,
+    kafka_port: Annotated[int, typer.Option(help="Port of Kafka; a free one if it is taken, or 0.")] = 9092,
     sql_port: Annotated[int, typer.Option(help="Port of the SQL endpoint; 0 for a free one.")] = 0,
     gateway_port: Annotated[int, typer.Option(help="Port of the live view; 0 for a free one.")] = 0,
 ) -> None:
     """Start Kafka, ClickHouse, all services and one executor of your app; Ctrl-C stops them, the data stays.
 
-    An existing Kafka is used if TIDEGATE_KAFKA_BOOTSTRAP names it. Exit code 1 if something does not start.
+    An existing Kafka is used if TIDEGATE_KAFKA_BOOTSTRAP names it. A line is printed for every part, and
+    whenever one changes its state. Exit codes: 1 something does not start; 2 wrong usage, an app that cannot be loaded, or
+    a data folder that must not be emptied.
     """
     stop = stop_on_signals()
     try:
         loaded = load_app(app_name)
-    except AppError as error:
+        if fresh:
+            DataFolder(data_dir).empty()
+    except (AppError, DataFolderError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    if fresh:
-        shutil.rmtree(data_dir, ignore_errors=True)
-    console = Console()
+    console = Console(soft_wrap=True)  # lines are read by programs, too, and hold paths: never broken
     stack = Stack(
         data_dir,
         pools=[ExecutorPool(app_name, slots=slots)],
@@ -61,7 +67,7 @@ def dev(
         kafka_port=kafka_port,
         sql_port=sql_port,
         gateway_port=gateway_port,
-        on_progress=lambda line: console.print(f"[dim]{line}[/dim]"),
+        on_progress=lambda line: console.print(f"[dim]{escape(line)}[/dim]"),
     )
     try:
         with stack:
@@ -70,18 +76,23 @@ def dev(
             _show(console, stack, app_name, published)
             _watch(console, stack, stop.wait)
             console.print("[dim]stopping …[/dim]")
-    except (StackError, AddressError, EmbeddedKafkaError, EventLogError, PublishConflictError) as error:
+    except EventLogError as error:
+        typer.echo(f"error: Kafka at {stack.settings.bootstrap}: {error}", err=True)
+        raise typer.Exit(1) from None
+    except (StackError, AddressError, EmbeddedKafkaError, PublishConflictError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 
 
 def _show(console: Console, stack: Stack, app_name: str, published: list[str]) -> None:
-    console.print(f"\n[bold]Tidegate is up.[/bold] Data: {stack.data_dir}")
+    console.print(f"\n[bold]Tidegate is up.[/bold] Data: {escape(str(stack.data_dir))}")
     console.print(f"  Kafka      {stack.settings.bootstrap}")
     for name, file in (("SQL", "sql.json"), ("live view", "gateway.json")):
         console.print(f"  {name:<10} {read_address(stack.data_dir / file, name)['url']}")
     console.print(f"  workflows  {', '.join(published)}")
-    console.print(f"\nIn another terminal: [bold]export TIDEGATE_KAFKA_BOOTSTRAP={stack.settings.bootstrap}[/bold]")
+    console.print("\nIn another terminal:")
+    for name, value in _needed(stack).items():
+        console.print(f"  [bold]export {name}={escape(shlex.quote(value))}[/bold]")
     if app_name == DEMO_APP:
         console.print('  tidegate runs start --agent support --input \'{"order_id": "order-1"}\' --wait')
     else:
@@ -89,6 +100,13 @@ def _show(console: Console, stack: Stack, app_name: str, published: list[str]) -
     console.print('  tidegate sql "select run_id, status, spent_micros from runs"\n')
     for status in stack.status():
         console.print(_line(status))
+
+
+def _needed(stack: Stack) -> dict[str, str]:
+    """Return the variables with which commands find this stack from any folder."""
+    needed = {"TIDEGATE_KAFKA_BOOTSTRAP": stack.settings.bootstrap, DATA_DIR_VARIABLE: str(stack.data_dir)}
+    prefix = stack.settings.topic_prefix
+    return {**needed, "TIDEGATE_KAFKA_TOPIC_PREFIX": prefix} if prefix else needed
 
 
 def _watch(console: Console, stack: Stack, wait: object) -> None:
@@ -104,5 +122,5 @@ def _watch(console: Console, stack: Stack, wait: object) -> None:
 
 def _line(status: ProcessStatus) -> str:
     colour = "green" if status.state == "running" else "yellow" if status.state in ("starting", "restarting") else "red"
-    again = f", started again {status.restarts} times" if status.restarts else ""
-    return f"  [{colour}]{status.state:<13}[/{colour}] {status.name:<20} pid {status.pid}{again}  log {status.log_path}"
+    again = f", started again {counted(status.restarts, 'time')}" if status.restarts else ""
+    return f"  [{colour}]{status.state:<13}[/{colour}] {status.name:<20} pid {status.pid}{again}  log {escape(str(status.log_path))}"

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tidegate import codec
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.wording import counted
 from tidegate.domain import canonical
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.interface import Record
@@ -45,7 +46,7 @@ def _in_force(broker: KafkaBroker) -> dict[str, PolicyPublished]:
 def apply(
     files: Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)],
 ) -> None:
-    """Check policy documents, all of them first, and put them in force without restarting anything."""
+    """Check policy documents, all of them first, and publish them: gates take them up as they run."""
     policies = []
     for file in files:
         try:
@@ -70,7 +71,8 @@ def apply(
         )
     writer.flush(30.0)
     for policy in policies:
-        typer.echo(f"{policy.policy}@{policy.version} is in force: {len(policy.rules)} rules")
+        rules = counted(len(policy.rules), "rule")
+        typer.echo(f"published {policy.policy}@{policy.version}: {rules} (gates take it up within a second)")
 
 
 @app.command()
@@ -84,7 +86,7 @@ def remove(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -
     writer = broker.writer()
     writer.send(Record(POLICIES, 0, policy_id.encode(), None))
     writer.flush(30.0)
-    typer.echo(f"{policy_id} is no longer in force")
+    typer.echo(f"removed {policy_id} (gates let go of it within a second)")
 
 
 @app.command("list")

@@ -1,11 +1,12 @@
 """Templates: JSON in which a string that is wholly `${ CEL }` stands for the value of that expression.
 
 CEL is the Common Expression Language (github.com/google/cel-spec), side-effect free and always ending, which is why it may
-be evaluated inside a decision.
+be evaluated inside a decision. How long it takes is bounded by the expression's form only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import cel
 
 MAX_EXPRESSION_LENGTH = 4096
+# Each macro over a list may multiply the work by the list's length, and an evaluation cannot be interrupted.
+MAX_MACROS = 3
+_MACRO = re.compile(r"\.\s*(all|exists|exists_one|map|filter)\s*\(")
 
 
 class ExpressionError(ValueError):
@@ -31,6 +35,8 @@ def compile_expression(source: str) -> cel.Program:
     """Compile a CEL expression; equal sources share a program. Raises ExpressionError."""
     if len(source) > MAX_EXPRESSION_LENGTH:
         raise ExpressionError(f"expression of {len(source)} characters (at most {MAX_EXPRESSION_LENGTH})")
+    if len(_MACRO.findall(source)) > MAX_MACROS:
+        raise ExpressionError(f"more than {MAX_MACROS} of all, exists, exists_one, map and filter in one expression")
     try:
         return cel.compile(source)
     except Exception as error:  # the parser reports with several exception types

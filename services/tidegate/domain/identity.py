@@ -9,6 +9,7 @@ import zlib
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ACCOUNT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,7}$"
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$"
+MAX_MICROS = 2**53  # of money in one number: beyond it JSON numbers lose precision in many languages
 DEFAULT_ACCOUNT = "default"
 
 _run_id = re.compile(RUN_ID_PATTERN)
@@ -16,7 +17,7 @@ _run_id = re.compile(RUN_ID_PATTERN)
 
 def is_run_id(text: str) -> bool:
     """Tell whether `text` may name a run (letters, digits, dot, dash, underscore; at most 128; no slash or colon)."""
-    return _run_id.match(text) is not None
+    return _run_id.fullmatch(text) is not None
 
 
 def partition_of(name: str, partition_count: int) -> int:

@@ -22,6 +22,9 @@ from tidegate.domain.workflow import Workflow
 # What one input may make a run hand out, or end with. Every entry and every message that follows from it must fit into a
 # record (16 MiB) together with the output that caused it: an entry that cannot be written would stop its owner for good.
 MAX_CALLS_BYTES: Final = 6 * 1024 * 1024
+# How many steps of a run may be open at once: one input can end them all, or ask for them all, in one entry with one message
+# for each.
+MAX_OPEN_STEPS: Final = 2_000
 
 
 class Changed(NamedTuple):
@@ -91,6 +94,11 @@ def after_failure(run: RunState, step: StepState, code: str, reason: str) -> lis
         return _after_tool(run, step, changed, reason)
     except _Stop as stop:
         return _finish(run, changed, states.FAILED, "", stop.code, stop.reason)
+
+
+def broken(run: RunState, step: StepState, reason: str) -> list[Any]:
+    """Return the events that end a run because nobody could decide what follows from this step's attempt."""
+    return _finish(run, Changed(step.step_id, states.FAILED, ""), states.FAILED, "", "internal_error", reason)
 
 
 def cancelled(run: RunState, reason: str) -> list[Any]:
@@ -191,6 +199,10 @@ def _limited(run: RunState, events: list[Any]) -> list[Any]:
     limit = _workflow(run).document.max_steps
     if len(run.steps) + len(events) > limit:
         raise _Stop("max_steps", f"the run would need more than {limit} steps (`max_steps` of its definition)")
+    if len(events) > 1 and len(run.steps) + len(events) > MAX_OPEN_STEPS:  # a chain never has more than before
+        count = len(events) + sum(step.status not in states.STEP_TERMINAL for step in run.steps.values())
+        if count > MAX_OPEN_STEPS:
+            raise _Stop("too_wide", f"the run would have {count} steps open at once, at most {MAX_OPEN_STEPS} may be")
     _check_size([event.call.arguments for event in events], f"the input of {len(events)} steps that are ready together")
     return events
 

@@ -23,12 +23,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema
 
 from tidegate.domain import canonical
-from tidegate.domain.identity import ACCOUNT_PATTERN, DEFAULT_ACCOUNT, NAME_PATTERN, RUN_ID_PATTERN
+from tidegate.domain.identity import ACCOUNT_PATTERN, DEFAULT_ACCOUNT, MAX_MICROS, NAME_PATTERN, RUN_ID_PATTERN
 
 DEFAULT_MAX_BYTES: Final = 1024 * 1024
 MAX_DEPTH: Final = 128
 MAX_TAGS: Final = 32
-MAX_MICROS: Final = 2**53  # beyond it JSON numbers lose precision in many languages
 AVRO_MARK: Final = b"\xc3\x01"  # no JSON text begins like this: it is not even UTF-8
 WORKFLOW_PATTERN: Final = r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 STEP_ID_PATTERN: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.:/#-]{0,511}$"

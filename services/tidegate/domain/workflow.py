@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
 import jsonschema
 import msgspec
+import referencing
+from referencing.jsonschema import DRAFT202012
 
 from tidegate.domain import canonical, expressions
 from tidegate.domain.identity import NAME_PATTERN
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
 DEFAULT_MAX_STEPS: Final = 50
+# Only what a schema itself holds: nothing is ever fetched, because a decision has no inputs but those in the log.
+_NOTHING_ELSEWHERE: Final[referencing.Registry[Any]] = referencing.Registry()
+_VALUES_NOT_SCHEMAS: Final = frozenset(("const", "default", "enum", "examples"))
 AGENT_PREFIX: Final = "agent:"
 
 _name = {"type": "string", "pattern": NAME_PATTERN}
@@ -172,16 +177,19 @@ class Workflow:
 
 
 def _schema_validator(schema: Any) -> jsonschema.Draft202012Validator | None:
-    return None if schema is True else jsonschema.Draft202012Validator(schema)
+    return None if schema is True else jsonschema.Draft202012Validator(schema, registry=_NOTHING_ELSEWHERE)
 
 
 def _problem(validator: jsonschema.Draft202012Validator | None, value: Any, name: str) -> str | None:
     if validator is None:
         return None
-    found = [
-        f"{name}{''.join(f'[{part!r}]' for part in error.absolute_path)}: {error.message[:300]}"
-        for error in validator.iter_errors(value)
-    ]
+    try:
+        found = [
+            f"{name}{''.join(f'[{part!r}]' for part in error.absolute_path)}: {error.message[:300]}"
+            for error in validator.iter_errors(value)
+        ]
+    except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types
+        return f"{name} cannot be checked: {type(error).__name__}: {error}"[:300]
     return "; ".join(sorted(found)[:10]) or None
 
 
@@ -216,7 +224,27 @@ def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
             jsonschema.Draft202012Validator.check_schema(schema)
         except jsonschema.SchemaError as error:
             found.append(f"{where}: not a JSON Schema: {error.message[:300]}")
+            continue
+        resolver = _NOTHING_ELSEWHERE.resolver_with_root(DRAFT202012.create_resource(schema))
+        for reference in sorted(set(_references(schema))):
+            try:
+                resolver.lookup(reference)
+            except Exception:
+                found.append(f"{where}: $ref {reference[:200]!r} names nothing in this schema")
     return found
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """Yield what the schema refers to, wherever it does."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _references(item)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            if key in {"$ref", "$dynamicRef"} and isinstance(value, str):
+                yield value
+            elif key not in _VALUES_NOT_SCHEMAS:
+                yield from _references(value)
 
 
 def _function_problems(definition: Mapping[str, Any]) -> list[str]:

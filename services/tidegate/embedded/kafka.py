@@ -40,7 +40,7 @@ class EmbeddedKafka:
     reach it, so that services can finish before `stop`. What is in `data_dir` survives everything but its removal.
     Not thread-safe: one thread starts and stops it. (It need not outlive its thread: see `children.py`.)
 
-    `port`: the wish; if it is taken (or None) a free one is used and `on_progress` is told.
+    `port`: the wish; if it is taken a free one is used and `on_progress` is told. None and 0 ask for a free one.
     `profile`: `quick` starts and runs with the least processor time, for tests; `steady` compiles well, for long runs.
     `startup_cache`: starts take less than half the time with the cache of `java.py`. `background` makes it, if it is
     missing, at the lowest priority while the broker runs; `before` makes it first (10 s, once), so that nothing
@@ -165,7 +165,7 @@ class EmbeddedKafka:
         """Settle on the ports and write them into the configuration."""
         asked = self._port
         self._port = choose(asked)
-        if asked not in (None, self._port):
+        if asked and asked != self._port:
             self._on_progress(f"Port {asked} is taken: Kafka gets {self._port}")
         self._files.write_config(self._port, choose_port(avoid=frozenset({self._port})), self._extra_config)
         return self._port

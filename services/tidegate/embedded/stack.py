@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from tidegate.domain.messages import Instance
+from tidegate.embedded.data_folder import DataFolder, DataFolderError
 from tidegate.embedded.kafka import EmbeddedKafka
 from tidegate.embedded.supervisor import ProcessSpec, ProcessStatus, Supervisor
 from tidegate.eventlog.interface import EventLogError
@@ -51,7 +52,7 @@ class ExecutorPool:
 
 
 class Stack:
-    """Starts everything, keeps it running, stops it. Data lives in `data_dir` and survives.
+    """Starts everything, keeps it running, stops it. Data lives in `data_dir` and survives; one stack at a time uses it.
 
     kafka: the settings of an existing Kafka to be used instead of the embedded one. instances: how many processes of a
     service there are, 1 if it is not named. process_env: further variables of single processes, by name (`gate-0`).
@@ -73,7 +74,8 @@ class Stack:
         process_env: Mapping[str, Mapping[str, str]] | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.data_dir = data_dir.absolute()
+        self._folder = DataFolder(data_dir)
+        self.data_dir = self._folder.path
         self.pools = tuple(pools)
         self._services = tuple(services)
         self._instances = dict(instances or {})
@@ -104,7 +106,10 @@ class Stack:
 
     def start(self) -> None:
         """Start everything and wait until all of it is registered. Raises StackError, EventLogError, EmbeddedKafkaError."""
-        self.data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.hold()
+        except DataFolderError as error:
+            raise StackError(str(error)) from None
         for name in ADDRESS_FILES:  # of the last time
             (self.data_dir / name).unlink(missing_ok=True)
         if self.kafka is not None:
@@ -127,6 +132,7 @@ class Stack:
             self.supervisor.stop()
         if self.kafka is not None:
             self.kafka.stop()
+        self._folder.release()
 
     def __enter__(self) -> Self:
         try:

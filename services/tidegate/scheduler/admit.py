@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+import structlog
 
 from tidegate import codec
 from tidegate.domain import canonical
@@ -15,6 +17,9 @@ from tidegate.domain.workflow import AGENT_PREFIX, DefinitionError, compile_defi
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, dead_letter
 
+_log = structlog.get_logger()
+
+MAX_REASON: Final = 500
 Lookup = Callable[[str], WorkflowPublished | None]
 
 
@@ -28,6 +33,7 @@ class Admitted(NamedTuple):
 def admit(message: Message, lookup: Lookup, now_ms: int, *, max_bytes: int, horizon_ms: int) -> Admitted:
     """Judge a request by its form and by the workflows that are published. `lookup` takes `name` or `name@version`."""
     data = message.value or b""
+    request = None
     try:
         if now_ms - message.timestamp_ms > horizon_ms:
             raise RequestError(
@@ -38,6 +44,13 @@ def admit(message: Message, lookup: Lookup, now_ms: int, *, max_bytes: int, hori
             return Admitted(_start(message, request, lookup, now_ms), None)
     except RequestError as error:
         return _refused(message, error, now_ms)
+    except Exception as error:  # nothing that somebody sends may stop admission for everybody
+        _log.exception("request not judged", partition=message.partition, offset=message.offset)
+        run_id = getattr(request, "run_id", None)
+        if request is not None and run_id is None:
+            run_id = run_id_of_request(message.topic, message.partition, message.offset)
+        reason = f"the request could not be judged: {type(error).__name__}: {error}"[:MAX_REASON]
+        return _refused(message, RequestError("internal_error", reason, run_id), now_ms)
     source = _source(message)
     return Admitted(
         RunCommand(

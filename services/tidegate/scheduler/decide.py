@@ -7,8 +7,11 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
+
 from tidegate.domain import canonical, progress, states
 from tidegate.domain import run_events as ev
+from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, RunCommand, StepResult
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.domain.workflow import DefinitionError, compile_definition
@@ -16,6 +19,9 @@ from tidegate.domain.workflow import DefinitionError, compile_definition
 MAX_LOSSES: Final = 10
 BUSY_RETRY_MS: Final = 25
 MAX_PLAN_CALLS: Final = 100
+MAX_ERROR_CHARACTERS: Final = 4_000
+MAX_USAGE_NAMES: Final = 100
+MAX_USAGE_NAME: Final = 100
 
 Events = list[Any]
 
@@ -25,8 +31,8 @@ Events = list[Any]
 
 def on_command(run: RunState, command: RunCommand) -> Events:
     """Return what a command causes; a command that was seen before causes nothing, a wrong one a refusal."""
-    if command.command_id in run.command_ids:
-        return []
+    if command.command_id in run.command_ids and not (run.status == states.ABSENT and command.type == "start"):
+        return []  # a start is new as long as there is no run, whatever was sent under its id before
     return _COMMANDS[command.type](run, command) if command.type in _COMMANDS else [_unknown(command)]
 
 
@@ -251,11 +257,49 @@ def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
         return []
     if result.attempt == step.attempt and _is_foreign(step, result):
         return []
+    result = _bounded(result)
     if run.is_over or result.attempt != step.attempt or not _still_counts(step, result):
         return [_ignored(run, step, result)]
     if result.outcome == "succeeded":
         return _on_success(run, step, result)
     return _on_failure(run, step, result, now_ms)
+
+
+def _bounded(result: StepResult) -> StepResult:
+    """Cut what an executor says to what entries and sums can hold. Ours keep to it; this trusts nobody."""
+    names = [name for name in result.usage if len(name) <= MAX_USAGE_NAME][:MAX_USAGE_NAMES]
+    return msgspec.structs.replace(
+        result,
+        error_class=result.error_class[:MAX_ERROR_CHARACTERS],
+        error_message=result.error_message[:MAX_ERROR_CHARACTERS],
+        actual_micros=min(max(result.actual_micros, 0), MAX_MICROS),
+        usage={name: min(max(result.usage[name], 0), MAX_MICROS) for name in names},
+    )
+
+
+def on_error(run: RunState, record: RunCommand | GateDecision | StepResult, error: Exception) -> Events:
+    """Return how a run ends because deciding on this input failed: its log says so, and nobody waits for it in vain.
+
+    Nothing if the input concerns no open step: then there is nothing that could wait.
+    """
+    reason = f"deciding on a {type(record).__name__} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
+    if isinstance(record, RunCommand):
+        if run.status == states.ABSENT and record.type == "start":
+            return [_run_refused(record, "internal_error", reason)]
+        return [_refused(record, "internal_error", reason)]
+    names = [(record.step_id, record.attempt)] if isinstance(record, StepResult) else []
+    if isinstance(record, GateDecision):
+        names = [(item.step_id, item.attempt) for item in record.items]
+    for step_id, attempt in names:
+        step = run.steps.get(step_id)
+        if not run.is_over and step is not None and step.attempt == attempt and step.status not in states.STEP_TERMINAL:
+            result = _bounded(record) if isinstance(record, StepResult) else None
+            return [
+                _ended(step, attempt, "failed", "InternalError", reason, result),
+                ev.StepFailed(step_id=step_id, code="internal_error", reason=reason),
+                *progress.broken(run, step, f"step {step_id}: {reason}"),
+            ]
+    return []
 
 
 def _is_foreign(step: StepState, result: StepResult) -> bool:

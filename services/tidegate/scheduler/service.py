@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Callable
 from typing import Any, Final
 
+import structlog
+
 from tidegate.domain import run_events as ev
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import partition_of
@@ -16,6 +18,8 @@ from tidegate.eventlog.owner import Decision, Tell
 from tidegate.eventlog.tables import Tables
 from tidegate.scheduler import decide
 from tidegate.scheduler.tells import tells
+
+_log = structlog.get_logger()
 
 
 class RunsOfPartition:
@@ -31,6 +35,14 @@ class RunsOfPartition:
 
 class MisroutedError(ValueError):
     """A message lies in another partition than its run's: its writer computed the partition wrongly."""
+
+
+def _decide(run: RunState, record: RunCommand | GateDecision | StepResult, now_ms: int) -> list[Any]:
+    if isinstance(record, StepResult):
+        return decide.on_result(run, record, now_ms)
+    if isinstance(record, GateDecision):
+        return decide.on_decision(run, record)
+    return decide.on_command(run, record)
 
 
 class SchedulerMachine:
@@ -61,17 +73,17 @@ class SchedulerMachine:
             if partition_of(record.run_id, self._run_partitions) != state.partition:
                 raise MisroutedError(f"run {record.run_id} belongs to another partition than {state.partition}")
             run = RunState(record.run_id)
-        if isinstance(record, StepResult):
-            events = decide.on_result(run, record, now_ms)
-        elif isinstance(record, GateDecision):
-            events = decide.on_decision(run, record)
-        elif isinstance(record, RunCommand):
-            events = decide.on_command(run, record)
-            if not run.account:
-                return Decision(run.run_id, record.account, events) if events else None
-        else:
+        if not isinstance(record, RunCommand | GateDecision | StepResult):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
-        return Decision(run.run_id, run.account, events) if events else None
+        try:
+            events = _decide(run, record, now_ms)
+        except Exception as error:
+            _log.exception("decision failed: the run is told", run=run.run_id, input=type(record).__name__)
+            events = decide.on_error(run, record, error)
+            if not events:
+                raise
+        account = record.account if isinstance(record, RunCommand) and not run.account else run.account
+        return Decision(run.run_id, account, events) if events else None
 
     def due(self, state: RunsOfPartition, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         """Return the next attempt whose back-off is over."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from tidegate.domain.identity import MAX_MICROS
 from tidegate.sdk.errors import OutsideStepError
 
 
@@ -49,24 +50,32 @@ class Meter:
             return dict(self._usage)
 
     def add_cost(self, micros: int) -> None:
-        """Add to the cost. Raises ValueError unless it is a whole number from 0."""
+        """Add to the cost. Raises ValueError unless it is a whole number, and the sum stays in 0..MAX_MICROS."""
         if not _is_count(micros):
-            raise ValueError(f"cost must be a whole number of micro-dollars from 0, not {micros!r}")
+            raise ValueError(f"cost must be a whole number of micro-dollars from 0 to {MAX_MICROS}, not {micros!r}")
         with self._lock:
-            self._cost_micros = (self._cost_micros or 0) + micros
+            self._cost_micros = _sum(self._cost_micros or 0, micros, "the cost")
 
     def add_usage(self, counts: Mapping[str, int]) -> None:
-        """Add to the counts. Raises ValueError unless all are whole numbers from 0."""
+        """Add to the counts. Raises ValueError unless all are whole numbers, and their sums stay in 0..MAX_MICROS."""
         for name, count in counts.items():
+            if not isinstance(name, str):
+                raise ValueError(f"usage is named by text, not {name!r}")
             if not _is_count(count):
-                raise ValueError(f"usage {name!r} must be a whole number from 0, not {count!r}")
+                raise ValueError(f"usage {name!r} must be a whole number from 0 to {MAX_MICROS}, not {count!r}")
         with self._lock:
             for name, count in counts.items():
-                self._usage[name] = self._usage.get(name, 0) + count
+                self._usage[name] = _sum(self._usage.get(name, 0), count, f"usage {name!r}")
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_MICROS
+
+
+def _sum(known: int, more: int, what: str) -> int:
+    if known + more > MAX_MICROS:
+        raise ValueError(f"{what} would be {known + more}, more than {MAX_MICROS}")
+    return known + more
 
 
 _current: contextvars.ContextVar[tuple[StepContext, Meter]] = contextvars.ContextVar("tidegate_step")
