@@ -17,7 +17,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.eventlog.interface import Broker, EventLogError
-from tidegate.topics.apply import SCHEMAS_TOPIC, check_at_start, load_schemas, publish_schemas
+from tidegate.eventlog.schemas import SCHEMAS_TOPIC, load_schemas, publish_schemas
+from tidegate.topics.apply import check_at_start
 from tidegate.topics.settings import TopicsSettings
 
 EXIT_OK = 0

@@ -107,7 +107,7 @@ def dev(folder: Path, *words: str) -> Iterator[Dev]:
         process = subprocess.Popen(
             [sys.executable, "-m", "tidegate.cli", "dev", "--data-dir", str(folder / "data"), *words],
             cwd=folder,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "80"},
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
@@ -139,13 +139,20 @@ def test_dev_runs_an_app_of_ones_own_keeps_its_data_and_forgets_it_when_told(tmp
         assert '"large"' in done.stdout
         for service in ("scheduler-0", "executor-default-0"):
             os.kill(running.pid_of(service), signal.SIGKILL)
-        running.wait_for("started again 1 times")
+        running.wait_for("started again 1 time")
         done = tidegate(
             "runs", "start", "classify", "--input", order, "--run-id", "two", "--wait", folder=tmp_path, **place
         )
         assert done.returncode == 0, done.stderr
         verified = json.loads(tidegate("verify", "--json", folder=tmp_path, **place).stdout)
         assert verified["ok"]
+        assert verified["runs_not_over"] == 0
+        assert "is taken" not in running.text  # 0 asks for any port
+        for word in ([], ["--fresh"]):
+            second = tidegate("dev", *word, folder=tmp_path, **place)
+            assert second.returncode == (2 if word else 1)
+            assert "is in use by a Tidegate that runs" in second.stderr
+        assert tidegate("runs", "show", "two", folder=tmp_path, **place).returncode == 0
     with dev(tmp_path, "--app", "shop.py:app", *ports) as running:
         place = {"TIDEGATE_KAFKA_BOOTSTRAP": running.bootstrap, "TIDEGATE_DATA_DIR": str(tmp_path / "data")}
         rows = eventually(

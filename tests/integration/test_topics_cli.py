@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from tidegate import codec
 from tidegate.cli.topics import app
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.schemas import load_schemas, publish_schemas
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.topics.apply import apply as apply_topics
-from tidegate.topics.apply import check_at_start, load_schemas, publish_schemas
+from tidegate.topics.apply import check_at_start
 from tidegate.topics.declaration import load_topics
 from tidegate.topics.settings import TopicsSettings
 

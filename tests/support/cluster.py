@@ -37,6 +37,7 @@ TOPICS = {
     "instances": 1,
     "policies": 1,
     "dead-letters": 1,
+    "schemas": 1,
 }
 
 
@@ -57,6 +58,7 @@ class Cluster:
         self.tasks = self.broker.plain_inbox()
         self.entered: Counter[tuple[str, str, int]] = Counter()
         self.seen_ranks: dict[int, int] = {}
+        self.skew_ms = 0  # how far the owners' clocks are off
         self.incarnation = self.register()
         self.tasks.read_from({TopicPartition("step-tasks.default", 0): 0})
         self.owners: dict[str, OwnerLoop] = {}
@@ -74,14 +76,19 @@ class Cluster:
             else GateMachine(
                 RUN_PARTITIONS,
                 ACCOUNT_PARTITIONS,
-                Executors(10_000, lambda: self.now_ms, lambda: self.broker.offsets("instances", 0).end),
+                Executors(
+                    10_000,
+                    lambda: self.now_ms,
+                    lambda: self.broker.offsets("instances", 0).end,
+                    wall_ms=lambda: self.now_ms,
+                ),
             )
         )
         loop = OwnerLoop(
             self.broker,
             machine,
             instance_id or f"{service}-0",
-            clock_ms=lambda: self.now_ms,
+            clock_ms=lambda: self.now_ms + self.skew_ms,
             monotonic_s=lambda: self.now_ms / 1000,
         )
         loop.start()
@@ -105,7 +112,7 @@ class Cluster:
             pid=1,
             pid_started=0.0,
             started_ms=0,
-            at_ms=0,
+            at_ms=self.now_ms,
             queue="default",
             slots=4,
             functions=("step:a", "step:b", "step:c"),

@@ -54,6 +54,7 @@ class Pair:
         self.now_ms = 1_000_000
         self.table_end = 0
         self.executors = Executors(10_000, lambda: self.now_ms, lambda: self.table_end)
+        self.executors.listen()
         self.scheduler = SchedulerMachine(1, 1)
         self.gate = GateMachine(1, 1, self.executors)
         self.runs = self.scheduler.new_state(0)

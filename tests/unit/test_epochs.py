@@ -7,11 +7,11 @@ import pytest
 from support.logs import LogWriter, Story
 from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
+from tidegate.eventlog import epochs
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
-from tidegate.eventlog import epochs
 
 pytestmark = pytest.mark.feature("L4")
 

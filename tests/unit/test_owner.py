@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
+from tidegate import codec
+from tidegate.codec import avro
+from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
+from tidegate.domain.messages import Instance, PolicyPublished, StepResult
 from tidegate.eventlog import owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.owner import CorruptLogError, RefusedToStartError
@@ -285,3 +290,192 @@ def test_a_broken_chain_is_not_folded() -> None:
     cluster.start("scheduler")
     with pytest.raises(CorruptLogError, match="starts at seq"):
         run_scheduler(cluster)
+
+
+def turns(cluster: Cluster, count: int = 20) -> None:
+    for _ in range(count):
+        for loop in list(cluster.owners.values()):
+            loop.run_once(0.0)
+        cluster.now_ms += 10
+
+
+def tasks_of(cluster: Cluster) -> list[Any]:
+    return [codec.decode(message.value) for message in cluster.tasks.poll(100, 0.0)]
+
+
+def answer(cluster: Cluster, task: Any, **fields: Any) -> None:
+    result = StepResult(
+        run_id=task.run_id,
+        step_id=task.step_id,
+        attempt=task.attempt,
+        account=task.account,
+        instance_id=task.instance_id,
+        incarnation=task.incarnation,
+        **({"outcome": "succeeded", "output": "1"} | fields),
+    )
+    cluster._send("step-results", task.result_partition, "any", result)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_inputs_that_caused_no_entry_may_be_deleted_once_they_were_read(how: str) -> None:
+    cluster = Cluster()
+    cluster.start_run("r", "a")
+    cluster.settle()
+    cluster.crash("scheduler")
+    cluster.start("scheduler")
+    turns(cluster)  # it told again what was told: the gate reads it, and has nothing to write
+    if how == "killed":
+        cluster.now_ms += int(owner.RECORD_POSITIONS_EVERY_S * 1000)
+        turns(cluster)
+        cluster.crash("gate")
+    else:
+        cluster.owners.pop("gate").close()
+    partition = partition_of("acme", ACCOUNT_PARTITIONS)
+    cluster.broker.delete_before("gate-requests", partition, cluster.broker.offsets("gate-requests", partition).end)
+    cluster.start("gate")
+    cluster.incarnation = cluster.register()  # its lease is over by now
+    cluster.start_run("s", "a")
+    cluster.settle()
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert runs["s"].status == "succeeded"
+
+
+@pytest.mark.feature("D2")
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_clock_that_was_ahead_does_not_hold_back_offs(restart: bool) -> None:
+    cluster = Cluster()
+    cluster.start_run("r", "a")
+    turns(cluster)
+    (task,) = tasks_of(cluster)
+    cluster.skew_ms = 3_600_000
+    answer(cluster, task, outcome="failed", error_class="E", error_message="m", retryable=True)
+    turns(cluster, 2)
+    cluster.skew_ms = 0
+    if restart:
+        cluster.crash("scheduler")
+        cluster.start("scheduler")
+    turns(cluster, 50)
+    (again,) = tasks_of(cluster)
+    assert again.attempt == 2
+
+
+@pytest.mark.feature("P7")
+def test_new_work_goes_only_to_executors_that_were_heard_of() -> None:
+    cluster = Cluster()
+    ghost = Instance(
+        instance_id="ghost",
+        service="executor",
+        incarnation=-1,
+        state="ready",
+        host="x",
+        boot_id="y",
+        pid=1,
+        pid_started=0.0,
+        started_ms=0,
+        at_ms=cluster.now_ms,
+        queue="default",
+        slots=100,
+        functions=("step:a",),
+    )
+    cluster._send("instances", 0, "ghost", ghost)
+    cluster.now_ms += 30 * 86_400_000
+    cluster.crash("gate")
+    cluster.start("gate")
+    cluster.incarnation = cluster.register()
+    cluster.start_run("r", "a")
+    turns(cluster)
+    assert [task.instance_id for task in tasks_of(cluster)] == ["ex-0"]
+
+
+@pytest.mark.feature("P1")
+def test_a_policy_that_cannot_be_read_denies_also_after_a_restart() -> None:
+    cluster = Cluster()
+    rule = {"name": "no", "when": "true", "then": "deny", "reason": "never"}
+    document = {"policy": "p", "version": "1", "rules": [rule]}
+
+    def publish(text: dict[str, Any]) -> None:
+        row = PolicyPublished(policy_id="p", version="1", document=canonical.dumps(text), by="t", at_ms=0)
+        cluster._send("policies", 0, "p", row)
+        turns(cluster)
+
+    publish(document)
+    publish({**document, "of_a_later_version": 1})
+    cluster.start_run("before", "a")
+    turns(cluster)
+    cluster.crash("gate")
+    cluster.start("gate")
+    cluster.start_run("after", "a")
+    turns(cluster)
+    publish({**document, "rules": [{**rule, "when": "false"}]})
+    cluster.start_run("mended", "a")
+    cluster.settle()
+    _, runs = cluster.verified()
+    assert {run_id: run.status for run_id, run in runs.items()} == {
+        "before": "failed",
+        "after": "failed",
+        "mended": "succeeded",
+    }
+    assert "'p' cannot be read" in runs["after"].reason
+
+
+@pytest.mark.feature("P2")
+def test_costs_beyond_all_sums_stop_nobody() -> None:
+    cluster = Cluster()
+    cluster.start_run("r", "a", "b")
+    for _ in range(2):
+        turns(cluster)
+        for task in tasks_of(cluster):
+            answer(cluster, task, actual_micros=2**62, usage={"tokens": 2**62, "x" * 1000: 1})
+    cluster.crash("gate")
+    cluster.start("gate")
+    turns(cluster)
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert runs["r"].status == "succeeded"
+
+
+@pytest.mark.parametrize("limit", ["MAX_ENTRY_BYTES", "MAX_TELLS_PER_ENTRY"])
+def test_a_decision_that_cannot_be_written_is_buried_and_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    cluster = Cluster()
+    cluster.start_run("good", "a")
+    cluster.settle()
+    monkeypatch.setattr(owner, limit, 0)
+    monkeypatch.setattr(owner, "MANY_EVENTS", 0)
+    cluster.start_run("bad", "a")
+    turns(cluster)
+    monkeypatch.undo()
+    letters = [codec.decode(m.value) for m in cluster.broker.read("dead-letters", 0, 0, 1)]
+    assert [letter.code for letter in letters] == ["internal_error"]
+    cluster.start_run("next", "a")
+    cluster.settle()
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert {run_id: run.status for run_id, run in runs.items()} == {"good": "succeeded", "next": "succeeded"}
+
+
+def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster()
+    known = dict(avro._by_header)
+    schema = json.loads(next(s.text for s in known.values() if s.name == "RunCommand"))
+    schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
+    cluster.writer.send(Record("schemas", 0, b"any", json.dumps(schema).encode()))
+    cluster.start_run("r", "a")
+    (_, message), *_ = [
+        (p, m)
+        for p in range(2)
+        for m in cluster.broker.read("run-commands", p, 0, cluster.broker.offsets("run-commands", p).end)
+    ]
+    newer = avro._Schema(json.dumps(schema))
+    body = (message.value or b"")[avro.HEADER_LENGTH :] + b"\0"
+    command = Record("run-commands", message.partition, b"newer", newer.header + body)
+    cluster.owners["scheduler"].run_once(0.0)
+    cluster.writer.send(command)
+    cluster.writer.flush(1.0)
+    turns(cluster)
+    assert cluster.broker.offsets("dead-letters", 0).end == 0
+    avro._by_header.pop(newer.header, None)

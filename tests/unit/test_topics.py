@@ -11,7 +11,8 @@ from tidegate import codec
 from tidegate.codec import avro
 from tidegate.eventlog.interface import EventLogError, Record, TopicDescription
 from tidegate.eventlog.memory import MemoryBroker
-from tidegate.topics.apply import SCHEMAS_TOPIC, TopicsError, check_at_start, diff, load_schemas, publish_schemas
+from tidegate.eventlog.schemas import SCHEMAS_TOPIC, load_schemas, publish_schemas
+from tidegate.topics.apply import TopicsError, check_at_start, diff
 from tidegate.topics.comparison import compare, group_problems
 from tidegate.topics.declaration import DeclarationError, Topic, load_topics, read_topic_files
 from tidegate.topics.documentation import topics_page

@@ -47,9 +47,12 @@ def dev(
 ) -> None:
     """Start Kafka, ClickHouse, all services and one executor of your app; Ctrl-C stops them, the data stays.
 
-    An existing Kafka is used if TIDEGATE_KAFKA_BOOTSTRAP names it. A line is printed for every part, and
-    whenever one changes its state. Exit codes: 1 something does not start; 2 wrong usage, an app that cannot be loaded, or
-    a data folder that must not be emptied.
+    An existing Kafka is used if TIDEGATE_KAFKA_BOOTSTRAP names it.
+
+    A line is printed for every part, and whenever one changes its state.
+
+    Exit codes: 1 something does not start; 2 wrong usage, an app that cannot
+    be loaded, or a data folder that must not be emptied.
     """
     stop = stop_on_signals()
     try:
@@ -123,4 +126,5 @@ def _watch(console: Console, stack: Stack, wait: object) -> None:
 def _line(status: ProcessStatus) -> str:
     colour = "green" if status.state == "running" else "yellow" if status.state in ("starting", "restarting") else "red"
     again = f", started again {counted(status.restarts, 'time')}" if status.restarts else ""
-    return f"  [{colour}]{status.state:<13}[/{colour}] {status.name:<20} pid {status.pid}{again}  log {escape(str(status.log_path))}"
+    log = escape(str(status.log_path))
+    return f"  [{colour}]{status.state:<13}[/{colour}] {status.name:<20} pid {status.pid}{again}  log {log}"

@@ -23,8 +23,9 @@ from tidegate import codec
 from tidegate.domain.requests import request_json_schema
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.schemas import publish_schemas
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.topics.apply import TopicsError, publish_schemas
+from tidegate.topics.apply import TopicsError
 from tidegate.topics.apply import apply as apply_topics
 from tidegate.topics.apply import diff as diff_topics
 from tidegate.topics.comparison import Difference

@@ -128,6 +128,8 @@ class RefundDemo:
             f"  chain verified      {proof['chain_verified']!s:<11} "
             f"({report.events} events in {report.entries} entries, run and ledger)"
         )
+        for problem in report.problems:
+            self._say(f"    {problem}")
         self._say(
             f"  money               {money['reserved']} micro-dollars reserved, {money['settled']} settled, {open_micros} left open"
         )

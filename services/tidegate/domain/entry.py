@@ -44,7 +44,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An owner's claim on a log partition. Its first announcement has `epoch` -1: the epoch is that record's offset.
 
-    Repeats (`repeat` > 0) name the epoch, so that a reader who starts in the middle looks back a bounded distance.
+    Repeats (`repeat` > 0) name the epoch, so that a reader who starts in the middle looks back a bounded distance. They also
+    record positions and marks as an entry does, for inputs that cause none.
     """
 
     log: str
@@ -55,6 +56,8 @@ class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     partition_count: int
     instance_id: str
     at_ms: int
+    inputs: dict[str, int] = {}
+    marks: dict[str, int] = {}
 
 
 class Position(msgspec.Struct, frozen=True, gc=False):

@@ -36,6 +36,7 @@ TAG_PATTERN: Final = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,63}$"
 Decode = Callable[[bytes], Any]
 
 _run_id = re.compile(RUN_ID_PATTERN)
+_made_run_id = re.compile(r"run-requests-\d+-\d+")  # see identity.run_id_of_request
 
 
 class RequestError(ValueError):
@@ -150,6 +151,13 @@ class StartRequest(_Request):
         json_schema_extra={"additionalProperties": False},
     )
 
+    @pydantic.field_validator("run_id")
+    @classmethod
+    def _is_not_made(cls, value: str | None) -> str | None:
+        if value is not None and _made_run_id.fullmatch(value):
+            raise ValueError("`run_id`: ids like `run-requests-0-17` are kept for requests that name none")
+        return value
+
     @pydantic.model_validator(mode="after")
     def _names_one_target(self) -> StartRequest:
         if problem := _target_problem(self.workflow, self.agent):
@@ -198,7 +206,7 @@ _MODELS: Final[dict[str, type[Request]]] = {
 
 _ID_RULE = "must be 1 to 128 letters, digits, dots, dashes and underscores, the first one a letter or digit"
 _RULES: Final = {
-    "run_id": _ID_RULE,
+    "run_id": f"{_ID_RULE}; ids like `run-requests-0-17` are kept for requests that name none",
     "command_id": _ID_RULE,
     "workflow": "must be `name` or `name@version`, such as `refunds@3`",
     "agent": "must be an agent's name: up to 64 letters, digits, dots, dashes and underscores, no digit first",

@@ -201,6 +201,10 @@ def validate_definition(definition: Any) -> list[str]:
     ]
     if shape:
         return sorted(shape)
+    # The `$` of a pattern also matches before a line feed at the end.
+    names = (definition["name"], definition["version"], *definition["nodes"], *definition["functions"])
+    if broken := [name for name in names if name.endswith("\n")]:
+        return [f"definition: {name!r} ends with a line feed" for name in sorted(broken)]
     found = _schema_problems(definition) + _graph_problems(definition) + _function_problems(definition)
     found += [
         problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -36,7 +37,7 @@ class DataFolder:
         except OSError as error:
             raise DataFolderError(f"{self.path} cannot be used for data: {error.strerror}") from None
         self._lock(marker)
-        if not marker.tell():  # the end: it is opened for appending
+        if not os.fstat(marker.fileno()).st_size:
             marker.write(FOUND if self._content() else MADE)
             marker.flush()
         self._held = marker
@@ -44,6 +45,7 @@ class DataFolder:
     def release(self) -> None:
         """Let others use the folder. Idempotent."""
         if self._held is not None:
+            fcntl.flock(self._held, fcntl.LOCK_UN)  # closing would not do while a child is being started
             self._held.close()
             self._held = None
 
@@ -66,7 +68,7 @@ class DataFolder:
             )
         try:
             marker = (self.path / MARKER).open("r+b")
-        except FileNotFoundError:
+        except OSError:
             raise self._not_ours() from None
         self._lock(marker)
         with marker:

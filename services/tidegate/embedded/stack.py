@@ -20,9 +20,10 @@ from tidegate.embedded.kafka import EmbeddedKafka
 from tidegate.embedded.supervisor import ProcessSpec, ProcessStatus, Supervisor
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.schemas import publish_schemas
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables
-from tidegate.topics.apply import apply, publish_schemas
+from tidegate.topics.apply import apply
 from tidegate.topics.declaration import load_topics
 from tidegate.topics.settings import TopicsSettings
 

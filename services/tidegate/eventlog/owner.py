@@ -30,6 +30,7 @@ from tidegate.eventlog.interface import (
     Writer,
 )
 from tidegate.eventlog.letters import dead_letter
+from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.tables import Tables
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
 from tidegate.failpoints import failpoint
@@ -41,7 +42,10 @@ MAX_BATCH: Final = 500
 MAX_DUE_PER_TURN: Final = 500
 ANNOUNCE_EVERY_ENTRIES: Final = 1000
 COMMIT_EVERY_S: Final = 1.0
+RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
+MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of 16 MiB that a record may have with all that is around it
+MANY_EVENTS: Final = 1_000  # an event has a few tells at the most
 RESTORE_PROGRESS_EVERY: Final = 50_000
 
 
@@ -117,6 +121,9 @@ class Machine(Protocol):
     def table_changed(self, topic: str, key: str, row: Any | None, offset: int) -> None:
         """Hear of a changed row of a global table (None: removed)."""
 
+    def tables_loaded(self) -> None:
+        """Hear that all rows which were there at the start were told; what is heard from here on is news."""
+
 
 class CorruptLogError(EventLogError):
     """The log contradicts itself (a broken chain, a gap in seq): people must look before anything goes on."""
@@ -124,6 +131,10 @@ class CorruptLogError(EventLogError):
 
 class RefusedToStartError(EventLogError):
     """The log or its inputs are not what they were (rule 10). The message says what happened and what can be done."""
+
+
+class EntryRefusedError(ValueError):
+    """A decision cannot become an entry. `decide` bounds what it returns, so this is a defect that must not spread."""
 
 
 class _Told:
@@ -156,6 +167,8 @@ class OwnedPartition:
         self.state: Any = machine.new_state(partition)
         self.epoch = NO_EPOCH
         self.now_ms = 0
+        self._base_ms = 0  # a time that is sure, and when it was by a clock that only runs
+        self._base_s = 0.0
         self.inputs: dict[str, int] = {}
         self.marks: dict[str, int] = {}
         self.changed_marks: dict[str, int] = {}
@@ -164,6 +177,8 @@ class OwnedPartition:
         self.doubt = ""
         self.told = _Told(-1)
         self.since_announcement = 0
+        self.recorded_inputs: dict[str, int] = {}
+        self.recorded_s = 0.0
         self.repeats = 0
         self.unacknowledged: list[tuple[Entry, list[int]]] = []
 
@@ -190,6 +205,18 @@ class OwnedPartition:
 
     # -- deciding ---------------------------------------------------------------
 
+    def set_time(self, now_ms: int, monotonic_s: float) -> None:
+        """Take a time for sure."""
+        self._base_ms, self._base_s = now_ms, monotonic_s
+
+    def time_ms(self, clock_ms: int, monotonic_s: float) -> int:
+        """Return the time for a decision. It never goes back, but goes on while the clock is behind what the log has seen:
+        a clock that was ahead for a moment, here or at the owner before, must not stop the back-offs of now."""
+        running_ms = self._base_ms + int((monotonic_s - self._base_s) * 1000)
+        if clock_ms >= running_ms:
+            self.set_time(clock_ms, monotonic_s)
+        return max(self.now_ms, clock_ms, running_ms)
+
     def is_stale(self, topic: str, record: Any) -> bool:
         """Tell whether a told message is not above the mark of its source (rule 7); notes its position if it is."""
         source_log = self.machine.marked_topics.get(topic)
@@ -203,7 +230,11 @@ class OwnedPartition:
         return False
 
     def make_entry(self, decision: Decision, cause: str, versions: dict[str, int]) -> tuple[Entry, bytes]:
-        """Turn a decision into the next entry of its subject, apply it, and return it with its bytes."""
+        """Turn a decision into the next entry of its subject, apply it, and return it with its bytes.
+
+        Raises EntryRefusedError, with nothing changed, if it cannot be written or its tells would be too many: once in the
+        log, it would stop every owner for good.
+        """
         seq, head = self.heads.get(decision.subject, (0, b""))
         entry = Entry(
             subject=decision.subject,
@@ -219,8 +250,15 @@ class OwnedPartition:
             cause=cause,
             events=tuple(decision.events),
         )
+        try:
+            value = codec.encode_entry(self.machine.entry_kind, entry)
+        except ValueError as error:
+            raise EntryRefusedError(f"an entry of {decision.subject}: {error}") from error
+        if len(value) > MAX_ENTRY_BYTES:
+            raise EntryRefusedError(f"an entry of {decision.subject} would have {len(value)} bytes")
+        if len(entry.events) >= MANY_EVENTS and len(self.machine.tells(entry, self.position(0))) > MAX_TELLS_PER_ENTRY:
+            raise EntryRefusedError(f"an entry of {decision.subject} would have more than {MAX_TELLS_PER_ENTRY} tells")
         self.changed_marks = {}
-        value = codec.encode_entry(self.machine.entry_kind, entry)
         self._take(entry, value)
         return entry, value
 
@@ -265,6 +303,7 @@ class OwnerLoop:
         self._last_commit_s = 0.0
         self._log_identity: TopicDescription | None = None
         self.turns = 0
+        self._schemas_sought: set[str] = set()
 
     # -- life ---------------------------------------------------------------
 
@@ -274,11 +313,14 @@ class OwnerLoop:
         for topic, rows in self.tables.rows.items():
             for key, row in rows.items():
                 self.machine.table_changed(topic, key, row, self.tables.offsets[topic][key])
+        self.machine.tables_loaded()
         self._inbox.read_from(self.tables.positions())
 
     def close(self) -> None:
         """Flush what was told, commit and leave. Ownership stays with this instance id until its session ends."""
         try:
+            self._record_positions(force=True)
+            self._log_writer.flush(WRITE_DEADLINE_S)
             self._tell_writer.flush(WRITE_DEADLINE_S)
             self._commit(force=True)
         except EventLogError as error:
@@ -307,16 +349,21 @@ class OwnerLoop:
         logged = self._log_and_tell()
         self._tell_writer.poll()
         self._commit()
+        self._record_positions()
         return logged
 
     def _patience_s(self, timeout_s: float) -> float:
         if self._to_take:
             return 0.0
         soonest = min(
-            (due for part in self.owned.values() if (due := self.machine.next_due_ms(part.state)) is not None),
+            (
+                due - self._now_ms(part)
+                for part in self.owned.values()
+                if (due := self.machine.next_due_ms(part.state)) is not None
+            ),
             default=None,
         )
-        return timeout_s if soonest is None else max(0.0, min(timeout_s, (soonest - self._clock_ms()) / 1000))
+        return timeout_s if soonest is None else max(0.0, min(timeout_s, soonest / 1000))
 
     def _follow_changes(self) -> None:
         changes = self._inbox.take_changes()
@@ -345,12 +392,12 @@ class OwnerLoop:
             return
         if message.offset < part.inputs.get(message.topic, 0):
             return
-        part.now_ms = max(part.now_ms, self._clock_ms())
+        part.now_ms = self._now_ms(part)
         part.inputs[message.topic] = message.offset + 1
         if message.value is None:
             return
         try:
-            record = codec.decode(message.value)
+            record = self._decoded(message.value)
             if part.is_stale(message.topic, record):
                 return
             decision = self.machine.decide(part.state, record, message, part.now_ms, self.tables)
@@ -362,15 +409,34 @@ class OwnerLoop:
             _log.exception("decision failed", topic=message.topic, partition=message.partition, offset=message.offset)
             self._bury(message, part.now_ms, "internal_error", f"{type(error).__name__}: {error}")
             return
-        if decision is not None:
+        if decision is None:
+            return
+        try:
             self._log_entry(part, decision, f"{message.topic}:{message.partition}:{message.offset}")
+        except EntryRefusedError as error:
+            _log.exception("entry refused", topic=message.topic, partition=message.partition, offset=message.offset)
+            self._bury(message, part.now_ms, "internal_error", str(error))
+
+    def _decoded(self, value: bytes) -> Any:
+        """Decode an input. A newer version's schema is looked up first: it is published before the first record of it."""
+        try:
+            return codec.decode(value)
+        except codec.UnknownSchemaError as error:
+            if error.fingerprint in self._schemas_sought:
+                raise
+            self._schemas_sought.add(error.fingerprint)
+            load_schemas(self._broker)
+            return codec.decode(value)
+
+    def _now_ms(self, part: OwnedPartition) -> int:
+        return part.time_ms(self._clock_ms(), self._monotonic_s())
 
     def _ask_what_is_due(self) -> None:
         for part in self.owned.values():
             for _ in range(MAX_DUE_PER_TURN):
                 if part.doubt:
                     break
-                now_ms = max(part.now_ms, self._clock_ms())
+                now_ms = self._now_ms(part)
                 answer = self.machine.due(part.state, now_ms, self.tables)
                 if answer is None:
                     break
@@ -450,11 +516,7 @@ class OwnerLoop:
             return
         partition = min(self._to_take)  # one a turn, so that the others are not kept waiting
         self._to_take.discard(partition)
-        part = self._take_over(partition)
-        if part.doubt:
-            self._to_take.add(partition)
-            return
-        self.owned[partition] = part
+        self.owned[partition] = self._take_over(partition)
 
     def _take_over(self, partition: int) -> OwnedPartition:
         """Announce, fold the log up to the announcement, tell again what may be untold, and read on from what it records."""
@@ -466,6 +528,8 @@ class OwnerLoop:
         part.next_offset = part.epoch + 1
         failpoint("owner.after-announce")
         untold = self._restore(part, identity, start, part.epoch)
+        part.set_time(part.now_ms, self._monotonic_s())
+        part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
         positions = self._checked_positions(part)
         for offset, entry in untold:
             if offset > part.told.told:
@@ -496,6 +560,9 @@ class OwnerLoop:
             if isinstance(record, OwnerAnnounced):
                 self._check_announcement(record, identity)
                 tracker.announced(message.offset, record.epoch)
+                if tracker.is_valid(record.epoch):
+                    part.inputs.update(record.inputs)
+                    part.marks.update(record.marks)
             elif tracker.is_valid(record.epoch):
                 part.fold(record, message.value, message.offset)
                 untold.append((message.offset, record))
@@ -556,6 +623,8 @@ class OwnerLoop:
             partition_count=identity.partition_count,
             instance_id=self._instance_id,
             at_ms=self._clock_ms(),
+            inputs=dict(part.inputs) if repeat else {},
+            marks=dict(part.marks) if repeat else {},
         )
         # A first announcement cannot name its epoch, so its key is made unique by who announced and when.
         name = f"{epoch}:{repeat}" if repeat else f"{self._instance_id}:{time.time_ns()}"
@@ -570,9 +639,21 @@ class OwnerLoop:
 
     def _announce_again(self, part: OwnedPartition) -> None:
         part.since_announcement = 0
+        part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
         part.repeats += 1
         record = self._announcement(part, self._identity(), part.epoch, part.repeats)
         self._log_writer.send(record, lambda offset: part.acknowledged([], offset))
+
+    def _record_positions(self, *, force: bool = False) -> None:
+        """Record how far inputs were read that caused no entry, before their retention may remove them.
+
+        Otherwise an owner that starts after that would find its recorded position below their beginning, and refuse.
+        """
+        now_s = self._monotonic_s()
+        for part in self.owned.values():
+            is_time = force or now_s - part.recorded_s >= RECORD_POSITIONS_EVERY_S
+            if is_time and not part.doubt and part.inputs != part.recorded_inputs:
+                self._announce_again(part)
 
     def _commit(self, *, force: bool = False) -> None:
         now_s = self._monotonic_s()

@@ -18,7 +18,7 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
-from tidegate.gate.ledger import HELD, PLACED, Attempt, AttemptKey, Incarnation, Ledger, RunMoney
+from tidegate.gate.ledger import HELD, MAX_SETTLED_MICROS, PLACED, Attempt, AttemptKey, Incarnation, Ledger, RunMoney
 from tidegate.gate.placement import Executor, FreeSlots
 from tidegate.gate.policy import PolicySet, Verdict
 
@@ -129,7 +129,7 @@ def _authorise(draft: Draft, item: Authorise) -> None:
     if money is None or money.closed:
         _refuse(draft, item, "unknown_run", "", "the run is not open at the gate")
         return
-    verdict = _verdict(draft, item, money)
+    verdict = _verdict(draft, item, item.call, money)
     approved_by = ""
     if verdict.effect == "require_approval":
         arguments, approved_by = draft.approved.get(item.step_id, ("", ""))
@@ -151,15 +151,14 @@ def _authorise(draft: Draft, item: Authorise) -> None:
     _reserve_and_place(draft, item, item.call, verdict.rule, verdict.policy, approved_by)
 
 
-def _verdict(draft: Draft, item: Authorise, money: _Money) -> Verdict:
+def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
     if not draft.policies:
         return Verdict("allow", "default", "", "no policy is in force")
-    return draft.policies.judge(_variables(draft, item, money))
+    return draft.policies.judge(_variables(draft, item, call, money))
 
 
-def _variables(draft: Draft, item: Authorise, money: _Money) -> dict[str, Any]:
+def _variables(draft: Draft, item: Any, call: Call, money: _Money) -> dict[str, Any]:
     """Return what a rule may look at. The names are documented in docs/policy.md and never change their meaning."""
-    call = item.call
     workflow, _, version = money.workflow.partition("@")
     return {
         "kind": call.kind,
@@ -249,6 +248,12 @@ def _approve(draft: Draft, item: Approve) -> None:
         _refuse(draft, item, attempt.rule, attempt.policy, "the approval was given for other arguments")
         draft.ended.add(draft.key(item))
         return
+    if draft.money is not None:
+        verdict = _verdict(draft, item, attempt.call, draft.money)
+        if verdict.effect == "deny":  # somebody said yes, but what is in force now says no
+            _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason)
+            draft.ended.add(draft.key(item))
+            return
     _reserve_and_place(draft, item, attempt.call, attempt.rule, attempt.policy, item.by or "unnamed")
 
 
@@ -269,7 +274,7 @@ def _settle(draft: Draft, item: Settle) -> None:
         )
     )
     if draft.money is not None:
-        draft.money.settled_micros += item.actual_micros
+        draft.money.settled_micros = min(draft.money.settled_micros + item.actual_micros, MAX_SETTLED_MICROS)
     if attempt is not None:
         draft.end(item, attempt)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.messages import Call
 
+MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
 HELD, QUEUED, RESERVED, PLACED = "held", "queued", "reserved", "placed"
 
 
@@ -176,7 +177,7 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, call: Call) -> None:
 def _settled(ledger: Ledger, event: ev.AttemptSettled) -> None:
     run = ledger.runs.get(event.run_id)
     if run is not None:
-        run.settled_micros += event.actual_micros
+        run.settled_micros = min(run.settled_micros + event.actual_micros, MAX_SETTLED_MICROS)
     _end(ledger, _key(event))
 
 

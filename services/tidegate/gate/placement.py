@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
@@ -15,10 +16,11 @@ EXECUTOR: Final = "executor"
 class Executor:
     """The latest life of an executor, as it last reported."""
 
-    __slots__ = ("functions", "life", "queue", "row", "running", "slots")
+    __slots__ = ("functions", "is_heard", "life", "queue", "row", "running", "slots")
 
-    def __init__(self, row: Instance, life: Incarnation) -> None:
+    def __init__(self, row: Instance, life: Incarnation, *, is_heard: bool) -> None:
         self.row = row
+        self.is_heard = is_heard  # by this gate, since it began to listen
         self.life = life
         self.queue = row.queue
         self.slots = row.slots
@@ -38,8 +40,16 @@ class Executors:
     only when a lease seems to have run out, because a gate that lags must not take its own lag for their silence).
     """
 
-    def __init__(self, lease_ms: int, monotonic_ms: Callable[[], int], table_end: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        lease_ms: int,
+        monotonic_ms: Callable[[], int],
+        table_end: Callable[[], int],
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
         self._lease_ms = lease_ms
+        self._wall_ms = wall_ms
+        self._is_listening = False
         self._monotonic_ms = monotonic_ms
         self._table_end = table_end
         self.by_id: dict[str, Executor] = {}
@@ -70,8 +80,21 @@ class Executors:
             if life in self.ended:
                 self.by_id.pop(instance_id, None)
             else:
-                self.by_id[instance_id] = Executor(row, life)
+                is_heard = self._is_listening or self._is_recent(row)
+                self.by_id[instance_id] = Executor(row, life, is_heard=is_heard)
         self._sort()
+
+    def _is_recent(self, row: Instance) -> bool:
+        """Tell whether a line that was there before us is no older than a lease, by the clocks of both machines."""
+        return abs(self._wall_ms() - row.at_ms) <= self._lease_ms
+
+    def listen(self) -> None:
+        """From now on every record is news: what was taken so far is only what the table held.
+
+        An executor that died without a farewell leaves its last line there for ever. It has a full lease to be heard of
+        before what it holds is given up; but new work goes only to who was heard, or whose line is fresh.
+        """
+        self._is_listening = True
 
     def _end(self, life: Incarnation, reason: str) -> None:
         self.ended.setdefault(life, reason)
@@ -79,7 +102,7 @@ class Executors:
         self._suspects.pop(life, None)
 
     def _sort(self) -> None:
-        ready = [executor for executor in self.by_id.values() if executor.row.state == "ready"]
+        ready = [executor for executor in self.by_id.values() if executor.row.state == "ready" and executor.is_heard]
         self._by_life = {executor.life: executor for executor in ready}
         self._ready = {}
         for executor in ready:
@@ -106,12 +129,6 @@ class Executors:
                 if current is not None and current.life == life:
                     del self.by_id[life.instance_id]
                     self._sort()
-
-    def next_expiry_in_ms(self) -> int | None:
-        """Return in how many milliseconds the next lease runs out; None if none is counted."""
-        if not self._heard_ms:
-            return None
-        return max(0, min(self._heard_ms.values()) + self._lease_ms - self._monotonic_ms() + 1)
 
     def free_slots(self, ledgers: Mapping[int, Ledger]) -> FreeSlots:
         """Return the free slots of everybody who is ready: slots, less what our ledgers placed there, less what others did."""

@@ -13,6 +13,7 @@ from tidegate.domain.identity import NAME_PATTERN
 Effect = Literal["allow", "deny", "require_approval"]
 _STRENGTH: Final[dict[str, int]] = {"allow": 0, "require_approval": 1, "deny": 2}
 DEFAULT_RULE: Final = "default"
+MAX_REASON: Final = 500  # it is repeated with every attempt that the rule decides on
 
 
 class PolicyError(ValueError):
@@ -31,7 +32,7 @@ class Rule(BaseModel):
     name: str = Field(pattern=NAME_PATTERN)
     when: str
     then: Effect
-    reason: str = ""
+    reason: str = Field(default="", max_length=MAX_REASON)
 
     @field_validator("when")
     @classmethod
@@ -111,7 +112,9 @@ def _judge_rule(rule: Rule, label: str, variables: Mapping[str, Any]) -> Verdict
     try:
         holds = expressions.evaluate(rule.when, variables)
     except expressions.ExpressionError as error:
-        return Verdict("deny", rule.name, label, f"the rule could not be evaluated, which denies: {error}")
+        reason = f"the rule could not be evaluated, which denies: {error}"
+        return Verdict("deny", rule.name, label, reason[:MAX_REASON])
     if not isinstance(holds, bool):
-        return Verdict("deny", rule.name, label, f"the rule gave {holds!r} instead of true or false, which denies")
-    return Verdict(rule.then, rule.name, label, rule.reason or rule.when) if holds else None
+        reason = f"the rule gave {holds!r} instead of true or false, which denies"
+        return Verdict("deny", rule.name, label, reason[:MAX_REASON])
+    return Verdict(rule.then, rule.name, label, (rule.reason or rule.when)[:MAX_REASON]) if holds else None

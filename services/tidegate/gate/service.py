@@ -17,7 +17,7 @@ from tidegate.eventlog.tables import Tables
 from tidegate.gate import decide
 from tidegate.gate.ledger import Ledger, apply
 from tidegate.gate.placement import Executors
-from tidegate.gate.policy import Policy, PolicyError, PolicySet, parse
+from tidegate.gate.policy import MAX_REASON, Policy, PolicyError, PolicySet, Rule, parse
 from tidegate.gate.tells import tells
 
 _log = structlog.get_logger()
@@ -101,8 +101,15 @@ class GateMachine:
         elif topic == POLICIES:
             self._policy_changed(key, row)
 
+    def tables_loaded(self) -> None:
+        """From here on, what is heard of executors is news."""
+        self.executors.listen()
+
     def _policy_changed(self, key: str, row: PolicyPublished | None) -> None:
-        """Put a policy in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more."""
+        """Put a policy in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
+
+        After a restart the one of before is not known any more. Then everything is denied, and says which policy is broken.
+        """
         if row is None:
             self._documents.pop(key, None)
         else:
@@ -110,6 +117,14 @@ class GateMachine:
                 self._documents[key] = parse(canonical.loads(row.document))
             except (PolicyError, canonical.NotJsonError) as error:
                 _log.error("policy ignored, the one of before stays in force", policy=key, error=str(error))
-                return
+                if key not in self._documents:
+                    self._documents[key] = _unreadable(key)
         self._policies = PolicySet(self._documents)
         _log.info("policies in force", policies=sorted(f"{p.policy}@{p.version}" for p in self._documents.values()))
+
+
+def _unreadable(key: str) -> Policy:
+    """Return what stands in for a policy that this version cannot read and whose earlier text is not known."""
+    reason = f"policy {key!r} cannot be read by this gate; apply it again, or remove it"
+    rule = Rule(name="unreadable", when="true", then="deny", reason=reason[:MAX_REASON])
+    return Policy(policy="unreadable", version="0", rules=[rule])

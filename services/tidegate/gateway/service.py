@@ -16,6 +16,7 @@ from tidegate import codec
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, Offsets
+from tidegate.eventlog.schemas import load_schemas
 from tidegate.failpoints import failpoint
 from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, RunTable
 from tidegate.gateway.view import LiveView, PartitionReader, RunRow
@@ -228,15 +229,8 @@ class Gateway:
             if error.fingerprint in self._schemas_seen:
                 raise
             self._schemas_seen.add(error.fingerprint)
-            self._learn_schemas()
+            load_schemas(self._broker)
             return reader.take(offset, value)
-
-    def _learn_schemas(self) -> None:
-        """Read the topic of all schemas ever used: a newer writer's is there before its first record. Blocks, rarely."""
-        start, end = self._broker.offsets(SCHEMAS, 0)
-        for message in self._broker.read(SCHEMAS, 0, start, end):
-            with contextlib.suppress(codec.DecodeError):
-                codec.register_schema((message.value or b"").decode())
 
     # -- waiting for changes, forgetting ---------------------------------------------------------
 

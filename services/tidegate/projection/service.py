@@ -11,6 +11,7 @@ import structlog
 from tidegate import codec
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, Message, TopicPartition
+from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.subscription import AssignmentChange
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 from tidegate.failpoints import failpoint
@@ -290,18 +291,8 @@ class Projection:
             if error.fingerprint in self._schemas_seen:
                 raise
             self._schemas_seen.add(error.fingerprint)
-            self._learn_schemas()
+            load_schemas(self._broker)
             return codec.decode_raw(value)
-
-    def _learn_schemas(self) -> None:
-        """Read the topic of all schemas ever used: a newer writer's is there before its first record."""
-        start, end = self._broker.offsets(SCHEMAS, 0)
-        for message in self._broker.read(SCHEMAS, 0, start, end):
-            try:
-                if message.value is not None:
-                    codec.register_schema(message.value.decode())
-            except (ValueError, LookupError, TypeError) as error:
-                _log.error("schema skipped", offset=message.offset, error=str(error))
 
     def _unreadable(self, batch: Batch, message: Message, reason: str) -> None:
         """Note a record of our own topics that gives no rows, loudly, and go on."""

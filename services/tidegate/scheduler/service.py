@@ -118,5 +118,8 @@ class SchedulerMachine:
         """Return the messages that follow from an entry."""
         return tells(entry, at, self._account_partitions)
 
+    def tables_loaded(self) -> None:
+        """The scheduler reads no table."""
+
     def table_changed(self, topic: str, key: str, row: Any | None, offset: int) -> None:
         """The scheduler reads no table: its commands carry what it needs."""

@@ -1,4 +1,4 @@
-"""Declared topics and schemas on a Kafka: what differs, making what is missing, and the check that services do at start.
+"""Declared topics on a Kafka: what differs, making what is missing, and the check that services do at start.
 
 Nothing that exists is ever altered, unless the entry was named by who asked for it.
 """
@@ -7,21 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import structlog
 
-from tidegate import codec
-from tidegate.eventlog.interface import Broker, EventLogError, Record
-from tidegate.eventlog.validity import TYPE_HEADER
+from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.topics.administration import AdministeredBroker, alter, await_made, create
 from tidegate.topics.comparison import Difference, compare, group_problems
 from tidegate.topics.declaration import Topic, load_topics
 from tidegate.topics.settings import TopicsSettings
-
-SCHEMAS_TOPIC: Final = "schemas"
-SCHEMA_TYPE: Final = b"Schema"
-WRITE_DEADLINE_S: Final = 30.0
 
 _log = structlog.get_logger()
 
@@ -121,54 +114,3 @@ def check_at_start(broker: Broker, names: Sequence[str], *, production: bool) ->
                 _log.warning("topic not as declared", problem=str(difference))
     if problems:
         raise TopicsError(problems)
-
-
-def publish_schemas(broker: Broker) -> list[str]:
-    """Write every schema that this version ships and the `schemas` topic does not have; return their fingerprints.
-
-    Done before anything is written with them, so that whoever reads the log can read it. Blocks. Raises EventLogError.
-    """
-    there = _published(broker)
-    missing = {name: text for name, text in codec.schema_texts().items() if name not in there}
-    if not missing:
-        return []
-    writer = broker.writer()
-    try:
-        for name, text in missing.items():
-            headers = ((TYPE_HEADER, SCHEMA_TYPE),)
-            writer.send(Record(SCHEMAS_TOPIC, 0, name.encode(), text.encode(), headers))
-        writer.flush(WRITE_DEADLINE_S)
-    finally:
-        writer.close()
-    return sorted(missing)
-
-
-def load_schemas(broker: Broker) -> list[str]:
-    """Make the schemas in the `schemas` topic known to the codec; return the fingerprints of those that were new.
-
-    One that cannot be used (not a record of ours, or of a form that this version does not know) is logged and left out.
-    Blocks. Raises EventLogError.
-    """
-    known = codec.schema_texts()
-    loaded = []
-    for name, text in _published(broker).items():
-        if name in known:
-            continue
-        try:
-            codec.register_schema(text)
-            loaded.append(name)
-        except codec.DecodeError as error:
-            _log.error("schema skipped", fingerprint=name, error=str(error))
-    return loaded
-
-
-def _published(broker: Broker) -> dict[str, str]:
-    start, end = broker.offsets(SCHEMAS_TOPIC, 0)
-    found: dict[str, str] = {}
-    for message in broker.read(SCHEMAS_TOPIC, 0, start, end):
-        name = (message.key or b"").decode("utf-8", "replace")
-        if message.value is None:
-            found.pop(name, None)
-        else:
-            found[name] = message.value.decode("utf-8", "replace")
-    return found

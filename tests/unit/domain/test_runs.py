@@ -8,6 +8,8 @@ import pytest
 
 from support.pure import Pair, agent, chain, step, tool
 from tidegate.domain.messages import EndedIncarnation
+from tidegate.domain.progress import MAX_OPEN_STEPS
+from tidegate.scheduler import decide
 
 STEPS = ("step:a", "step:b", "step:c", "step:d", "agent:bot", "tool:look", "tool:pay")
 
@@ -395,3 +397,60 @@ def test_an_older_life_that_goes_on_beating_is_given_nothing_new() -> None:
     p.start("r", chain("a"))
     (task,) = p.tasks
     assert task.incarnation == 9
+
+
+@pytest.mark.feature("P4")
+def test_an_approval_does_not_stand_against_a_policy_that_denies_now() -> None:
+    p = pair()
+    rule = {"name": "ask", "when": "true", "then": "require_approval"}
+    p.policy({"policy": "p", "version": "1", "rules": [rule]})
+    p.start("r", chain("a"))
+    p.policy({"policy": "p", "version": "2", "rules": [{**rule, "then": "deny", "reason": "not any more"}]})
+    p.command("r", "approve")
+    assert p.run("r").status == "failed"
+    assert "not any more" in p.run("r").reason
+    assert not p.dispatches
+
+
+def test_a_start_is_new_whatever_was_sent_under_its_command_id_before() -> None:
+    p = pair()
+    p.command("r", "cancel", command_id="x")
+    p.start("r", chain("a"), command_id="x")
+    assert p.run("r").status == "running"
+    p.start("r", chain("a"), command_id="x")
+    assert p.seen("r").count("RunStarted") == 1
+
+
+def test_a_run_may_not_have_more_steps_open_than_one_input_can_end() -> None:
+    p = pair()
+    names = [f"n{number}" for number in range(MAX_OPEN_STEPS + 1)]
+    definition = {
+        "name": "wide",
+        "version": "1",
+        "max_steps": 100_000,
+        "nodes": {name: {"kind": "step", "function": "a"} for name in names},
+        "functions": {"a": step()},
+    }
+    p.start("r", definition)
+    assert (p.run("r").status, p.run("r").code) == ("failed", "too_wide")
+
+
+@pytest.mark.parametrize("record", ["result", "decision", "command"])
+def test_a_decision_that_fails_ends_the_run_with_a_reason(monkeypatch: pytest.MonkeyPatch, record: str) -> None:
+    p = pair()
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("a defect")
+
+    if record != "result":
+        monkeypatch.setattr(decide, {"decision": "on_decision", "command": "on_command"}[record], fail)
+    p.start("r", chain("a", a=step(reserve_micros=5)))
+    if record == "result":
+        monkeypatch.setattr(decide, "on_result", fail)
+        p.answer(p.tasks.popleft(), actual_micros=3)
+    run = p.run("r")
+    assert (run.status, run.code) == ("refused" if record == "command" else "failed", "internal_error")
+    assert "ZeroDivisionError: a defect" in run.reason
+    if record == "result":
+        assert p.money() == (0, 3)
+        assert not p.ledger.attempts

@@ -48,6 +48,10 @@ def test_reports_add_up_and_are_checked():
         for wrong in (-1, 1.5, True, "1", 2**63):
             with pytest.raises(ValueError, match="whole number"):
                 report_cost(wrong)
+        with pytest.raises(ValueError, match="would be"):
+            report_cost(2**53 - 2)
+        with pytest.raises(ValueError, match="named by text"):
+            meter.add_usage({1: 1})
         with pytest.raises(ValueError, match="'tokens'"):
             report_usage(calls=1, tokens=-1)
     assert (meter.cost_micros, meter.usage) == (3, {"tokens": 7, "calls": 1})
