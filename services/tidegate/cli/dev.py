@@ -81,6 +81,8 @@ def dev(
             console.print("[dim]stopping …[/dim]")
     except EventLogError as error:
         typer.echo(f"error: Kafka at {stack.settings.bootstrap}: {error}", err=True)
+        if stack.kafka is None:
+            typer.echo("TIDEGATE_KAFKA_BOOTSTRAP names it, so none is started here: unset it to have one", err=True)
         raise typer.Exit(1) from None
     except (StackError, AddressError, EmbeddedKafkaError, PublishConflictError) as error:
         typer.echo(f"error: {error}", err=True)
