@@ -54,7 +54,7 @@ manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
 
-bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, rebuild (about five minutes)
+bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, rebuild (about two minutes)
 	$(BIN)/tidegate bench
 
 clean: ## Remove the environment, caches and development data

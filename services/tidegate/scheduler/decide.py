@@ -267,6 +267,13 @@ def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
 
 def _bounded(result: StepResult) -> StepResult:
     """Cut what an executor says to what entries and sums can hold. Ours keep to it; this trusts nobody."""
+    if (
+        not result.usage
+        and not result.error_message
+        and not result.error_class
+        and 0 <= result.actual_micros <= MAX_MICROS
+    ):
+        return result  # as nearly all are
     names = [name for name in result.usage if len(name) <= MAX_USAGE_NAME][:MAX_USAGE_NAMES]
     return msgspec.structs.replace(
         result,
