@@ -108,7 +108,14 @@ def _bounded(message: str) -> str:
 
 
 def to_record(task: StepTask, result: StepResult) -> Record:
-    """Return the record that answers a task: it goes where the task says."""
+    """Return the record that answers a task: it goes where the task says.
+
+    A result that cannot be encoded becomes a failure that says so: an attempt that is never answered keeps its run waiting.
+    """
+    try:
+        value = codec.encode(result)
+    except ValueError as error:
+        result = failed(task, "BadResult", f"its result cannot be written: {error}", retryable=False)
+        value = codec.encode(result)
     key = f"{result.run_id}:{result.step_id}:{result.attempt}:{result.outcome}"
-    headers = ((TYPE_HEADER, b"StepResult"),)
-    return Record(STEP_RESULTS, task.result_partition, key.encode(), codec.encode(result), headers)
+    return Record(STEP_RESULTS, task.result_partition, key.encode(), value, ((TYPE_HEADER, b"StepResult"),))

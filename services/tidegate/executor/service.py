@@ -173,13 +173,7 @@ class Executor:
 
     def _send(self, task: StepTask, result: StepResult) -> None:
         key = key_of(task)
-        try:
-            record = results.to_record(task, result)
-        except ValueError as error:  # an attempt is answered in any case, or its run waits for ever
-            _log.error("result cannot be written", key=str(key), error=str(error))
-            instead = results.failed(task, "BadResult", f"its result cannot be written: {error}", retryable=False)
-            record = results.to_record(task, instead)
-        self._sender.send(record, lambda: self._holdings.answered(key))
+        self._sender.send(results.to_record(task, result), lambda: self._holdings.answered(key))
 
     # --- ending ---
 

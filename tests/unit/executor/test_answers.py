@@ -44,6 +44,13 @@ def test_a_failure_costs_what_was_reported():
     assert results.timed_out(TASK, 1.0, Spent(None, {}, 1, 2)).actual_micros == 0
 
 
+def test_a_result_that_cannot_be_written_is_answered_as_a_failure():
+    record = results.to_record(TASK, results.succeeded(TASK, "1", Spent(2**70, {}, 1, 2)))
+    answered = codec.decode(record.value)
+    assert (answered.outcome, answered.error_class, answered.retryable) == ("failed", "BadResult", False)
+    assert record.key == b"run-1:a/1:2:failed"
+
+
 def test_a_timeout_is_repeated_only_if_that_is_harmless():
     assert results.timed_out(TASK, 1.0, results.NOTHING_SPENT).retryable
     call = msgspec.structs.replace(TASK.call, idempotent=False)
