@@ -167,7 +167,7 @@ class OwnedPartition:
         self.state: Any = machine.new_state(partition)
         self.epoch = NO_EPOCH
         self.now_ms = 0
-        self._base_ms = 0  # a time that is sure, and when it was by a clock that only runs
+        self._base_ms = 0  # see `set_time`
         self._base_s = 0.0
         self.inputs: dict[str, int] = {}
         self.marks: dict[str, int] = {}
@@ -206,7 +206,7 @@ class OwnedPartition:
     # -- deciding ---------------------------------------------------------------
 
     def set_time(self, now_ms: int, monotonic_s: float) -> None:
-        """Take a time for sure."""
+        """Remember a time, and when it was by a clock that never jumps: from there it runs on."""
         self._base_ms, self._base_s = now_ms, monotonic_s
 
     def time_ms(self, clock_ms: int, monotonic_s: float) -> int:
