@@ -1,0 +1,390 @@
+"""The money, recomputed: budgets, reservations and spending from the bytes of `gate-ledger` alone.
+
+What an auditor with the records in hand would do. Nothing of the gate is used, and not the structs that the gate writes and
+folds: records are read with Avro's own reader by the schema that they name, fields by the names in that schema. So neither a
+wrong rule of the gate nor a wrong field of a struct can hide here. What is shared: the schemas, and the epoch rule, which all
+readers of a log must share (rule 6).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import fastavro
+
+from tidegate import codec
+from tidegate.eventlog.interface import Message
+from tidegate.eventlog.validity import EpochTracker
+
+FINGERPRINT: Final = slice(2, 10)  # of a record in Avro's single-object encoding, after the two bytes that mark it
+BODY: Final = 10
+LARGEST_MICROS: Final = 2**63 - 1  # what a field can hold: sums stop there
+
+HELD, REFUSED, RESERVED, QUEUED, PLACED, LOST = "held", "refused", "reserved", "queued", "placed", "lost"
+SETTLED, RELEASED = "settled", "released"
+ENDED: Final = frozenset({REFUSED, SETTLED, RELEASED})
+
+# (what became of an attempt so far, event) -> what becomes of it. What is not here breaks the rules of the ledger.
+ATTEMPTS: Final[dict[tuple[str, str], str]] = {
+    ("", "AttemptReserved"): RESERVED,
+    ("", "AttemptRefused"): REFUSED,
+    ("", "ApprovalHeld"): HELD,
+    (HELD, "AttemptReserved"): RESERVED,
+    (HELD, "AttemptRefused"): REFUSED,
+    (HELD, "AttemptReleased"): RELEASED,
+    (HELD, "AttemptSettled"): SETTLED,
+    (RESERVED, "AttemptQueued"): QUEUED,
+    (RESERVED, "AttemptPlaced"): PLACED,
+    (QUEUED, "AttemptPlaced"): PLACED,
+    (QUEUED, "AttemptReleased"): RELEASED,
+    (QUEUED, "AttemptSettled"): SETTLED,
+    (PLACED, "AttemptCancelTold"): PLACED,
+    (PLACED, "PlacementLost"): LOST,
+    (PLACED, "AttemptReleased"): RELEASED,
+    (PLACED, "AttemptSettled"): SETTLED,
+    (LOST, "AttemptReleased"): RELEASED,
+    (LOST, "AttemptSettled"): SETTLED,
+    # The result of an attempt that was given up turned up: what it cost counts, once, beyond any reservation.
+    (RELEASED, "AttemptSettled"): SETTLED,
+}
+
+
+class AttemptName(NamedTuple):
+    """Names an attempt."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+
+
+class Placement(NamedTuple):
+    """Names the executor life that an attempt belongs to."""
+
+    instance_id: str
+    incarnation: int
+
+
+class Problem(NamedTuple):
+    """What no correct ledger can hold. where: `topic-partition@offset` of the record; run_id: empty if it concerns no run."""
+
+    where: str
+    run_id: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+@dataclass(slots=True)
+class RunBooks:
+    """What a run may spend and what became of it, in micro-dollars. `budget_micros` None: no limit."""
+
+    account: str
+    budget_micros: int | None
+    reserved_micros: int = 0
+    settled_micros: int = 0
+    overshoot_micros: int = 0
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class AttemptBooks:
+    """What became of an attempt. reserved_micros: what is, or was, set aside for it; None if nothing ever was."""
+
+    status: str = ""
+    reserved_micros: int | None = None
+    placement: Placement | None = None
+
+
+@dataclass(slots=True)
+class AccountTotals:
+    """What the runs of an account came to, in micro-dollars. `open_micros`: set aside, neither spent nor given back yet."""
+
+    runs: int = 0
+    open_runs: int = 0
+    settled_micros: int = 0
+    overshoot_micros: int = 0
+    open_micros: int = 0
+
+
+@dataclass(slots=True)
+class _Partition:
+    """How far a partition of the ledger was read."""
+
+    epochs: EpochTracker = field(default_factory=EpochTracker)
+    next_seq: int = 1
+
+
+@dataclass(slots=True)
+class Books:
+    """The books of all partitions together. Fed record by record, each partition from its first on, in any mixture."""
+
+    runs: dict[str, RunBooks] = field(default_factory=dict)
+    attempts: dict[AttemptName, AttemptBooks] = field(default_factory=dict)
+    entries: int = 0
+    void_entries: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    _partitions: dict[int, _Partition] = field(default_factory=dict)
+
+    def read(self, message: Message) -> list[Problem]:
+        """Take the next record of its partition into the books; return the problems that it shows. Does not raise.
+
+        Entries of an owner whose epoch is over count for nothing. An event that breaks a rule is noted and left out.
+        """
+        before = len(self.problems)
+        if message.value is not None:
+            _Page(self, message).read(message.value)
+        return self.problems[before:]
+
+    def open_reservations(self) -> dict[AttemptName, int]:
+        """Return the money that is set aside and has neither been spent nor given back."""
+        return {
+            name: attempt.reserved_micros
+            for name, attempt in self.attempts.items()
+            if attempt.reserved_micros is not None and attempt.status not in ENDED
+        }
+
+    def open_holds(self) -> set[AttemptName]:
+        """Return the attempts that wait for an approval."""
+        return {name for name, attempt in self.attempts.items() if attempt.status == HELD}
+
+    def accounts(self) -> dict[str, AccountTotals]:
+        """Return the totals of every account, by its path."""
+        found: dict[str, AccountTotals] = {}
+        for run in self.runs.values():
+            totals = found.setdefault(run.account, AccountTotals())
+            totals.runs += 1
+            totals.open_runs += not run.closed
+            totals.settled_micros += run.settled_micros
+            totals.overshoot_micros += run.overshoot_micros
+            totals.open_micros += run.reserved_micros
+        return dict(sorted(found.items()))
+
+    def problems_at_rest(self) -> list[Problem]:
+        """Return what is wrong if nothing is under way any more: money set aside for ever, questions and books left open.
+
+        Not part of `problems`: in the middle of things all of these are as they should be.
+        """
+        left = [
+            (name.run_id, f"{_said(name)}: {left} still set aside") for name, left in self.open_reservations().items()
+        ]
+        left += [(name.run_id, f"{_said(name)}: still held for approval") for name in self.open_holds()]
+        left += [(run_id, f"{run_id}: never closed") for run_id, run in self.runs.items() if not run.closed]
+        return [Problem("at the end", run_id, text) for run_id, text in left]
+
+
+def audit(partitions: Iterable[Iterable[Message]]) -> Books:
+    """Read every partition of the ledger from its first record on, and return the books. Blocks as its readers do."""
+    books = Books()
+    for messages in partitions:
+        for message in messages:
+            books.read(message)
+    return books
+
+
+# --- reading ---------------------------------------------------------------
+
+
+@functools.cache
+def _schema(fingerprint: bytes) -> Any:
+    """Return the parsed schema. Raises LookupError for one that nobody registered."""
+    return fastavro.parse_schema(json.loads(codec.schema_texts()[fingerprint.hex()]))
+
+
+def _record(value: bytes) -> tuple[str, dict[str, Any]]:
+    """Return a record's name and fields, those of unions as (name, fields). Raises on bytes that are no such record."""
+    schema = _schema(value[FINGERPRINT])
+    fields = fastavro.schemaless_reader(io.BytesIO(value[BODY:]), schema, None, return_record_name=True)
+    return schema["name"].rpartition(".")[2], fields  # type: ignore[return-value] # both of our records are objects
+
+
+class _Page:
+    """One record on its way into the books."""
+
+    def __init__(self, books: Books, message: Message) -> None:
+        self._books = books
+        self._partition = books._partitions.setdefault(message.partition, _Partition())
+        self._message = message
+        self._where = f"{message.topic}-{message.partition}@{message.offset}"
+
+    def read(self, value: bytes) -> None:
+        try:
+            kind, fields = _record(value)
+        except Exception as error:  # whatever is wrong with the bytes: money may hide in them
+            self._note("", f"cannot be read: {type(error).__name__}: {error}")
+            return
+        if kind == "OwnerAnnounced":
+            self._partition.epochs.announced(self._message.offset, fields["epoch"])
+        elif kind != "LedgerEntry":
+            self._note("", f"a {kind} has no place in the ledger")
+        elif not self._partition.epochs.is_valid(fields["epoch"]):
+            self._books.void_entries += 1
+        else:
+            self._entry(fields)
+
+    def _entry(self, fields: dict[str, Any]) -> None:
+        self._books.entries += 1
+        due, seq = self._partition.next_seq, fields["first_seq"]
+        if seq != due:
+            self._note("", f"begins at seq {seq}, {due} was due")
+        self._partition.next_seq = seq + len(fields["events"])
+        for kind, event in fields["events"]:
+            name = kind.rpartition(".")[2]
+            post = _RUNS.get(name, _Page._attempt)
+            post(self, name, event)
+
+    def _note(self, run_id: str, text: str) -> None:
+        self._books.problems.append(Problem(self._where, run_id, text))
+
+    # -- runs ---------------------------------------------------------------------------
+
+    def _opened(self, _: str, event: dict[str, Any]) -> None:
+        run_id, budget_micros = event["run_id"], event["budget_micros"]
+        if run_id in self._books.runs:
+            self._note(run_id, f"{run_id}: opened twice")
+            return
+        if budget_micros is not None and budget_micros < 0:
+            self._note(run_id, f"{run_id}: a budget of {budget_micros}")
+        self._books.runs[run_id] = RunBooks(event["account"], budget_micros)
+
+    def _closed(self, _: str, event: dict[str, Any]) -> None:
+        run = self._run(event)
+        if run is None:
+            return
+        run_id, settled_micros = event["run_id"], event["settled_micros"]
+        if run.closed:
+            self._note(run_id, f"{run_id}: closed twice")
+        if settled_micros != min(run.settled_micros, LARGEST_MICROS):
+            self._note(run_id, f"{run_id}: closed with {settled_micros} spent, {run.settled_micros} were")
+        run.closed = True
+
+    def _run(self, event: dict[str, Any]) -> RunBooks | None:
+        run_id, account = event["run_id"], event["account"]
+        run = self._books.runs.get(run_id)
+        if run is None:
+            self._note(run_id, f"{run_id}: never opened")
+        elif run.account != account:
+            self._note(run_id, f"{run_id}: billed to {account or 'nobody'}, it belongs to {run.account}")
+        return run
+
+    # -- attempts -----------------------------------------------------------------------
+
+    def _attempt(self, kind: str, event: dict[str, Any]) -> None:
+        if kind not in _KINDS:
+            self._note(event.get("run_id", ""), f"an event {kind}, of which the auditor knows nothing")
+            return
+        name = AttemptName(event["run_id"], event["step_id"], event["attempt"])
+        attempt = self._books.attempts.get(name, AttemptBooks())
+        becomes = ATTEMPTS.get((attempt.status, kind))
+        if becomes is None:
+            self._note(name.run_id, f"{_said(name)}: {kind} after it was {attempt.status or 'never asked for'}")
+            return
+        if (post := _POSTINGS.get(kind)) is not None:
+            run = self._run(event)
+            if run is None:
+                return
+            for problem in post(run, attempt, event):
+                self._note(name.run_id, f"{_said(name)}: {problem}")
+        attempt.status = becomes
+        self._books.attempts[name] = attempt
+
+
+_RUNS: Final[dict[str, Callable[[_Page, str, dict[str, Any]], None]]] = {
+    "RunOpened": _Page._opened,
+    "RunClosed": _Page._closed,
+}
+_KINDS: Final = frozenset(kind for _, kind in ATTEMPTS)
+
+
+# --- posting: what an event does to its attempt and to its run; returns what is wrong with it -------------------------
+
+
+def _held(run: RunBooks, _attempt: AttemptBooks, _event: dict[str, Any]) -> Iterable[str]:
+    if run.closed:
+        yield "held after its run was closed"
+
+
+def _reserved(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    micros = event["reserved_micros"]
+    if micros < 0:
+        yield f"{micros} reserved"
+    if run.closed:
+        yield "reserved after its run was closed"
+    if attempt.status == HELD and not event["approved_by"]:
+        yield "reserved although nobody approved it"
+    attempt.reserved_micros = micros
+    run.reserved_micros += micros
+    if run.budget_micros is not None and run.reserved_micros + run.settled_micros > run.budget_micros:
+        yield (
+            f"{micros} reserved; with that {run.reserved_micros} are set aside and {run.settled_micros} spent "
+            f"of {run.budget_micros}"
+        )
+
+
+def _queued(_run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    micros = event["call"]["reserve_micros"]
+    if micros != attempt.reserved_micros:
+        yield f"{attempt.reserved_micros} reserved, its call asks for {micros}"
+
+
+def _placed(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    yield from _queued(run, attempt, event)
+    if event["reserved_micros"] != attempt.reserved_micros:
+        yield f"placed with {event['reserved_micros']}, {attempt.reserved_micros} were reserved"
+    if run.closed:
+        yield "placed after its run was closed"
+    attempt.placement = Placement(event["instance_id"], event["incarnation"])
+
+
+def _lost(_run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    if attempt.placement != (event["instance_id"], event["incarnation"]):
+        yield f"lost by {event['instance_id']} of incarnation {event['incarnation']}, which never had it"
+
+
+def _settled(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    actual_micros = event["actual_micros"]
+    expected_micros = _take_back(run, attempt)
+    if actual_micros < 0:
+        yield f"{actual_micros} spent"
+    if actual_micros and attempt.placement is None:
+        yield f"{actual_micros} spent by what was never placed"
+    if event["reserved_micros"] != expected_micros:
+        yield f"settled against {event['reserved_micros']}, {expected_micros} were set aside"
+    if event["overshoot_micros"] != max(0, actual_micros - expected_micros):
+        yield f"{actual_micros} spent of {expected_micros} is no overshoot of {event['overshoot_micros']}"
+    run.settled_micros += actual_micros
+    run.overshoot_micros += max(0, actual_micros - expected_micros)
+
+
+def _released(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    expected_micros = _take_back(run, attempt)
+    if event["reserved_micros"] != expected_micros:
+        yield f"{event['reserved_micros']} released, {expected_micros} were set aside"
+
+
+def _take_back(run: RunBooks, attempt: AttemptBooks) -> int:
+    """End the reservation and return it: nothing if none was made, or if it ended before."""
+    if attempt.reserved_micros is None or attempt.status in ENDED:
+        return 0
+    run.reserved_micros -= attempt.reserved_micros
+    return attempt.reserved_micros
+
+
+_POSTINGS: Final[dict[str, Callable[[RunBooks, AttemptBooks, dict[str, Any]], Iterable[str]]]] = {
+    "ApprovalHeld": _held,
+    "AttemptReserved": _reserved,
+    "AttemptQueued": _queued,
+    "AttemptPlaced": _placed,
+    "PlacementLost": _lost,
+    "AttemptSettled": _settled,
+    "AttemptReleased": _released,
+}
+
+
+def _said(name: AttemptName) -> str:
+    return f"{name.run_id} {name.step_id}#{name.attempt}"
