@@ -1,16 +1,21 @@
-"""`tidegate demo`: the refund demo."""
+"""`tidegate demo`: the refund demo, and storms over many runs."""
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
+from tidegate.cli.storm_screen import StormScreen
+from tidegate.demo.chaos.demo import SIZES, ChaosDemo, Size
+from tidegate.demo.chaos.demo import make_stack as make_chaos_stack
 from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, wait_for_projection
 from tidegate.embedded import sql
 from tidegate.embedded.errors import EmbeddedKafkaError
@@ -20,14 +25,36 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.sdk.client import Client
 
-app = typer.Typer(add_completion=False)
+REFUND: Final = "refund"
+FAILURES: Final = (DemoError, StackError, EmbeddedKafkaError, EventLogError)
+
+
+class DemoGroup(TyperGroup):
+    """Takes `tidegate demo` without a command for the refund demo."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the refund demo's name before options that are not ours."""
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = [REFUND, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=DemoGroup,
+    add_completion=False,
+    help="Demonstrations that prove what they show. Without a command: the refund demo. Exit code 1 if anything does not hold.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
+Keep = Annotated[bool, typer.Option(help="Keep the demo's data folder and say where it is.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Repeats the same blows at the same times; without it a new one is drawn.")
+]
+Seconds = Annotated[float | None, typer.Option(min=15.0, help="How long the storm lasts, instead of the usual time.")]
+Blows = Annotated[int | None, typer.Option(min=0, help="How often it strikes; everybody is struck at any rate.")]
 
 
 @app.command()
-def demo(
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")] = False,
-    keep: Annotated[bool, typer.Option(help="Keep the demo's data folder and say where it is.")] = False,
-) -> None:
+def refund(as_json: AsJson = False, keep: Keep = False) -> None:
     """Show a refund survive kill -9: dispatched twice, paid once. Exit code 1 if any part of the proof fails.
 
     Starts Kafka, ClickHouse and all services in a temporary folder, kills the executor in the middle of the refund, and
@@ -43,20 +70,71 @@ def demo(
         with stack:
             proof = RefundDemo(stack, say).run()
             _show_plain_producer(stack.settings, data_dir, say)
-    except (DemoError, StackError, EmbeddedKafkaError, EventLogError) as error:
-        typer.echo(f"demo failed: {error}", err=True)
-        typer.echo(f"the logs are in {data_dir}/logs", err=True)
-        if as_json:
-            typer.echo(json.dumps({"ok": False, "error": str(error)}))
-        raise typer.Exit(1) from None
+    except FAILURES as error:
+        _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)
     say("\nAll of it holds." if proof["ok"] else "\nThe proof FAILED.")
-    if keep or not proof["ok"]:
-        say(f"data and logs: {data_dir}")
+    _end(proof, data_dir, say, as_json=as_json, keep=keep)
+
+
+@app.command("chaos-100")
+def chaos_100(
+    seed: Seed = None, seconds: Seconds = None, blows: Blows = None, as_json: AsJson = False, keep: Keep = False
+) -> None:
+    """Run 100 runs while every process and the broker are killed, frozen and restarted; show that nothing came of it.
+
+    Starts two of everything that shares its work in a temporary folder. Runs retry, wait, ask humans and move money, while
+    a storm of kill -9, SIGSTOP and SIGTERM goes over all services and over Kafka. When all is quiet again: no run is lost,
+    no effect doubled, all chains verify, the money is recomputed from the ledger, ClickHouse and the live view agree.
+    """
+    _chaos("chaos-100", seed, seconds, blows, as_json=as_json, keep=keep)
+
+
+@app.command("chaos-500")
+def chaos_500(
+    seed: Seed = None, seconds: Seconds = None, blows: Blows = None, as_json: AsJson = False, keep: Keep = False
+) -> None:
+    """The same with 500 runs, for longer."""
+    _chaos("chaos-500", seed, seconds, blows, as_json=as_json, keep=keep)
+
+
+def _chaos(name: str, seed: int | None, seconds: float | None, blows: int | None, *, as_json: bool, keep: bool) -> None:
+    usual = SIZES[name]
+    size = Size(usual.runs, usual.seconds if seconds is None else seconds, usual.blows if blows is None else blows)
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    again = f"tidegate demo {name} --seed {seed} --seconds {size.seconds:g} --blows {size.blows}"
+    data_dir = Path(tempfile.mkdtemp(prefix=f"tidegate-{name}-"))
+    with StormScreen(size.runs, to_stderr=as_json) as screen:
+        screen.say(f"{size.runs} runs, {size.seconds:g} s of storm, seed {seed}")
+        try:
+            with make_chaos_stack(data_dir, screen.say) as stack:
+                summary = ChaosDemo(stack, size, seed, screen.screen).run()
+        except FAILURES as error:
+            screen.close()
+            typer.echo(f"the same storm again: {again}", err=True)
+            _fail(error, data_dir, {"ok": False, "seed": seed, "error": str(error)}, as_json=as_json)
+        screen.summarise(summary)
+        if not summary["ok"]:
+            screen.say(f"the same storm again: {again}")
+    _end(summary, data_dir, screen.say, as_json=as_json, keep=keep)
+
+
+def _fail(error: Exception, data_dir: Path, answer: dict[str, Any], *, as_json: bool) -> NoReturn:
+    typer.echo(f"demo failed: {error}", err=True)
+    typer.echo(f"the logs are in {data_dir}/logs", err=True)
+    if as_json:
+        typer.echo(json.dumps(answer))
+    raise typer.Exit(1) from None
+
+
+def _end(answer: dict[str, Any], data_dir: Path, say: Say, *, as_json: bool, keep: bool) -> NoReturn:
+    """Say where the data is if it is kept, print the answer, and exit with what it means."""
+    if keep or not answer["ok"]:
+        say(f"data and logs: {data_dir} (look at them with `tidegate dev --data-dir {data_dir}`)")
     else:
         shutil.rmtree(data_dir, ignore_errors=True)
     if as_json:
-        typer.echo(json.dumps(proof))
-    raise typer.Exit(0 if proof["ok"] else 1)
+        typer.echo(json.dumps(answer))
+    raise typer.Exit(0 if answer["ok"] else 1)
 
 
 def _show_plain_producer(settings: KafkaSettings, data_dir: Path, say: Say) -> None:

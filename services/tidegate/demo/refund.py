@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from tidegate.audit.money import Books, audit
 from tidegate.cli.run_output import describe
 from tidegate.demo.app import app
 from tidegate.demo.payments import Payments
@@ -103,6 +104,8 @@ class RefundDemo:
             f"sumIf(actual_micros, type = 'AttemptSettled') AS settled FROM ledger WHERE run_id = '{run_id}'"
         )[0]
         report = self._verify(run_id)
+        books = self._audit()
+        recomputed = books.runs[run_id]
         effects = self._payments.refunds(self._order_id)
         proof = {
             "run_id": run_id,
@@ -111,6 +114,7 @@ class RefundDemo:
             "chain_verified": report.ok and report.events > 0,
             "reserved_micros": int(money["reserved"]),
             "settled_micros": int(money["settled"]),
+            "money_recomputed": not books.problems and recomputed.settled_micros == int(money["settled"]),
             "seconds": round(time.monotonic() - began, 2),
         }
         open_micros = int(money["reserved"]) - int(money["ended"])
@@ -118,22 +122,33 @@ class RefundDemo:
             proof["refund_dispatches"] == 2
             and proof["refund_effects"] == 1
             and proof["chain_verified"]
-            and open_micros == 0
+            and proof["money_recomputed"]
+            and open_micros == recomputed.reserved_micros == 0
             and 0 < int(money["settled"]) <= BUDGET_MICROS
         )
+        self._show(proof, report, books, open_micros)
+        return {"ok": ok, **proof}
+
+    def _show(self, proof: dict[str, Any], report: Report, books: Books, open_micros: int) -> None:
+        """Say the proof, each line with where it comes from."""
+        run = books.runs[proof["run_id"]]
         self._say("\nThe proof, each line the answer to a query:")
         self._say(f"  refund dispatched   {proof['refund_dispatches']} times     (ClickHouse, events)")
-        self._say(f"  refunded            {effects} time      (the payment provider's own ledger)")
+        self._say(f"  refunded            {proof['refund_effects']} time      (the payment provider's own ledger)")
         self._say(
             f"  chain verified      {proof['chain_verified']!s:<11} "
             f"({report.events} events in {report.entries} entries, run and ledger)"
         )
-        for problem in report.problems:
-            self._say(f"    {problem}")
         self._say(
-            f"  money               {money['reserved']} micro-dollars reserved, {money['settled']} settled, {open_micros} left open"
+            f"  money               {proof['reserved_micros']} micro-dollars reserved, {proof['settled_micros']} settled, "
+            f"{open_micros} left open (ClickHouse, ledger)"
         )
-        return {"ok": ok, **proof}
+        self._say(
+            f"  money recomputed    {run.settled_micros} settled, {run.reserved_micros} left open "
+            "(from the ledger's bytes, with nothing of the gate)"
+        )
+        for problem in (*report.problems, *books.problems):
+            self._say(f"    {problem}")
 
     def _verify(self, run_id: str) -> Report:
         """Verify the run's chain, and the whole partition of the ledger that paid for it."""
@@ -146,6 +161,12 @@ class RefundDemo:
             start, end = broker.offsets(topic, partition)
             verify_partition(broker.read(topic, partition, start, end), report, only)
         return report
+
+    def _audit(self) -> Books:
+        """Recompute the money of everybody from the ledger."""
+        broker = KafkaBroker(self._stack.settings)
+        count = broker.describe(["gate-ledger"])["gate-ledger"].partition_count
+        return audit(broker.read("gate-ledger", n, *broker.offsets("gate-ledger", n)) for n in range(count))
 
     def _sql(self, query: str) -> list[dict[str, Any]]:
         try:
