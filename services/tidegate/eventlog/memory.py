@@ -30,6 +30,7 @@ from tidegate.eventlog.interface import (
 
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's
 MAX_RECORD_BYTES = 16 * 1024 * 1024
+FETCH_RECORDS = 50
 
 
 class MemoryBroker:
@@ -49,6 +50,7 @@ class MemoryBroker:
         self._topics_made = 0
         self._reachable = True
         self._stragglers: list[tuple[TopicPartition, deque[_Sent]]] = []
+        self._on_written: Callable[[Message], None] | None = None
 
     # -- interface.Broker -----------------------------------------------------------------------------------------
 
@@ -80,10 +82,13 @@ class MemoryBroker:
             raise OffsetOutOfRangeError(
                 f"{topic} [{partition}] holds the offsets {log.start} to {log.end}, not {start} to {stop}"
             )
-        while (found := log.some_from(start, 1)) and found[0].offset < stop:
-            yield found[0]
-            start = found[0].offset + 1
-            self._check_reach()
+        while found := log.some_from(start, FETCH_RECORDS):
+            for message in found:
+                if message.offset >= stop:
+                    return
+                yield message
+                self._check_reach()
+            start = found[-1].offset + 1
 
     def offsets(self, topic: str, partition: int) -> Offsets:
         """Return the partition's first and next offset. Raises UnknownTopicError."""
@@ -112,10 +117,14 @@ class MemoryBroker:
         """Remove a topic with all its records."""
         del self._topics[name]
 
-    def compact(self, name: str) -> None:
-        """Keep only the last record of every key. Offsets stay, with holes; tombstones stay until `purge`."""
-        for log in self._topic(name).logs:
-            log.compact()
+    def compact(self, name: str, below: Mapping[int, int] | None = None) -> None:
+        """Keep only the last record of every key. Offsets stay, with holes; tombstones stay until `purge`.
+
+        below: per partition, the offset from which on records are too young for it (`min.compaction.lag.ms`): they stay, and
+        what they repeat stays too. A partition that is not named is compacted as a whole.
+        """
+        for partition, log in enumerate(self._topic(name).logs):
+            log.compact(log.end if below is None else below.get(partition, log.end))
 
     def purge(self, name: str) -> None:
         """Compact when the tombstones have been kept long enough: they go too."""
@@ -128,6 +137,10 @@ class MemoryBroker:
         log = self.log(TopicPartition(name, partition))
         log.start = max(log.start, min(offset, log.end))
         log.keep(lambda message: message.offset >= log.start)
+
+    def lose(self, name: str, partition: int, offset: int) -> None:
+        """Let a record vanish that was acknowledged, as a damaged disk or an unclean election would."""
+        self.log(TopicPartition(name, partition)).keep(lambda message: message.offset != offset)
 
     def waste_offsets(self, name: str, partition: int, count: int) -> None:
         """Use up offsets for records that no reader ever sees, as aborted and committed transactions do."""
@@ -142,6 +155,10 @@ class MemoryBroker:
     def committed(self, group: str) -> dict[int, int]:
         """Return the offsets that the group's members have committed."""
         return dict(self._groups[group].committed)
+
+    def on_written(self, listener: Callable[[Message], None] | None) -> None:
+        """Have every record told to the listener as soon as it is written, in the order of writing."""
+        self._on_written = listener
 
     # -- trouble --------------------------------------------------------------------------------------------------
 
@@ -174,6 +191,10 @@ class MemoryBroker:
         self._stragglers = [(at, queue) for at, queue in self._stragglers if queue]
         return landed
 
+    def calm_down(self) -> None:
+        """Leave nothing to chance any more: from now on everything happens at once, as without `rng`."""
+        self._rng = None
+
     # -- for writers and inboxes of this module -------------------------------------------------------------------
 
     @property
@@ -198,7 +219,10 @@ class MemoryBroker:
         size = len(sent.record.key) + len(sent.record.value or b"")
         if size > int(config.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)):
             raise WriteFailedError(f"{at.topic} [{at.partition}]: a record of {size} bytes is too large")
-        sent.offset = log.append(sent.record, sent.timestamp_ms)
+        message = log.append(sent.record, sent.timestamp_ms)
+        sent.offset = message.offset
+        if self._on_written is not None:
+            self._on_written(message)
 
     def now_ms(self) -> int:
         return self._clock_ms()
@@ -320,6 +344,11 @@ class MemoryInbox:
         self._lost: frozenset[int] = frozenset()
         self._closed = False
 
+    @property
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Where each partition is read on."""
+        return self._positions
+
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         """Return messages of the partitions in `read_from`, in order per partition, without waiting for any.
 
@@ -429,21 +458,21 @@ class _Log:
         self._name = name
         self._partition = partition
 
-    def append(self, record: Record, timestamp_ms: int) -> int:
-        offset = self.end
+    def append(self, record: Record, timestamp_ms: int) -> Message:
+        message = Message(self._name, self._partition, self.end, record.key, record.value, record.headers, timestamp_ms)
         self.end += 1
-        self.messages.append(
-            Message(self._name, self._partition, offset, record.key, record.value, record.headers, timestamp_ms)
-        )
-        return offset
+        self.messages.append(message)
+        return message
 
     def some_from(self, offset: int, count: int) -> list[Message]:
-        first = bisect_left(self.messages, offset, key=lambda message: message.offset)
+        first = max(0, offset - self.start)
+        if len(self.messages) != self.end - self.start:  # there are holes
+            first = bisect_left(self.messages, offset, key=lambda message: message.offset)
         return self.messages[first : first + count]
 
-    def compact(self) -> None:
-        last = {message.key: message.offset for message in self.messages}
-        self.keep(lambda message: message.offset == last[message.key])
+    def compact(self, below: int) -> None:
+        last = {message.key: message.offset for message in self.messages if message.offset < below}
+        self.keep(lambda message: message.offset >= below or message.offset == last[message.key])
 
     def keep(self, wanted: Callable[[Message], bool]) -> None:
         self.messages = [message for message in self.messages if wanted(message)]

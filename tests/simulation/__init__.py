@@ -1,0 +1,1 @@
+"""Deterministic simulation: every service on the log in memory, under one seed, while everything goes wrong."""

@@ -1,0 +1,75 @@
+"""Seeds of the simulation in which nothing may be found, and what makes a found one worth something: it can be had again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tidegate
+from simulation.__main__ import main
+from simulation.day import Day, simulate
+
+SEEDS = range(1, 41)
+STEPS = 6_000
+PACKAGE = Path(tidegate.__file__).parent
+# Passed only by real threads, an event loop or ClickHouse's own thread; tests/integration/test_failpoints.py kills there.
+NOT_SIMULATED = re.compile(r"^(gateway\..*|executor\.before-close)$")
+
+
+@functools.cache
+def day_of(seed: int) -> Day:
+    return simulate(seed, STEPS)
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_goes_wrong_the_invariants_hold(seed: int) -> None:
+    day = day_of(seed)
+    assert not day.violation, day.report()
+
+
+def test_there_was_work_and_trouble() -> None:
+    """The seeds are worth something only if much went on while much went wrong."""
+    days = [day_of(seed) for seed in SEEDS]
+    assert sum(day.counts["functions entered under faults"] for day in days) > 1_000
+    assert sum(day.counts["void entries"] for day in days) > 10
+    assert sum(day.counts["attempts lost"] for day in days) > 100
+    assert sum(day.counts["runs over"] for day in days) > 500
+
+
+def test_processes_died_at_every_failpoint() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
+    known = {name for text in sources for name in re.findall(r'failpoint\("([a-z.-]+)"\)', text)}
+    died = {name for seed in SEEDS for name in day_of(seed).crashes}
+    assert {name for name in known - died if not NOT_SIMULATED.match(name)} == set()
+
+
+def test_a_seed_is_the_same_day_in_every_process() -> None:
+    """Neither the order of sets nor a clock nor an address decides anything."""
+    code = "from simulation.day import simulate; print(simulate(3, 2_000).digest)"
+    digests = set()
+    for hash_seed in ("0", "1"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        digests.add(done.stdout)
+    assert len(digests) == 1
+    assert simulate(4, 2_000).digest not in digests
+
+
+def test_a_failing_seed_says_how_to_have_it_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "1", "--steps", "1000", "--mutant", "incarnation"]) == 1
+    told = capsys.readouterr().err
+    assert "--seed 1 --steps 1000 --mutant incarnation" in told
+    assert "entered" in told
+
+
+def test_the_command_goes_on_for_as_long_as_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "5", "--seeds", "2", "--steps", "200", "--verbose"]) == 0
+    assert "2 seeds" in capsys.readouterr().out
