@@ -1,4 +1,4 @@
-"""The benchmark's app: steps that do nothing, in a graph of three and in a chain of a thousand."""
+"""The benchmark's app: steps that do nothing, in a graph of three and in a chain of a thousand, and one that waits."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ async def nothing(value: Any) -> Any:
     return value
 
 
+@app.step(queue="parked", cost_micros=COST_MICROS)
+async def parked(value: Any) -> Any:
+    """Never run: no executor serves its queue, so a run of it stays alive for as long as one likes."""
+    return value
+
+
 three = app.graph("three").node("a", nothing).node("b", nothing).node("c", nothing).chain("a", "b", "c")
 
 _CHAIN_NODES: Final = [f"n{number}" for number in range(1, STEPS_OF_CHAIN + 1)]
@@ -28,3 +34,5 @@ thousand = app.graph("thousand", max_steps=STEPS_OF_CHAIN)
 for _node in _CHAIN_NODES:
     thousand.node(_node, nothing)
 thousand.chain(*_CHAIN_NODES)
+
+alive = app.graph("alive").node("a", parked)

@@ -34,6 +34,7 @@ SERVICES: Final = ("scheduler", "gate", "projection")
 EXECUTOR: Final = "executor-default-0"
 DEFAULT_SLOTS: Final = 512
 FLUSH_S: Final = 60.0
+STOP_GRACE_S: Final = 30.0
 
 Say = Callable[[str], None]
 
@@ -168,18 +169,38 @@ class Lab:
         if self._stack is not None:
             self._stack.kill(name)
 
+    def terminate(self, name: str) -> None:
+        """End a process with SIGTERM, as a rolling restart does; it is started again at once."""
+        if self._stack is not None:
+            self._stack.terminate(name)
+
+    def scale(self, service: str, count: int, *, kill: bool = False) -> None:
+        """Have so many processes of a service. Blocks until those that go are gone."""
+        if self._stack is not None:
+            self._stack.scale(service, count, grace_s=0.0 if kill else STOP_GRACE_S)
+
+    def pid(self, name: str) -> int | None:
+        """Return the pid of a process that runs."""
+        return None if self._stack is None else self._stack.pid(name)
+
     def meter(self) -> Meter:
         """Return a meter of every process that takes part, the broker and this one included."""
         return Meter(self._pids)
 
     def _pids(self) -> dict[str, int | None]:
         statuses = self._stack.status() if self._stack is not None else []
-        services = {status.name.partition("-")[0]: status.pid for status in statuses}
+        services = {_short(status.name): status.pid for status in statuses}
         return {"kafka": self.kafka.pid, "bench": os.getpid(), **services}
 
     def log_path(self, name: str) -> Path:
         """Return the log file of a process."""
         return self.data_dir / "logs" / f"{name}.log"
+
+
+def _short(name: str) -> str:
+    """Return the service of a process that is the only one of it, else its name."""
+    service, _, rest = name.partition("-")
+    return service if rest in {"0", "default-0"} else name
 
 
 def say_on_stderr(line: str) -> None:

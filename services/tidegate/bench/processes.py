@@ -58,6 +58,16 @@ class Meter:
             cpu_s[name] = cpu_s.get(name, 0.0) + self._cpu_s[pid] - self._began_cpu_s[pid]
         return {name: Cost(round(cpu_s[name], 2), round(self._peak_rss[name] / MIB, 1)) for name in sorted(cpu_s)}
 
+    def resident_mib(self) -> dict[str, float]:
+        """Return what each process holds in memory now, in MiB."""
+        found = {}
+        for name, pid in self._pids().items():
+            try:
+                found[name] = round(psutil.Process(pid).memory_info().rss / MIB, 1) if pid is not None else 0.0
+            except psutil.Error:
+                continue
+        return found
+
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_EVERY_S):
             self._look()

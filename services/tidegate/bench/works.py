@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tidegate.bench import pauses
 from tidegate.bench.app import STEPS_OF_CHAIN, STEPS_OF_THREE
 from tidegate.bench.lab import EXECUTOR, Lab
 from tidegate.bench.processes import Cost
@@ -25,11 +27,24 @@ W4_RUNS: Final = 100
 W4_PACE_S: Final = 0.003
 W4_REPEATS: Final = 3
 W4_VICTIMS: Final = (EXECUTOR, "scheduler-0", "gate-0")
+W5_RUNS: Final = 10_000
+W5_REPEATS: Final = 3
+W5_PROBES: Final = 64  # so that every partition has some
 W6_EVENTS_WANTED: Final = 200_000
+HANDOVER_REPLICAS: Final = 3
+HANDOVER_PACE_S: Final = 0.01
+HANDOVER_BEFORE_S: Final = 2.0
+HANDOVER_AFTER_S: Final = 15.0  # longer than a session
+HANDOVER_REST_S: Final = 3.0
+MEMORY_RUNS: Final = 100_000
+MEMORY_CHUNK: Final = 5_000
 EVENTS_PER_RUN: Final = 20  # of both logs, about: what decides how many runs a rebuild needs to be worth measuring
 FIRST_WARM_UP_RUNS: Final = 3_000
 WARM_UP_RUNS: Final = 200
 TIMEOUT_S: Final = 900.0
+ASK_EVERY_S: Final = 0.2
+# Their one attempt was let through and waits for an executor.
+ALIVE_COUNT: Final = "SELECT uniqExact(run_id) AS n FROM ledger WHERE type = 'AttemptQueued'"
 EVENT_COUNT: Final = "SELECT (SELECT count() FROM events) + (SELECT count() FROM ledger) AS n"
 
 
@@ -41,7 +56,9 @@ class Sizes:
     w2_runs: int = W2_RUNS
     w4_runs: int = W4_RUNS
     w4_repeats: int = W4_REPEATS
+    w5_runs: int = W5_RUNS
     w6_events: int = W6_EVENTS_WANTED
+    memory_runs: int = MEMORY_RUNS
     first_warm_up_runs: int = FIRST_WARM_UP_RUNS
     warm_up_runs: int = WARM_UP_RUNS
 
@@ -51,7 +68,15 @@ class Sizes:
         if runs is None:
             return Sizes()
         return Sizes(
-            (runs,), runs, runs, 1, runs * EVENTS_PER_RUN, min(runs, FIRST_WARM_UP_RUNS), min(runs, WARM_UP_RUNS)
+            w1_runs=(runs,),
+            w2_runs=runs,
+            w4_runs=runs,
+            w4_repeats=1,
+            w5_runs=runs,
+            w6_events=runs * EVENTS_PER_RUN,
+            memory_runs=runs,
+            first_warm_up_runs=min(runs, FIRST_WARM_UP_RUNS),
+            warm_up_runs=min(runs, WARM_UP_RUNS),
         )
 
 
@@ -195,6 +220,148 @@ def _paced_with_kill(lab: Lab, runs: int, victim: str | None) -> float:
     return max(lab.wait(asked, TIMEOUT_S).values()) - killed_at_s
 
 
+# -- W5: restart with many live runs ---------------------------------------------------------------
+
+
+def w5_restart(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """An owner is killed while many runs are alive; others are asked for at once, of every partition, and have to end."""
+    lab.say(f"W5: {sizes.w5_runs} runs that stay alive")
+    before = _count(lab, ALIVE_COUNT)
+    lab.request_many("alive", sizes.w5_runs)
+    _wait_for(lambda: _count(lab, ALIVE_COUNT) >= before + sizes.w5_runs, "the runs to be alive")
+    _settle(lab)
+    for victim in ("scheduler-0", "gate-0"):
+        load = _load()
+        with lab.meter() as meter:
+            times = []
+            for number in range(1, W5_REPEATS + 1):
+                _settle(lab)
+                lab.say(f"W5: kill -9 {victim}, {number} of {W5_REPEATS}")
+                killed_at_s = time.monotonic()
+                lab.kill(victim)
+                asked = lab.request_many("three", W5_PROBES)
+                times.append(max(lab.wait(asked, TIMEOUT_S).values()) - killed_at_s)
+        yield _figure(
+            "W5",
+            load,
+            meter.costs(),
+            killed=victim.partition("-")[0],
+            live_runs=before + sizes.w5_runs,
+            repeats=W5_REPEATS,
+            ready_s=round(max(times), 2),
+            ready_median_s=round(statistics.median(times), 2),
+            log_records=sum(sql.log_ends(lab.broker).values()),
+        )
+
+
+# -- memory over many runs ---------------------------------------------------------------
+
+
+def memory(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Runs of three steps, some thousands at a time; what each process holds after each of these portions."""
+    series: dict[str, list[float]] = {}
+    done = 0
+    load = _load()
+    began_s = time.monotonic()
+    with lab.meter() as meter:
+        while done < sizes.memory_runs:
+            portion = min(MEMORY_CHUNK, sizes.memory_runs - done)
+            lab.wait(lab.request_many("three", portion), TIMEOUT_S)
+            done += portion
+            for name, mib in meter.resident_mib().items():
+                series.setdefault(name, []).append(mib)
+            lab.say(f"memory: {done} of {sizes.memory_runs} runs")
+    yield _figure(
+        "MEM",
+        load,
+        meter.costs(),
+        runs=done,
+        portion=min(MEMORY_CHUNK, sizes.memory_runs),
+        seconds=round(time.monotonic() - began_s, 1),
+        resident_mib=series,
+        growth_mib={name: round(values[-1] - values[len(values) // 2], 1) for name, values in series.items()},
+    )
+
+
+# -- handover ---------------------------------------------------------------
+
+
+def handover(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Replicas come, are restarted one by one, die and go, while runs are asked for at a steady pace; how long each partition
+    of a log had nobody who wrote to it. All runs have to end."""
+    for service in ("scheduler", "gate"):
+        for action, names in _handovers(lab, service):
+            _settle(lab)
+            lab.say(f"handover: {action}")
+            load = _load()
+            ends = sql.log_ends(lab.broker)
+            with lab.meter() as meter:
+                asked = _paced_while(lab, names)
+                ended = lab.wait(asked, TIMEOUT_S)
+            gaps = pauses.of_partitions(lab.broker, pauses.LOG_OF[service], ends)
+            yield _figure(
+                "HO",
+                load,
+                meter.costs(),
+                service=service,
+                action=action,
+                runs=len(asked),
+                **_latencies(asked, ended),
+                partitions=len(gaps),
+                pause_median_s=round(statistics.median(gaps.values()), 2) if gaps else 0.0,
+                pause_max_s=round(max(gaps.values(), default=0.0), 2),
+            )
+        lab.scale(service, 1)
+
+
+def _handovers(lab: Lab, service: str) -> Iterable[tuple[str, Callable[[], None]]]:
+    """Yield what is done, in words, and a function that does it and returns when it is over."""
+
+    def restart_each() -> None:
+        for number in range(HANDOVER_REPLICAS):
+            name = f"{service}-{number}"
+            before = lab.pid(name)
+            lab.terminate(name)
+            _wait_for(lambda name=name, before=before: lab.pid(name) not in (None, before), f"{name} to be back")  # type: ignore[misc]
+            time.sleep(HANDOVER_REST_S)
+
+    yield f"{service}: 1 to {HANDOVER_REPLICAS}", lambda: lab.scale(service, HANDOVER_REPLICAS)
+    yield f"{service}: rolling restart of {HANDOVER_REPLICAS}", restart_each
+    yield (
+        f"{service}: one of {HANDOVER_REPLICAS} killed, not restarted",
+        lambda: lab.scale(service, HANDOVER_REPLICAS - 1, kill=True),
+    )
+    yield f"{service}: {HANDOVER_REPLICAS - 1} to 1", lambda: lab.scale(service, 1)
+
+
+def _paced_while(lab: Lab, act: Callable[[], None]) -> dict[str, float]:
+    """Ask for runs at a steady pace before, while and after something is done in another thread; return what was asked for."""
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            act()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=guarded, name="handover", daemon=True)
+    asked: dict[str, float] = {}
+    began_s = time.monotonic()
+    over_s: float | None = None
+    while over_s is None or time.monotonic() < over_s + HANDOVER_AFTER_S:
+        run_id, asked_at_s = lab.request("three")
+        asked[run_id] = asked_at_s
+        time.sleep(HANDOVER_PACE_S)
+        if thread.ident is None:
+            if time.monotonic() > began_s + HANDOVER_BEFORE_S:
+                thread.start()
+        elif over_s is None and not thread.is_alive():
+            over_s = time.monotonic()
+    if failures:
+        raise failures[0]
+    return asked
+
+
 # -- W6: rebuild ---------------------------------------------------------------
 
 
@@ -203,7 +370,7 @@ def w6_rebuild(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
     _fill(lab, sizes.w6_events)
     ends = sql.log_ends(lab.broker)
     sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
-    live_events = int(sql.query(lab.data_dir, EVENT_COUNT)[0]["n"])
+    live_events = _count(lab, EVENT_COUNT)
     lab.stop_services()
     folder = lab.data_dir / "rebuild"
     try:
@@ -234,7 +401,7 @@ def _fill(lab: Lab, events_wanted: int) -> None:
     """Have runs until the logs are long enough for a rebuild to say something."""
     ends = sql.log_ends(lab.broker)
     sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
-    there = int(sql.query(lab.data_dir, EVENT_COUNT)[0]["n"])
+    there = _count(lab, EVENT_COUNT)
     runs = (events_wanted - there) // EVENTS_PER_RUN
     if runs > 0:
         lab.say(f"W6: {runs} runs, so that there is something to rebuild")
@@ -254,6 +421,18 @@ def _settle(lab: Lab) -> None:
     sql.wait_caught_up(lab.data_dir, sql.log_ends(lab.broker), TIMEOUT_S)
 
 
+def _count(lab: Lab, text: str) -> int:
+    return int(sql.query(lab.data_dir, text)[0]["n"])
+
+
+def _wait_for(is_there: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not is_there():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"waited {TIMEOUT_S:.0f} s in vain for {what}")
+        time.sleep(ASK_EVERY_S)
+
+
 def _load() -> float:
     return round(os.getloadavg()[0], 2)
 
@@ -271,12 +450,17 @@ def _figure(work: str, load: float, costs: dict[str, Cost], **values: Any) -> Fi
     return {"work": work, **values, "load_before": load, "processes": processes}
 
 
-# In the order in which they are done. What restarts folds its log from the beginning, so recovery is measured while the log
-# is short (how long it was is part of the figure); latency when the broker's Java is compiled; the rebuild last.
+# In the order in which they are done: latency when the broker's Java is compiled, the rebuild when there is much to rebuild,
+# and last the runs that stay alive.
 WORKS: Final[dict[str, Callable[[Lab, Sizes], Iterable[Figure]]]] = {
     "W4": w4_recovery,
     "W1": w1_throughput,
     "W2": w2_one_at_a_time,
     "W3": w3_long_run,
     "W6": w6_rebuild,
+    "W5": w5_restart,
+    "MEM": memory,
+    "HO": handover,
 }
+# The others take minutes: only when they are asked for.
+STANDARD: Final = ("W4", "W1", "W2", "W3", "W6", "W5")

@@ -14,18 +14,19 @@ from tidegate.bench import report
 from tidegate.bench.lab import DEFAULT_SLOTS, Lab, say_on_stderr
 from tidegate.bench.profiled import summary
 from tidegate.bench.watcher import RunFailedError
-from tidegate.bench.works import WORKS, Sizes, run_works
+from tidegate.bench.works import STANDARD, WORKS, Sizes, run_works
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import StackError
 from tidegate.eventlog.interface import EventLogError
 
 app = typer.Typer(add_completion=False)
+STANDARD_WORKS = ",".join(STANDARD)
 ALL_WORKS = ",".join(WORKS)
 
 
 @app.command()
 def bench(
-    works: Annotated[str, typer.Option(help="Which works, comma-separated.")] = ALL_WORKS,
+    works: Annotated[str, typer.Option(help=f"Which works, comma-separated, of {ALL_WORKS}.")] = STANDARD_WORKS,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs per work, instead of the standard sizes.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=1000, help="Attempts that run at the same time.")] = DEFAULT_SLOTS,

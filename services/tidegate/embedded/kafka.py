@@ -10,7 +10,13 @@ from typing import Literal, Self
 
 from tidegate.embedded import startup_cache
 from tidegate.embedded.broker_files import BrokerFiles
-from tidegate.embedded.broker_process import BrokerProcess, BrokerStartError, format_if_needed, refuse_shared_data
+from tidegate.embedded.broker_process import (
+    HINTS,
+    BrokerProcess,
+    BrokerStartError,
+    format_if_needed,
+    refuse_shared_data,
+)
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.jars import KAFKA_VERSION, kafka_jars
 from tidegate.embedded.java import Java, Profile, find_java
@@ -133,6 +139,13 @@ class EmbeddedKafka:
     def _start(self, choose: Callable[[int | None], int]) -> None:
         if self.is_running:
             return
+        try:
+            self._launch(choose)
+        except OSError as error:
+            hint = HINTS.get(error.strerror or "", "Choose another data directory, or make this one writable.")
+            raise EmbeddedKafkaError(f"Kafka cannot write to {self.data_dir}: {error}. {hint}") from error
+
+    def _launch(self, choose: Callable[[int | None], int]) -> None:
         java = self._prepare()
         for tries_left in reversed(range(START_TRIES)):
             port = self._claim_port(choose)

@@ -162,6 +162,27 @@ class Stack:
         """Kill a process with SIGKILL, by pid; the supervisor starts it again. Returns the pid."""
         return None if self.supervisor is None else self.supervisor.kill(name)
 
+    def terminate(self, name: str) -> int | None:
+        """End a process with SIGTERM, by pid; the supervisor starts it again. Returns the pid."""
+        return None if self.supervisor is None else self.supervisor.terminate(name)
+
+    def scale(self, service: str, count: int, *, grace_s: float = 10.0) -> None:
+        """Start or end processes of a service until there are `count`; the last ones go first, with 0 s of grace by SIGKILL.
+
+        Blocks until those that end are gone, not until those that start are ready. Raises StackError if nothing runs.
+        """
+        if self.supervisor is None:
+            raise StackError("the stack is not started")
+        there = self._instances.get(service, 1)
+        for number in range(there, count):
+            self.supervisor.add(self._service_spec(service, number))
+        for number in reversed(range(count, there)):
+            self.supervisor.remove(f"{service}-{number}", grace_s)
+        self._instances[service] = count
+
+    def _service_spec(self, service: str, number: int) -> ProcessSpec:
+        return self._spec(f"{service}-{number}", ["-m", f"tidegate.{service}"], {})
+
     def log_path(self, name: str) -> Path:
         """Return the file that a process writes its log to."""
         return self.data_dir / "logs" / f"{name}.log"
@@ -170,7 +191,7 @@ class Stack:
 
     def _specs(self) -> list[ProcessSpec]:
         specs = [
-            self._spec(f"{service}-{number}", ["-m", f"tidegate.{service}"], {})
+            self._service_spec(service, number)
             for service in self._services
             for number in range(self._instances.get(service, 1))
         ]

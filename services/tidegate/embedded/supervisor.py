@@ -1,5 +1,7 @@
 """Keeps the services of one machine running as operating system processes: `tidegate dev`, tests and benchmarks."""
 
+from __future__ import annotations
+
 import itertools
 import logging
 import os
@@ -75,7 +77,11 @@ class Supervisor:
         if len(set(names)) != len(names):
             raise ValueError(f"two processes have the same name: {', '.join(names)}")
         self._log_dir = log_dir
-        self._keepers = {spec.name: _Keeper(spec, log_dir / f"{spec.name}.log", on_progress) for spec in specs}
+        self._on_progress = on_progress
+        self._keepers = {spec.name: self._keeper(spec) for spec in specs}
+
+    def _keeper(self, spec: ProcessSpec) -> _Keeper:
+        return _Keeper(spec, self._log_dir / f"{spec.name}.log", self._on_progress)
 
     def start(self) -> None:
         """Start all processes, in order and without waiting until they are ready. Raises OSError."""
@@ -107,6 +113,33 @@ class Supervisor:
             keeper.ask_to_stop()
         for keeper in keepers:
             keeper.finish(max(0.0, deadline - time.monotonic()))
+
+    def add(self, spec: ProcessSpec) -> None:
+        """Start one more process, in place of a stopped one of its name. Raises ValueError if that runs, OSError."""
+        there = self._keepers.get(spec.name)
+        if there is not None and there.status().state != "stopped":
+            raise ValueError(f"there is a process named {spec.name}")
+        keepers = dict(self._keepers)  # others may be looking at the old one
+        keepers[spec.name] = keeper = self._keeper(spec)
+        keeper.start()
+        self._keepers = keepers
+
+    def remove(self, name: str, grace_s: float = 10.0) -> None:
+        """End one process for good: SIGTERM, and SIGKILL after `grace_s`; 0 kills it at once. Blocks until it is gone.
+
+        Raises KeyError for an unknown name.
+        """
+        keeper = self._keepers[name]
+        keeper.ask_to_stop(signal.SIGTERM if grace_s > 0 else signal.SIGKILL)
+        keeper.finish(grace_s)
+        self._keepers = {other: kept for other, kept in self._keepers.items() if other != name}
+
+    def terminate(self, name: str) -> int | None:
+        """SIGTERM to one process, as a rolling restart would; it is started again if its spec says so.
+
+        Returns the pid, or None if it was not running. Does not block. Raises KeyError for an unknown name.
+        """
+        return self._keepers[name].terminate()
 
     def kill(self, name: str) -> int | None:
         """SIGKILL to one process, as a crash would end it; it is started again at once if its spec says so.
@@ -217,9 +250,9 @@ class _Keeper:
         self._on_progress(f"{self._spec.name} ended with {_said_exit(status)}: {again}")
         return delay_s
 
-    def ask_to_stop(self) -> None:
+    def ask_to_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         self._stopping.set()
-        self._signal(signal.SIGTERM)
+        self._signal(number)
 
     def finish(self, grace_s: float) -> None:
         """Wait for the end that was asked for; force it after `grace_s`."""
@@ -231,9 +264,16 @@ class _Keeper:
             self._thread.join(0.1)
 
     def kill(self) -> int | None:
+        return self._end_child(signal.SIGKILL)
+
+    def terminate(self) -> int | None:
+        return self._end_child(signal.SIGTERM)
+
+    def _end_child(self, number: signal.Signals) -> int | None:
+        """End this life of the process, so that the next one begins at once."""
         with self._guard:
             self._killed_by_us = self._child is not None
-        return self._signal(signal.SIGKILL)
+        return self._signal(number)
 
     def _signal(self, number: signal.Signals) -> int | None:
         with self._guard:
