@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo dev test test-fast lint format types imports docs manifests features bench clean
+.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features sim sim-mutants bench bench-compare clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ install: $(STAMP) ## Make .venv with everything that development needs
 
 demo: $(STAMP) ## The refund demo: an executor is killed in the middle, the customer is paid once
 	$(BIN)/tidegate demo
+
+chaos: $(STAMP) ## 100 runs while every process and Kafka are killed, frozen and restarted (SEED=… repeats the blows)
+	$(BIN)/tidegate demo chaos-100 $(if $(SEED),--seed $(SEED))
 
 dev: $(STAMP) ## Kafka, ClickHouse and all services on this machine, until Ctrl-C
 	$(BIN)/tidegate dev
@@ -54,8 +57,17 @@ manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
 
-bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, rebuild (about two minutes)
+sim: $(STAMP) ## Everything on a log in memory while everything goes wrong (SEED=1 STEPS=4000 MINUTES=0)
+	PYTHONPATH=tests $(BIN)/python -m simulation --seed $(or $(SEED),1) --steps $(or $(STEPS),4000) --minutes $(or $(MINUTES),0)
+
+sim-mutants: $(STAMP) ## Take the rules out of the code one by one: the simulation must notice each
+	$(BIN)/pytest tests/simulation/test_mutants.py
+
+bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, restart, rebuild (about three minutes)
 	$(BIN)/tidegate bench
+
+bench-compare: $(STAMP) ## The same works on BASE=ref and on this tree, turn by turn, with ratios (WORKS=W1,W2 ROUNDS=3)
+	$(BIN)/python tests/benchmarks/compare.py $(BASE) --works $(or $(WORKS),W1,W2) --rounds $(or $(ROUNDS),3)
 
 clean: ## Remove the environment, caches and development data
 	rm -rf $(VENV) .tidegate .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -5,6 +5,11 @@
 Each item is `name=action[@n]`: the action happens at the n-th time the point is reached (default: the first), once.
 Actions: `kill` (SIGKILL to this process: nothing is flushed, no handler runs), `stop` (SIGSTOP: frozen until somebody
 sends SIGCONT), `sleep:SECONDS` (the calling thread sleeps).
+
+    TIDEGATE_FAILPOINTS="@/folder/gate-0"
+
+reads them from a file: at start, if it is there, and whenever SIGUSR1 comes, so that a process can be armed while it works.
+Who reads the file removes it first: a process that is killed comes back unarmed, and who wrote it sees that it was heard.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 ENVIRONMENT_VARIABLE: Final = "TIDEGATE_FAILPOINTS"
@@ -35,10 +41,13 @@ class _Armed:
 
 _armed: dict[str, _Armed] = {}
 _lock = threading.Lock()
+_observer: Callable[[str], None] | None = None
 
 
 def failpoint(name: str) -> None:
     """Mark an edge. Does nothing unless a failpoint of that name is armed; then it may kill, freeze or delay us."""
+    if _observer is not None:
+        _observer(name)
     if not _armed:
         return
     with _lock:
@@ -58,6 +67,12 @@ def arm(specification: str) -> None:
     with _lock:
         _armed.clear()
         _armed.update(points)
+
+
+def observe(observer: Callable[[str], None] | None) -> None:
+    """Have every failpoint that is passed told to the observer, which may raise; None ends it. For the simulation."""
+    global _observer  # noqa: PLW0603 - inert in production: one look at a module's variable
+    _observer = observer
 
 
 def _parse(item: str) -> tuple[str, _Armed]:
@@ -85,4 +100,22 @@ def _action(item: str, action: str) -> Callable[[], None]:
     return lambda: time.sleep(seconds)
 
 
-arm(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+def _arm_from_file(path: Path) -> None:
+    try:
+        specification = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    path.unlink()
+    arm(specification)
+
+
+def _arm_from_environment(specification: str) -> None:
+    if not specification.startswith("@"):
+        arm(specification)
+        return
+    path = Path(specification[1:])
+    signal.signal(signal.SIGUSR1, lambda *_: _arm_from_file(path))
+    _arm_from_file(path)
+
+
+_arm_from_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""))

@@ -18,7 +18,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.schemas import SCHEMAS_TOPIC, load_schemas, publish_schemas
+from tidegate.topics.administration import AdministeredBroker
 from tidegate.topics.apply import check_at_start
+from tidegate.topics.continuity import check_logs
 from tidegate.topics.settings import TopicsSettings
 
 EXIT_OK = 0
@@ -144,13 +146,14 @@ def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: 
         stop.wait(0.2)
 
 
-def prepare(broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
+def prepare(broker: AdministeredBroker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
     """Wait for the topics, check that they are fit for use, and exchange schemas; returns their partition counts.
 
     Raises EventLogError with everything that is wrong. Blocks up to `wait_s` for the topics, then for some round trips.
     """
     counts = wait_for_topics(broker, (*topics, SCHEMAS_TOPIC), wait_s, stop)
     check_at_start(broker, topics, production=TopicsSettings().production)
+    check_logs(broker, topics)
     publish_schemas(broker)
     load_schemas(broker)
     return counts

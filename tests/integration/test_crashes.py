@@ -1,4 +1,4 @@
-"""Processes that are killed, frozen or told to go while a hundred runs are under way, and a broker that dies.
+"""Processes that are killed, frozen or told to go while a hundred runs are under way.
 
 Every process has a companion that can take over its work: two schedulers, two gates, two executors.
 """
@@ -9,33 +9,16 @@ import os
 import re
 import signal
 import uuid
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from support.money import AttemptName
-from support.stack import (
-    LEDGER,
-    RUNS,
-    Ends,
-    Truth,
-    WholeStack,
-    assert_tells_follow_from_the_logs,
-    assert_whole,
-    eventually,
-    valid_entries,
-)
-from tidegate import codec, failpoints
-from tidegate.domain.entry import OwnerAnnounced
-from tidegate.domain.run_events import AttemptEnded
+from support.load import STEPS, Load, owners
+from support.stack import WholeStack, assert_whole, eventually
+from tidegate.audit.money import AttemptName
 
-RUN_COUNT = 100
-STEPS = ("first", "slow", "shaky", "last")
-BUDGET_MICROS = 1_000
 SERVICES = ("scheduler", "gate", "executor")
 PROCESSES = {"scheduler": "scheduler-0", "gate": "gate-0", "executor": "executor-default-0"}
-LOGS = {"scheduler": RUNS, "gate": LEDGER}
 EXIT_LEASE_LAPSED = 70
 # The shortest session that a broker with default settings accepts.
 SESSION_TIMEOUT_MS = 6_000
@@ -49,78 +32,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
         executors=2,
         slots=12,
         instances={"scheduler": 2, "gate": 2},
-        env={"TIDEGATE_KAFKA_SESSION_TIMEOUT_MS": str(SESSION_TIMEOUT_MS)},
+        env={
+            "TIDEGATE_KAFKA_SESSION_TIMEOUT_MS": str(SESSION_TIMEOUT_MS),
+            # Often, so that restarts begin with snapshots.
+            "TIDEGATE_CHECKPOINT_EVERY_ENTRIES": "150",
+            "TIDEGATE_CHECKPOINT_EVERY_S": "2",
+        },
     ) as stack:
         yield stack
-
-
-class Load:
-    """Runs that all do the same work, spread over all partitions of both logs."""
-
-    def __init__(self, stack: WholeStack) -> None:
-        """Ask for all of them at once."""
-        self._stack = stack
-        self._effects_before = len(stack.effects())
-        self.began_at = stack.ends()
-        name = uuid.uuid4().hex[:8]
-        self.runs = [f"busy-{name}-{number}" for number in range(RUN_COUNT)]
-        common = {"workflow": "busy", "input": 1, "budget_micros": BUDGET_MICROS}
-        stack.requests(
-            [{**common, "run_id": run_id, "account": f"org{n % 16}/app"} for n, run_id in enumerate(self.runs)]
-        )
-
-    def until_effects(self, per_run: float) -> None:
-        """Wait until the functions have had so many effects on average: a whole run has one per step."""
-        count = int(per_run * RUN_COUNT)
-        eventually(lambda: len(self._stack.effects()) - self._effects_before >= count, f"{count} effects")
-
-    def finish(self, *, may_restart: Iterable[str] = ()) -> Truth:
-        """Wait for the end of all runs, then check them and everything else.
-
-        may_restart: processes that the design allows to have ended and come back.
-        """
-        self.until_effects(len(STEPS))
-        self._stack.expect_any_pid(may_restart)
-        truth = assert_whole(self._stack)
-        assert_tells_follow_from_the_logs(self._stack, self.began_at)
-        ended = [truth.runs[run_id] for run_id in self.runs]
-        assert {(run.status, run.output) for run in ended} == {("succeeded", "4")}
-        assert len({run.fingerprint for run in ended}) == 1, "the same work came to something else"
-        keys = {(line.run_id, line.step_id): line.key for line in truth.entered}
-        effects = self._stack.effects()
-        missing = [(run_id, step) for run_id in self.runs for step in STEPS if keys[run_id, step] not in effects]
-        assert not missing, f"runs that succeeded without the effect of a step: {missing}"
-        return truth
-
-    def lost(self) -> dict[AttemptName, str]:
-        """Return the attempts whose outcome the runs never learned, with the reason that they give."""
-        runs = set(self.runs)
-        return {
-            AttemptName(entry.subject, event.step_id, event.attempt): event.error_message
-            for entry in valid_entries(self._stack.log(RUNS)).values()
-            for event in entry.events
-            if isinstance(event, AttemptEnded) and event.outcome == "lost" and entry.subject in runs
-        }
-
-    def assert_was_in_the_middle(self, ends: Ends) -> None:
-        """Show by the log that many runs were begun and not over when it ended at `ends`."""
-        before: set[str] = set()
-        after: set[str] = set()
-        for (partition, offset), entry in valid_entries(self._stack.log(RUNS)).items():
-            (before if offset < ends[RUNS, partition] else after).add(entry.subject)
-        straddling = before & after & set(self.runs)
-        assert len(straddling) >= RUN_COUNT // 10, f"{len(before)} runs were begun, {len(after)} went on"
-
-
-def owners(stack: WholeStack, service: str, since: Ends | None = None) -> dict[int, str]:
-    """Return who announced itself last for each partition of a service's log, of those announced (since then)."""
-    found = {}
-    for messages in stack.log(LOGS[service], since):
-        for message in messages:
-            record = codec.decode(message.value)
-            if isinstance(record, OwnerAnnounced) and not record.repeat:
-                found[message.partition] = record.instance_id
-    return found
 
 
 # --- killed ---------------------------------------------------------------
@@ -178,27 +97,6 @@ def test_what_must_not_be_repeated_asks_a_human_when_its_outcome_is_unknown(stac
     assert (run.status, run.code) == {"approve": ("succeeded", ""), "reject": ("failed", "rejected")}[answer]
     assert stack.paid(run_id) == {"approve": [1, 2], "reject": [1]}[answer]
     assert_whole(stack)
-
-
-# Where a crash hurts most: what was logged is not told yet, what was admitted and what was done are not acknowledged. Every
-# life of a process ends there again.
-EDGES = {
-    "scheduler-0": "owner.after-log=kill@120,admission.before-commit=kill@2",
-    "gate-0": "owner.after-log=kill@100",
-    "executor-default-0": "executor.before-result-ack=kill@150",
-}
-
-
-@pytest.mark.feature("D1", "T3")
-def test_killed_again_and_again_at_the_edges_of_the_protocol(tmp_path: Path) -> None:
-    """One process of each service, as by default: nobody else can go on while it is away."""
-    armed = {name: {failpoints.ENVIRONMENT_VARIABLE: edges} for name, edges in EDGES.items()}
-    with WholeStack(tmp_path, slots=24, process_env=armed) as stack:
-        load = Load(stack)
-        load.finish(may_restart=EDGES)
-        for status in stack.stack.status():
-            assert status.restarts, f"{status.name} never came to its edge"
-            assert status.last_exit == -signal.SIGKILL
 
 
 # --- frozen ---------------------------------------------------------------
@@ -267,19 +165,3 @@ def test_told_to_go_one_after_the_other_while_a_hundred_runs_are_going(stack: Wh
     for run_id in long_ones:
         assert truth.runs[run_id].status == "succeeded"
         assert [line.attempt for line in stack.entered(run_id)] == [1]
-
-
-# --- without a broker ---------------------------------------------------------------
-
-
-@pytest.mark.feature("D1")
-def test_the_broker_killed_while_a_hundred_runs_are_going(stack: WholeStack) -> None:
-    """If it is away for longer than leases and deadlines, processes may end and come back; nothing else changes."""
-    assert stack.stack.kafka is not None
-    load = Load(stack)
-    load.until_effects(1.0)
-    ends = stack.ends()
-    stack.stack.kafka.kill()
-    stack.stack.kafka.restart()
-    load.finish(may_restart=list(stack.pids))
-    load.assert_was_in_the_middle(ends)

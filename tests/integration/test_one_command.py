@@ -62,6 +62,7 @@ def test_the_demo_kills_and_proves(tmp_path: Path) -> None:
         # Four turns at 3,000, a look-up, two refunds and a letter are set aside; four turns cost 2,000 each.
         "reserved_micros": 4 * 3_000 + 200 + 2 * 500 + 100,
         "settled_micros": 4 * 2_000 + 200 + 500 + 100,
+        "money_recomputed": True,
     }
     assert seconds > 0
     assert run_id in done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from integration.conftest import LONG_RUN
 from support.stack import WholeStack, assert_whole, eventually
+from tidegate.audit.money import REFUSED, AttemptName
 
 
 def new_id(word: str) -> str:
@@ -211,7 +212,9 @@ def test_parallel_branches_cannot_spend_the_same_money(whole: WholeStack) -> Non
     whole.under_way.add(run.run_id)  # the allowed branch is aborted, its report is on the way
     eventually(lambda: run.run_id not in {n.run_id for n in whole.truth().books.open_reservations()}, "its money")
     whole.under_way.discard(run.run_id)
-    assert len(whole.truth().books.refused.keys() & {(run.run_id, "left", 1), (run.run_id, "right", 1)}) == 1
+    attempts = whole.truth().books.attempts
+    refused = [attempts[AttemptName(run.run_id, step, 1)].status == REFUSED for step in ("left", "right")]
+    assert sorted(refused) == [False, True]
 
 
 # --- longer than the lease ---------------------------------------------------------------

@@ -15,11 +15,12 @@ from support.pure import chain
 from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import DeadLetter, Instance, RunCommand, StepResult
+from tidegate.domain.messages import DeadLetter, Instance, PolicyPublished, RunCommand, StepResult
 from tidegate.domain.run import RunState
-from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.interface import Message, Record, TopicPartition
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.gate.placement import Executors
 from tidegate.gate.service import GateMachine
@@ -33,6 +34,8 @@ TOPICS = {
     "step-results": RUN_PARTITIONS,
     "gate-requests": ACCOUNT_PARTITIONS,
     "gate-ledger": ACCOUNT_PARTITIONS,
+    "run-snapshots": RUN_PARTITIONS,
+    "gate-snapshots": ACCOUNT_PARTITIONS,
     "step-tasks.default": 1,
     "instances": 1,
     "policies": 1,
@@ -48,8 +51,9 @@ class Crash(BaseException):
 class Cluster:
     """One broker in memory, owners of both logs, an executor of step functions a, b and c."""
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, checkpoints: CheckpointSettings | None = None) -> None:
         self.now_ms = 1_000_000
+        self.checkpoints = checkpoints
         self.rng = None if seed is None else random.Random(seed)
         self.broker = MemoryBroker(clock_ms=lambda: self.now_ms, rng=self.rng)
         for name, count in TOPICS.items():
@@ -58,6 +62,9 @@ class Cluster:
         self.tasks = self.broker.plain_inbox()
         self.entered: Counter[tuple[str, str, int]] = Counter()
         self.seen_ranks: dict[int, int] = {}
+        self.running = ""  # whose turn it is
+        self.holds_back = False  # whether the executor keeps its results
+        self.held_back: list[tuple[int, StepResult]] = []
         self.skew_ms = 0  # how far the owners' clocks are off
         self.incarnation = self.register()
         self.tasks.read_from({TopicPartition("step-tasks.default", 0): 0})
@@ -70,30 +77,30 @@ class Cluster:
 
     def start(self, service: str, instance_id: str | None = None) -> OwnerLoop:
         """Start an owner; under its old name it has its partitions back at once."""
-        machine: Any = (
-            SchedulerMachine(RUN_PARTITIONS, ACCOUNT_PARTITIONS)
-            if service == "scheduler"
-            else GateMachine(
-                RUN_PARTITIONS,
-                ACCOUNT_PARTITIONS,
-                Executors(
-                    10_000,
-                    lambda: self.now_ms,
-                    lambda: self.broker.offsets("instances", 0).end,
-                    wall_ms=lambda: self.now_ms,
-                ),
-            )
-        )
         loop = OwnerLoop(
             self.broker,
-            machine,
+            self.machine(service),
             instance_id or f"{service}-0",
             clock_ms=lambda: self.now_ms + self.skew_ms,
             monotonic_s=lambda: self.now_ms / 1000,
+            checkpoints=self.checkpoints,
         )
         loop.start()
         self.owners[service] = loop
         return loop
+
+    def machine(self, service: str) -> Any:
+        """Return a new machine of the service."""
+        if service == "scheduler":
+            return SchedulerMachine(RUN_PARTITIONS, ACCOUNT_PARTITIONS)
+        executors = Executors(
+            10_000,
+            lambda: self.now_ms,
+            lambda: self.broker.offsets("instances", 0).end,
+            wall_ms=lambda: self.now_ms,
+            task_partitions=lambda queue: TOPICS.get(f"step-tasks.{queue}", 0),
+        )
+        return GateMachine(RUN_PARTITIONS, ACCOUNT_PARTITIONS, executors)
 
     def crash(self, service: str) -> None:
         """Kill an owner: its writers are gone with what they had not written."""
@@ -164,24 +171,53 @@ class Cluster:
                 output='{"ok":true}',
                 actual_micros=2,
             )
-            key = f"{task.run_id}:{task.step_id}:{task.attempt}:succeeded"
-            self._send("step-results", task.result_partition, key, result)
+            if self.holds_back:
+                self.held_back.append((task.result_partition, result))
+            else:
+                self._answer(task.result_partition, result)
         return len(messages)
+
+    def answer_late(self) -> None:
+        """Send the results that were held back."""
+        for partition, result in self.held_back:
+            self._answer(partition, result)
+
+    def _answer(self, partition: int, result: StepResult) -> None:
+        key = f"{result.run_id}:{result.step_id}:{result.attempt}:succeeded"
+        self._send("step-results", partition, key, result)
+
+    def require_approval(self) -> None:
+        """Have a person asked about every step."""
+        document = {
+            "policy": "ask",
+            "version": "1",
+            "rules": [{"name": "always", "when": "true", "then": "require_approval"}],
+        }
+        row = PolicyPublished(
+            policy_id="ask", version="1", document=canonical.dumps(document), by="", at_ms=self.now_ms
+        )
+        self._send("policies", 0, "ask", row)
+        self.turn()
+
+    def turn(self) -> int:
+        """Let everybody work once; returns how much moved. A Crash ends the owner that it happens in."""
+        moved = self.execute()
+        for service, loop in list(self.owners.items()):
+            self.running = service
+            try:
+                moved += loop.run_once(0.0)
+            except Crash:
+                self.crash(service)
+                self.start(service)
+                moved += 1
+        self.now_ms += 10
+        return moved
 
     def settle(self, turns: int = 400) -> None:
         """Let everybody work until nothing has moved for some turns. A Crash ends the owner that it happens in."""
         quiet = 0
         for _ in range(turns):
-            moved = self.execute()
-            for service, loop in list(self.owners.items()):
-                try:
-                    moved += loop.run_once(0.0)
-                except Crash:
-                    self.crash(service)
-                    self.start(service)
-                    moved += 1
-            self.now_ms += 10
-            quiet = 0 if moved else quiet + 1
+            quiet = 0 if self.turn() else quiet + 1
             if quiet > 20:
                 return
         raise AssertionError("it never comes to rest")
@@ -205,6 +241,25 @@ class Cluster:
 
     def ledger_state(self, partition: int) -> Any:
         return self.owners["gate"].owned[partition].state
+
+    def messages(self, topic: str, partition: int) -> list[Message]:
+        start, end = self.broker.offsets(topic, partition)
+        return list(self.broker.read(topic, partition, start, end))
+
+    def events_of(self, run_id: str) -> list[Any]:
+        """Return the run's events, void ones included."""
+        messages = self.messages("run-events", partition_of(run_id, RUN_PARTITIONS))
+        records = [codec.decode(message.value) for message in messages]
+        return [event for record in records if getattr(record, "subject", "") == run_id for event in record.events]
+
+    def ledger_events(self) -> list[Any]:
+        """Return the events of all ledger partitions, void ones included."""
+        records = [
+            codec.decode(message.value)
+            for partition in range(ACCOUNT_PARTITIONS)
+            for message in self.messages("gate-ledger", partition)
+        ]
+        return [event for record in records for event in getattr(record, "events", ())]
 
     def letters(self) -> list[DeadLetter]:
         start, end = self.broker.offsets("dead-letters", 0)

@@ -15,7 +15,8 @@ from tidegate.domain.entry import Entry, Position
 from tidegate.domain.messages import Call, Instance, PolicyPublished, RunCommand, StepResult, StepTask
 from tidegate.domain.run import RunState
 from tidegate.eventlog.interface import Message
-from tidegate.eventlog.owner import Decision, Machine
+from tidegate.eventlog.machine import Decision, Machine
+from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
 from tidegate.gate.placement import Executors
 from tidegate.gate.service import GateMachine
@@ -57,8 +58,8 @@ class Pair:
         self.executors.listen()
         self.scheduler = SchedulerMachine(1, 1)
         self.gate = GateMachine(1, 1, self.executors)
-        self.runs = self.scheduler.new_state(0)
-        self.ledger = self.gate.new_state(0)
+        self.runs = self.scheduler.new_state(0, Shelf())
+        self.ledger = self.gate.new_state(0, Shelf())
         self.tables = Tables(())
         self.tables.versions["instances"] = 10**9
         self.tasks: deque[StepTask] = deque()
@@ -202,8 +203,9 @@ class Pair:
     def _take(self, machine: Any, state: Any, decision: Decision) -> None:
         self._offset += 1
         offset = self._offset
-        for event in decision.events:
-            machine.apply(state, decision.subject, decision.account, event, self.now_ms)
+        seq, _ = machine.head(state, decision.subject)
+        for number, event in enumerate(decision.events, seq + 1):
+            machine.apply(state, decision.subject, decision.account, event, number, self.now_ms)
             if machine is self.scheduler:
                 self.events.append((decision.subject, event))
             else:

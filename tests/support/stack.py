@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 from confluent_kafka import KafkaError, Producer
 
 from support import fault_app
-from support.money import AttemptName, Books, audit
 from tidegate import codec
+from tidegate.audit.money import AttemptName, Books, audit
 from tidegate.domain import canonical, states
 from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.identity import partition_of
@@ -146,7 +147,7 @@ class WholeStack:
             assert error is None, error.name()
             sources.append(f"{topic}:{message.partition()}:{message.offset()}")
 
-        self._producer.produce(topic, value, on_delivery=delivered, **options)
+        self._producer.produce(self.broker.physical_name(topic), value, on_delivery=delivered, **options)
 
     def _flush(self, sources: list[str], count: int) -> None:
         """Wait for the answers; what a callback raises is raised here."""
@@ -225,10 +226,11 @@ class WholeStack:
     def letters(self) -> dict[str, DeadLetter]:
         """Return the dead letters by the source of what died."""
         start, end = self.broker.offsets(LETTERS, 0)
-        return {
-            (message.key or b"").decode(): codec.decode(message.value)
-            for message in self.broker.read(LETTERS, 0, start, end)
-        }
+        found = {}
+        for message in self.broker.read(LETTERS, 0, start, end):
+            with contextlib.suppress(codec.DecodeError):  # somebody else's
+                found[(message.key or b"").decode("utf-8", "replace")] = codec.decode(message.value)
+        return found
 
     def letter(self, source: str) -> DeadLetter:
         """Wait for the dead letter about the record at `source`."""
@@ -310,7 +312,7 @@ def assert_whole(whole: WholeStack, *, unfinished: Iterable[str] = ()) -> Truth:
     assert whole._pids() == whole.pids, f"processes came or went:\n{whole.log_tail()}"
     assert truth.report.ok, truth.report.problems
     assert truth.report.events, "the logs are empty: nothing was looked at"
-    assert not truth.books.problems, truth.books.problems
+    assert not truth.books.problems, [str(problem) for problem in truth.books.problems]
     for run in truth.runs.values():
         _assert_explained(run, allowed)
     _assert_no_leak(truth, allowed)
@@ -396,8 +398,9 @@ def _assert_entered_once(truth: Truth) -> None:
     assert not twice, f"entered more than once: {twice}"
     for line in truth.entered:
         name = AttemptName(line.run_id, line.step_id, line.attempt)
-        assert name in truth.books.placed, f"{name} was entered, but the ledger never placed it"
-        assert truth.books.placed[name].instance_id == line.instance_id, f"{name} was entered by {line.instance_id}"
+        placement = truth.books.attempts[name].placement if name in truth.books.attempts else None
+        assert placement is not None, f"{name} was entered, but the ledger never placed it"
+        assert placement.instance_id == line.instance_id, f"{name} was entered by {line.instance_id}"
     keys = {(line.run_id, line.step_id): line.key for line in truth.entered}
     for line in truth.entered:
         assert keys[line.run_id, line.step_id] == line.key, f"another idempotency key for another attempt: {line}"

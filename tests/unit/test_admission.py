@@ -9,7 +9,7 @@ import pytest
 
 from tidegate.domain.messages import RunCommand, WorkflowPublished
 from tidegate.domain.workflow import Workflow
-from tidegate.eventlog.interface import Message
+from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.scheduler import admit as admission
 from tidegate.scheduler.admit import admit
 
@@ -61,3 +61,14 @@ def test_nobody_takes_the_id_of_a_request_that_names_none() -> None:
     assert letter.code == "invalid"
     assert "kept for requests that name none" in letter.reason
     assert command is None or command.type == "refuse"
+
+
+def test_a_log_out_of_reach_is_no_fault_of_the_request() -> None:
+    """The workflow could not be looked up: the process ends and reads the request again, nobody is refused."""
+
+    def out_of_reach(_: str) -> WorkflowPublished | None:
+        raise EventLogError("the broker does not answer")
+
+    message = Message("run-requests", 2, 17, b"k", b'{"workflow": "w"}', (), 1_000)
+    with pytest.raises(EventLogError):
+        admit(message, out_of_reach, 1_000, max_bytes=10_000, horizon_ms=1_000)

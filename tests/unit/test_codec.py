@@ -20,7 +20,7 @@ from tidegate import codec
 from tidegate.codec import avro
 from tidegate.codec.compiled import UnsupportedSchemaError, make_decoder, make_encoder, read_long, write_long
 from tidegate.domain import ledger_events, messages, run_events
-from tidegate.domain.entry import TAG_FIELD, Entry, OwnerAnnounced
+from tidegate.domain.entry import TAG_FIELD, Entry, OwnerAnnounced, Snapshot
 from tidegate.domain.requests import RunRequest
 
 RECORDS: list[type[msgspec.Struct]] = [
@@ -34,6 +34,7 @@ RECORDS: list[type[msgspec.Struct]] = [
     messages.WorkflowPublished,
     messages.PolicyPublished,
     OwnerAnnounced,
+    Snapshot,
     RunRequest,
 ]
 EVENTS: dict[str, Any] = {"RunEntry": run_events.RunEvent, "LedgerEntry": ledger_events.LedgerEvent}

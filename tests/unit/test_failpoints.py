@@ -92,6 +92,34 @@ def test_stop_freezes_until_somebody_continues():
     assert process.communicate(timeout=20)[0] == b"before\nafter\n"
 
 
+def test_a_file_arms_a_process_while_it_works_and_is_removed(tmp_path):
+    file = tmp_path / "points"
+    code = (
+        "import sys; from tidegate.failpoints import failpoint; print(flush=True); sys.stdin.read(); failpoint('here')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, failpoints.ENVIRONMENT_VARIABLE: f"@{file}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"\n"
+    file.write_text("here=kill")
+    process.send_signal(signal.SIGUSR1)
+    while file.exists():
+        time.sleep(0.01)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_file_that_is_there_arms_at_start(tmp_path):
+    file = tmp_path / "points"
+    file.write_text("here=kill")
+    assert _run(f"@{file}").wait(20) == -signal.SIGKILL
+    assert not file.exists()
+    assert _run(f"@{file}").wait(20) == 0
+
+
 def test_a_typo_in_the_environment_stops_the_process_at_start():
     process = _run("here=kil")
     _, err = process.communicate(timeout=20)

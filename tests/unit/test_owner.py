@@ -13,9 +13,9 @@ from tidegate.codec import avro
 from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
 from tidegate.domain.messages import Instance, PolicyPublished, StepResult
-from tidegate.eventlog import owner
+from tidegate.eventlog import owned, owner
 from tidegate.eventlog.interface import Record
-from tidegate.eventlog.owner import CorruptLogError, RefusedToStartError
+from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
 
 EDGES = ("owner.before-log", "owner.after-log", "owner.after-tell")
 RUNS = [f"r{n}" for n in range(6)]
@@ -150,7 +150,7 @@ def test_without_the_offset_check_the_zombie_would_tell(monkeypatch: pytest.Monk
     for checks in (True, False):
         with monkeypatch.context() as patch:
             if not checks:
-                patch.setattr(owner.OwnedPartition, "acknowledged", lambda self, slot, offset: slot.append(offset))
+                patch.setattr(owned.OwnedPartition, "acknowledged", lambda self, slot, offset: slot.append(offset))
             cluster = Cluster()
             zombie = cluster.owners["scheduler"]
             cluster.settle()
@@ -442,8 +442,8 @@ def test_a_decision_that_cannot_be_written_is_buried_and_stops_nobody(
     cluster = Cluster()
     cluster.start_run("good", "a")
     cluster.settle()
-    monkeypatch.setattr(owner, limit, 0)
-    monkeypatch.setattr(owner, "MANY_EVENTS", 0)
+    monkeypatch.setattr(owned, limit, 0)
+    monkeypatch.setattr(owned, "MANY_EVENTS", 0)
     cluster.start_run("bad", "a")
     turns(cluster)
     monkeypatch.undo()

@@ -210,6 +210,8 @@ def description(of: Topic, **changes: Any) -> TopicDescription:
 def test_a_topic_as_declared_has_no_differences() -> None:
     for declared in load_topics(settings=TopicsSettings(production=True)):
         assert compare(declared, description(declared), production=True) == []
+        # Kafka's own default, which it tells too.
+        assert compare(declared, description(declared, config={"retention.bytes": "-1"}), production=True) == []
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,11 @@ def test_a_topic_as_declared_has_no_differences() -> None:
         ("run-events", {"config": {"cleanup.policy": "compact,delete"}}, "cleanup.policy", "error", "error"),
         ("run-commands", {"config": {"cleanup.policy": "delete"}}, "cleanup.policy", "error", "error"),
         ("run-commands", {"config": {"cleanup.policy": "compact"}}, "cleanup.policy", "warning", "warning"),
-        ("run-commands", {"config": {"retention.ms": "1000"}}, "retention.ms", "warning", "warning"),
+        ("run-commands", {"config": {"retention.ms": "1000"}}, "retention.ms", "error", "warning"),
+        ("run-commands", {"config": {"retention.ms": "-1"}}, "retention.ms", "warning", "warning"),
+        ("run-commands", {"config": {"retention.ms": "9999999999"}}, "retention.ms", "warning", "warning"),
+        ("run-commands", {"config": {"min.compaction.lag.ms": "0"}}, "min.compaction.lag.ms", "error", "warning"),
+        ("run-commands", {"config": {"retention.bytes": "1000000"}}, "retention.bytes", "error", "warning"),
         ("run-events", {"config": {"max.message.bytes": "1048588"}}, "max.message.bytes", "error", "error"),
         ("run-events", {"config": {"max.message.bytes": "99999999"}}, "max.message.bytes", "warning", "warning"),
     ],

@@ -13,14 +13,16 @@ from typer.core import TyperGroup
 # name -> (module attribute, help line). The attribute is a typer app, or a service's `main` that returns the exit code.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "dev": ("tidegate.cli.dev:app", "Start Kafka, ClickHouse and all services here, for development."),
-    "demo": ("tidegate.cli.demo:app", "Refund demo: an executor is killed in the middle, the customer is paid once."),
+    "demo": ("tidegate.cli.demo:app", "Demos: a refund survives a kill; 100 and 500 runs a storm of them."),
     "bench": ("tidegate.cli.bench:app", "Measure throughput, latency, recovery and rebuild."),
     "runs": ("tidegate.cli.runs:app", "Start, list, show, watch, approve, reject and cancel runs."),
     "sql": ("tidegate.cli.sql:app", "Query the ClickHouse projections."),
     "workflow": ("tidegate.cli.workflow:app", "Publish, list and show workflow definitions."),
     "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
+    "dead-letters": ("tidegate.cli.dead_letters:app", "List and show what could not be used; send requests again."),
     "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
     "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),
+    "audit": ("tidegate.cli.audit:app", "Recompute the money from the ledger alone."),
     "scheduler": ("tidegate.scheduler.__main__:main", "Run the scheduler service."),
     "gate": ("tidegate.gate.__main__:main", "Run the gate service (policy, budget, placement)."),
     "executor": ("tidegate.executor.__main__:app", "Run an executor of an app's functions."),
@@ -49,7 +51,7 @@ class LazyGroup(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the overview without importing any subcommand."""
-        lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
+        lines = [f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()]
         typer.echo(f"Usage: {ctx.command_path} COMMAND [ARGS]...\n\n{self.help}\n\nCommands:\n" + "\n".join(lines))
         typer.echo(
             "\n`tidegate COMMAND --help` tells more. Settings are environment variables that start with TIDEGATE_."

@@ -17,6 +17,7 @@ import fastavro
 import msgspec
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
+from tidegate.codec.compatibility import contradictions
 from tidegate.codec.compiled import Decoder, Encoder, make_decoder, make_encoder, short_name
 from tidegate.domain import entry, ledger_events, messages, requests, run_events
 from tidegate.domain.entry import Entry
@@ -164,6 +165,9 @@ def register_schema(text: str) -> None:
         if schema.name not in _schemas_by_name():
             raise DecodeError(f"schema {schema.name!r} is not a record of Tidegate")
         schema.read  # noqa: B018 - makes the function now, so that a schema we cannot read is refused here
+        # Whoever decides trusts that fields are of their types: what is read is not checked again.
+        if problems := contradictions(schema.parsed, _schemas_by_name()[schema.name].parsed):
+            raise DecodeError(f"schema {schema.name!r} contradicts ours: {problems[0][:300]}")
     except DecodeError:
         raise
     except Exception as error:  # fastavro's complaints have no common base

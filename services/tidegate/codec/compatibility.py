@@ -34,11 +34,24 @@ def problems(writer: dict[str, Any], reader: dict[str, Any]) -> list[str]:
     return comparison.found
 
 
+def contradictions(writer: Any, reader: Any) -> list[str]:
+    """Return where records of two parsed schemas of one name hold values of other types under the same names.
+
+    Fields and records that only one of them has do not matter: either may be the newer.
+    """
+    comparison = _Comparison(_types(writer), _types(reader), shared_only=True)
+    comparison.compare(writer, reader, short_name(reader))
+    return comparison.found
+
+
 class _Comparison:
     """Walks two schemas side by side. `path` says where, as `RunEntry.events[](StepReady).call`."""
 
-    def __init__(self, writer_types: dict[str, Any], reader_types: dict[str, Any]) -> None:
+    def __init__(
+        self, writer_types: dict[str, Any], reader_types: dict[str, Any], *, shared_only: bool = False
+    ) -> None:
         self.found: list[str] = []
+        self._shared_only = shared_only
         self._writer_types = writer_types
         self._reader_types = reader_types
 
@@ -62,7 +75,7 @@ class _Comparison:
             inner = f"{path}.{field['name']}"
             if field["name"] in written:
                 self.compare(written[field["name"]], field["type"], inner)
-            elif "default" not in field:
+            elif "default" not in field and not self._shared_only:
                 self.found.append(f"{inner}: is new and has no default")
 
     def _unions(self, writer: Any, reader: Any, path: str) -> None:
@@ -73,6 +86,8 @@ class _Comparison:
         for branch in writer if isinstance(writer, list) else [writer]:
             written = _resolved(branch, self._writer_types)
             match = next((other for other in branches if _fits(written, other)), None)
+            if match is None and self._shared_only and isinstance(written, dict) and written["type"] == "record":
+                continue
             if match is None:
                 self.found.append(f"{path}: may have been {_kind(written)}, which is not read any more")
             elif isinstance(written, dict):

@@ -23,6 +23,7 @@ Decoder = Callable[[Any], Any]  # of bytes
 
 SHORT: Final = 8192  # numbers from 0 up to here, and lengths, are written by looking them up
 _PAIRS: Final = 1 << 14
+MAX_NAMES: Final = 5_000  # in the source of one function; our largest schema needs a twentieth of them
 _DOUBLE: Final = struct.Struct("<d")
 _PRIMITIVES: Final = frozenset(("null", "boolean", "int", "long", "double", "string", "bytes"))
 
@@ -114,6 +115,10 @@ class _Maker:
 
     def name(self) -> str:
         self._count += 1
+        if (
+            self._count > MAX_NAMES
+        ):  # a type that is named twice is made twice, and what it names again twice: 2, 4, 8, ...
+            raise UnsupportedSchemaError("the schema is too large")
         return f"v{self._count}"
 
     def keep(self, value: Any) -> str:
@@ -149,6 +154,13 @@ def short_name(schema: Schema) -> str:
 
 def _indented(lines: list[str]) -> list[str]:
     return [f" {line}" for line in lines]
+
+
+def _takes_bytes(maker: _Maker, schema: Schema) -> bool:
+    """Tell whether every value of the type takes a byte at least: all do but records that hold nothing."""
+    schema = maker.resolve(schema)
+    is_record = isinstance(schema, dict) and schema["type"] == "record"
+    return not is_record or any(_takes_bytes(maker, field["type"]) for field in schema["fields"])
 
 
 def _split_null(schema: list[Schema]) -> tuple[Schema, int] | None:
@@ -335,6 +347,10 @@ class _Reader:
             item = [*self.lines("string", key), *self.lines(schema["values"], value), f"{to}[{key}] = {value}"]
             first, last = f"{to} = {{}}", "p += 1"
         elif schema["type"] == "array":
+            if not _takes_bytes(self.maker, schema["items"]):
+                raise UnsupportedSchemaError(
+                    "an array of items without bytes: a few bytes could stand for any number of them"
+                )
             item = [*self.lines(schema["items"], value), f"{to}.append({value})"]
             first, last = f"{to} = []", "p += 1" if self._raw else f"p += 1; {to} = tuple({to})"
         else:

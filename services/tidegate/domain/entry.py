@@ -9,6 +9,8 @@ import msgspec
 TAG_FIELD = "-type"  # the key by which fastavro picks the branch of a union
 POSITION_INDEX_BITS = 12
 MAX_TELLS_PER_ENTRY = 1 << POSITION_INDEX_BITS
+MAX_OFFSET = 2**50  # so that a rank fits into a record's 64 bits; no log gets there
+MAX_SOURCE_PARTITIONS = 10_000  # a mark is kept for each that somebody names
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -41,11 +43,38 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     events: tuple[Any, ...]
 
 
+class DoneSegments(msgspec.Struct, frozen=True, gc=False):
+    """The first `count` segments of finished units that the owner of this epoch wrote."""
+
+    epoch: int
+    count: int
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a restore may begin with instead of the beginning of the log.
+
+    epoch, number: whose snapshots, and of which of its checkpoints, counted from 1. read_from: own offset; every entry before
+    it is in a snapshot, what is at it and after it must be folded on top. told, now_ms: as in an entry. seq, head: of the
+    partition's own chain at `read_from` (0 and empty where every unit has a chain of its own). live: how many units were not
+    over. segments: where those that were are found.
+    """
+
+    epoch: int
+    number: int
+    read_from: int
+    told: int
+    now_ms: int
+    seq: int
+    head: bytes
+    live: int
+    segments: tuple[DoneSegments, ...]
+
+
 class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An owner's claim on a log partition. Its first announcement has `epoch` -1: the epoch is that record's offset.
 
     Repeats (`repeat` > 0) name the epoch, so that a reader who starts in the middle looks back a bounded distance. They also
-    record positions and marks as an entry does, for inputs that cause none.
+    record positions and marks as an entry does, for inputs that cause none, and the last checkpoint.
     """
 
     log: str
@@ -58,6 +87,33 @@ class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     at_ms: int
     inputs: dict[str, int] = {}
     marks: dict[str, int] = {}
+    checkpoint: Checkpoint | None = None
+
+
+class UnitState(msgspec.Struct, frozen=True, gc=False):
+    """The folded state of one unit (a run, or a run's money) as its service writes it; as_of: own offset of its last entry.
+
+    An empty state says that the unit is gone.
+    """
+
+    unit: str
+    as_of: int
+    state: bytes
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A record of `run-snapshots` or `gate-snapshots`: one live unit, a piece of a large one, or many that are over.
+
+    epoch, number: the owner and its checkpoint that this was written for. first: the number of the first checkpoint of this
+    epoch that held this unit. piece, pieces: a state too large for one record is cut.
+    """
+
+    epoch: int
+    number: int
+    first: int
+    piece: int
+    pieces: int
+    units: tuple[UnitState, ...]
 
 
 class Position(msgspec.Struct, frozen=True, gc=False):

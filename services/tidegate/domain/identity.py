@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
+from typing import NamedTuple
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ACCOUNT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,7}$"
@@ -13,11 +14,35 @@ MAX_MICROS = 2**53  # of money in one number: beyond it JSON numbers lose precis
 DEFAULT_ACCOUNT = "default"
 
 _run_id = re.compile(RUN_ID_PATTERN)
+_account = re.compile(ACCOUNT_PATTERN)
+_source = re.compile(r"([A-Za-z0-9._-]{1,249}):(\d{1,9}):(\d{1,18})", re.ASCII)
+
+
+class Source(NamedTuple):
+    """Where a record lies."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+NOWHERE = Source("", -1, -1)
+
+
+def source_of(text: str) -> Source:
+    """Return the place that `topic:partition:offset` names; NOWHERE if it names none. Never raises."""
+    found = _source.fullmatch(text)
+    return NOWHERE if found is None else Source(found[1], int(found[2]), int(found[3]))
 
 
 def is_run_id(text: str) -> bool:
     """Tell whether `text` may name a run (letters, digits, dot, dash, underscore; at most 128; no slash or colon)."""
     return _run_id.fullmatch(text) is not None
+
+
+def is_account(text: str) -> bool:
+    """Tell whether `text` may be billed: a slash path of at most eight names."""
+    return _account.fullmatch(text) is not None
 
 
 def partition_of(name: str, partition_count: int) -> int:

@@ -4,102 +4,67 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from tidegate.domain import canonical, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import Call
 from tidegate.domain.workflow import Workflow, compile_definition
 
 
-class StepState:
+class StepState(msgspec.Struct, array_like=True):
     """One step of a run.
 
     attempt: the latest one. failures: attempts that failed or timed out (what `max_attempts` counts); losses: attempts
     whose executor went away. reported: attempts whose result was consumed, so that a doubled result is recognised.
     """
 
-    __slots__ = (
-        "approval",
-        "attempt",
-        "call",
-        "error",
-        "failures",
-        "incarnation",
-        "instance_id",
-        "losses",
-        "node_id",
-        "output",
-        "reported",
-        "retry_at_ms",
-        "status",
-        "step_id",
-        "wave",
-    )
-
-    def __init__(self, step_id: str, node_id: str, wave: int, call: Call) -> None:
-        self.step_id = step_id
-        self.node_id = node_id
-        self.wave = wave
-        self.call = call
-        self.status = states.REQUESTED
-        self.attempt = 1
-        self.failures = 0
-        self.losses = 0
-        self.output: str | None = None
-        self.error = ""
-        self.retry_at_ms: int | None = None
-        self.instance_id = ""
-        self.incarnation = -1
-        self.approval: ev.ApprovalRequested | None = None
-        self.reported: tuple[int, ...] = ()
+    step_id: str
+    node_id: str
+    wave: int
+    call: Call
+    status: str = states.REQUESTED
+    attempt: int = 1
+    failures: int = 0
+    losses: int = 0
+    output: str | None = None
+    error: str = ""
+    retry_at_ms: int | None = None
+    instance_id: str = ""
+    incarnation: int = -1
+    approval: ev.ApprovalRequested | None = None
+    reported: tuple[int, ...] = ()
 
 
-class RunState:
-    """One run. `nodes` maps completed node ids to their output (canonical JSON) and final wave."""
+class RunState(msgspec.Struct, array_like=True):
+    """One run. `nodes` maps completed node ids to their output (canonical JSON) and final wave.
 
-    __slots__ = (
-        "account",
-        "budget_micros",
-        "cancel",
-        "code",
-        "command_ids",
-        "content_hash",
-        "fingerprint",
-        "finished_ms",
-        "input",
-        "nodes",
-        "output",
-        "reason",
-        "run_id",
-        "seq",
-        "started_ms",
-        "status",
-        "steps",
-        "tags",
-        "workflow",
-        "workflow_label",
-    )
+    head: SHA-256 of its last entry. changed_ms: time of its last event. Both kinds of state are msgspec structs so that
+    snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `scheduler/snapshots.py`.
+    """
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
-        self.account = ""
-        self.status = states.ABSENT
-        self.seq = 0
-        self.workflow: Workflow | None = None
-        self.workflow_label = ""
-        self.content_hash = ""
-        self.input = "null"
-        self.tags: dict[str, str] = {}
-        self.budget_micros: int | None = None
-        self.steps: dict[str, StepState] = {}
-        self.nodes: dict[str, tuple[str, int]] = {}
-        self.command_ids: set[str] = set()
-        self.cancel: ev.RunCancelRequested | None = None
-        self.output = ""
-        self.code = ""
-        self.reason = ""
-        self.fingerprint = ""
-        self.started_ms = 0
-        self.finished_ms = 0
+    run_id: str
+    account: str = ""
+    status: str = states.ABSENT
+    seq: int = 0
+    head: bytes = b""
+    changed_ms: int = 0
+    workflow: Workflow | None = None
+    workflow_label: str = ""
+    content_hash: str = ""
+    input: str = "null"
+    tags: dict[str, str] = {}
+    budget_micros: int | None = None
+    steps: dict[str, StepState] = {}
+    nodes: dict[str, tuple[str, int]] = {}
+    command_ids: set[str] = set()
+    cancel: ev.RunCancelRequested | None = None
+    output: str = ""
+    code: str = ""
+    reason: str = ""
+    fingerprint: str = ""
+    started_ms: int = 0
+    finished_ms: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -117,6 +82,7 @@ class RunState:
 def apply(run: RunState, event: Any, now_ms: int) -> None:
     """Change the state by one event: the only way in which it ever changes. Raises IllegalTransitionError, KeyError."""
     run.seq += 1
+    run.changed_ms = now_ms
     _HANDLERS[type(event)](run, event, now_ms)
 
 

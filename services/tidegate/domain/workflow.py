@@ -126,11 +126,12 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class Workflow:
-    """A compiled definition: immutable, shared by all runs of the same definition hash."""
+    """A compiled definition: immutable, shared by all runs of the same definition hash. `definition` is its text."""
 
     __slots__ = (
         "_input_validator",
         "_parameters",
+        "definition",
         "definition_hash",
         "document",
         "predecessors",
@@ -139,9 +140,10 @@ class Workflow:
         "successors",
     )
 
-    def __init__(self, document: _Document, definition_hash: str) -> None:
+    def __init__(self, document: _Document, definition: str) -> None:
         self.document = document
-        self.definition_hash = definition_hash
+        self.definition = definition
+        self.definition_hash = canonical.digest(definition)
         self.predecessors: dict[str, tuple[str, ...]] = dict.fromkeys(document.nodes, ())
         self.successors: dict[str, tuple[str, ...]] = dict.fromkeys(document.nodes, ())
         before: dict[str, list[str]] = {node: [] for node in document.nodes}
@@ -305,4 +307,4 @@ def compile_definition(definition: str) -> Workflow:
     problems = validate_definition(value)
     if problems:
         raise DefinitionError(problems)
-    return Workflow(msgspec.convert(value, _Document), canonical.digest(definition))
+    return Workflow(msgspec.convert(value, _Document), definition)

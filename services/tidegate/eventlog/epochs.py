@@ -11,6 +11,7 @@ from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH
 
 FIRST_SPAN: Final = 2_500  # owners repeat their announcement every 1,000 entries
 GROWTH: Final = 4
+MAX_EPOCH_DIGITS: Final = 19
 
 
 def epoch_before(broker: Broker, topic: str, partition: int, offset: int) -> int:
@@ -37,18 +38,26 @@ def epoch_before(broker: Broker, topic: str, partition: int, offset: int) -> int
         span *= GROWTH
 
 
+def stated_epoch(text: bytes, offset: int) -> int:
+    """Return the epoch that the header of a record at `offset` states; NO_EPOCH if there cannot be such a one: it is nobody's."""
+    if not text.isdigit() or len(text) > MAX_EPOCH_DIGITS:
+        return NO_EPOCH
+    epoch = int(text)
+    return epoch if epoch < offset else NO_EPOCH
+
+
 def _epoch_of(message: Message) -> tuple[int, bool]:
     """Return the epoch that a record proves announced, and whether it is the announcement; NO_EPOCH if it proves none."""
     if message.value is None:
         return NO_EPOCH, False
     headers = dict(message.headers)
     if headers.get(TYPE_HEADER) != ANNOUNCEMENT_TYPE.encode() and EPOCH_HEADER in headers:
-        text = headers[EPOCH_HEADER]
-        return (int(text), False) if text.isdigit() else (NO_EPOCH, False)
+        return stated_epoch(headers[EPOCH_HEADER], message.offset), False
     try:
         record = codec.decode(message.value)
     except codec.DecodeError:
         return NO_EPOCH, False
+    epoch: int = getattr(record, "epoch", NO_EPOCH)
     if isinstance(record, OwnerAnnounced):
-        return (message.offset if record.epoch == NO_EPOCH else record.epoch), True
-    return getattr(record, "epoch", NO_EPOCH), False
+        return (message.offset if epoch == NO_EPOCH else epoch if epoch < message.offset else NO_EPOCH), True
+    return (epoch if epoch < message.offset else NO_EPOCH), False

@@ -25,6 +25,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
     ResourceType,
 )
 
+from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import (
     EventLogError,
     Message,
@@ -52,6 +53,7 @@ READ_SILENCE_S = 60.0
 ASK_AGAIN_S = 0.05
 FULL_BUFFER_POLL_S = 0.1
 FIRST_CONTACT_S = 2.0
+CONTACT_TIMEOUT_S = 3.0
 # While messages are waited for, the group is served so often, which bounds how late a rebalance is answered: more often
 # while we wait for our partitions.
 SETTLED_SERVE_INTERVAL_S = 0.05
@@ -76,6 +78,7 @@ _OUT_OF_RANGE = frozenset(
 _PASSING = frozenset(
     {
         KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._DESTROY_BROKER,  # the one that was asked is gone; the next try goes to whom there is
         KafkaError._MAX_POLL_EXCEEDED,  # the loss of the partitions is reported by the group as such
         KafkaError._RESOLVE,
         KafkaError._TIMED_OUT,
@@ -113,6 +116,7 @@ _log = logging.getLogger(__name__)
 _client_log = logging.getLogger(f"{__name__}.client")
 # Every producer would warn that this option is called experimental. It is wanted; tests/contract shows what it does.
 _client_log.addFilter(lambda line: "enable.gapless.guarantee" not in line.getMessage())
+_client_log.addFilter(Sparing())
 
 
 class KafkaBroker:
@@ -123,6 +127,8 @@ class KafkaBroker:
         self._lock = threading.Lock()
         self._idle_readers: list[_Reader] = []
         self._admin: AdminClient | None = None
+        self._was_reached = False
+        self._trouble = ""  # what the client said last of its tries to connect
 
     def physical_name(self, topic: str) -> str:
         """Return the name that the topic has in Kafka: with the prefix of the settings."""
@@ -132,7 +138,8 @@ class KafkaBroker:
         """Return the client for topic administration. It speaks physical names. Thread-safe, one per broker."""
         with self._lock:
             if self._admin is None:
-                self._admin = AdminClient(self._settings.client_config(), logger=_client_log)
+                config = {**_connection(self._settings), "error_cb": self._note_trouble}
+                self._admin = AdminClient(config, logger=_client_log)
             return self._admin
 
     def writer(self) -> KafkaWriter:
@@ -174,10 +181,14 @@ class KafkaBroker:
             return reader.offsets(topic, partition)
 
     def describe(self, topics: Sequence[str]) -> dict[str, TopicDescription]:
-        """Return the descriptions of those of the topics that exist. Blocks for a round trip or two."""
+        """Return the descriptions of those of the topics that exist. Blocks for a round trip or two.
+
+        Raises EventLogError soon, with the reason, as long as no broker has ever answered.
+        """
         if not topics:
             return {}
         admin = self.admin_client()
+        self._make_contact(admin)
         found = _existing(admin, {self.physical_name(topic): topic for topic in topics})
         configs = _configs(admin, [self.physical_name(topic) for topic in found])
         admin.poll(0)  # hands the client's log lines to our logger
@@ -192,6 +203,26 @@ class KafkaBroker:
             for topic, description in found.items()
         }
 
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        """Return the next offsets that a group has committed of a topic, by partition. Blocks for some round trips.
+
+        Raises EventLogError. Not asked of the admin client: that ends the process, with a signal, if the group's coordinator is
+        not up yet (librdkafka issue 5040).
+        """
+        config = {
+            **_connection(self._settings),
+            "group.id": self._settings.topic_prefix + group,
+            "enable.auto.commit": False,
+        }
+        consumer = Consumer(config, logger=_client_log)
+        try:
+            with self._borrowed_reader() as reader:
+                wanted = [KafkaPartition(self.physical_name(topic), number) for number in reader.partitions(topic)]
+            found = _patiently(lambda: consumer.committed(wanted, REQUEST_TIMEOUT_S))
+            return {at.partition: at.offset for at in found if at.offset >= 0}
+        finally:
+            consumer.close()
+
     def close(self) -> None:
         """Free the connections kept for `read` and `offsets`. Writers and inboxes are closed by who asked for them."""
         with self._lock:
@@ -199,6 +230,24 @@ class KafkaBroker:
             self._admin = None
         for reader in readers:
             reader.close()
+
+    def _make_contact(self, admin: AdminClient) -> None:
+        """Raise EventLogError unless a broker answers shortly, or did before. Requests themselves wait for much longer."""
+        if self._was_reached:
+            return
+        try:
+            admin.describe_cluster(request_timeout=CONTACT_TIMEOUT_S).result()
+        except KafkaException as error:
+            admin.poll(0)
+            raise EventLogError(
+                f"no broker answers at {self._settings.bootstrap} ({self._trouble or error.args[0].str()}). Is the address "
+                "right (TIDEGATE_KAFKA_BOOTSTRAP), does Kafka run, and may this machine reach it?"
+            ) from error
+        self._was_reached = True
+
+    def _note_trouble(self, error: KafkaError) -> None:
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._trouble = error.str().partition(" (after ")[0]
 
     @contextmanager
     def _borrowed_reader(self) -> Iterator[_Reader]:
@@ -306,7 +355,8 @@ class KafkaWriter:
         if self._failure is not None:
             return
         where = "" if message is None else f" to {message.topic()} [{message.partition()}]"
-        self._failure = WriteFailedError(f"writing{where} failed: {reason}")
+        why = reason if isinstance(reason, str) else _said(reason)
+        self._failure = WriteFailedError(f"writing{where} failed: {why}")
         with suppress(Exception):
             self._producer.purge(blocking=False)
 
@@ -584,7 +634,17 @@ class _Reader:
 
     def offsets(self, topic: str, partition: int) -> Offsets:
         physical = KafkaPartition(self._prefix + topic, partition)
-        return Offsets(*_patiently(lambda: self._consumer.get_watermark_offsets(physical, REQUEST_TIMEOUT_S)))
+
+        def ask() -> tuple[int, int]:
+            try:
+                return self._consumer.get_watermark_offsets(physical, REQUEST_TIMEOUT_S)
+            except KafkaException as error:
+                # A client whose connection has just broken knows no partitions: only a broker can say that there is none.
+                if error.args[0].code() in _UNKNOWN_TOPIC and partition in self.partitions(topic):
+                    raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE)) from error
+                raise
+
+        return Offsets(*_patiently(ask))
 
     def close(self) -> None:
         with suppress(KafkaException, RuntimeError):
@@ -593,12 +653,14 @@ class _Reader:
     def _check_existence(self, partitions: Iterable[TopicPartition]) -> None:
         """Raise UnknownTopicError, because the client would wait for ever for a topic or partition that is not there."""
         for topic in {at.topic for at in partitions if at not in self._existing}:
-            self._existing.update(TopicPartition(topic, partition) for partition in self._partitions(topic))
+            self._existing.update(TopicPartition(topic, partition) for partition in self.partitions(topic))
         for at in partitions:
             if at not in self._existing:
                 raise UnknownTopicError(f"{at.topic} has no partition {at.partition}")
 
-    def _partitions(self, topic: str) -> list[int]:
+    def partitions(self, topic: str) -> list[int]:
+        """Return the numbers of the topic's partitions, by a broker's word. Raises UnknownTopicError."""
+
         def ask() -> list[int]:
             described = self._consumer.list_topics(self._prefix + topic, REQUEST_TIMEOUT_S).topics[self._prefix + topic]
             if described.error is not None:
@@ -627,7 +689,7 @@ class _Reader:
             if error is not None:
                 self._note(error, raw, at)
             elif at in reading:
-                messages.append(Message(*at, raw.offset(), raw.key(), raw.value(), _headers(raw), raw.timestamp()[1]))
+                messages.append(Message(*at, raw.offset(), raw.key(), raw.value(), headers_of(raw), raw.timestamp()[1]))
         return messages
 
     def _note(self, error: KafkaError, raw: Any, at: TopicPartition) -> None:
@@ -721,7 +783,8 @@ def _reader_config(settings: KafkaSettings, *, tell_end: bool) -> dict[str, Any]
     }
 
 
-def _headers(raw: Any) -> tuple[tuple[str, bytes], ...]:
+def headers_of(raw: Any) -> tuple[tuple[str, bytes], ...]:
+    """Return the headers of a client's message; none if the client cannot show them. Does not raise."""
     try:
         headers = _read_headers(raw)
     except (SystemError, UnicodeDecodeError):
@@ -739,11 +802,21 @@ def _is_fatal(error: KafkaError) -> bool:
     return error.fatal() or error.code() == KafkaError._FATAL
 
 
+def _said(error: KafkaError) -> str:
+    """Return what an error says, and what it most likely means."""
+    text = f"{error.name()}: {error.str()}"
+    if error.code() in _UNKNOWN_TOPIC:
+        return f"{text}: it does not exist (any more), or this user may not see it"
+    if error.code() in _OUT_OF_RANGE:
+        return f"{text}: records were deleted before they were read, or the topic was made again"
+    return text
+
+
 def _log_error(error: KafkaError, where: str = "") -> EventLogError:
     """Return our exception for a client's error."""
-    text = f"{where}{error.name()}: {error.str()}"
+    text = f"{where}{_said(error)}"
     if error.code() in _UNKNOWN_TOPIC:
-        return UnknownTopicError(f"{text}: it does not exist, or this user may not see it")
+        return UnknownTopicError(text)
     if error.code() in _OUT_OF_RANGE:
         return OffsetOutOfRangeError(text)
     return EventLogError(text)

@@ -6,33 +6,37 @@ its `Machine`; how state survives is here, once for both.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Final
 
 import structlog
 
 from tidegate import codec
-from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Entry, OwnerAnnounced, Position
+from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key
+from tidegate.eventlog.checkpoints import Checkpointer
+from tidegate.eventlog.continuity import same_topic
+from tidegate.eventlog.intake import check
 from tidegate.eventlog.interface import (
     Broker,
     EventLogError,
     Headers,
     Inbox,
     Message,
-    OffsetOutOfRangeError,
     Record,
     TopicDescription,
     TopicPartition,
     Writer,
 )
 from tidegate.eventlog.letters import dead_letter
+from tidegate.eventlog.machine import Decision, EntryRefusedError, Machine, RefusedToStartError
+from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.restore import restore
 from tidegate.eventlog.schemas import load_schemas
+from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.tables import Tables
-from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER
 from tidegate.failpoints import failpoint
 
 _log = structlog.get_logger()
@@ -44,236 +48,6 @@ ANNOUNCE_EVERY_ENTRIES: Final = 1000
 COMMIT_EVERY_S: Final = 1.0
 RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
-MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of 16 MiB that a record may have with all that is around it
-MANY_EVENTS: Final = 1_000  # an event has a few tells at the most
-RESTORE_PROGRESS_EVERY: Final = 50_000
-
-
-class Decision(NamedTuple):
-    """What a machine decided on one input: events of one subject, which go into one entry."""
-
-    subject: str
-    account: str
-    events: Sequence[Any]
-
-
-class Tell(NamedTuple):
-    """A message that follows from an entry; `position` numbering is the order of the list it stands in."""
-
-    topic: str
-    partition: int
-    key: str
-    record: Any
-
-
-class Machine(Protocol):
-    """A service's own part. `decide` and `due` look at the state and mutate nothing; `apply` alone changes it."""
-
-    @property
-    def service(self) -> str:
-        """Return the service's name."""
-
-    @property
-    def entry_kind(self) -> str:
-        """Return the schema of the log's entries: `RunEntry` or `LedgerEntry`."""
-
-    @property
-    def log_topic(self) -> str:
-        """Return the topic of the log."""
-
-    @property
-    def lead_topic(self) -> str:
-        """Return the input topic by whose partitions ownership is given."""
-
-    @property
-    def other_topics(self) -> tuple[str, ...]:
-        """Return the input topics that are read along with the lead topic, by the same partition numbers."""
-
-    @property
-    def table_topics(self) -> tuple[str, ...]:
-        """Return the global tables that decisions look at."""
-
-    @property
-    def marked_topics(self) -> dict[str, str]:
-        """Return input topic -> the log whose tells it carries: those are deduplicated by position (rule 7)."""
-
-    def new_state(self, partition: int) -> Any:
-        """Return the state of a log partition that holds nothing yet."""
-
-    def decide(self, state: Any, record: Any, message: Message, now_ms: int, tables: Tables) -> Decision | None:
-        """Return the events that an input causes; None if it changes nothing."""
-
-    def due(self, state: Any, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        """Return what time or a changed table causes now, with its cause; None if nothing does. Called until it is None."""
-
-    def dropped(self, partition: int) -> None:
-        """Hear that the state of a partition was thrown away."""
-
-    def next_due_ms(self, state: Any) -> int | None:
-        """Return when `due` is to be asked again at the latest, Unix milliseconds; None for no time."""
-
-    def apply(self, state: Any, subject: str, account: str, event: Any, now_ms: int) -> None:
-        """Change the state by one event."""
-
-    def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
-        """Return the messages that follow from an entry; `at(index)` is the position of the index-th of them."""
-
-    def table_changed(self, topic: str, key: str, row: Any | None, offset: int) -> None:
-        """Hear of a changed row of a global table (None: removed)."""
-
-    def tables_loaded(self) -> None:
-        """Hear that all rows which were there at the start were told; what is heard from here on is news."""
-
-
-class CorruptLogError(EventLogError):
-    """The log contradicts itself (a broken chain, a gap in seq): people must look before anything goes on."""
-
-
-class RefusedToStartError(EventLogError):
-    """The log or its inputs are not what they were (rule 10). The message says what happened and what can be done."""
-
-
-class EntryRefusedError(ValueError):
-    """A decision cannot become an entry. `decide` bounds what it returns, so this is a defect that must not spread."""
-
-
-class _Told:
-    """Which entries' tells are all acknowledged: `told` is the own offset up to which that is so."""
-
-    __slots__ = ("_waiting", "told")
-
-    def __init__(self, told: int) -> None:
-        self.told = told
-        self._waiting: deque[list[int]] = deque()
-
-    def expect(self, offset: int, count: int) -> list[int]:
-        slot = [offset, count]
-        self._waiting.append(slot)
-        if not count:
-            self.advance()
-        return slot
-
-    def advance(self) -> None:
-        while self._waiting and self._waiting[0][1] == 0:
-            self.told = self._waiting.popleft()[0]
-
-
-class OwnedPartition:
-    """A log partition that this process owns: its state, positions, heads and epoch. Thrown away on any doubt."""
-
-    def __init__(self, machine: Machine, partition: int) -> None:
-        self.machine = machine
-        self.partition = partition
-        self.state: Any = machine.new_state(partition)
-        self.epoch = NO_EPOCH
-        self.now_ms = 0
-        self._base_ms = 0  # see `set_time`
-        self._base_s = 0.0
-        self.inputs: dict[str, int] = {}
-        self.marks: dict[str, int] = {}
-        self.changed_marks: dict[str, int] = {}
-        self.heads: dict[str, tuple[int, bytes]] = {}
-        self.next_offset = 0
-        self.doubt = ""
-        self.told = _Told(-1)
-        self.since_announcement = 0
-        self.recorded_inputs: dict[str, int] = {}
-        self.recorded_s = 0.0
-        self.repeats = 0
-        self.unacknowledged: list[tuple[Entry, list[int]]] = []
-
-    # -- reading the log back ---------------------------------------------------------------
-
-    def fold(self, entry: Entry, value: bytes, offset: int) -> None:
-        """Fold a valid entry of the log. Raises CorruptLogError if it does not continue its subject's chain."""
-        seq, head = self.heads.get(entry.subject, (0, b""))
-        if entry.first_seq != seq + 1 or entry.prev_hash != head:
-            raise CorruptLogError(
-                f"{self.machine.log_topic}-{self.partition} at offset {offset}: entry of {entry.subject} starts at seq "
-                f"{entry.first_seq} after {seq}, and its previous hash {'fits' if entry.prev_hash == head else 'does not fit'}"
-            )
-        self._take(entry, value)
-        self.inputs.update(entry.inputs)
-        self.marks.update(entry.marks)
-        self.told.told = max(self.told.told, entry.told)
-
-    def _take(self, entry: Entry, value: bytes) -> None:
-        self.heads[entry.subject] = (entry.first_seq + len(entry.events) - 1, hashlib.sha256(value).digest())
-        self.now_ms = entry.now_ms
-        for event in entry.events:
-            self.machine.apply(self.state, entry.subject, entry.account, event, entry.now_ms)
-
-    # -- deciding ---------------------------------------------------------------
-
-    def set_time(self, now_ms: int, monotonic_s: float) -> None:
-        """Remember a time, and when it was by a clock that never jumps: from there it runs on."""
-        self._base_ms, self._base_s = now_ms, monotonic_s
-
-    def time_ms(self, clock_ms: int, monotonic_s: float) -> int:
-        """Return the time for a decision. It never goes back, but goes on while the clock is behind what the log has seen:
-        a clock that was ahead for a moment, here or at the owner before, must not stop the back-offs of now."""
-        running_ms = self._base_ms + int((monotonic_s - self._base_s) * 1000)
-        if clock_ms >= running_ms:
-            self.set_time(clock_ms, monotonic_s)
-        return max(self.now_ms, clock_ms, running_ms)
-
-    def is_stale(self, topic: str, record: Any) -> bool:
-        """Tell whether a told message is not above the mark of its source (rule 7); notes its position if it is."""
-        source_log = self.machine.marked_topics.get(topic)
-        if source_log is None:
-            return False
-        position: Position = record.source
-        name, rank = f"{source_log}-{position.partition}", position.rank()
-        if rank <= self.marks.get(name, -1):
-            return True
-        self.marks[name] = self.changed_marks[name] = rank
-        return False
-
-    def make_entry(self, decision: Decision, cause: str, versions: dict[str, int]) -> tuple[Entry, bytes]:
-        """Turn a decision into the next entry of its subject, apply it, and return it with its bytes.
-
-        Raises EntryRefusedError, with nothing changed, if it cannot be written or its tells would be too many: once in the
-        log, it would stop every owner for good.
-        """
-        seq, head = self.heads.get(decision.subject, (0, b""))
-        entry = Entry(
-            subject=decision.subject,
-            account=decision.account,
-            first_seq=seq + 1,
-            epoch=self.epoch,
-            now_ms=self.now_ms,
-            prev_hash=head,
-            inputs=dict(self.inputs),
-            marks=self.changed_marks,
-            told=self.told.told,
-            tables=versions,
-            cause=cause,
-            events=tuple(decision.events),
-        )
-        try:
-            value = codec.encode_entry(self.machine.entry_kind, entry)
-        except ValueError as error:
-            raise EntryRefusedError(f"an entry of {decision.subject}: {error}") from error
-        if len(value) > MAX_ENTRY_BYTES:
-            raise EntryRefusedError(f"an entry of {decision.subject} would have {len(value)} bytes")
-        if len(entry.events) >= MANY_EVENTS and len(self.machine.tells(entry, self.position(0))) > MAX_TELLS_PER_ENTRY:
-            raise EntryRefusedError(f"an entry of {decision.subject} would have more than {MAX_TELLS_PER_ENTRY} tells")
-        self.changed_marks = {}
-        self._take(entry, value)
-        return entry, value
-
-    def acknowledged(self, slot: list[int], offset: int) -> None:
-        """Check rule 3: an offset that is not our last one + 1 means that somebody else wrote."""
-        if offset != self.next_offset and not self.doubt:
-            self.doubt = (
-                f"own record acknowledged at {offset} where {self.next_offset} was expected: another owner wrote"
-            )
-        self.next_offset = offset + 1
-        slot.append(offset)
-
-    def position(self, offset: int) -> Callable[[int], Position]:
-        """Return the function that numbers the tells of the entry at `offset`."""
-        return lambda index: Position(self.partition, offset, index)
 
 
 class OwnerLoop:
@@ -287,6 +61,7 @@ class OwnerLoop:
         *,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic_s: Callable[[], float] = time.monotonic,
+        checkpoints: CheckpointSettings | None = None,
     ) -> None:
         self._broker = broker
         self.machine = machine
@@ -298,6 +73,8 @@ class OwnerLoop:
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
         self.tables = Tables(machine.table_topics)
         self.owned: dict[int, OwnedPartition] = {}
+        self._checkpoint_settings = checkpoints or CheckpointSettings()
+        self._checkpointers: dict[int, Checkpointer] = {}
         self._to_take: set[int] = set()
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
@@ -319,9 +96,11 @@ class OwnerLoop:
     def close(self) -> None:
         """Flush what was told, commit and leave. Ownership stays with this instance id until its session ends."""
         try:
+            failpoint("owner.before-close")
             self._record_positions(force=True)
             self._log_writer.flush(WRITE_DEADLINE_S)
             self._tell_writer.flush(WRITE_DEADLINE_S)
+            failpoint("owner.after-last-flush")
             self._commit(force=True)
         except EventLogError as error:
             _log.warning("leaving without a clean flush", error=str(error))
@@ -340,6 +119,7 @@ class OwnerLoop:
         """
         self.turns += 1
         messages = self._inbox.poll(MAX_BATCH, self._patience_s(timeout_s))
+        failpoint("owner.after-poll")
         self._follow_changes()
         self._take_over_gained()
         for message in messages:
@@ -348,6 +128,7 @@ class OwnerLoop:
         failpoint("owner.before-log")
         logged = self._log_and_tell()
         self._tell_writer.poll()
+        self._make_checkpoints()
         self._commit()
         self._record_positions()
         return logged
@@ -373,8 +154,11 @@ class OwnerLoop:
 
     def _drop(self, partition: int, reason: str) -> None:
         self._to_take.discard(partition)
-        if self.owned.pop(partition, None) is not None:
+        part = self.owned.pop(partition, None)
+        if part is not None:
             self.machine.dropped(partition)
+            del self._checkpointers[partition]
+            part.shelf.close()
             _log.info("partition dropped", log=self.machine.log_topic, partition=partition, reason=reason)
             self._inbox.remove([TopicPartition(topic, partition) for topic in self._input_topics])
 
@@ -398,6 +182,7 @@ class OwnerLoop:
             return
         try:
             record = self._decoded(message.value)
+            check(message.topic, record)
             if part.is_stale(message.topic, record):
                 return
             decision = self.machine.decide(part.state, record, message, part.now_ms, self.tables)
@@ -449,12 +234,15 @@ class OwnerLoop:
         _log.warning("dead letter", topic=message.topic, partition=message.partition, offset=message.offset, code=code)
         letter = dead_letter(message, service=self.machine.service, code=code, reason=reason, run_id="", at_ms=now_ms)
         key = f"{message.topic}:{message.partition}:{message.offset}"
+        failpoint("owner.before-dead-letter")
         self._tell_writer.send(Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(letter)))
         self._tell_writer.flush(WRITE_DEADLINE_S)
+        failpoint("owner.after-dead-letter")
 
     # -- 4. log, 5. tell ---------------------------------------------------------------
 
     def _log_entry(self, part: OwnedPartition, decision: Decision, cause: str) -> None:
+        failpoint("owner.before-entry")
         entry, value = part.make_entry(decision, cause, dict(self.tables.versions))
         slot: list[int] = []
         part.unacknowledged.append((entry, slot))
@@ -488,6 +276,7 @@ class OwnerLoop:
             batch, part.unacknowledged = part.unacknowledged, []
             logged += len(batch)
             for entry, slot in batch:
+                part.logged(entry, slot[0])
                 self._tell(part, entry, slot[0])
             failpoint("owner.after-tell")
         return logged
@@ -508,6 +297,7 @@ class OwnerLoop:
                 Record(tell.topic, tell.partition, tell.key.encode(), codec.encode(tell.record), _headers(tell.record)),
                 acked,
             )
+            failpoint("owner.between-tells")
 
     # -- 2. take over ---------------------------------------------------------------
 
@@ -521,54 +311,46 @@ class OwnerLoop:
     def _take_over(self, partition: int) -> OwnedPartition:
         """Announce, fold the log up to the announcement, tell again what may be untold, and read on from what it records."""
         began = self._monotonic_s()
-        identity = self._identity()
-        part = OwnedPartition(self.machine, partition)
-        start = self._broker.offsets(self.machine.log_topic, partition).start
-        part.epoch = self._announce(part, identity, NO_EPOCH)
-        part.next_offset = part.epoch + 1
+        identity = same_topic(self._broker, self._identity())
+        epoch = self._announce(partition, identity)
         failpoint("owner.after-announce")
-        untold = self._restore(part, identity, start, part.epoch)
+        part, untold, stale_keys = restore(
+            self._broker,
+            self.machine,
+            partition,
+            epoch,
+            lambda record: self._check_announcement(record, identity),
+            self._clock_ms() - int(self._checkpoint_settings.rest_after_s * 1000),
+        )
+        failpoint("owner.after-restore")
+        part.epoch, part.next_offset = epoch, epoch + 1
         part.set_time(part.now_ms, self._monotonic_s())
         part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
         positions = self._checked_positions(part)
         for offset, entry in untold:
-            if offset > part.told.told:
-                self._tell(part, entry, offset)
+            failpoint("owner.before-telling-again")
+            self._tell(part, entry, offset)
+            failpoint("owner.after-telling-again")
+        self._checkpointers[partition] = Checkpointer(
+            part,
+            self._checkpoint_settings,
+            self._tell_writer.send,
+            lambda checkpoint: self._certify(part, checkpoint),
+            stale_keys,
+            self._monotonic_s(),
+        )
         self._inbox.add(positions)
+        failpoint("owner.after-take-over")
         _log.info(
             "partition taken over",
             log=self.machine.log_topic,
             partition=partition,
             epoch=part.epoch,
             told_again=len(untold),
+            folded=part.since_checkpoint,
             seconds=round(self._monotonic_s() - began, 3),
         )
         return part
-
-    def _restore(
-        self, part: OwnedPartition, identity: TopicDescription, start: int, stop: int
-    ) -> list[tuple[int, Entry]]:
-        """Fold the valid entries in start..stop; returns those whose tells may not have been sent, oldest first."""
-        tracker = EpochTracker()
-        untold: deque[tuple[int, Entry]] = deque()
-        for count, message in enumerate(self._broker.read(self.machine.log_topic, part.partition, start, stop), 1):
-            if count % RESTORE_PROGRESS_EVERY == 0:
-                _log.info("restoring", log=self.machine.log_topic, partition=part.partition, at=message.offset, of=stop)
-            if message.value is None:
-                continue
-            record = codec.decode(message.value)
-            if isinstance(record, OwnerAnnounced):
-                self._check_announcement(record, identity)
-                tracker.announced(message.offset, record.epoch)
-                if tracker.is_valid(record.epoch):
-                    part.inputs.update(record.inputs)
-                    part.marks.update(record.marks)
-            elif tracker.is_valid(record.epoch):
-                part.fold(record, message.value, message.offset)
-                untold.append((message.offset, record))
-                while untold and untold[0][0] <= part.told.told:
-                    untold.popleft()
-        return [item for item in untold if item[0] > part.told.told]
 
     def _check_announcement(self, record: OwnerAnnounced, identity: TopicDescription) -> None:
         if record.partition_count != identity.partition_count:
@@ -613,27 +395,28 @@ class OwnerLoop:
             self._log_identity = found
         return self._log_identity
 
-    def _announcement(self, part: OwnedPartition, identity: TopicDescription, epoch: int, repeat: int) -> Record:
+    def _announcement(
+        self, partition: int, identity: TopicDescription, epoch: int, repeat: int, name: str, **more: Any
+    ) -> Record:
         record = OwnerAnnounced(
             log=self.machine.log_topic,
-            partition=part.partition,
+            partition=partition,
             epoch=epoch,
             repeat=repeat,
             topic_id=identity.topic_id,
             partition_count=identity.partition_count,
             instance_id=self._instance_id,
             at_ms=self._clock_ms(),
-            inputs=dict(part.inputs) if repeat else {},
-            marks=dict(part.marks) if repeat else {},
+            **more,
         )
-        # A first announcement cannot name its epoch, so its key is made unique by who announced and when.
-        name = f"{epoch}:{repeat}" if repeat else f"{self._instance_id}:{time.time_ns()}"
         headers = ((TYPE_HEADER, ANNOUNCEMENT_TYPE.encode()), (EPOCH_HEADER, b"%d" % epoch))
-        return Record(self.machine.log_topic, part.partition, f"owner:{name}".encode(), codec.encode(record), headers)
+        return Record(self.machine.log_topic, partition, f"owner:{name}".encode(), codec.encode(record), headers)
 
-    def _announce(self, part: OwnedPartition, identity: TopicDescription, epoch: int) -> int:
+    def _announce(self, partition: int, identity: TopicDescription) -> int:
+        """Announce for the first time and return the epoch. The key is made unique by who announced and when."""
         offsets: list[int] = []
-        self._log_writer.send(self._announcement(part, identity, epoch, 0), offsets.append)
+        name = f"{self._instance_id}:{time.time_ns()}"
+        self._log_writer.send(self._announcement(partition, identity, NO_EPOCH, 0, name), offsets.append)
         self._log_writer.flush(WRITE_DEADLINE_S)
         return offsets[0]
 
@@ -641,8 +424,32 @@ class OwnerLoop:
         part.since_announcement = 0
         part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
         part.repeats += 1
-        record = self._announcement(part, self._identity(), part.epoch, part.repeats)
+        record = self._announcement(
+            part.partition,
+            self._identity(),
+            part.epoch,
+            part.repeats,
+            f"{part.epoch}:{part.repeats}",
+            inputs=dict(part.inputs),
+            marks=dict(part.marks),
+            checkpoint=part.checkpoint,
+        )
         self._log_writer.send(record, lambda offset: part.acknowledged([], offset))
+        failpoint("owner.after-announce-again")
+
+    def _certify(self, part: OwnedPartition, checkpoint: Checkpoint) -> bool:
+        """Announce a finished checkpoint and wait for it; tells whether the announcement stands where ours must."""
+        part.checkpoint = checkpoint
+        self._announce_again(part)
+        self._log_writer.flush(WRITE_DEADLINE_S)
+        return not part.doubt
+
+    def _make_checkpoints(self) -> None:
+        now_s = self._monotonic_s()
+        for partition, checkpointer in self._checkpointers.items():
+            part = self.owned[partition]
+            if not part.doubt and not part.unacknowledged:
+                checkpointer.work(now_s, self._now_ms(part))
 
     def _record_positions(self, *, force: bool = False) -> None:
         """Record how far inputs were read that caused no entry, before their retention may remove them.
@@ -660,20 +467,10 @@ class OwnerLoop:
         if force or now_s - self._last_commit_s >= COMMIT_EVERY_S:
             self._last_commit_s = now_s
             lead = self.machine.lead_topic
+            failpoint("owner.before-commit")
             self._inbox.commit({p: part.inputs[lead] for p, part in self.owned.items() if lead in part.inputs})
+            failpoint("owner.after-commit")
 
 
 def _headers(record: Any) -> Headers:
     return ((TYPE_HEADER, type(record).__name__.encode()),)
-
-
-__all__ = [
-    "CorruptLogError",
-    "Decision",
-    "Machine",
-    "OffsetOutOfRangeError",
-    "OwnedPartition",
-    "OwnerLoop",
-    "RefusedToStartError",
-    "Tell",
-]

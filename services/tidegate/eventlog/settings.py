@@ -103,5 +103,31 @@ class KafkaSettings(BaseSettings):
         return max(100, min(1_000, self.session_timeout_ms // HEARTBEATS_PER_SESSION))
 
 
+class CheckpointSettings(BaseSettings):
+    """When owners write down their state, as environment variables `TIDEGATE_CHECKPOINT_*`."""
+
+    model_config = SettingsConfigDict(env_prefix="TIDEGATE_CHECKPOINT_", extra="ignore")
+
+    every_entries: int = Field(
+        default=10_000,
+        ge=1,
+        description="A partition's checkpoint begins after that many entries, but not after fewer than it has live runs. "
+        "About that many entries are folded at a restart.",
+    )
+    every_s: float = Field(
+        default=60.0, gt=0, description="It begins after that time at the latest if anything changed."
+    )
+    units_per_turn: int = Field(
+        default=200,
+        ge=1,
+        description="How many runs are written in one turn: more make checkpoints shorter and pauses longer.",
+    )
+    rest_after_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="A run that waits for a person or a time for longer than this leaves the memory.",
+    )
+
+
 def _revealed(secret: SecretStr | None) -> str | None:
     return None if secret is None else secret.get_secret_value()

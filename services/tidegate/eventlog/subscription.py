@@ -15,7 +15,9 @@ from typing import Any, Final, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka import TopicPartition as KafkaPartition
 
-from tidegate.eventlog.interface import EventLogError, Headers, Message, TopicPartition, UnknownTopicError
+from tidegate.eventlog.client_lines import Sparing
+from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
+from tidegate.eventlog.kafka import headers_of
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
@@ -45,7 +47,9 @@ _PASSING: Final = frozenset(
 )
 
 _log = logging.getLogger(__name__)
+_log.addFilter(Sparing())
 _client_log = logging.getLogger(f"{__name__}.client")
+_client_log.addFilter(Sparing())
 
 
 class AssignmentChange(NamedTuple):
@@ -65,6 +69,7 @@ class KafkaSubscription:
     with_headers: False for those who need none and read very much: it is a twentieth of the work.
     gather_ms: how long the broker may hold a small answer back so that it becomes a large one. For those who read
     everything and are in no hurry: answers, not bytes, are what a broker works for.
+    prefetch: how many messages may wait here to be polled, and MiB of them; one answer of the broker's comes on top.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class KafkaSubscription:
         *,
         with_headers: bool = True,
         gather_ms: int = 0,
+        prefetch: tuple[int, int] = (MIN_PREFETCH_MESSAGES, MAX_PREFETCH_KIB // 1024),
     ) -> None:
         self._prefix = settings.topic_prefix
         self._with_headers = with_headers
@@ -84,7 +90,9 @@ class KafkaSubscription:
         self._gained: frozenset[TopicPartition] = frozenset()
         self._lost: frozenset[TopicPartition] = frozenset()
         membership = {} if instance_id is None else {"group.instance.id": instance_id}
-        self._consumer = Consumer(_consumer_config(settings, group, gather_ms) | membership, logger=_client_log)
+        self._consumer = Consumer(
+            _consumer_config(settings, group, gather_ms, prefetch) | membership, logger=_client_log
+        )
         self._consumer.subscribe(
             list(self._names), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
         )
@@ -116,7 +124,7 @@ class KafkaSubscription:
             error = raw.error()
             if error is None:
                 topic = names[raw.topic() or ""]
-                headers = _headers(raw) if self._with_headers else ()
+                headers = headers_of(raw) if self._with_headers else ()
                 messages.append(
                     Message(topic, raw.partition(), raw.offset(), raw.key(), raw.value(), headers, raw.timestamp()[1])
                 )
@@ -221,7 +229,7 @@ class KafkaSubscription:
         _log.warning("not committed: %s", error)
 
 
-def _consumer_config(settings: KafkaSettings, group: str, gather_ms: int) -> dict[str, Any]:
+def _consumer_config(settings: KafkaSettings, group: str, gather_ms: int, prefetch: tuple[int, int]) -> dict[str, Any]:
     return {
         **settings.client_config(),
         "group.id": settings.topic_prefix + group,
@@ -240,19 +248,11 @@ def _consumer_config(settings: KafkaSettings, group: str, gather_ms: int) -> dic
         "fetch.max.bytes": 2 * MAX_RECORD_BYTES,
         "receive.message.max.bytes": 8 * MAX_RECORD_BYTES,
         # Bounded memory; a full queue is looked at again soon, not after the default of a second.
-        "queued.max.messages.kbytes": MAX_PREFETCH_KIB,
-        "queued.min.messages": MIN_PREFETCH_MESSAGES,
+        "queued.max.messages.kbytes": prefetch[1] * 1024,
+        "queued.min.messages": prefetch[0],
         "fetch.queue.backoff.ms": 10,
         "retry.backoff.ms": 20,
         "reconnect.backoff.ms": 50,
         "reconnect.backoff.max.ms": 1_000,
         "enable.metrics.push": False,
     }
-
-
-def _headers(raw: Any) -> Headers:
-    try:
-        headers = raw.headers()
-    except (SystemError, UnicodeDecodeError):
-        return ()  # names that are not UTF-8: none of ours
-    return tuple((name, value or b"") for name, value in headers) if headers else ()

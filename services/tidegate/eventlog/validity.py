@@ -20,8 +20,12 @@ class EpochTracker:
         self.epoch = epoch
 
     def announced(self, offset: int, epoch: int) -> None:
-        """Take note of an announcement; `epoch` is -1 in an owner's first one, whose offset it is then."""
-        self.epoch = max(self.epoch, offset if epoch == NO_EPOCH else epoch)
+        """Take note of an announcement; `epoch` is -1 in an owner's first one, whose offset it is then.
+
+        An epoch is an offset that was written before: what claims a later one is nobody's, and must not void all others.
+        """
+        if epoch < offset:
+            self.epoch = max(self.epoch, offset if epoch == NO_EPOCH else epoch)
 
     def is_valid(self, epoch: int) -> bool:
         """Tell whether an entry of that epoch counts at this point of the log."""

@@ -11,7 +11,9 @@ import structlog
 
 from tidegate import codec
 from tidegate.domain.messages import StepTask
-from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
+from tidegate.eventlog.intake import check
+from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition, UnknownTopicError
+from tidegate.executor.results import STEP_RESULTS
 
 MAX_BATCH: Final = 500
 POLL_S: Final = 0.2
@@ -52,8 +54,10 @@ class TaskFeed:
         inbox = self._broker.plain_inbox()
         try:
             inbox.read_from(dict([self._feed_from]))
+            partitions = self._result_partitions()
             while not self._stopping:
-                tasks = [task for message in inbox.poll(MAX_BATCH, POLL_S) if (task := _task_in(message)) is not None]
+                found = (_task_in(message, partitions) for message in inbox.poll(MAX_BATCH, POLL_S))
+                tasks = [task for task in found if task is not None]
                 if tasks:
                     self._deliver(tasks)
         except EventLogError as error:
@@ -61,12 +65,25 @@ class TaskFeed:
         finally:
             inbox.close()
 
+    def _result_partitions(self) -> int:
+        found = self._broker.describe([STEP_RESULTS]).get(STEP_RESULTS)
+        if found is None:
+            raise UnknownTopicError(f"topic {STEP_RESULTS} does not exist")
+        return found.partition_count
 
-def _task_in(message: Message) -> StepTask | None:
+
+def _task_in(message: Message, result_partitions: int) -> StepTask | None:
+    """Return the task of a message; None if it holds none that could be answered."""
+    if message.value is None:
+        return None
     try:
         record = codec.decode(message.value)
+        check(message.topic, record)
+        if record.result_partition >= result_partitions:
+            raise codec.DecodeError(f"there is no partition {record.result_partition} for its result")
     except codec.DecodeError as error:
         # Whom it was for is not known. Its attempt stays unanswered, so the gate finds it lost with our lease at the latest.
         _log.error("task skipped", partition=message.partition, offset=message.offset, error=str(error))
         return None
-    return record if isinstance(record, StepTask) else None
+    task: StepTask = record
+    return task

@@ -107,10 +107,12 @@ class ResultSender:
             del self._unacked[number]
             self._failures = 0
             acked()
+            failpoint("executor.after-result-ack")
             with self._all_done:
                 self._done += 1
                 self._all_done.notify_all()
 
+        failpoint("executor.before-result")
         writer.send(record, on_ack)
 
     def _give_up(self, writer: Writer | None, error: EventLogError) -> None:

@@ -139,6 +139,7 @@ class Executor:
                 self._send(task, results.released(task))
 
     def _begin(self, task: StepTask) -> None:
+        failpoint("executor.task-taken")
         if task.call is None:
             self._free_slot()
             self._send(task, results.failed(task, "BadTask", "the task names no function", retryable=False))
@@ -182,6 +183,7 @@ class Executor:
         _log.info("draining", running=len(self._attempts), at_most_s=self._settings.drain_s)
         self._holdings.drain()
         self.registration.drain()
+        failpoint("executor.draining")
         await asyncio.sleep(RELEASE_LINGER_S)
         try:
             await asyncio.wait_for(self._idle.wait(), self._settings.drain_s)
@@ -194,11 +196,13 @@ class Executor:
             attempt.abort()
         await asyncio.sleep(0)
         lapsed = self._exit_code == EXIT_LEASE_LAPSED
+        failpoint("executor.before-close")
         await asyncio.to_thread(feed.stop)
         # What ended by itself is told even after a lapse: a result names its placement, so the scheduler knows whether it
         # still counts, and what it cost is spent either way. What was aborted is not: nobody knows how far it came.
         if not await asyncio.to_thread(self._sender.flush, LAST_WORDS_S if lapsed else FLUSH_S):
             _log.error("some results were not acknowledged")
+        failpoint("executor.after-last-results")
         await asyncio.to_thread(self._sender.stop)
         await asyncio.to_thread(self.registration.stop, farewell=not lapsed)
         self._threads.shutdown(wait=False, cancel_futures=True)

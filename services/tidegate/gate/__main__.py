@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from functools import partial
 
 import structlog
 
-from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
@@ -24,9 +26,10 @@ from tidegate.process import (
     spare_the_collector,
     stop_on_signals,
 )
-from tidegate.registry import Registration
+from tidegate.registry import Registration, task_topic
 
 SERVICE = "gate"
+TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _log = structlog.get_logger()
 
 
@@ -41,7 +44,16 @@ def main() -> int:
     try:
         counts = prepare(
             broker,
-            ("run-events", "gate-requests", "gate-ledger", "gate-decisions", "dead-letters", INSTANCES, POLICIES),
+            (
+                "run-events",
+                "gate-requests",
+                "gate-ledger",
+                "gate-snapshots",
+                "gate-decisions",
+                "dead-letters",
+                INSTANCES,
+                POLICIES,
+            ),
             process.broker_wait_s,
             stop,
         )
@@ -49,6 +61,7 @@ def main() -> int:
             lease_ms=int(settings.lease_s * 1000),
             monotonic_ms=lambda: time.monotonic_ns() // 1_000_000,
             table_end=lambda: broker.offsets(INSTANCES, 0).end,
+            task_partitions=partial(_task_partitions, broker, {}),
         )
         machine = GateMachine(counts["gate-decisions"], counts["gate-ledger"], executors)
         registration = Registration(broker, service=SERVICE, instance_id=instance_id)
@@ -66,6 +79,17 @@ def main() -> int:
         _log.exception("ending: a restart takes over afresh", error=str(error))
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _task_partitions(broker: Broker, known: dict[str, int], queue: str) -> int:
+    """Return how many partitions the topic of a queue's tasks has, 0 if there is none. Blocks when it is first asked."""
+    topic = task_topic(queue)
+    if topic not in known and TOPIC_NAME.fullmatch(topic):
+        found = broker.describe([topic]).get(topic)
+        if found is None:
+            return 0  # it may still be made
+        known[topic] = found.partition_count
+    return known.get(topic, 0)
 
 
 if __name__ == "__main__":

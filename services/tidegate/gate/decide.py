@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -55,6 +56,7 @@ class Draft:
         self.policies = policies
         self.slots = slots
         self.events: list[Any] = []
+        self.begun: set[AttemptKey] = set()
         self.ended: set[AttemptKey] = set()
         known = ledger.runs.get(request.run_id)
         self.approved = {} if known is None else known.approved
@@ -125,6 +127,9 @@ def _close_run(draft: Draft, item: CloseRun) -> None:
 
 
 def _authorise(draft: Draft, item: Authorise) -> None:
+    if draft.key(item) in draft.begun or draft.key(item) in draft.ledger.attempts:
+        return  # its place, its money or its question is there already; a second one would be entered twice
+    draft.begun.add(draft.key(item))
     money = draft.money
     if money is None or money.closed:
         _refuse(draft, item, "unknown_run", "", "the run is not open at the gate")
@@ -242,8 +247,9 @@ def _placed(
 
 def _approve(draft: Draft, item: Approve) -> None:
     attempt = draft.open_attempt(item)
-    if attempt is None or attempt.status != HELD or attempt.call is None:
+    if attempt is None or attempt.status != HELD or attempt.call is None or draft.key(item) in draft.begun:
         return
+    draft.begun.add(draft.key(item))
     if canonical.digest(attempt.call.arguments) != item.arguments_hash:
         _refuse(draft, item, attempt.rule, attempt.policy, "the approval was given for other arguments")
         draft.ended.add(draft.key(item))
@@ -328,16 +334,18 @@ def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | Non
     gone = ended or set()
     events: list[Any] = []
     size = 0
-    lines = {name: iter(line) for name, line in ledger.waiting.items()}
-    heads = {name: head for name, line in lines.items() if (head := next(line, None)) is not None}
+    # Only lines for which somebody has a slot are looked at: with all slots taken, thousands of them cost nothing.
+    lines = {name: iter(ledger.waiting[name]) for name in slots.lines_with_room(ledger.waiting)}
+    heads = [(*head, name) for name, line in lines.items() if (head := next(line, None)) is not None]
+    heapq.heapify(heads)
     while heads and len(events) < MAX_PLACEMENTS_PER_ENTRY:
-        name = min(heads, key=lambda queue_function: heads[queue_function][0])
-        key = heads[name][1]
+        _, key, name = heapq.heappop(heads)
         attempt = ledger.attempts[key]
         if key not in gone and attempt.call is not None:
             executor = slots.take(name[0], attempt.call.kind, name[1])
             if executor is None:
-                del heads[name]
+                if not slots.has_room():
+                    break
                 continue
             size += len(attempt.call.arguments.encode())
             if events and size > MAX_CALLS_BYTES:
@@ -348,10 +356,8 @@ def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | Non
                 )
             )
         following = next(lines[name], None)
-        if following is None:
-            del heads[name]
-        else:
-            heads[name] = following
+        if following is not None:
+            heapq.heappush(heads, (*following, name))
     return events
 
 

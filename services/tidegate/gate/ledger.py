@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import msgspec
 
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.messages import Call
@@ -27,73 +30,91 @@ class Incarnation(NamedTuple):
     incarnation: int
 
 
-class RunMoney:
-    """What a run may spend, has set aside and has spent, in micro-dollars, and which of its steps a human approved."""
+class RunMoney(msgspec.Struct, array_like=True):
+    """What a run may spend, has set aside and has spent, in micro-dollars, and which of its steps a human approved.
 
-    __slots__ = (
-        "account",
-        "approved",
-        "budget_micros",
-        "closed",
-        "open",
-        "reserved_micros",
-        "settled_micros",
-        "tags",
-        "workflow",
-    )
+    open: its attempts that have not ended, as keys. approved: step id -> (arguments, who). Like Attempt, a msgspec struct so
+    that snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `snapshots.py`.
+    """
 
-    def __init__(self, account: str, budget_micros: int | None, workflow: str, tags: dict[str, str]) -> None:
-        self.account = account
-        self.budget_micros = budget_micros
-        self.workflow = workflow
-        self.tags = tags
-        self.reserved_micros = 0
-        self.settled_micros = 0
-        self.closed = False
-        self.open = 0
-        self.approved: dict[str, tuple[str, str]] = {}
+    account: str
+    budget_micros: int | None
+    workflow: str
+    tags: dict[str, str]
+    reserved_micros: int = 0
+    settled_micros: int = 0
+    closed: bool = False
+    open: dict[AttemptKey, None] = {}
+    approved: dict[str, tuple[str, str]] = {}
 
 
-class Attempt:
-    """An attempt whose reservation, wait or approval has not ended."""
+class Attempt(msgspec.Struct, array_like=True):
+    """An attempt whose reservation, wait or approval has not ended. turn: seq of the event that queued or placed it."""
 
-    __slots__ = (
-        "account",
-        "call",
-        "incarnation",
-        "lost",
-        "policy",
-        "reserved_micros",
-        "rule",
-        "status",
-        "task_partition",
-    )
+    account: str
+    call: Call | None
+    status: str
+    reserved_micros: int = 0
+    rule: str = ""
+    policy: str = ""
+    incarnation: Incarnation | None = None
+    task_partition: int = 0
+    lost: bool = False
+    turn: int = 0
 
-    def __init__(self, account: str, call: Call | None, status: str) -> None:
-        self.account = account
-        self.call = call
-        self.status = status
-        self.reserved_micros = 0
-        self.rule = ""
-        self.policy = ""
-        self.incarnation: Incarnation | None = None
-        self.task_partition = 0
-        self.lost = False
+
+class Line:
+    """Attempts that wait for the same function, by the turn of each: whoever came first is first. Leaving it is O(1)."""
+
+    __slots__ = ("_is_sorted", "_turns")
+
+    def __init__(self) -> None:
+        self._turns: OrderedDict[AttemptKey, int] = OrderedDict()
+        self._is_sorted = True
+
+    def add(self, key: AttemptKey, turn: int) -> None:
+        """Stand in line. While a log is folded on top of snapshots, who came earlier may be met later: sorted when asked."""
+        if self._turns and self._turns[next(reversed(self._turns))] > turn:
+            self._is_sorted = False
+        self._turns[key] = turn
+
+    def remove(self, key: AttemptKey) -> None:
+        """Leave, from wherever it stands. Raises KeyError."""
+        del self._turns[key]
+
+    def __iter__(self) -> Iterator[tuple[int, AttemptKey]]:
+        """Return (turn, attempt), the first one first."""
+        if not self._is_sorted:
+            self._turns = OrderedDict(sorted(self._turns.items(), key=lambda item: item[1]))
+            self._is_sorted = True
+        return ((turn, key) for key, turn in self._turns.items())
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Line) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment] # it changes
 
 
 class Ledger:
-    """The state of one ledger partition. `waiting` holds queued attempts by (queue, function), oldest first."""
+    """The state of one ledger partition. `waiting` holds queued attempts by (queue, function), oldest first.
 
-    __slots__ = ("attempts", "held_by", "partition", "runs", "ticket", "waiting", "waiting_count")
+    seq, head: the end of the partition's hash chain.
+    """
+
+    __slots__ = ("attempts", "head", "held_by", "partition", "runs", "seq", "waiting", "waiting_count")
 
     def __init__(self, partition: int) -> None:
         self.partition = partition
+        self.seq = 0
+        self.head = b""
         self.runs: dict[str, RunMoney] = {}
         self.attempts: dict[AttemptKey, Attempt] = {}
         self.held_by: dict[Incarnation, dict[AttemptKey, None]] = {}
-        self.waiting: dict[tuple[str, str], deque[tuple[int, AttemptKey]]] = {}
+        self.waiting: dict[tuple[str, str], Line] = {}
         self.waiting_count = 0
-        self.ticket = 0
 
     @property
     def subject(self) -> str:
@@ -101,9 +122,19 @@ class Ledger:
         return f"ledger-{self.partition}"
 
 
-def apply(ledger: Ledger, event: Any) -> None:
-    """Change the ledger by one event. Raises KeyError on an event that its state does not allow."""
+def apply(ledger: Ledger, event: Any, seq: int) -> None:
+    """Change the ledger by its `seq`-th event. Raises KeyError on an event that its state does not allow."""
+    ledger.seq = seq
     _HANDLERS[type(event)](ledger, event)
+
+
+def derive(ledger: Ledger) -> None:
+    """Make what follows from runs and attempts, which were put in by themselves: who waits, and who holds what."""
+    for key, attempt in sorted(ledger.attempts.items(), key=lambda item: item[1].turn):
+        if attempt.status == QUEUED:
+            _join_queue(ledger, key, attempt)
+        elif attempt.incarnation is not None and not attempt.lost:
+            ledger.held_by.setdefault(attempt.incarnation, {})[key] = None
 
 
 def _key(event: Any) -> AttemptKey:
@@ -116,7 +147,7 @@ def _run_opened(ledger: Ledger, event: ev.RunOpened) -> None:
 
 def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | None, status: str) -> Attempt:
     attempt = ledger.attempts[key] = Attempt(account, call, status)
-    ledger.runs[key.run_id].open += 1
+    ledger.runs[key.run_id].open[key] = None
     return attempt
 
 
@@ -145,9 +176,14 @@ def _queued(ledger: Ledger, event: ev.AttemptQueued) -> None:
     attempt = ledger.attempts[_key(event)]
     attempt.status = QUEUED
     attempt.call = event.call
-    ledger.ticket += 1
+    attempt.turn = ledger.seq
+    _join_queue(ledger, _key(event), attempt)
+
+
+def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    assert attempt.call is not None  # noqa: S101 - what waits has a call
     ledger.waiting_count += 1
-    ledger.waiting.setdefault((event.call.queue, event.call.function), deque()).append((ledger.ticket, _key(event)))
+    ledger.waiting.setdefault((attempt.call.queue, attempt.call.function), Line()).add(key, attempt.turn)
 
 
 def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
@@ -159,16 +195,14 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     attempt.call = event.call
     attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
     attempt.task_partition = event.task_partition
+    attempt.turn = ledger.seq
     ledger.held_by.setdefault(attempt.incarnation, {})[key] = None
 
 
 def _leave_queue(ledger: Ledger, key: AttemptKey, call: Call) -> None:
     name = (call.queue, call.function)
     line = ledger.waiting[name]
-    if line[0][1] == key:
-        line.popleft()
-    else:  # only a cancelled attempt leaves from the middle
-        ledger.waiting[name] = line = deque(item for item in line if item[1] != key)
+    line.remove(key)
     ledger.waiting_count -= 1
     if not line:
         del ledger.waiting[name]
@@ -200,7 +234,7 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
                 del ledger.held_by[attempt.incarnation]
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
-    run.open -= 1
+    del run.open[key]
     _forget_if_done(ledger, key.run_id)
 
 

@@ -7,24 +7,32 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+import structlog
+
 from tidegate.domain.messages import Instance
 from tidegate.gate.ledger import Incarnation, Ledger
 
 EXECUTOR: Final = "executor"
+MAX_SLOTS: Final = 1_000  # more than that an executor of ours does not offer
+MAX_ENDED: Final = 64  # as many as a registration of ours proves dead
+MAX_EVIDENCE: Final = 500  # it is repeated with every attempt that is lost by it
+
+_log = structlog.get_logger()
 
 
 class Executor:
     """The latest life of an executor, as it last reported."""
 
-    __slots__ = ("functions", "is_heard", "life", "queue", "row", "running", "slots")
+    __slots__ = ("functions", "is_heard", "life", "lines", "queue", "row", "running", "slots")
 
     def __init__(self, row: Instance, life: Incarnation, *, is_heard: bool) -> None:
         self.row = row
         self.is_heard = is_heard  # by this gate, since it began to listen
         self.life = life
         self.queue = row.queue
-        self.slots = row.slots
+        self.slots = min(max(row.slots, 0), MAX_SLOTS)
         self.functions = frozenset(row.functions)
+        self.lines = frozenset((row.queue, name.partition(":")[2]) for name in row.functions)
         # How many attempts it runs, by the ledger partition that placed them.
         self.running = Counter(item.ledger_partition for item in row.running)
 
@@ -38,6 +46,7 @@ class Executors:
 
     monotonic_ms: a clock that never goes back. table_end: returns the present end offset of `instances` (a round trip; asked
     only when a lease seems to have run out, because a gate that lags must not take its own lag for their silence).
+    task_partitions: returns how many partitions the topic of a queue's tasks has, 0 if there is none.
     """
 
     def __init__(
@@ -46,7 +55,9 @@ class Executors:
         monotonic_ms: Callable[[], int],
         table_end: Callable[[], int],
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        task_partitions: Callable[[str], int] = lambda _: 1_000,
     ) -> None:
+        self._task_partitions = task_partitions
         self._lease_ms = lease_ms
         self._wall_ms = wall_ms
         self._is_listening = False
@@ -66,9 +77,13 @@ class Executors:
             if gone is not None:
                 self._end(gone.life, "its registration was removed")
             return
+        if not 0 <= row.task_partition < self._task_partitions(row.queue):
+            # A task that cannot be written would stop every gate that finds its placement in the ledger, for good.
+            _log.error("executor ignored: its tasks have no place", executor=instance_id, queue=row.queue[:100])
+            return
         life = Incarnation(instance_id, offset if row.incarnation < 0 else row.incarnation)
-        for older in row.ended:
-            self._end(Incarnation(instance_id, older.incarnation), older.evidence)
+        for older in row.ended[:MAX_ENDED]:
+            self._end(Incarnation(instance_id, older.incarnation), older.evidence[:MAX_EVIDENCE])
         if row.state == "gone":
             self._end(life, "it said farewell")
         if life not in self.ended:
@@ -168,6 +183,19 @@ class FreeSlots:
         executor = self._by_life.get(life)
         if executor is not None:
             self._free[life] = self._of(executor) + 1
+
+    def has_room(self) -> bool:
+        """Tell whether any executor has a free slot."""
+        return any(self._of(executor) > 0 for executor in self._by_life.values())
+
+    def lines_with_room(self, lines: Mapping[tuple[str, str], object]) -> set[tuple[str, str]]:
+        """Return those of the lines (queue, function) that an executor with a free slot works off."""
+        found: set[tuple[str, str]] = set()
+        for executor in self._by_life.values():
+            if self._of(executor) > 0:
+                few, many = (executor.lines, lines) if len(executor.lines) < len(lines) else (lines, executor.lines)
+                found.update(name for name in few if name in many)
+        return found
 
     def take(self, queue: str, kind: str, function: str) -> Executor | None:
         """Return the executor with the most free slots that offers the function, and take one of them; None if all are full."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import structlog
@@ -12,10 +12,11 @@ from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import account_root, partition_of
 from tidegate.domain.messages import GateRequest, PolicyPublished
 from tidegate.eventlog.interface import Message
-from tidegate.eventlog.owner import Decision, Tell
+from tidegate.eventlog.machine import Decision, Standing, Tell
+from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
-from tidegate.gate import decide
-from tidegate.gate.ledger import Ledger, apply
+from tidegate.gate import decide, snapshots
+from tidegate.gate.ledger import Ledger, apply, derive
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import MAX_REASON, Policy, PolicyError, PolicySet, Rule, parse
 from tidegate.gate.tells import tells
@@ -38,6 +39,7 @@ class GateMachine:
     log_topic: Final = "gate-ledger"
     lead_topic: Final = "gate-requests"
     other_topics: Final[tuple[str, ...]] = ()
+    snapshot_topic: Final = "gate-snapshots"
     table_topics: Final = (POLICIES, INSTANCES)
     marked_topics: Final = {"gate-requests": "run-events"}
 
@@ -49,7 +51,7 @@ class GateMachine:
         self._policies = PolicySet({})
         self._ledgers: dict[int, Ledger] = {}
 
-    def new_state(self, partition: int) -> Ledger:
+    def new_state(self, partition: int, shelf: Shelf) -> Ledger:
         """Return an empty ledger."""
         ledger = self._ledgers[partition] = Ledger(partition)
         return ledger
@@ -86,9 +88,57 @@ class GateMachine:
         """Leases are looked at in every turn; a turn comes at least every 200 ms."""
         return None
 
-    def apply(self, state: Ledger, subject: str, account: str, event: Any, now_ms: int) -> None:
+    def apply(self, state: Ledger, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
         """Change the ledger by one event."""
-        apply(state, event)
+        apply(state, event, seq)
+
+    # -- units: a run's money is one; the chain is the partition's ------------------------------
+
+    def head(self, state: Ledger, subject: str) -> tuple[int, bytes]:
+        """Return the end of the ledger's chain."""
+        return state.seq, state.head
+
+    def set_head(self, state: Ledger, subject: str, seq: int, digest: bytes) -> None:
+        """Note the end of the ledger's chain."""
+        state.seq, state.head = seq, digest
+
+    def own_subject(self, state: Ledger) -> str:
+        """Return the name of the ledger's chain."""
+        return state.subject
+
+    def unit_of(self, subject: str, event: Any) -> str:
+        """Return the run whose money it is."""
+        return str(event.run_id)
+
+    def standing(self, state: Ledger, unit: str) -> Standing:
+        """A run that is closed, and of which nothing is open, is forgotten by the ledger itself."""
+        return Standing.ACTIVE if unit in state.runs else Standing.GONE
+
+    def quiet_since_ms(self, state: Ledger, unit: str) -> None:
+        """An open run's money is small, and is asked about together with everybody else's: it stays in memory."""
+
+    def dump(self, state: Ledger, unit: str) -> bytes:
+        """Return the run's money and attempts as bytes."""
+        return snapshots.dump(state, unit)
+
+    def load(self, state: Ledger, unit: str, data: bytes) -> None:
+        """Take a run's money and attempts."""
+        snapshots.load(state, unit, data)
+
+    def loaded(self, state: Ledger) -> None:
+        """Sort out who waits and who holds what."""
+        derive(state)
+
+    def unload(self, state: Ledger, unit: str) -> None:
+        """Never called: nothing of the ledger is put on the shelf."""
+        raise TypeError(f"{unit}: the ledger puts nothing on the shelf")
+
+    def parts(self, state: Ledger) -> Mapping[str, bytes]:
+        """Runs share nothing at the gate."""
+        return {}
+
+    def load_part(self, state: Ledger, name: str, data: bytes) -> None:
+        """There are no parts."""
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry."""

@@ -9,7 +9,7 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import entry_key, idempotency_key, partition_of
 from tidegate.domain.messages import Allowed, ApprovalRequired, DecisionItem, Denied, GateDecision, Lost, StepTask
-from tidegate.eventlog.owner import Tell
+from tidegate.eventlog.machine import Tell
 
 GATE_DECISIONS: Final = "gate-decisions"
 STEP_TASKS: Final = "step-tasks"

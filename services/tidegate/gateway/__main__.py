@@ -67,7 +67,7 @@ def main() -> int:
 async def _serve(
     settings: GatewaySettings,
     kafka: KafkaSettings,
-    broker: Broker,
+    broker: KafkaBroker,
     group: str,
     instance_id: str,
     listening: socket.socket,
@@ -82,6 +82,7 @@ async def _serve(
         app,
         table,
         broker,
+        committed=lambda: broker.committed(group, RUN_EVENTS),
         prefix=kafka.topic_prefix,
         partition_count=partition_count,
         keep_minutes=settings.gateway_keep_h * 60,

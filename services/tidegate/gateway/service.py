@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, cast
 
 import structlog
 from faust import Stream
-from faust.types import TP, EventT, StreamT
+from faust.types import EventT, StreamT
 
 from tidegate import codec
-from tidegate.domain.identity import partition_of
+from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, Offsets
 from tidegate.eventlog.schemas import load_schemas
@@ -29,6 +30,7 @@ EVICT_EVERY_S: Final = 60.0
 MAX_WAITERS: Final = 1000
 
 Event = EventT[bytes | None]
+Record = Any  # with partition, offset and value: a message of Faust's, or one that we read ourselves
 _log = structlog.get_logger()
 
 
@@ -49,9 +51,17 @@ class Gateway:
     """
 
     def __init__(
-        self, app: GatewayApp, table: RunTable, broker: Broker, *, prefix: str, partition_count: int, keep_minutes: int
+        self,
+        app: GatewayApp,
+        table: RunTable,
+        broker: Broker,
+        committed: Callable[[], Mapping[int, int]],
+        *,
+        prefix: str,
+        partition_count: int,
+        keep_minutes: int,
     ) -> None:
-        """Wire the parts into the app; nothing is started."""
+        """Wire the parts into the app; nothing is started. `committed` returns how far our group is, by partition; may block."""
         self.app = app
         self.view = LiveView(keep_minutes=keep_minutes)
         self.counters = Counters()
@@ -59,9 +69,11 @@ class Gateway:
         self.partition_count = partition_count
         self._table = table
         self._broker = broker
+        self._committed = committed
         self._prefix = prefix
         self._keep_minutes = keep_minutes
         self._readers: dict[int, PartitionReader] = {}
+        self._begins: dict[int, int] = {}
         self._targets: dict[int, Offsets] = {}
         self._generation = 0
         self._is_restored = False
@@ -105,9 +117,12 @@ class Gateway:
         rows = [row for row in self._table.values() if self.partition_of(row.run_id) in owned]
         self.view = LiveView(rows, self._keep_minutes)
         generation = self._generation
+        failpoint("gateway.after-restore")
+        begins = await asyncio.to_thread(self._committed)
         targets = await asyncio.to_thread(self._ends, owned)
         if generation != self._generation:
             return
+        self._begins = {partition: max(there.start, begins.get(partition, 0)) for partition, there in targets.items()}
         self._targets, self.owned, self._is_restored = targets, owned, True
         _log.info("restored", partitions=sorted(owned), runs=len(rows))
 
@@ -132,17 +147,12 @@ class Gateway:
         """Return how many records are left of those that were there when the table was restored; None before that."""
         if not self._is_restored:
             return None
-        return sum(
-            max(0, there.end - self._position(partition, there.start)) for partition, there in self._targets.items()
-        )
+        return sum(max(0, there.end - self._position(partition)) for partition, there in self._targets.items())
 
-    def _position(self, partition: int, start: int) -> int:
+    def _position(self, partition: int) -> int:
+        """Return the offset of a partition that comes next: in the beginning, what the group has committed."""
         reader = self._readers.get(partition)
-        if reader is not None:
-            return reader.next_offset
-        consumer = cast(Any, self.app.consumer)  # Faust says it nowhere else
-        committed: int | None = consumer._committed_offset.get(TP(self._prefix + RUN_EVENTS, partition))
-        return max(start, committed or 0)
+        return self._begins[partition] if reader is None else reader.next_offset
 
     # -- 1. consume ------------------------------------------------------------------------
 
@@ -152,6 +162,7 @@ class Gateway:
             async for events in _batches(stream):
                 for event in await self._handle(events):
                     await stream.ack(event)
+                failpoint("gateway.after-acks")
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -160,18 +171,20 @@ class Gateway:
     async def _handle(self, events: list[Event]) -> list[Event]:
         """Fold a batch; return the events that are done.
 
-        1. Find out which epoch is in force where a partition begins to be read. 2. Fold, without letting anything else
-        run. 3. Send the changed rows. 4. Wait until all of them are acknowledged. Only then are the events (by the caller),
-        so that what Faust commits never runs ahead of the changelog.
+        1. Read what Faust passed over, and find out which epoch is in force where a partition begins to be read. 2. Fold,
+        without letting anything else run. 3. Send the changed rows. 4. Wait until all of them are acknowledged. Only then are
+        the events (by the caller), so that what Faust commits never runs ahead of the changelog.
         """
         generation = self._generation
         events = [event for event in events if event.message.partition in self.owned]
-        await self._find_epochs(events)
+        records = await self._without_gaps([event.message for event in events])
+        await self._find_epochs(records)
         if generation != self._generation:
             return []  # the partitions were given out afresh meanwhile: all of this is read again
+        failpoint("gateway.before-fold")
         changed: dict[str, RunRow] = {}
-        for event in events:
-            row = self._take(event)
+        for record in records:
+            row = self._take(record)
             if row is not None:
                 changed[row.run_id] = row
         for run_id, row in changed.items():
@@ -187,11 +200,35 @@ class Gateway:
         sent, self._table.unacknowledged = self._table.unacknowledged, []
         await asyncio.gather(*sent)
 
-    async def _find_epochs(self, events: list[Event]) -> None:
+    async def _without_gaps(self, given: list[Record]) -> list[Record]:
+        """Return the records, and those in between that the log has and Faust did not give us.
+
+        When it begins to read a partition, Faust may lose what it has fetched and not handed over, and go on behind that
+        without a word. Where offsets are missing for a good reason (compaction), reading finds nothing.
+        """
+        partitions: dict[int, list[Record]] = {}
+        for record in given:
+            partitions.setdefault(record.partition, []).append(record)
+        for partition, records in partitions.items():
+            begin = min(records[0].offset, self._position(partition))
+            if _has_gap(begin, records):
+                end = max(record.offset for record in records) + 1
+                partitions[partition] = await asyncio.to_thread(self._read, partition, begin, end)
+                missing = len(partitions[partition]) - len(records)
+                if missing:
+                    _log.warning(
+                        "Faust passed over records", partition=partition, begin=begin, end=end, records=missing
+                    )
+        return list(itertools.chain.from_iterable(partitions.values()))
+
+    def _read(self, partition: int, begin: int, end: int) -> list[Record]:
+        return list(self._broker.read(RUN_EVENTS, partition, begin, end))
+
+    async def _find_epochs(self, records: list[Record]) -> None:
         """Make a reader for each partition that begins here or is read again; looks back in the log for its epoch."""
         first: dict[int, int] = {}
-        for event in events:
-            first.setdefault(event.message.partition, event.message.offset)
+        for record in records:
+            first.setdefault(record.partition, record.offset)
         for partition, offset in first.items():
             reader = self._readers.get(partition)
             if reader is not None and offset >= reader.next_offset:
@@ -202,9 +239,8 @@ class Gateway:
 
     # -- 2. fold ---------------------------------------------------------------------------
 
-    def _take(self, event: Event) -> RunRow | None:
-        """Return the row that an event changed."""
-        message = event.message
+    def _take(self, message: Record) -> RunRow | None:
+        """Return the row that a record changed."""
         reader = self._readers[message.partition]
         void_before = reader.void_count
         try:
@@ -212,6 +248,12 @@ class Gateway:
         except codec.DecodeError as error:
             self.counters.unreadable += 1
             _log.error("record skipped", partition=message.partition, offset=message.offset, reason=str(error))
+            return None
+        if entry is not None and not (
+            is_run_id(entry.subject) and self.partition_of(entry.subject) == message.partition
+        ):
+            self.counters.unreadable += 1
+            _log.error("entry skipped: no run of here", partition=message.partition, offset=message.offset)
             return None
         self.counters.void += reader.void_count - void_before
         if entry is None:
@@ -278,6 +320,15 @@ class Gateway:
                 self._table.pop(run_id, None)
             if outdated:
                 _log.info("forgotten", runs=len(outdated))
+
+
+def _has_gap(expected: int, records: list[Record]) -> bool:
+    """Tell whether offsets are missing from a partition's records, of which the first one should be at `expected`."""
+    for record in records:
+        if record.offset > expected:
+            return True
+        expected = record.offset + 1
+    return False
 
 
 async def _batches(stream: StreamT[Any]) -> AsyncIterator[list[Event]]:

@@ -23,6 +23,7 @@ DEFAULT_KEEP_MINUTES: Final = 24 * 60
 MAX_STEP_LINES: Final = 64
 MAX_OUTPUT_CHARS: Final = 4096
 MAX_TEXT_CHARS: Final = 1024
+MAX_SPENT: Final = 2**63 - 1  # what a changelog can hold; no honest run gets there
 
 
 class StepLine(msgspec.Struct, array_like=True):
@@ -106,16 +107,16 @@ def apply_event(row: RunRow, event: Any, now_ms: int, keep_minutes: int = DEFAUL
     if handler is not None:
         handler(row, event, now_ms)
     micros = getattr(event, "actual_micros", 0)
-    if micros:
+    if micros > 0:
         _spend(row, micros, now_ms // MINUTE_MS, keep_minutes)
 
 
 def _spend(row: RunRow, micros: int, minute: int, keep_minutes: int) -> None:
-    row.spent_micros += micros
+    row.spent_micros = min(row.spent_micros + micros, MAX_SPENT)
     if minute not in row.minutes:
         oldest = max(minute, *row.minutes) - keep_minutes if row.minutes else minute
         row.minutes = {known: spent for known, spent in row.minutes.items() if known > oldest}
-    row.minutes[minute] = row.minutes.get(minute, 0) + micros
+    row.minutes[minute] = min(row.minutes.get(minute, 0) + micros, MAX_SPENT)
 
 
 def _cut(text: str) -> str:

@@ -23,6 +23,7 @@ DEAD_LETTERS: Final = "dead_letter_facts"
 UNREADABLE: Final = "unreadable_facts"
 FRESHNESS: Final = "freshness_facts"
 
+LATEST_MS: Final = 4_102_444_800_000  # the year 2100
 INSERT_FORMAT: Final = "JSONCompactEachRow"
 
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
@@ -110,7 +111,7 @@ def encode(rows: list[Row]) -> bytes:
 def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
     """Append one row per event of a valid `RunEntry`. `body` is the event's fields as JSON, bytes in base64."""
     run_id, account, epoch = entry["subject"], entry["account"], entry["epoch"]
-    at_ms, cause = entry["now_ms"], entry["cause"]
+    at_ms, cause = _moment(entry["now_ms"]), entry["cause"]
     seq: int = entry["first_seq"]
     for name, event in entry["events"]:
         get = event.get
@@ -136,7 +137,7 @@ def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) 
 
 def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
     """Append one row per event of a valid `LedgerEntry`."""
-    epoch, at_ms, cause = entry["epoch"], entry["now_ms"], entry["cause"]
+    epoch, at_ms, cause = entry["epoch"], _moment(entry["now_ms"]), entry["cause"]
     seq: int = entry["first_seq"]
     for name, event in entry["events"]:
         get = event.get
@@ -180,8 +181,8 @@ def instance_row(instance: Fields, offset: int) -> Row:
         len(instance["running"]),
         instance["functions"],
         instance["version"],
-        instance["started_ms"],
-        instance["at_ms"],
+        _moment(instance["started_ms"]),
+        _moment(instance["at_ms"]),
         _json(instance).decode(),
     )
 
@@ -207,7 +208,7 @@ def dead_letter_row(letter: Fields, letter_offset: int) -> Row:
         letter["original_size"],
         letter["original_key"],
         _json(letter["headers"]).decode(),
-        letter["at_ms"],
+        _moment(letter["at_ms"]),
     )
 
 
@@ -223,7 +224,15 @@ def removed_dead_letter_row(key: bytes, letter_offset: int) -> Row | None:
 def unreadable_row(message: Message, reason: str) -> Row:
     """Return the note that a record of ours could not be read."""
     size = len(message.value or b"")
-    return (message.topic, message.partition, message.offset, reason, size, message.timestamp_ms)
+    return (message.topic, message.partition, message.offset, reason, size, _moment(message.timestamp_ms))
+
+
+def _moment(at_ms: int) -> int:
+    """Return a time that ClickHouse and its clients can show; 0 for one that nobody of ours writes.
+
+    Months are partitions: times from everywhere would be more partitions than one insert may touch, and it would fail for ever.
+    """
+    return at_ms if 0 <= at_ms < LATEST_MS else 0
 
 
 def _text(key: bytes) -> str:

@@ -10,7 +10,7 @@ import structlog
 
 from tidegate import codec
 from tidegate.eventlog.epochs import epoch_before
-from tidegate.eventlog.interface import Broker, Message, TopicPartition
+from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.subscription import AssignmentChange
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
@@ -153,6 +153,7 @@ class Projection:
         else:
             self._go_on()
             messages = self._subscription.poll(MAX_POLL, self._patience_s())
+            failpoint("projection.after-poll")
             self._take_all(messages)
             if 0 < len(messages) < WORTH_A_TURN:
                 self._sleep(min(NAP_S, max(0.0, self._due_s() - self._monotonic_s())))
@@ -168,6 +169,7 @@ class Projection:
             if self._batch.positions and self._inserter.is_idle:
                 self._submit()
             finished = self._inserter.stop(max(0.0, deadline_s - self._monotonic_s()))
+            failpoint("projection.before-last-commit")
             self._commit_done()
             if not finished:
                 _log.warning("leaving rows behind, uncommitted: they will be read again", why=self._inserter.failing)
@@ -269,7 +271,9 @@ class Projection:
                     self._unreadable(batch, message, f"a {name} has no business in {topic}")
                 else:
                     handle(self, batch, message, fields)
-            except (codec.DecodeError, LookupError, TypeError, ValueError) as error:
+            except EventLogError:
+                raise
+            except Exception as error:  # whatever a foreign record makes the rows stumble over
                 self._unreadable(batch, message, f"{type(error).__name__}: {error}")
         batch.positions[at] = offset + 1
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 import clickhouse_connect
 import structlog
 
+from tidegate.failpoints import failpoint
 from tidegate.projection.migrations import pending
 from tidegate.projection.rows import COLUMNS, FRESHNESS, INSERT_FORMAT, Row, encode
 from tidegate.projection.settings import ProjectionSettings
@@ -85,6 +86,7 @@ class Store:
                 )
             except Exception as error:
                 raise StoreError(f"insert into {table}: {_first_line(error)}") from error
+            failpoint("projection.between-tables")
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Return the rows of a query. Blocks. Raises StoreError."""

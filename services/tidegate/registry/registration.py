@@ -25,6 +25,7 @@ from tidegate.eventlog.interface import (
     Writer,
 )
 from tidegate.eventlog.validity import TYPE_HEADER
+from tidegate.failpoints import failpoint
 from tidegate.registry.lease import Lease
 from tidegate.registry.predecessors import GONE, INCARNATION_HEADER, NOT_YET_KNOWN, Predecessors, examine, last_records
 from tidegate.registry.process import ProcessIdentity, boottime_s, this_process
@@ -185,10 +186,12 @@ class Registration:
     def _register(self) -> int:
         offsets: list[int] = []
         self._writer = self._broker.writer()
+        failpoint("registry.before-register")
         try:
             sent_at_s = boottime_s()
             self._writer.send(self._record(self._state), offsets.append)
             self._writer.flush(REGISTER_TIMEOUT_S)
+            failpoint("registry.after-register")
         except EventLogError:
             self._writer.close()
             raise
@@ -247,8 +250,10 @@ class Registration:
             return
         try:
             if farewell and not self.lapsed:
+                failpoint("registry.before-farewell")
                 self._writer.send(self._record(GONE))
                 self._writer.flush(FAREWELL_TIMEOUT_S)
+                failpoint("registry.after-farewell")
         except WriteFailedError as error:
             _log.warning("farewell not acknowledged", instance_id=self.instance_id, error=str(error))
         finally:
@@ -280,9 +285,11 @@ class Registration:
         heart.sent()
 
         def acked(_offset: int) -> None:
+            failpoint("registry.before-heartbeat-ack")
             heart.acked()
             self.lease.acknowledged(sent_at_s)
 
+        failpoint("registry.before-heartbeat")
         writer.send(self._record(self._state), acked)
 
 

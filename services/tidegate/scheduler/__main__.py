@@ -46,6 +46,7 @@ def main() -> int:
                 "run-requests",
                 "run-commands",
                 "run-events",
+                "run-snapshots",
                 "gate-requests",
                 "gate-decisions",
                 "step-results",

@@ -30,6 +30,7 @@ DEAD_LETTERS: Final = "dead-letters"
 WORKFLOWS: Final = "workflows"
 GROUP: Final = "tidegate-admission"
 MAX_BATCH: Final = 500
+PREFETCH: Final = (2_000, 8)  # messages, MiB: a few batches. A flood waits in Kafka, not here.
 WRITE_DEADLINE_S: Final = 30.0
 
 
@@ -43,7 +44,7 @@ class Admission:
         self._settings = settings
         self._run_partitions = run_partitions
         self._writer = broker.writer()
-        self._requests = KafkaSubscription(kafka, GROUP, [RUN_REQUESTS], instance_id)
+        self._requests = KafkaSubscription(kafka, GROUP, [RUN_REQUESTS], instance_id, prefetch=PREFETCH)
         self._workflows = PublishedWorkflows(broker)
 
     def run_once(self) -> None:
@@ -51,13 +52,16 @@ class Admission:
         messages = self._requests.poll(MAX_BATCH, 0.2)
         if not messages:
             return
+        failpoint("admission.after-poll")
         self._workflows.follow(messages[-1])
         for message in messages:
             if message.value is not None:
                 self._admit(message)
+        failpoint("admission.before-flush")
         self._writer.flush(WRITE_DEADLINE_S)
         failpoint("admission.before-commit")
         self._requests.commit({TopicPartition(m.topic, m.partition): m.offset + 1 for m in messages})
+        failpoint("admission.after-commit")
 
     def close(self) -> None:
         """Leave the group."""

@@ -14,8 +14,8 @@ from tidegate.domain.identity import DEFAULT_ACCOUNT, run_id_of_request
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.domain.requests import RequestError, StartRequest, parse_request
 from tidegate.domain.workflow import AGENT_PREFIX, DefinitionError, compile_definition
-from tidegate.eventlog.interface import Message
-from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, dead_letter
+from tidegate.eventlog.interface import EventLogError, Message
+from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS, dead_letter
 
 _log = structlog.get_logger()
 
@@ -31,7 +31,10 @@ class Admitted(NamedTuple):
 
 
 def admit(message: Message, lookup: Lookup, now_ms: int, *, max_bytes: int, horizon_ms: int) -> Admitted:
-    """Judge a request by its form and by the workflows that are published. `lookup` takes `name` or `name@version`."""
+    """Judge a request by its form and by the workflows that are published. `lookup` takes `name` or `name@version`.
+
+    Raises EventLogError if the lookup does.
+    """
     data = message.value or b""
     request = None
     try:
@@ -44,6 +47,8 @@ def admit(message: Message, lookup: Lookup, now_ms: int, *, max_bytes: int, hori
             return Admitted(_start(message, request, lookup, now_ms), None)
     except RequestError as error:
         return _refused(message, error, now_ms)
+    except EventLogError:
+        raise  # the workflow could not be looked up: that is no fault of the request, which is read again
     except Exception as error:  # nothing that somebody sends may stop admission for everybody
         _log.exception("request not judged", partition=message.partition, offset=message.offset)
         run_id = getattr(request, "run_id", None)
@@ -122,7 +127,7 @@ def _refused(message: Message, error: RequestError, now_ms: int) -> Admitted:
         original=b"",
         account=DEFAULT_ACCOUNT,
         code=error.code,
-        reason=error.reason,
+        reason=error.reason[:MAX_REASON_CHARACTERS],
         at_ms=now_ms,
     )
     return Admitted(command, letter)

@@ -22,6 +22,8 @@ MAX_PLAN_CALLS: Final = 100
 MAX_ERROR_CHARACTERS: Final = 4_000
 MAX_USAGE_NAMES: Final = 100
 MAX_USAGE_NAME: Final = 100
+MAX_MS: Final = 4_102_444_800_000  # the year 2100: what databases can show
+MAX_OUTPUT_BYTES: Final = 9 * 1024 * 1024  # more than executors of ours send, and an entry can still hold it
 
 Events = list[Any]
 
@@ -272,6 +274,8 @@ def _bounded(result: StepResult) -> StepResult:
         and not result.error_message
         and not result.error_class
         and 0 <= result.actual_micros <= MAX_MICROS
+        and 0 <= result.started_ms < MAX_MS
+        and 0 <= result.finished_ms < MAX_MS
     ):
         return result  # as nearly all are
     names = [name for name in result.usage if len(name) <= MAX_USAGE_NAME][:MAX_USAGE_NAMES]
@@ -281,6 +285,8 @@ def _bounded(result: StepResult) -> StepResult:
         error_message=result.error_message[:MAX_ERROR_CHARACTERS],
         actual_micros=min(max(result.actual_micros, 0), MAX_MICROS),
         usage={name: min(max(result.usage[name], 0), MAX_MICROS) for name in names},
+        started_ms=result.started_ms if 0 <= result.started_ms < MAX_MS else 0,
+        finished_ms=result.finished_ms if 0 <= result.finished_ms < MAX_MS else 0,
     )
 
 
@@ -361,6 +367,8 @@ def _on_success(run: RunState, step: StepState, result: StepResult) -> Events:
 
 def _output_problem(step: StepState, output: str) -> str | None:
     """Return what is wrong with an output that an executor sent. Its own checks come first; this one trusts nobody."""
+    if len(output) * 4 > MAX_OUTPUT_BYTES and len(output.encode()) > MAX_OUTPUT_BYTES:
+        return f"output has more than {MAX_OUTPUT_BYTES} bytes"
     try:
         value = canonical.loads(output)
     except canonical.NotJsonError as error:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tidegate.domain import run_events as ev
 from tidegate.domain.entry import Entry, Position
-from tidegate.domain.identity import account_root, entry_key, partition_of
+from tidegate.domain.identity import account_root, entry_key, partition_of, source_of
 from tidegate.domain.messages import (
     Approve,
     Authorise,
@@ -20,7 +20,7 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
-from tidegate.eventlog.owner import Tell
+from tidegate.eventlog.machine import Tell
 
 GATE_REQUESTS: Final = "gate-requests"
 DEAD_LETTERS: Final = "dead-letters"
@@ -102,11 +102,11 @@ _GATE_ITEMS: Final[dict[type, Callable[[Any], GateItem | None]]] = {
 
 
 def _dead_letter(entry: Entry, event: ev.CommandRefused | ev.RunRefused) -> DeadLetter:
-    topic, partition, offset = event.source.rsplit(":", 2)
+    source = source_of(event.source)
     return DeadLetter(
-        topic=topic,
-        partition=int(partition),
-        offset=int(offset),
+        topic=source.topic,
+        partition=source.partition,
+        offset=source.offset,
         service="scheduler",
         code=event.code,
         reason=event.reason,

@@ -9,8 +9,9 @@ from tidegate import codec
 from tidegate.domain import canonical, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.run import RunState, apply
+from tidegate.eventlog.epochs import stated_epoch
 from tidegate.eventlog.interface import EventLogError, Message
-from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, TYPE_HEADER, EpochTracker
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
 
 RUN_EVENTS: Final = "run-events"
 _ANSWERS: Final = (ev.ApprovalResolved, ev.CommandRefused, ev.RunCancelRequested)
@@ -74,18 +75,23 @@ class ValidEntries:
         self._tracker = EpochTracker()
 
     def admits(self, message: Message) -> bool:
-        """Take a message into account; returns whether it is a valid entry. Raises DecodeError."""
+        """Take a message into account; returns whether it is a valid entry. What nobody of ours wrote is not."""
         if message.value is None:
             return False
         headers = dict(message.headers)
         stated = headers.get(EPOCH_HEADER)
-        is_announcement = headers.get(TYPE_HEADER) == ANNOUNCEMENT_TYPE.encode()
-        epoch = codec.decode(message.value).epoch if stated is None else int(stated)
+        if headers.get(TYPE_HEADER) == ANNOUNCEMENT_TYPE.encode():
+            is_first = stated == b"%d" % NO_EPOCH
+            epoch = NO_EPOCH if is_first else stated_epoch(stated or b"", message.offset)
+            if is_first or epoch != NO_EPOCH:
+                self._tracker.announced(message.offset, epoch)
+            return False
+        epoch = stated_epoch(stated or b"", message.offset)
         # An owner writes nothing before its announcement: a higher epoch in an entry proves an announcement that lies
         # before the place where the reading began.
-        if is_announcement or epoch > self._tracker.epoch:
+        if epoch > self._tracker.epoch:
             self._tracker.announced(message.offset, epoch)
-        return not is_announcement and self._tracker.is_valid(epoch)
+        return epoch != NO_EPOCH and self._tracker.is_valid(epoch)
 
 
 class GapError(EventLogError):

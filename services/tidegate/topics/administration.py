@@ -35,6 +35,9 @@ class AdministeredBroker(Broker, Protocol):
     def physical_name(self, topic: str) -> str:
         """Return the name that the topic has in Kafka."""
 
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        """Return the next offsets that a group has committed of a topic, by partition. Blocks. Raises EventLogError."""
+
 
 def await_made(broker: AdministeredBroker, topics: Sequence[Topic]) -> list[str]:
     """Return those of the topics that Kafka has after all, once they can be used.

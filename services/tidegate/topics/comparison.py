@@ -11,6 +11,10 @@ from tidegate.topics.declaration import CLEANUP_CONFIG, MIN_INSYNC_CONFIG, UNCLE
 
 Severity = Literal["error", "warning"]
 MAX_MESSAGE_CONFIG: Final = "max.message.bytes"
+RETENTION_BYTES_CONFIG: Final = "retention.bytes"
+# How long a message is safe from deletion, and from a later one with its key.
+_KEEPING_CONFIGS: Final = frozenset({"retention.ms", "min.compaction.lag.ms"})
+_FOR_EVER: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,14 @@ def compare(topic: Topic, found: TopicDescription | None, *, production: bool) -
     if found is None:
         advice = "create it with `tidegate topics apply`"
         return [Difference(topic.name, "missing", f"{topic.partition_count} partitions", "nothing", "error", advice)]
-    differences = [
+    severity: Severity = "error" if production else "warning"
+    return [
         *_partition_count(topic, found),
-        *_replication(topic, found, "error" if production else "warning"),
+        *_replication(topic, found, severity),
         *_cleanup(topic, found),
+        *_size_limit(topic, found, severity),
+        *_other_config(topic, found, severity),
     ]
-    return differences + list(_other_config(topic, found))
 
 
 def group_problems(topics: Sequence[Topic], found: dict[str, TopicDescription]) -> list[str]:
@@ -152,21 +158,38 @@ def _cleanup(topic: Topic, found: TopicDescription) -> Iterator[Difference]:
     )
 
 
-def _other_config(topic: Topic, found: TopicDescription) -> Iterator[Difference]:
+def _size_limit(topic: Topic, found: TopicDescription, severity: Severity) -> Iterator[Difference]:
+    """Yield that messages are deleted by size, however young they are; no topic of ours asks for it."""
+    there = found.config.get(RETENTION_BYTES_CONFIG, str(_FOR_EVER))
+    if "delete" in policies(topic.config[CLEANUP_CONFIG]) and int(there) != _FOR_EVER:
+        yield Difference(
+            topic.name,
+            RETENTION_BYTES_CONFIG,
+            str(_FOR_EVER),
+            there,
+            severity,
+            "a flood would delete messages that nobody has read: remove it with "
+            f"`kafka-configs.sh --alter --topic NAME --add-config {RETENTION_BYTES_CONFIG}={_FOR_EVER}`",
+        )
+
+
+def _other_config(topic: Topic, found: TopicDescription, severity: Severity) -> Iterator[Difference]:
     for name in sorted(topic.config.keys() - {CLEANUP_CONFIG, MIN_INSYNC_CONFIG, UNCLEAN_CONFIG}):
         declared, there = topic.config[name], found.config.get(name, "")
         if declared == there:
             continue
-        too_small = name == MAX_MESSAGE_CONFIG and int(there or 0) < int(declared)
-        why = "a record that is too large for the topic stops its writer for good" if too_small else "it may be meant"
-        yield Difference(
-            topic.name,
-            name,
-            declared,
-            there or "not set",
-            "error" if too_small else "warning",
-            f"{why}: {_alter(topic, name)}",
-        )
+        how_bad, why = _judged(name, declared, there, severity)
+        advice = f"{why}: {_alter(topic, name)}"
+        yield Difference(topic.name, name, declared, there or "not set", how_bad, advice)
+
+
+def _judged(name: str, declared: str, there: str, severity: Severity) -> tuple[Severity, str]:
+    """Return how bad another value is, and why. `severity`: that of what can lose messages."""
+    if name == MAX_MESSAGE_CONFIG and int(there or 0) < int(declared):
+        return "error", "a record that is too large for the topic stops its writer for good"
+    if name in _KEEPING_CONFIGS and int(there or 0) != _FOR_EVER and int(there or 0) < int(declared):
+        return severity, "after an outage of that length messages may be gone that nobody has read"
+    return "warning", "it may be meant"
 
 
 def _alter(topic: Topic, name: str) -> str:

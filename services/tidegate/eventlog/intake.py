@@ -1,0 +1,216 @@
+"""What a message must be like before anybody decides on it, whoever wrote it. Pure.
+
+An Avro schema says types, not values. Values beyond these bounds would do harm later, where it can no longer be undone: in an
+entry that cannot be written, or in one whose tells cannot be sent, which stops every owner of that partition for good. Our
+own services keep to the bounds; a message that does not is a dead letter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from tidegate import codec
+from tidegate.domain.entry import MAX_OFFSET, MAX_SOURCE_PARTITIONS, MAX_TELLS_PER_ENTRY, Position
+from tidegate.domain.identity import MAX_MICROS, NAME_PATTERN, NOWHERE, is_account, is_run_id, source_of
+from tidegate.domain.messages import (
+    Allowed,
+    ApprovalRequired,
+    Approve,
+    Authorise,
+    Call,
+    CloseRun,
+    Denied,
+    GateDecision,
+    GateRequest,
+    Lost,
+    OpenRun,
+    Release,
+    RunCommand,
+    Settle,
+    StepResult,
+    StepTask,
+    Void,
+)
+from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS
+
+MAX_NAME: Final = 512  # of anything that names something: steps, rules, instances, people, commands
+MAX_TAGS: Final = 100
+MAX_ARGUMENTS: Final = 8 * 1024 * 1024
+MAX_TIMEOUT_MS: Final = 7 * 24 * 3_600_000
+KINDS: Final = frozenset(("step", "agent", "tool"))
+
+_is_name = re.compile(NAME_PATTERN).fullmatch
+
+_WANTED: Final[dict[str, type]] = {
+    "run-commands": RunCommand,
+    "gate-requests": GateRequest,
+    "gate-decisions": GateDecision,
+    "step-results": StepResult,
+    "step-tasks": StepTask,
+}
+
+
+def check(topic: str, record: Any) -> None:
+    """Raise DecodeError if the record has no business in that topic, or values that nobody of ours writes."""
+    wanted = _WANTED.get(topic.partition(".")[0])
+    if wanted is None:
+        return
+    if type(record) is not wanted:
+        raise codec.DecodeError(f"a {type(record).__name__} has no business in {topic}")
+    problem = _PROBLEMS[wanted](record)
+    if problem:
+        raise codec.DecodeError(f"not a good {wanted.__name__}: {problem}")
+
+
+def _run_command(command: RunCommand) -> str:
+    if not is_run_id(command.run_id):
+        return "run_id"
+    if source_of(command.source) is NOWHERE:
+        return "source"
+    if command.account and not is_account(command.account):
+        return "account"
+    names = (command.command_id, command.type, command.content_hash, command.workflow, command.definition_hash)
+    if max(map(len, (*names, command.step_id, command.by, command.code))) > MAX_NAME:
+        return "a name of more than 512 characters"
+    if len(command.original) > MAX_ORIGINAL_BYTES or len(command.reason) > MAX_REASON_CHARACTERS:
+        return "original or reason is too long"
+    return _budget(command.budget_micros) or _tags(command.tags)
+
+
+def _gate_request(request: GateRequest) -> str:
+    if not is_run_id(request.run_id):
+        return "run_id"
+    if not is_account(request.account):
+        return "account"
+    return _position(request.source) or next((p for item in request.items if (p := _ITEMS[type(item)](item))), "")
+
+
+def _gate_decision(decision: GateDecision) -> str:
+    if not is_run_id(decision.run_id):
+        return "run_id"
+    return _position(decision.source) or next((p for item in decision.items if (p := _ITEMS[type(item)](item))), "")
+
+
+def _step_result(result: StepResult) -> str:
+    if not is_run_id(result.run_id):
+        return "run_id"
+    if max(len(result.step_id), len(result.instance_id), len(result.outcome)) > MAX_NAME:
+        return "a name of more than 512 characters"
+    return ""
+
+
+def _step_task(task: StepTask) -> str:
+    if not is_run_id(task.run_id):
+        return "run_id"
+    if max(map(len, (task.instance_id, task.idempotency_key, task.account))) > MAX_NAME:
+        return "a name of more than 512 characters"
+    if not 0 <= task.result_partition < MAX_SOURCE_PARTITIONS:
+        return "result_partition"
+    return _position(task.source) or _attempt(task) or ("" if task.call is None else _call(task.call))
+
+
+# --- parts ---------------------------------------------------------------
+
+
+def _position(position: Position) -> str:
+    """Return what is wrong with a position. One from the future cannot be told here: see docs/reliability/hostile-input.md."""
+    is_possible = (
+        0 <= position.partition < MAX_SOURCE_PARTITIONS
+        and 0 <= position.offset <= MAX_OFFSET
+        and 0 <= position.index < MAX_TELLS_PER_ENTRY
+    )
+    return "" if is_possible else "source"
+
+
+def _attempt(item: Any) -> str:
+    if not 0 < len(item.step_id) <= MAX_NAME:
+        return "step_id"
+    return "" if 0 < item.attempt <= MAX_OFFSET else "attempt"
+
+
+def _money(micros: int) -> str:
+    return "" if 0 <= micros <= MAX_MICROS else "an amount of money"
+
+
+def _budget(micros: int | None) -> str:
+    return "" if micros is None else _money(micros)
+
+
+def _tags(tags: dict[str, str]) -> str:
+    return "too many tags" if len(tags) > MAX_TAGS else ""
+
+
+def _call(call: Call) -> str:
+    if call.kind not in KINDS or not _is_name(call.function) or not _is_name(call.queue):
+        return "kind, function or queue of the call"
+    if not 0 < call.timeout_ms <= MAX_TIMEOUT_MS:
+        return "timeout_ms"
+    return "arguments" if len(call.arguments) > MAX_ARGUMENTS else _money(call.reserve_micros)
+
+
+def _open(item: OpenRun) -> str:
+    if len(item.workflow) > MAX_NAME:
+        return "workflow"
+    return _budget(item.budget_micros) or _tags(item.tags)
+
+
+def _authorise(item: Authorise) -> str:
+    return _attempt(item) or _call(item.call)
+
+
+def _approve(item: Approve) -> str:
+    return _attempt(item) or ("by" if max(len(item.by), len(item.arguments_hash)) > MAX_NAME else "")
+
+
+def _settle(item: Settle) -> str:
+    return _attempt(item) or _money(item.actual_micros)
+
+
+def _release(item: Release) -> str:
+    return _attempt(item) or ("reason" if len(item.reason) > MAX_REASON_CHARACTERS else "")
+
+
+def _allowed(item: Allowed) -> str:
+    if max(len(item.rule), len(item.policy), len(item.instance_id)) > MAX_NAME:
+        return "a name of more than 512 characters"
+    return _attempt(item) or _money(item.reserved_micros)
+
+
+def _answer(item: Denied | ApprovalRequired) -> str:
+    if max(len(item.rule), len(item.policy)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
+        return "rule, policy or reason is too long"
+    return _attempt(item)
+
+
+def _lost(item: Lost) -> str:
+    if len(item.instance_id) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
+        return "instance_id or reason is too long"
+    return _attempt(item)
+
+
+def _nothing(_: CloseRun) -> str:
+    return ""
+
+
+_ITEMS: Final[dict[type, Callable[[Any], str]]] = {
+    OpenRun: _open,
+    Authorise: _authorise,
+    Approve: _approve,
+    Settle: _settle,
+    Release: _release,
+    Void: _attempt,
+    CloseRun: _nothing,
+    Allowed: _allowed,
+    Denied: _answer,
+    ApprovalRequired: _answer,
+    Lost: _lost,
+}
+_PROBLEMS: Final[dict[type, Callable[[Any], str]]] = {
+    RunCommand: _run_command,
+    GateRequest: _gate_request,
+    GateDecision: _gate_decision,
+    StepResult: _step_result,
+    StepTask: _step_task,
+}

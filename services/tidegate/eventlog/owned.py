@@ -1,0 +1,218 @@
+"""A log partition in the hands of its owner: state, positions, chain and epoch, and how they change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Container
+from typing import Any, Final
+
+from tidegate import codec
+from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position
+from tidegate.eventlog.machine import CorruptLogError, Decision, EntryRefusedError, Machine, Standing
+from tidegate.eventlog.shelf import Shelf
+from tidegate.eventlog.validity import NO_EPOCH
+
+MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of 16 MiB that a record may have with all that is around it
+MANY_EVENTS: Final = 1_000  # an event has a few tells at the most
+
+
+class _Told:
+    """Which entries' tells are all acknowledged: `told` is the own offset up to which that is so."""
+
+    __slots__ = ("_waiting", "told")
+
+    def __init__(self, told: int) -> None:
+        self.told = told
+        self._waiting: deque[list[int]] = deque()
+
+    def expect(self, offset: int, count: int) -> list[int]:
+        slot = [offset, count]
+        self._waiting.append(slot)
+        if not count:
+            self.advance()
+        return slot
+
+    def advance(self) -> None:
+        while self._waiting and self._waiting[0][1] == 0:
+            self.told = self._waiting.popleft()[0]
+
+
+class OwnedPartition:
+    """A log partition that this process owns: its state, positions and epoch. Thrown away on any doubt.
+
+    as_of: own offset of the last entry of every unit in memory. dirty: units whose latest state no snapshot of this epoch
+    holds. unconfirmed: units whose snapshot is newer than the place where folding began, until the entry that it ends with is
+    met (a snapshot that the log does not bear out is none).
+    """
+
+    def __init__(self, machine: Machine, partition: int) -> None:
+        self.machine = machine
+        self.partition = partition
+        self.shelf = Shelf()
+        self.state: Any = machine.new_state(partition, self.shelf)
+        self.epoch = NO_EPOCH
+        self.now_ms = 0
+        self._base_ms = 0  # see `set_time`
+        self._base_s = 0.0
+        self.inputs: dict[str, int] = {}
+        self.marks: dict[str, int] = {}
+        self.changed_marks: dict[str, int] = {}
+        self.next_offset = 0
+        self.doubt = ""
+        self.told = _Told(-1)
+        self.since_announcement = 0
+        self.recorded_inputs: dict[str, int] = {}
+        self.recorded_s = 0.0
+        self.repeats = 0
+        self.unacknowledged: list[tuple[Entry, list[int]]] = []
+        self.as_of: dict[str, int] = {}
+        self.dirty: set[str] = set()
+        self.unconfirmed: dict[str, int] = {}
+        self.checkpoint: Checkpoint | None = None
+        self.since_checkpoint = 0
+
+    # -- reading the log back ---------------------------------------------------------------
+
+    def fold(self, entry: Entry, value: bytes, offset: int) -> None:
+        """Fold a valid entry of the log, but for what the loaded snapshots hold of it already.
+
+        Raises CorruptLogError if it does not continue its subject's chain.
+        """
+        covered = self._covered(entry, offset) if self.unconfirmed else ()
+        if entry.subject in covered:
+            self._compare_head(entry, value, offset)
+        else:
+            seq, head = self.machine.head(self.state, entry.subject)
+            if entry.first_seq != seq + 1 or entry.prev_hash != head:
+                raise CorruptLogError(
+                    f"{self.machine.log_topic}-{self.partition} at offset {offset}: entry of {entry.subject} starts at seq "
+                    f"{entry.first_seq} after {seq}, and its previous hash "
+                    f"{'fits' if entry.prev_hash == head else 'does not fit'}"
+                )
+            self._take(entry, value, covered)
+            self.logged(entry, offset, covered)
+        for unit in covered:
+            if self.unconfirmed.get(unit) == offset:
+                del self.unconfirmed[unit]
+        self.now_ms = entry.now_ms
+        self.inputs.update(entry.inputs)
+        self.marks.update(entry.marks)
+        self.told.told = max(self.told.told, entry.told)
+
+    def _covered(self, entry: Entry, offset: int) -> set[str]:
+        """Return the units of the entry whose loaded state includes it: only unconfirmed ones can be ahead of the log."""
+        units = {self.machine.unit_of(entry.subject, event) for event in entry.events}
+        return {unit for unit in units if self.unconfirmed.get(unit, -1) >= offset}
+
+    def _compare_head(self, entry: Entry, value: bytes, offset: int) -> None:
+        if self.unconfirmed[entry.subject] != offset:
+            return
+        seq, head = self.machine.head(self.state, entry.subject)
+        if seq != entry.first_seq + len(entry.events) - 1 or head != hashlib.sha256(value).digest():
+            raise CorruptLogError(f"the snapshot of {entry.subject} is not what the log says at offset {offset}")
+
+    def _take(self, entry: Entry, value: bytes, covered: Container[str] = ()) -> None:
+        machine, state, seq = self.machine, self.state, entry.first_seq
+        for event in entry.events:
+            if not covered or machine.unit_of(entry.subject, event) not in covered:
+                machine.apply(state, entry.subject, entry.account, event, seq, entry.now_ms)
+            seq += 1
+        machine.set_head(state, entry.subject, seq - 1, hashlib.sha256(value).digest())
+
+    # -- units ---------------------------------------------------------------
+
+    def logged(self, entry: Entry, offset: int, covered: Container[str] = ()) -> None:
+        """Note that the log holds an entry at `offset`, and whose state it changed."""
+        self.since_checkpoint += 1
+        for event in entry.events:
+            unit = self.machine.unit_of(entry.subject, event)
+            if unit not in covered:
+                self.as_of[unit] = offset
+                self.dirty.add(unit)
+
+    def put_away_if_over(self, unit: str) -> Standing:
+        """Take a unit that changed out of memory if it is over (onto the shelf) or gone; returns how it stands."""
+        standing = self.machine.standing(self.state, unit)
+        if standing is Standing.DONE:
+            self.shelf.put(unit, self.as_of[unit], self.machine.dump(self.state, unit), done=True)
+            self.machine.unload(self.state, unit)
+        if standing is not Standing.ACTIVE:
+            del self.as_of[unit]
+        return standing
+
+    def put_away_all_over(self) -> None:
+        """Take every changed unit out of memory that is over: while a long log is folded, they would fill it."""
+        self.dirty = {unit for unit in self.dirty if self.put_away_if_over(unit) is Standing.ACTIVE}
+
+    # -- deciding ---------------------------------------------------------------
+
+    def set_time(self, now_ms: int, monotonic_s: float) -> None:
+        """Remember a time, and when it was by a clock that never jumps: from there it runs on."""
+        self._base_ms, self._base_s = now_ms, monotonic_s
+
+    def time_ms(self, clock_ms: int, monotonic_s: float) -> int:
+        """Return the time for a decision. It never goes back, but goes on while the clock is behind what the log has seen:
+        a clock that was ahead for a moment, here or at the owner before, must not stop the back-offs of now."""
+        running_ms = self._base_ms + int((monotonic_s - self._base_s) * 1000)
+        if clock_ms >= running_ms:
+            self.set_time(clock_ms, monotonic_s)
+        return max(self.now_ms, clock_ms, running_ms)
+
+    def is_stale(self, topic: str, record: Any) -> bool:
+        """Tell whether a told message is not above the mark of its source (rule 7); notes its position if it is."""
+        source_log = self.machine.marked_topics.get(topic)
+        if source_log is None:
+            return False
+        position: Position = record.source
+        name, rank = f"{source_log}-{position.partition}", position.rank()
+        if rank <= self.marks.get(name, -1):
+            return True
+        self.marks[name] = self.changed_marks[name] = rank
+        return False
+
+    def make_entry(self, decision: Decision, cause: str, versions: dict[str, int]) -> tuple[Entry, bytes]:
+        """Turn a decision into the next entry of its subject, apply it, and return it with its bytes.
+
+        Raises EntryRefusedError, with nothing changed, if it cannot be written or its tells would be too many: once in the
+        log, it would stop every owner for good.
+        """
+        seq, head = self.machine.head(self.state, decision.subject)
+        entry = Entry(
+            subject=decision.subject,
+            account=decision.account,
+            first_seq=seq + 1,
+            epoch=self.epoch,
+            now_ms=self.now_ms,
+            prev_hash=head,
+            inputs=dict(self.inputs),
+            marks=self.changed_marks,
+            told=self.told.told,
+            tables=versions,
+            cause=cause,
+            events=tuple(decision.events),
+        )
+        try:
+            value = codec.encode_entry(self.machine.entry_kind, entry)
+        except ValueError as error:
+            raise EntryRefusedError(f"an entry of {decision.subject}: {error}") from error
+        if len(value) > MAX_ENTRY_BYTES:
+            raise EntryRefusedError(f"an entry of {decision.subject} would have {len(value)} bytes")
+        if len(entry.events) >= MANY_EVENTS and len(self.machine.tells(entry, self.position(0))) > MAX_TELLS_PER_ENTRY:
+            raise EntryRefusedError(f"an entry of {decision.subject} would have more than {MAX_TELLS_PER_ENTRY} tells")
+        self.changed_marks = {}
+        self._take(entry, value)
+        return entry, value
+
+    def acknowledged(self, slot: list[int], offset: int) -> None:
+        """Check rule 3: an offset that is not our last one + 1 means that somebody else wrote."""
+        if offset != self.next_offset and not self.doubt:
+            self.doubt = (
+                f"own record acknowledged at {offset} where {self.next_offset} was expected: another owner wrote"
+            )
+        self.next_offset = offset + 1
+        slot.append(offset)
+
+    def position(self, offset: int) -> Callable[[int], Position]:
+        """Return the function that numbers the tells of the entry at `offset`."""
+        return lambda index: Position(self.partition, offset, index)

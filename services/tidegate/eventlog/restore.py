@@ -1,0 +1,347 @@
+"""How a new owner comes by the state of its partition: the last checkpoint's snapshots and the log after it, or the whole log.
+
+A snapshot is a shortcut, never a source: what is doubtful about one makes us throw all of them away and fold the log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import structlog
+
+from tidegate import codec
+from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Snapshot, UnitState
+from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_before
+from tidegate.eventlog.interface import Broker, EventLogError, Message
+from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartError
+from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
+
+PROGRESS_EVERY: Final = 20_000
+LIVE, DONE, PART = "live", "done", "part"
+
+_log = structlog.get_logger()
+
+
+class DoubtfulSnapshotError(EventLogError):
+    """The snapshots are not what the checkpoint says, or cannot be read: the log must be folded instead."""
+
+
+class Restored(NamedTuple):
+    """A partition as its log says it is. untold: entries whose tells may not have been sent, oldest first. stale_keys: of
+    the snapshot topic, what no checkpoint needs once there is one of the new owner."""
+
+    part: OwnedPartition
+    untold: list[tuple[int, Entry]]
+    stale_keys: list[bytes]
+
+
+def restore(
+    broker: Broker,
+    machine: Machine,
+    partition: int,
+    stop: int,
+    check: Callable[[OwnerAnnounced], None],
+    quiet_before_ms: int,
+) -> Restored:
+    """Return the partition as it is at offset `stop` of its log. Blocks for reading.
+
+    check: called with every announcement that is read; raises if the log is not the one that it was. quiet_before_ms:
+    units that have waited since before that time are not brought into memory. Raises CorruptLogError, RefusedToStartError,
+    EventLogError.
+    """
+    start = broker.offsets(machine.log_topic, partition).start
+    found = _last_announcement(broker, machine.log_topic, partition, start, stop)
+    keys: list[bytes] = []
+    checkpoint = None if found is None else found.checkpoint
+    snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, checkpoint, keys)
+    if found is not None and checkpoint is not None:
+        part = OwnedPartition(machine, partition)
+        try:
+            untold = _from_snapshots(broker, part, found, checkpoint, snapshots, stop, check, quiet_before_ms)
+            needed = {f"{DONE}:{s.epoch}:{n}".encode() for s in checkpoint.segments for n in range(1, s.count + 1)}
+            return Restored(part, untold, [key for key in keys if key not in needed])
+        except RefusedToStartError:
+            raise
+        except (DoubtfulSnapshotError, CorruptLogError) as error:
+            where = {"log": machine.log_topic, "partition": partition}
+            _log.warning("snapshots thrown away: folding the whole log", **where, reason=str(error))
+            part.shelf.close()
+            machine.dropped(partition)
+    part, untold = fold_all(broker, machine, partition, stop, check)
+    return Restored(part, untold, keys)
+
+
+def fold_all(
+    broker: Broker, machine: Machine, partition: int, stop: int, check: Callable[[OwnerAnnounced], None]
+) -> tuple[OwnedPartition, list[tuple[int, Entry]]]:
+    """Return the partition as it is at offset `stop` by its log alone, and the untold entries. Blocks; raises as `restore`."""
+    start = broker.offsets(machine.log_topic, partition).start
+    part = OwnedPartition(machine, partition)
+    return part, _fold(broker, part, EpochTracker(), start, start, stop, check)
+
+
+# --- finding the checkpoint ---------------------------------------------------------------
+
+
+def _last_announcement(broker: Broker, topic: str, partition: int, start: int, stop: int) -> OwnerAnnounced | None:
+    """Return the last valid repeated announcement before `stop`: it names the checkpoint, if there is one.
+
+    Owners repeat it every so many entries, so looking back is bounded by that and by how often owners changed since.
+    """
+    span = FIRST_SPAN
+    end = stop
+    while end > start:
+        begin = max(start, stop - span)
+        candidates = [message for message in broker.read(topic, partition, begin, end) if _is_announcement(message)]
+        for message in reversed(candidates):
+            record = _record(message)
+            if (
+                isinstance(record, OwnerAnnounced)
+                and record.repeat
+                and epoch_before(broker, topic, partition, message.offset) == record.epoch
+            ):
+                return record
+        end, span = begin, span * GROWTH
+    return None
+
+
+def _is_announcement(message: Message) -> bool:
+    return message.value is not None and (TYPE_HEADER, ANNOUNCEMENT_TYPE.encode()) in message.headers
+
+
+# --- reading the snapshots ---------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Live:
+    """What the snapshot topic holds of a live unit. pieces: by their number."""
+
+    number: int = 0
+    first: int = 0
+    as_of: int = -1
+    count: int = 0
+    pieces: dict[int, bytes] = field(default_factory=dict)
+
+    def take(self, record: Snapshot) -> None:
+        piece = record.units[0]
+        if (record.number, piece.as_of) != (self.number, self.as_of):
+            self.number, self.first, self.as_of, self.pieces = record.number, record.first, piece.as_of, {}
+        self.count = record.pieces
+        self.pieces[record.piece] = piece.state
+
+    def state(self) -> bytes:
+        if sorted(self.pieces) != list(range(self.count)):
+            raise DoubtfulSnapshotError(f"{len(self.pieces)} of {self.count} pieces of a snapshot are there")
+        return b"".join(self.pieces[number] for number in range(self.count))
+
+
+@dataclass(slots=True)
+class _Snapshots:
+    """What the snapshot topic holds for a checkpoint. broken: why it cannot be used, if so."""
+
+    live: dict[str, _Live] = field(default_factory=dict)
+    done: dict[str, tuple[UnitState, ...] | None] = field(default_factory=dict)
+    parts: dict[str, bytes] = field(default_factory=dict)
+    broken: str = ""
+
+
+def _read_snapshots(
+    broker: Broker, topic: str, partition: int, checkpoint: Checkpoint | None, keys: list[bytes]
+) -> _Snapshots:
+    """Read the snapshot topic's partition whole; adds to `keys` every key that still has a value."""
+    found = _Snapshots()
+    start, end = broker.offsets(topic, partition)
+    certified = {} if checkpoint is None else {segment.epoch: segment.count for segment in checkpoint.segments}
+    present: dict[bytes, None] = {}
+    for count, message in enumerate(broker.read(topic, partition, start, end), 1):
+        if count % PROGRESS_EVERY == 0:
+            _log.info("reading snapshots", topic=topic, partition=partition, at=message.offset, of=end)
+        key = message.key or b""
+        if message.value is None:
+            present.pop(key, None)
+        else:
+            present[key] = None
+        if checkpoint is not None and not found.broken:
+            try:
+                _take_snapshot(found, key, message.value, checkpoint, certified)
+            except (ValueError, IndexError, AttributeError) as error:
+                found.broken = f"{topic}-{partition} at offset {message.offset}: {error}"
+    keys += present
+    return found
+
+
+def _take_snapshot(
+    found: _Snapshots, key: bytes, value: bytes | None, checkpoint: Checkpoint, certified: dict[int, int]
+) -> None:
+    """Take a record if the checkpoint can refer to it. Keys: `live:EPOCH:PIECE:UNIT`, `done:EPOCH:N`, `part:EPOCH:NAME`."""
+    kind, epoch, rest = key.decode().split(":", 2)
+    if kind == LIVE and int(epoch) == checkpoint.epoch:
+        piece, unit = rest.split(":", 1)
+        if value is not None:
+            found.live.setdefault(unit, _Live()).take(codec.decode(value))
+        elif unit in found.live:
+            found.live[unit].pieces.pop(int(piece), None)
+            if not found.live[unit].pieces:
+                del found.live[unit]
+    elif kind == DONE and int(rest) <= certified.get(int(epoch), 0):
+        found.done[f"{epoch}:{rest}"] = None if value is None else codec.decode(value).units
+    elif kind == PART and value is not None and int(epoch) == checkpoint.epoch:
+        found.parts[rest] = codec.decode(value).units[0].state
+
+
+# --- restoring from them ---------------------------------------------------------------
+
+
+def _from_snapshots(
+    broker: Broker,
+    part: OwnedPartition,
+    announced: OwnerAnnounced,
+    checkpoint: Checkpoint,
+    snapshots: _Snapshots,
+    stop: int,
+    check: Callable[[OwnerAnnounced], None],
+    quiet_before_ms: int,
+) -> list[tuple[int, Entry]]:
+    """Load what the checkpoint certifies and fold what came after it. Raises DoubtfulSnapshotError, CorruptLogError."""
+    machine = part.machine
+    if snapshots.broken:
+        raise DoubtfulSnapshotError(snapshots.broken)
+    _load_done(part, checkpoint, snapshots)
+    _load_live(part, checkpoint, snapshots, quiet_before_ms)
+    _take_announcement(part, announced)
+    own = machine.own_subject(part.state)
+    if own is not None:
+        machine.set_head(part.state, own, checkpoint.seq, checkpoint.head)
+    part.checkpoint = checkpoint
+    begin = min(checkpoint.read_from, checkpoint.told + 1)
+    epoch = epoch_before(broker, machine.log_topic, part.partition, begin)
+    try:
+        untold = _fold(broker, part, EpochTracker(epoch), begin, checkpoint.read_from, stop, check)
+    except EventLogError:
+        raise
+    except Exception as error:  # an event that its state does not allow: many types
+        raise DoubtfulSnapshotError(
+            f"the log does not follow from the snapshots: {type(error).__name__}: {error}"
+        ) from error
+    if part.unconfirmed:
+        raise DoubtfulSnapshotError(f"{len(part.unconfirmed)} snapshots say more than the log")
+    return untold
+
+
+def _load_done(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots) -> None:
+    for segment in checkpoint.segments:
+        for number in range(1, segment.count + 1):
+            units = snapshots.done.get(f"{segment.epoch}:{number}")
+            if units is None:
+                raise DoubtfulSnapshotError(f"segment {number} of epoch {segment.epoch} is missing")
+            for unit in units:
+                part.shelf.put_known(unit.unit, unit.as_of, unit.state)
+                if unit.as_of >= checkpoint.read_from:
+                    part.unconfirmed[unit.unit] = unit.as_of
+
+
+def _load_live(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots, quiet_before_ms: int) -> None:
+    for name, data in snapshots.parts.items():
+        part.machine.load_part(part.state, name, data)
+    counted = 0
+    for unit, live in snapshots.live.items():
+        shelved = part.shelf.get(unit)
+        if shelved is not None and shelved.as_of >= live.as_of:
+            continue  # it is over since
+        state = live.state()
+        is_gone_since = not state and live.number > checkpoint.number
+        if live.first <= checkpoint.number and (state or is_gone_since):
+            counted += 1
+        if live.as_of >= checkpoint.read_from:
+            part.unconfirmed[unit] = live.as_of
+        if not state:
+            continue
+        try:
+            part.machine.load(part.state, unit, state)
+        except Exception as error:  # a format that changed, bytes that are broken: many types
+            raise DoubtfulSnapshotError(
+                f"the snapshot of {unit} cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        quiet_since_ms = part.machine.quiet_since_ms(part.state, unit)
+        is_quiet = quiet_since_ms is not None and quiet_since_ms <= quiet_before_ms
+        if is_quiet and unit not in part.unconfirmed:
+            part.shelf.put(unit, live.as_of, state, done=False)
+            part.machine.unload(part.state, unit)
+        else:
+            part.as_of[unit] = live.as_of
+    if counted != checkpoint.live:
+        raise DoubtfulSnapshotError(f"{counted} of {checkpoint.live} live units have a snapshot")
+    part.dirty = set(part.as_of)  # our first checkpoint writes all of them anew, under our epoch
+    part.machine.loaded(part.state)
+
+
+# --- folding ---------------------------------------------------------------
+
+
+def _fold(
+    broker: Broker,
+    part: OwnedPartition,
+    tracker: EpochTracker,
+    begin: int,
+    fold_from: int,
+    stop: int,
+    check: Callable[[OwnerAnnounced], None],
+) -> list[tuple[int, Entry]]:
+    """Read the log from `begin` and fold its valid entries from `fold_from` on; returns the untold ones."""
+    topic, partition = part.machine.log_topic, part.partition
+    untold: deque[tuple[int, Entry]] = deque()
+    began_s = time.monotonic()
+    for count, (offset, record, value) in enumerate(_records(broker, topic, partition, begin, stop), 1):
+        if count % PROGRESS_EVERY == 0:
+            done = (offset - begin) / (stop - begin)
+            left_s = (time.monotonic() - began_s) * (1 - done) / done
+            _log.info("restoring", log=topic, partition=partition, at=offset, of=stop, seconds_left=round(left_s, 1))
+            part.put_away_all_over()
+        if isinstance(record, OwnerAnnounced):
+            check(record)
+            tracker.announced(offset, record.epoch)
+            if tracker.is_valid(record.epoch):
+                _take_announcement(part, record)
+        elif tracker.is_valid(record.epoch):
+            if offset >= fold_from:
+                part.fold(record, value, offset)
+            untold.append((offset, record))
+            while untold and untold[0][0] <= part.told.told:
+                untold.popleft()
+    return [item for item in untold if item[0] > part.told.told]
+
+
+def _take_announcement(part: OwnedPartition, record: OwnerAnnounced) -> None:
+    part.inputs.update(record.inputs)
+    part.marks.update(record.marks)
+    if record.checkpoint is not None:
+        part.told.told = max(part.told.told, record.checkpoint.told)
+        part.now_ms = max(part.now_ms, record.checkpoint.now_ms)
+
+
+def _records(
+    broker: Broker, topic: str, partition: int, begin: int, stop: int
+) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
+    for message in broker.read(topic, partition, begin, stop):
+        if message.value is not None:
+            yield message.offset, _record(message), message.value
+
+
+def _record(message: Message) -> Entry | OwnerAnnounced:
+    """Return what a log holds. Raises CorruptLogError: it is not known what the log should say, so nobody may go on."""
+    try:
+        record = codec.decode(message.value)
+    except codec.DecodeError as error:
+        record = error
+    if isinstance(record, Entry | OwnerAnnounced):
+        return record
+    what = record if isinstance(record, codec.DecodeError) else f"a {type(record).__name__}"
+    raise CorruptLogError(
+        f"{message.topic}-{message.partition} at offset {message.offset}: {what} has no place in a log. Somebody else than its "
+        "owner wrote there: look at it with `tidegate verify`, and let Kafka's ACLs keep others out."
+    )

@@ -1,0 +1,123 @@
+"""A way to a broker on which answers get lost."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+PRODUCE = 0
+_HEAD = struct.Struct(">ihhi")  # length, api key, api version, correlation id
+_ANSWER = struct.Struct(">ii")  # length, correlation id
+
+
+class LossyWay:
+    """Stands between clients and a broker, which must advertise `address`.
+
+    Every `lose_every`-th answer to a write, over all connections, is not passed on: the broker has done what was asked, and
+    the connection ends before its client hears so. 0 (the default) loses nothing; -1 loses all, and keeps connections open.
+    """
+
+    def __init__(self) -> None:
+        """Take a port."""
+        self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._target = ("", 0)
+        self._lock = threading.Lock()
+        self._writes = 0
+        self._sockets: set[socket.socket] = set()
+        self.lose_every = 0
+        self.lost = 0
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        host, port = self._listening.getsockname()
+        return f"{host}:{port}"
+
+    def lead_to(self, bootstrap: str) -> None:
+        """Begin to take connections, to this broker."""
+        host, _, port = bootstrap.rpartition(":")
+        self._target = (host, int(port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+        self._listening.close()
+        for end in list(self._sockets):
+            self._hang_up(end)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+            try:
+                broker = socket.create_connection(self._target)
+            except OSError:  # it is away: so are we
+                client.close()
+                continue
+            for end in (client, broker):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._sockets.add(end)
+            writes: set[int] = set()
+            threading.Thread(target=self._pass_requests, args=(client, broker, writes), daemon=True).start()
+            threading.Thread(target=self._pass_answers, args=(client, broker, writes), daemon=True).start()
+
+    def _pass_requests(self, client: socket.socket, broker: socket.socket, writes: set[int]) -> None:
+        with suppress(OSError):
+            while True:
+                head = _exactly(client, _HEAD.size)
+                length, api_key, _, correlation_id = _HEAD.unpack(head)
+                if api_key == PRODUCE:
+                    writes.add(correlation_id)
+                broker.sendall(head + _exactly(client, length + 4 - _HEAD.size))
+        self._hang_up(client)
+        self._hang_up(broker)
+
+    def _pass_answers(self, client: socket.socket, broker: socket.socket, writes: set[int]) -> None:
+        with suppress(OSError):
+            while True:
+                head = _exactly(broker, _ANSWER.size)
+                length, correlation_id = _ANSWER.unpack(head)
+                rest = _exactly(broker, length + 4 - _ANSWER.size)
+                if correlation_id in writes and self._is_to_be_lost():
+                    if self.lose_every < 0:
+                        continue
+                    break
+                client.sendall(head + rest)
+        self._hang_up(client)
+        self._hang_up(broker)
+
+    def _is_to_be_lost(self) -> bool:
+        with self._lock:
+            self._writes += 1
+            lose = self.lose_every < 0 or (self.lose_every > 0 and self._writes % self.lose_every == 0)
+            self.lost += lose
+            return lose
+
+    def _hang_up(self, end: socket.socket) -> None:
+        self._sockets.discard(end)
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
+
+
+def _exactly(end: socket.socket, size: int) -> bytes:
+    """Read so many bytes. Raises OSError if the connection ends before."""
+    parts = bytearray()
+    while len(parts) < size:
+        part = end.recv(min(size - len(parts), 1 << 20))
+        if not part:
+            raise ConnectionResetError
+        parts += part
+    return bytes(parts)

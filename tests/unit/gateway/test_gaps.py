@@ -1,0 +1,128 @@
+"""Faust may pass over records when it begins to read a partition; the live view must not. Found by the chaos demo."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faust.types import TP
+
+from support.logs import LogWriter, Story
+from tidegate.eventlog.interface import Message
+from tidegate.eventlog.memory import MemoryBroker
+from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS
+from tidegate.gateway.service import Gateway
+from tidegate.gateway.view import RunRow
+
+
+class _Table(dict[str, RunRow]):
+    """A table whose changelog takes everything at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unacknowledged: list[Any] = []
+
+    def on_recover(self, _: Any) -> None:
+        pass
+
+
+def gateway(broker: MemoryBroker, committed: int = 0) -> Gateway:
+    """Return a gateway that owns the only partition, as after its table was restored."""
+    signal = SimpleNamespace(connect=lambda *_, **__: None)
+    app: Any = SimpleNamespace(
+        topic=lambda *_, **__: None,
+        agent=lambda *_, **__: lambda _: None,
+        on_partitions_revoked=signal,
+        on_partitions_assigned=signal,
+        assignor=SimpleNamespace(assigned_actives=lambda: [TP(GATEWAY_RUNS, 0)]),
+    )
+    table: Any = _Table()
+    made = Gateway(
+        app, table, broker, lambda: {0: committed} if committed else {}, prefix="", partition_count=1, keep_minutes=60
+    )
+    asyncio.run(made._recovered())
+    assert made.owned == {0}
+    return made
+
+
+@pytest.fixture
+def log() -> tuple[MemoryBroker, list[Message]]:
+    """Runs of every kind in one partition."""
+    story = Story()
+    story.play_all()
+    broker = MemoryBroker()
+    broker.create_topic(RUN_EVENTS, 1)
+    writer = broker.writer()
+    for record in LogWriter(1, 1).take(story.decided):
+        if record.topic == RUN_EVENTS:
+            writer.send(record)
+    writer.flush(1)
+    return broker, list(broker.read(RUN_EVENTS, 0, 0, broker.offsets(RUN_EVENTS, 0).end))
+
+
+class _Noted:
+    """A broker that notes from where it is read, and that has compacted some records away."""
+
+    def __init__(self, broker: MemoryBroker, read: list[int], compacted: range = range(0)) -> None:
+        self._broker, self._noted, self._compacted = broker, read, compacted
+        self.offsets = broker.offsets
+
+    def read(self, topic: str, partition: int, start: int, stop: int) -> Any:
+        self._noted.append(start)
+        kept = self._broker.read(topic, partition, start, stop)
+        return (message for message in kept if message.offset not in self._compacted)
+
+
+def rows_after(made: Gateway, batches: list[list[Message]]) -> dict[str, tuple[int, str, bool]]:
+    """Hand over the batches as Faust would; return the rows' seq, status, and whether they say that they are incomplete."""
+
+    async def hand_over() -> None:
+        for batch in batches:
+            events: Any = [SimpleNamespace(message=message) for message in batch]
+            assert await made._handle(events) == events
+
+    asyncio.run(hand_over())
+    return {run_id: (row.seq, row.status, row.incomplete) for run_id, row in made.view.rows.items()}
+
+
+@pytest.mark.feature("O1")
+@pytest.mark.parametrize("hole", ["between two batches", "within a batch", "at the beginning"])
+def test_what_faust_passes_over_is_read_from_the_log(log: tuple[MemoryBroker, list[Message]], hole: str) -> None:
+    broker, messages = log
+    whole = rows_after(gateway(broker), [messages])
+    batches = {
+        "between two batches": [messages[:4], messages[10:]],
+        "within a batch": [[*messages[:4], *messages[10:]]],
+        "at the beginning": [messages[6:]],
+    }[hole]
+    assert rows_after(gateway(broker), batches) == whole
+    assert not any(incomplete for _, _, incomplete in whole.values())
+
+
+def test_reading_begins_behind_what_was_committed(log: tuple[MemoryBroker, list[Message]]) -> None:
+    broker, messages = log
+    read: list[int] = []
+    made = gateway(broker, committed=messages[20].offset)
+    made._broker = _Noted(broker, read)  # type: ignore[assignment]
+    rows_after(made, [messages[22:]])
+    assert messages[20].offset in read
+    rows_after(made, [messages[22:]])
+    assert read.count(messages[20].offset) == 1, "what follows on is no gap"
+
+
+def test_offsets_that_compaction_took_are_no_gap(log: tuple[MemoryBroker, list[Message]]) -> None:
+    broker, messages = log
+    whole = rows_after(gateway(broker), [messages])
+    read: list[int] = []
+    compacted: Any = _Noted(broker, read, range(3, 6))
+    rows = rows_after(gateway(compacted), [[message for message in messages if message.offset not in range(3, 6)]])
+    assert rows.keys() == whole.keys()
+    assert len(read) <= 2, "once for the batch, and once for the epoch"
+
+
+def test_what_is_read_again_after_a_rebalance_is_no_gap(log: tuple[MemoryBroker, list[Message]]) -> None:
+    broker, messages = log
+    whole = rows_after(gateway(broker), [messages])
+    assert rows_after(gateway(broker), [messages[:10], messages[4:20], [*messages[15:25], *messages[20:]]]) == whole

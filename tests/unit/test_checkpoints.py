@@ -1,0 +1,406 @@
+"""Checkpoints and restores, with real machines on the log in memory: what is restored must be what folding the log gives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.cluster import ACCOUNT_PARTITIONS, RUN_PARTITIONS, Cluster, Crash
+from tidegate import codec
+from tidegate.domain.entry import OwnerAnnounced
+from tidegate.domain.identity import partition_of
+from tidegate.eventlog import checkpoints, restore
+from tidegate.eventlog.interface import Record
+from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.gate import snapshots as gate_snapshots
+from tidegate.scheduler import snapshots as run_snapshots
+
+OFTEN = CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=2, rest_after_s=3600)
+EDGES = ("checkpoint.begun", "checkpoint.before-certify", "checkpoint.after-certify")
+LOGS = {"scheduler": ("run-events", RUN_PARTITIONS), "gate": ("gate-ledger", ACCOUNT_PARTITIONS)}
+SNAPSHOTS = {"scheduler": "run-snapshots", "gate": "gate-snapshots"}
+
+
+def state_of(part: OwnedPartition) -> dict[str, Any]:
+    """Return all that a partition's state says, wherever its units are."""
+    machine = part.machine
+    units = {unit: machine.dump(part.state, unit) for unit in part.as_of if part.as_of[unit] >= 0}
+    decode = msgspec.msgpack.decode  # sets come in any order
+    return {
+        "units": {unit: freeze(decode(data)) for unit, data in (units | shelved(part)).items()},
+        "head": machine.head(part.state, own) if (own := machine.own_subject(part.state)) else None,
+        "told": part.told.told,
+        "inputs": part.inputs,
+        "marks": part.marks,
+        "now_ms": part.now_ms,
+        "waiting": getattr(part.state, "waiting", None),
+        "held_by": getattr(part.state, "held_by", None),
+    }
+
+
+def freeze(value: Any) -> Any:
+    """Return lists of text sorted: command ids are a set."""
+    if isinstance(value, list):
+        items = [freeze(item) for item in value]
+        return sorted(items) if items and all(isinstance(item, str) for item in items) else items
+    return {key: freeze(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def shelved(part: OwnedPartition) -> dict[str, bytes]:
+    rows = part.shelf._database.execute("SELECT unit, state FROM units") if part.shelf._database else ()
+    return {unit: state for unit, state in rows if unit not in part.as_of}
+
+
+def restored_and_folded(cluster: Cluster, service: str, partition: int) -> tuple[OwnedPartition, OwnedPartition]:
+    """Restore the partition at its present end, by snapshots and without."""
+    machine = cluster.machine(service)
+    topic, _ = LOGS[service]
+    stop = cluster.broker.offsets(topic, partition).end
+    by_snapshots = restore.restore(cluster.broker, machine, partition, stop, lambda _: None, 0).part
+    by_log, _ = restore.fold_all(cluster.broker, machine, partition, stop, lambda _: None)
+    for part in (by_snapshots, by_log):
+        part.put_away_all_over()
+    return by_snapshots, by_log
+
+
+def assert_restores(cluster: Cluster) -> int:
+    """Every partition restored from its snapshots is what its log says; returns how many had a checkpoint."""
+    used = 0
+    for service, (_, count) in LOGS.items():
+        for partition in range(count):
+            by_snapshots, by_log = restored_and_folded(cluster, service, partition)
+            assert state_of(by_snapshots) == state_of(by_log)
+            used += by_snapshots.checkpoint is not None
+    return used
+
+
+def checkpoint_of(cluster: Cluster, service: str, partition: int) -> Any:
+    return cluster.owners[service].owned[partition].checkpoint
+
+
+def some_work(cluster: Cluster, count: int = 12, steps: int = 6) -> list[str]:
+    names = [f"r{number}" for number in range(count)]
+    for number, run_id in enumerate(names):
+        cluster.start_run(run_id, *("abc"[: 1 + number % 3]), account=f"acme{number % 3}")
+    for _ in range(steps):
+        cluster.turn()
+    return names
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_restored_is_what_the_log_says_at_any_moment(seed: int) -> None:
+    """Runs, crashes, cancels, late results, forced compaction: after every few turns both ways agree."""
+    cluster = Cluster(seed, OFTEN)
+    rng = random.Random(seed)
+    used = 0
+    for number in range(60):
+        what = rng.random()
+        if what < 0.5:
+            cluster.start_run(f"r{number}", *("abc"[: rng.randint(1, 3)]), account=f"acme{number % 3}")
+        elif what < 0.6:
+            cluster.command(f"r{rng.randint(0, 60)}", "cancel", command_id=f"c{number}")
+        elif what < 0.7:
+            service = rng.choice(("scheduler", "gate"))
+            cluster.crash(service)
+            cluster.start(service)
+        elif what < 0.8:
+            cluster.broker.compact(rng.choice(("run-snapshots", "gate-snapshots", "run-events", "gate-ledger")))
+        for _ in range(rng.randint(1, 6)):
+            cluster.turn()
+        cluster.broker.land_stragglers()
+        if number % 5 == 0:
+            used += assert_restores(cluster)
+    cluster.settle()
+    used += assert_restores(cluster)
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert {run.status for run in runs.values()} <= {"succeeded", "cancelled"} | {"absent"}
+    assert set(cluster.entered.values()) == {1}
+    assert used > 10, "checkpoints were hardly ever used: the test shows nothing"
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("hit", [1, 2, 3])
+def test_a_crash_in_a_checkpoint_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, service: str, edge: str, hit: int
+) -> None:
+    for seed in range(3):
+        cluster = Cluster(seed, OFTEN)
+        passes = 0
+
+        def point(name: str, cluster: Cluster = cluster) -> None:
+            nonlocal passes
+            if name == edge and cluster.running == service:
+                passes += 1
+                if passes == hit:
+                    raise Crash
+
+        monkeypatch.setattr(checkpoints, "failpoint", point)
+        names = some_work(cluster, 20)
+        cluster.settle()
+        assert passes >= hit, "the edge was never reached: the test shows nothing"
+        report, runs = cluster.verified()
+        assert report.problems == []
+        assert {run_id: runs[run_id].status for run_id in names} == dict.fromkeys(names, "succeeded")
+        assert assert_restores(cluster)
+
+
+def test_a_restart_reads_only_what_came_after_the_checkpoint() -> None:
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, 30)
+    cluster.settle()
+    assert checkpoint_of(cluster, "scheduler", 0)
+    for service, (topic, _) in LOGS.items():
+        part, _ = restored_and_folded(cluster, service, 0)
+        assert part.checkpoint is not None
+        entries = sum(1 for message in cluster.messages(topic, 0) if message.value is not None)
+        assert part.since_checkpoint < entries / 3
+
+
+# --- what is over leaves the memory ---------------------------------------------------------------
+
+
+def test_runs_that_are_over_leave_the_memory_and_are_still_known() -> None:
+    cluster = Cluster(0, OFTEN)
+    names = some_work(cluster, 30)
+    cluster.settle()
+    loop = cluster.owners["scheduler"]
+    in_memory = [run_id for part in loop.owned.values() for run_id in part.state.runs]
+    assert len(in_memory) < len(names) / 2
+    for restart in (False, True):
+        if restart:
+            cluster.crash("scheduler")
+            loop = cluster.start("scheduler")
+            cluster.settle()
+        before, _ = cluster.verified()
+        for run_id in names:
+            cluster.start_run(run_id, *("abc"[: 1 + int(run_id[1:]) % 3]), account="acme")  # the same again
+        cluster.settle()
+        after, runs = cluster.verified()
+        assert after.events == before.events, "a run that is over was started again"
+    for number, run_id in enumerate(names):
+        cluster.start_run(run_id, "a", content_hash="other", command_id=f"again-{number}", account="acme")
+    cluster.settle()
+    after, runs = cluster.verified()
+    assert after.problems == []
+    assert after.events == before.events + len(names), "each is refused once, in its own chain"
+    assert all(runs[run_id].status == "succeeded" for run_id in names)
+    assert {letter.code for letter in cluster.letters()} == {"duplicate_run_id"}
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_late_result_of_a_run_that_left_the_memory_settles_once(restart: bool) -> None:
+    cluster = Cluster(0, OFTEN)
+    cluster.holds_back = True
+    cluster.start_run("late", "a", account="acme0")
+    for _ in range(20):
+        cluster.turn()
+    cluster.command("late", "cancel")
+    some_work(cluster, 30, steps=60)
+    partition = partition_of("late", RUN_PARTITIONS)
+    assert "late" not in cluster.owners["scheduler"].owned[partition].state.runs, "it never left"
+    if restart:
+        cluster.crash("scheduler")
+        cluster.start("scheduler")
+    cluster.holds_back = False
+    for _ in range(2):
+        cluster.answer_late()
+        cluster.settle()
+    report, runs = cluster.verified()
+    assert report.problems == []
+    ignored = [event for event in cluster.events_of("late") if type(event).__name__ == "ResultIgnored"]
+    assert len(ignored) == 1
+    assert runs["late"].status == "cancelled"
+    settled = [event for event in cluster.ledger_events() if event.run_id == "late" and hasattr(event, "actual_micros")]
+    assert [event.actual_micros for event in settled] == [2]
+    assert_restores(cluster)
+
+
+def test_runs_that_wait_for_long_leave_the_memory_and_come_back() -> None:
+    cluster = Cluster(0, CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=50, rest_after_s=5))
+    cluster.require_approval()
+    names = some_work(cluster, 10, steps=40)
+    assert all(run.status == "waiting" for run in cluster.verified()[1].values())
+    cluster.now_ms += 60_000
+    cluster.settle()
+    loop = cluster.owners["scheduler"]
+    assert [run_id for part in loop.owned.values() for run_id in part.state.runs] == []
+    cluster.crash("scheduler")
+    loop = cluster.start("scheduler")
+    cluster.settle()
+    assert [run_id for part in loop.owned.values() for run_id in part.state.runs] == []
+    assert assert_restores(cluster)
+    for run_id in names:
+        cluster.command(run_id, "approve", step_id="a", by="ann")
+    cluster.settle()
+    assert all(
+        run.open_approvals() == [] or run.steps["a"].status == "succeeded" for run in cluster.verified()[1].values()
+    )
+    assert assert_restores(cluster)
+
+
+# --- what is doubtful is thrown away ---------------------------------------------------------------
+
+
+def doubtful_cluster() -> Cluster:
+    cluster = Cluster(0, OFTEN)
+    cluster.require_approval()  # so that many runs stay alive
+    some_work(cluster, 20, steps=40)
+    cluster.settle()
+    return cluster
+
+
+def live_key(cluster: Cluster, service: str) -> tuple[int, bytes, bytes]:
+    for partition in range(LOGS[service][1]):
+        for message in reversed(cluster.messages(SNAPSHOTS[service], partition)):
+            if (
+                message.value
+                and (message.key or b"").startswith(b"live:")
+                and codec.decode(message.value).units[0].state
+            ):
+                return partition, message.key or b"", message.value
+    raise AssertionError("nothing is alive")
+
+
+def removed(record: Any) -> None:
+    return None
+
+
+def of_another_format(record: Any) -> Any:
+    (unit,) = record.units
+    state = bytes([unit.state[0], 99]) + unit.state[2:]
+    return codec.encode(type(record)(**fields(record) | {"units": (type(unit)(unit.unit, unit.as_of, state),)}))
+
+
+def ahead_of_the_log(record: Any) -> Any:
+    (unit,) = record.units
+    return codec.encode(
+        type(record)(**fields(record) | {"units": (type(unit)(unit.unit, unit.as_of + 1_000_000, unit.state),)})
+    )
+
+
+def half_of_it(record: Any) -> Any:
+    return codec.encode(type(record)(**fields(record) | {"pieces": 2}))
+
+
+def fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__struct_fields__}
+
+
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+@pytest.mark.parametrize("damage", [removed, of_another_format, ahead_of_the_log, half_of_it])
+def test_a_doubtful_snapshot_is_thrown_away_and_the_log_folded(service: str, damage: Callable[[Any], Any]) -> None:
+    cluster = doubtful_cluster()
+    partition, key, value = live_key(cluster, service)
+    assert restored_and_folded(cluster, service, partition)[0].checkpoint is not None
+    cluster.writer.send(Record(SNAPSHOTS[service], partition, key, damage(codec.decode(value))))
+    cluster.writer.flush(1.0)
+    by_snapshots, by_log = restored_and_folded(cluster, service, partition)
+    assert by_snapshots.checkpoint is None, "the damage went unnoticed"
+    assert state_of(by_snapshots) == state_of(by_log)
+    cluster.crash(service)  # and the service goes on from there, with checkpoints of its own
+    cluster.start(service)
+    some_more = [f"more{number}" for number in range(20)]
+    for run_id in some_more:
+        cluster.start_run(run_id, account="acme1")
+    cluster.settle()
+    assert checkpoint_of(cluster, service, partition) is not None
+    assert_restores(cluster)
+
+
+def test_a_lost_segment_is_noticed() -> None:
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, 30)
+    cluster.settle()
+    key = next(m.key for m in cluster.messages("run-snapshots", 0) if (m.key or b"").startswith(b"done:"))
+    cluster.writer.send(Record("run-snapshots", 0, key or b"", None))
+    cluster.writer.flush(1.0)
+    by_snapshots, by_log = restored_and_folded(cluster, "scheduler", 0)
+    assert by_snapshots.checkpoint is None
+    assert state_of(by_snapshots) == state_of(by_log)
+
+
+def test_a_state_too_large_for_a_record_is_cut_and_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "MAX_PIECE_BYTES", 100)
+    cluster = doubtful_cluster()
+    assert any(
+        (m.key or b"").startswith(b"live:") and b":3:" in (m.key or b"") for m in cluster.messages("run-snapshots", 0)
+    )
+    assert assert_restores(cluster)
+
+
+def test_snapshots_of_earlier_owners_are_removed() -> None:
+    cluster = doubtful_cluster()
+    for _ in range(4):
+        for service in LOGS:
+            cluster.crash(service)
+            cluster.start(service)
+        some_work(cluster, 0, steps=5)
+        cluster.now_ms += 10_000
+        for run_id in ("x", "y", "z", "u", "v"):
+            cluster.command(f"{run_id}{cluster.now_ms}", "cancel")
+        cluster.settle()
+    cluster.broker.purge("run-snapshots")
+    for partition in range(RUN_PARTITIONS):
+        epochs = {
+            (m.key or b"").split(b":")[1]
+            for m in cluster.messages("run-snapshots", partition)
+            if (m.key or b"")[:4] == b"live"
+        }
+        assert len(epochs) <= 1
+
+
+def test_the_announcement_before_a_checkpoint_is_found_far_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "FIRST_SPAN", 3)
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, 30)
+    cluster.settle()
+    assert assert_restores(cluster)
+
+
+def test_a_replaced_owners_snapshots_do_no_harm() -> None:
+    """It was stopped in the middle of a checkpoint; another took over and worked on; then it writes what it still has."""
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, 20)
+    zombie = cluster.owners["scheduler"]
+    cluster.broker.expire("tidegate-scheduler", "scheduler-0")
+    cluster.start("scheduler", "scheduler-1")
+    for _ in range(8):
+        cluster.turn()
+    for partition, checkpointer in zombie._checkpointers.items():
+        zombie.owned[partition].since_checkpoint = 1_000
+        for _ in range(20):
+            checkpointer.work(cluster.now_ms / 1000, cluster.now_ms)
+            zombie._tell_writer.flush(1.0)
+    assert all(part.doubt for part in zombie.owned.values()), "it certified a checkpoint although it owns nothing"
+    assert_restores(cluster)
+    cluster.settle()
+    assert assert_restores(cluster)
+
+
+def test_announcements_name_the_last_checkpoint() -> None:
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, 30)
+    cluster.settle()
+    named = [
+        record.checkpoint
+        for message in cluster.messages("run-events", 0)
+        if isinstance(record := codec.decode(message.value), OwnerAnnounced) and record.checkpoint is not None
+    ]
+    assert named[-1] == checkpoint_of(cluster, "scheduler", 0)
+    assert [checkpoint.number for checkpoint in named] == list(range(1, len(named) + 1))
+
+
+def test_formats_are_told_apart() -> None:
+    for module in (run_snapshots, gate_snapshots):
+        assert module.SNAPSHOT_FORMAT >= 1
+    with pytest.raises(ValueError, match="format 2"):
+        run_snapshots.load(b"\x92\x02\xc0", {})
