@@ -20,7 +20,7 @@ from tidegate.domain.messages import Call
 from tidegate.eventlog import kafka, subscription
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate import decide
-from tidegate.gate.ledger import Attempt, AttemptKey, Ledger
+from tidegate.gate.ledger import Attempt, AttemptKey, Ledger, Line
 from tidegate.scheduler import admission
 
 FLOOD = 1_000
@@ -127,7 +127,7 @@ def crowded(lines: int, each: int) -> Ledger:
             )
             key = AttemptKey(f"run-{turn}", "s", 1)
             ledger.attempts[key] = Attempt(account="a", call=call, status="queued", turn=turn)
-            ledger.waiting.setdefault(("default", f"f{line}"), []).append((turn, key))  # type: ignore[arg-type]
+            ledger.waiting.setdefault(("default", f"f{line}"), Line()).add("a", key, turn)
             ledger.waiting_count += 1
     ledger.waiting = Watched(ledger.waiting)
     return ledger

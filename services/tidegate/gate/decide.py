@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
+from tidegate.domain.identity import account_root
 from tidegate.domain.messages import (
     Approve,
     Authorise,
@@ -330,19 +331,34 @@ _ITEMS: Final[dict[type, Callable[[Draft, Any], None]]] = {
 
 
 def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None = None) -> list[Any]:
-    """Return placements of waiting attempts on free slots, the oldest first, as many as an entry may hold."""
+    """Return placements of waiting attempts on free slots, as many as an entry may hold.
+
+    The account root that holds the fewest slots goes first, of those that hold as many the one that has waited longest: whoever
+    asks for a lot does not make others wait behind all of it.
+    """
+    if not ledger.waiting:
+        return []
     gone = ended or set()
+    busy = _busy_after(ledger, gone)
     events: list[Any] = []
     size = 0
     # Only lines for which somebody has a slot are looked at: with all slots taken, thousands of them cost nothing.
-    lines = {name: iter(ledger.waiting[name]) for name in slots.lines_with_room(ledger.waiting)}
-    heads = [(*head, name) for name, line in lines.items() if (head := next(line, None)) is not None]
+    queues: dict[tuple[str, str, str], Iterator[tuple[int, AttemptKey]]] = {
+        (*name, root): ledger.waiting[name].of(root)
+        for name in slots.lines_with_room(ledger.waiting)
+        for root in ledger.waiting[name].roots()
+    }
+    heads = [(busy.get(name[2], 0), *next(queue), name) for name, queue in queues.items()]
     heapq.heapify(heads)
     while heads and len(events) < MAX_PLACEMENTS_PER_ENTRY:
-        _, key, name = heapq.heappop(heads)
+        held, turn, key, name = heapq.heappop(heads)
+        queue, function, root = name
+        if held != busy.get(root, 0):  # it was given a slot in another line meanwhile
+            heapq.heappush(heads, (busy[root], turn, key, name))
+            continue
         attempt = ledger.attempts[key]
         if key not in gone and attempt.call is not None:
-            executor = slots.take(name[0], attempt.call.kind, name[1])
+            executor = slots.take(queue, attempt.call.kind, function)
             if executor is None:
                 if not slots.has_room():
                     break
@@ -355,10 +371,22 @@ def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | Non
                     key, attempt.account, attempt.call, attempt.reserved_micros, attempt.rule, attempt.policy, executor
                 )
             )
-        following = next(lines[name], None)
+            busy[root] = busy.get(root, 0) + 1
+        following = next(queues[name], None)
         if following is not None:
-            heapq.heappush(heads, (*following, name))
+            heapq.heappush(heads, (busy.get(root, 0), *following, name))
     return events
+
+
+def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
+    """Return how many slots each account root holds when the attempts that end in this decision have let go of theirs."""
+    busy = dict(ledger.busy)
+    for key in ended:
+        attempt = ledger.attempts.get(key)
+        if attempt is not None and attempt.incarnation is not None and not attempt.lost:
+            root = account_root(attempt.account)
+            busy[root] = busy.get(root, 0) - 1
+    return busy
 
 
 def losses(ledger: Ledger, ended: Mapping[Incarnation, str]) -> list[Any]:

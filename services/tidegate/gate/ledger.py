@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tidegate.domain import ledger_events as ev
+from tidegate.domain.identity import account_root
 from tidegate.domain.messages import Call
 
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
@@ -64,47 +65,58 @@ class Attempt(msgspec.Struct, array_like=True):
 
 
 class Line:
-    """Attempts that wait for the same function, by the turn of each: whoever came first is first. Leaving it is O(1)."""
+    """Attempts that wait for the same function: a queue for each account root, in order of turn. Leaving it is O(1)."""
 
-    __slots__ = ("_is_sorted", "_turns")
+    __slots__ = ("_queues", "_unsorted")
 
     def __init__(self) -> None:
-        self._turns: OrderedDict[AttemptKey, int] = OrderedDict()
-        self._is_sorted = True
+        self._queues: dict[str, OrderedDict[AttemptKey, int]] = {}
+        self._unsorted: set[str] = set()
 
-    def add(self, key: AttemptKey, turn: int) -> None:
+    def add(self, root: str, key: AttemptKey, turn: int) -> None:
         """Stand in line. While a log is folded on top of snapshots, who came earlier may be met later: sorted when asked."""
-        if self._turns and self._turns[next(reversed(self._turns))] > turn:
-            self._is_sorted = False
-        self._turns[key] = turn
+        queue = self._queues.setdefault(root, OrderedDict())
+        if queue and queue[next(reversed(queue))] > turn:
+            self._unsorted.add(root)
+        queue[key] = turn
 
-    def remove(self, key: AttemptKey) -> None:
+    def remove(self, root: str, key: AttemptKey) -> None:
         """Leave, from wherever it stands. Raises KeyError."""
-        del self._turns[key]
+        queue = self._queues[root]
+        del queue[key]
+        if not queue:
+            del self._queues[root]
+            self._unsorted.discard(root)
 
-    def __iter__(self) -> Iterator[tuple[int, AttemptKey]]:
-        """Return (turn, attempt), the first one first."""
-        if not self._is_sorted:
-            self._turns = OrderedDict(sorted(self._turns.items(), key=lambda item: item[1]))
-            self._is_sorted = True
-        return ((turn, key) for key, turn in self._turns.items())
+    def roots(self) -> list[str]:
+        """Return the account roots that somebody waits for."""
+        return list(self._queues)
 
-    def __len__(self) -> int:
-        return len(self._turns)
+    def of(self, root: str) -> Iterator[tuple[int, AttemptKey]]:
+        """Return (turn, attempt) of an account root, the first one first."""
+        if root in self._unsorted:
+            self._queues[root] = OrderedDict(sorted(self._queues[root].items(), key=lambda item: item[1]))
+            self._unsorted.discard(root)
+        return ((turn, key) for key, turn in self._queues[root].items())
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Line) and list(self) == list(other)
+        if not isinstance(other, Line) or set(self._queues) != set(other._queues):
+            return NotImplemented if not isinstance(other, Line) else False
+        return all(list(self.of(root)) == list(other.of(root)) for root in self._queues)
 
     __hash__ = None  # type: ignore[assignment] # it changes
 
 
 class Ledger:
-    """The state of one ledger partition. `waiting` holds queued attempts by (queue, function), oldest first.
+    """The state of one ledger partition. `waiting` holds queued attempts by (queue, function).
 
-    seq, head: the end of the partition's hash chain.
+    busy: how many attempts of an account root hold a slot. seq, head: the end of the partition's hash chain.
     """
 
-    __slots__ = ("attempts", "head", "held_by", "partition", "runs", "seq", "waiting", "waiting_count")
+    __slots__ = ("attempts", "busy", "head", "held_by", "partition", "runs", "seq", "waiting", "waiting_count")
 
     def __init__(self, partition: int) -> None:
         self.partition = partition
@@ -113,6 +125,7 @@ class Ledger:
         self.runs: dict[str, RunMoney] = {}
         self.attempts: dict[AttemptKey, Attempt] = {}
         self.held_by: dict[Incarnation, dict[AttemptKey, None]] = {}
+        self.busy: dict[str, int] = {}
         self.waiting: dict[tuple[str, str], Line] = {}
         self.waiting_count = 0
 
@@ -134,7 +147,27 @@ def derive(ledger: Ledger) -> None:
         if attempt.status == QUEUED:
             _join_queue(ledger, key, attempt)
         elif attempt.incarnation is not None and not attempt.lost:
-            ledger.held_by.setdefault(attempt.incarnation, {})[key] = None
+            _hold(ledger, attempt.incarnation, key, attempt)
+
+
+def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
+    ledger.held_by.setdefault(life, {})[key] = None
+    root = account_root(attempt.account)
+    ledger.busy[root] = ledger.busy.get(root, 0) + 1
+
+
+def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
+    """The attempt holds a slot no more, if it did."""
+    held = ledger.held_by.get(life, {})
+    if key not in held:
+        return
+    del held[key]
+    if not held:
+        del ledger.held_by[life]
+    root = account_root(attempt.account)
+    ledger.busy[root] -= 1
+    if not ledger.busy[root]:
+        del ledger.busy[root]
 
 
 def _key(event: Any) -> AttemptKey:
@@ -183,26 +216,28 @@ def _queued(ledger: Ledger, event: ev.AttemptQueued) -> None:
 def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     assert attempt.call is not None  # noqa: S101 - what waits has a call
     ledger.waiting_count += 1
-    ledger.waiting.setdefault((attempt.call.queue, attempt.call.function), Line()).add(key, attempt.turn)
+    ledger.waiting.setdefault((attempt.call.queue, attempt.call.function), Line()).add(
+        account_root(attempt.account), key, attempt.turn
+    )
 
 
 def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     key = _key(event)
     attempt = ledger.attempts[key]
     if attempt.status == QUEUED:
-        _leave_queue(ledger, key, event.call)
+        _leave_queue(ledger, key, attempt, event.call)
     attempt.status = PLACED
     attempt.call = event.call
     attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
     attempt.task_partition = event.task_partition
     attempt.turn = ledger.seq
-    ledger.held_by.setdefault(attempt.incarnation, {})[key] = None
+    _hold(ledger, attempt.incarnation, key, attempt)
 
 
-def _leave_queue(ledger: Ledger, key: AttemptKey, call: Call) -> None:
+def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt, call: Call) -> None:
     name = (call.queue, call.function)
     line = ledger.waiting[name]
-    line.remove(key)
+    line.remove(account_root(attempt.account), key)
     ledger.waiting_count -= 1
     if not line:
         del ledger.waiting[name]
@@ -225,13 +260,9 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
     if attempt is None:
         return
     if attempt.status == QUEUED and attempt.call is not None:
-        _leave_queue(ledger, key, attempt.call)
+        _leave_queue(ledger, key, attempt, attempt.call)
     if attempt.incarnation is not None:
-        held = ledger.held_by.get(attempt.incarnation)
-        if held is not None:
-            held.pop(key, None)
-            if not held:
-                del ledger.held_by[attempt.incarnation]
+        _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
     del run.open[key]
@@ -246,10 +277,7 @@ def _lost(ledger: Ledger, event: ev.PlacementLost) -> None:
     attempt = ledger.attempts[_key(event)]
     attempt.lost = True
     if attempt.incarnation is not None:
-        held = ledger.held_by.get(attempt.incarnation, {})
-        held.pop(_key(event), None)
-        if not held:
-            ledger.held_by.pop(attempt.incarnation, None)
+        _let_go(ledger, attempt.incarnation, _key(event), attempt)
 
 
 def _closed(ledger: Ledger, event: ev.RunClosed) -> None:

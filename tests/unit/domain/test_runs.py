@@ -301,6 +301,27 @@ def test_a_lagging_gate_does_not_take_its_own_lag_for_silence() -> None:
     assert p.run("r").steps["a"].status == "requested"
 
 
+@pytest.mark.feature("P3")
+def test_an_account_with_much_to_do_does_not_make_others_wait_behind_all_of_it() -> None:
+    """The account that holds the fewest slots goes first; among those that hold as many, who has waited longest."""
+    p = pair(slots=2)
+    for number in range(20):
+        p.start(f"big-{number}", chain("a"), number, account="big/app")
+    for number in range(2):
+        p.start(f"small-{number}", chain("a"), number, account="small/app")
+    order = []
+    while p.tasks:
+        task = p.tasks.popleft()
+        order.append(task.run_id)
+        p.answer(task, value=None)
+    assert order[:5] == ["big-0", "big-1", "small-0", "big-2", "small-1"]
+    assert len(order) == 22
+    assert {p.run(f"big-{n}").status for n in range(20)} == {"succeeded"}
+    assert p.ledger.busy == {}
+    assert p.ledger.waiting == {}
+
+
+
 @pytest.mark.feature("P6")
 def test_waiting_work_is_placed_in_order_when_slots_come_free() -> None:
     p = pair(slots=1)
