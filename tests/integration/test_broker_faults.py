@@ -183,8 +183,9 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LossyWay]:
     """The only way to a broker of its own."""
     with LossyWay() as way:
         extra = {"advertised.listeners": f"PLAINTEXT://{way.address}"}
-        with EmbeddedKafka(tmp_path_factory.mktemp("lossy"), profile="quick", extra_config=extra) as kafka:
-            way.lead_to(kafka.bootstrap)
+        kafka = EmbeddedKafka(tmp_path_factory.mktemp("lossy"), profile="quick", extra_config=extra)
+        way.lead_to(lambda: kafka.bootstrap)
+        with kafka:
             yield way
             way.lose_every = 0
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
+
+from tidegate.embedded.errors import EmbeddedKafkaError
 
 PRODUCE = 0
 _HEAD = struct.Struct(">ihhi")  # length, api key, api version, correlation id
@@ -24,7 +27,7 @@ class LossyWay:
     def __init__(self) -> None:
         """Take a port."""
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self._target = ("", 0)
+        self._target: Callable[[], str] = str
         self._lock = threading.Lock()
         self._writes = 0
         self._sockets: set[socket.socket] = set()
@@ -37,10 +40,9 @@ class LossyWay:
         host, port = self._listening.getsockname()
         return f"{host}:{port}"
 
-    def lead_to(self, bootstrap: str) -> None:
-        """Begin to take connections, to this broker."""
-        host, _, port = bootstrap.rpartition(":")
-        self._target = (host, int(port))
+    def lead_to(self, bootstrap: Callable[[], str]) -> None:
+        """Begin to take connections, to the broker whose address this returns; while it has none they end at once."""
+        self._target = bootstrap
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -62,8 +64,9 @@ class LossyWay:
             except OSError:
                 return
             try:
-                broker = socket.create_connection(self._target)
-            except OSError:  # it is away: so are we
+                host, _, port = self._target().rpartition(":")
+                broker = socket.create_connection((host, int(port)))
+            except (OSError, EmbeddedKafkaError):  # it is away: so are we
                 client.close()
                 continue
             for end in (client, broker):
