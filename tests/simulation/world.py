@@ -297,7 +297,9 @@ class World:
         except SimulatedCrash:
             self.end(life, "killed")
         except (CorruptLogError, RefusedToStartError) as error:
-            raise Violation(f"{life} refuses to work: {error}") from error
+            if isinstance(error, CorruptLogError) or not self._is_behind(life, str(error)):
+                raise Violation(f"{life} refuses to work: {error}") from error
+            self.end(life, "refused, a successor is further")
         except EventLogError as error:
             self.end(life, f"ended itself: {error}")
         except Exception as error:
@@ -308,6 +310,15 @@ class World:
         if isinstance(life, OwnerLife) and not life.is_dead and not life.is_inside:
             for part in life.loop.owned.values():
                 self.judge.owned(part)
+
+    def _is_behind(self, life: Life, refusal: str) -> bool:
+        """Tell whether another process has announced itself since for the partition that a refusal names (`topic-N begins at`).
+
+        Then the one that refuses was stopped while it took over, and what its successor has read may be gone.
+        """
+        assert isinstance(life, OwnerLife)
+        partition = int(refusal.partition(" ")[0].rpartition("-")[2])
+        return self.judge.logs[life.loop.machine.log_topic, partition].announced_by is not life
 
     def end(self, life: Life, why: str) -> None:
         """End a life: what it had not written is lost, or on its way. Its post is filled again later."""

@@ -321,7 +321,6 @@ def test_an_account_with_much_to_do_does_not_make_others_wait_behind_all_of_it()
     assert p.ledger.waiting == {}
 
 
-
 @pytest.mark.feature("P6")
 def test_waiting_work_is_placed_in_order_when_slots_come_free() -> None:
     p = pair(slots=1)
