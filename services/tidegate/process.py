@@ -17,9 +17,10 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.eventlog.interface import Broker, EventLogError
+from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
 from tidegate.eventlog.schemas import SCHEMAS_TOPIC, load_schemas, publish_schemas
 from tidegate.topics.administration import AdministeredBroker
-from tidegate.topics.apply import check_at_start
+from tidegate.topics.apply import TopicsError, check_at_start
 from tidegate.topics.continuity import check_logs
 from tidegate.topics.settings import TopicsSettings
 
@@ -157,6 +158,14 @@ def prepare(broker: AdministeredBroker, topics: Sequence[str], wait_s: float, st
     publish_schemas(broker)
     load_schemas(broker)
     return counts
+
+
+def log_the_end(error: EventLogError) -> None:
+    """Say why an owner ends: it will begin afresh, or it refuses to go on until somebody has done something."""
+    if isinstance(error, RefusedToStartError | CorruptLogError | TopicsError):
+        _log.error("refusing to go on: somebody must look", error=str(error))
+    else:
+        _log.exception("ending: a restart takes over afresh", error=str(error))
 
 
 def run_until_stopped(turn: Callable[[], object], stop: threading.Event) -> None:

@@ -67,7 +67,7 @@ EDGES = {
     "owner.after-telling-again": Edge(OWNERS, "untold"),
     "owner.after-take-over": Edge(OWNERS, "start", at=2),
     "owner.before-close": Edge(OWNERS, "term"),
-    "owner.after-announce-again": Edge(OWNERS, "term"),
+    "owner.after-announce-again": Edge(OWNERS, at=2),
     "owner.after-last-flush": Edge(OWNERS, "term"),
     "checkpoint.begun": Edge(OWNERS, at=2),
     "checkpoint.before-certify": Edge(OWNERS, at=2),

@@ -14,7 +14,7 @@ from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog import checkpoints, restore
-from tidegate.eventlog.interface import Record
+from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.gate import snapshots as gate_snapshots
@@ -314,6 +314,19 @@ def test_a_doubtful_snapshot_is_thrown_away_and_the_log_folded(service: str, dam
     cluster.settle()
     assert checkpoint_of(cluster, service, partition) is not None
     assert_restores(cluster)
+
+
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+def test_a_snapshot_topic_that_lost_its_tail_is_noticed(service: str) -> None:
+    """What is lost may leave an older snapshot under the same key, which nothing else would tell from the true one."""
+    cluster = doubtful_cluster()
+    partition, _, _ = live_key(cluster, service)
+    log = cluster.broker.log(TopicPartition(SNAPSHOTS[service], partition))
+    log.end = checkpoint_of(cluster, service, partition).snapshots_end - 1
+    log.keep(lambda message: message.offset < log.end)
+    by_snapshots, by_log = restored_and_folded(cluster, service, partition)
+    assert by_snapshots.checkpoint is None
+    assert state_of(by_snapshots) == state_of(by_log)
 
 
 def test_a_lost_segment_is_noticed() -> None:

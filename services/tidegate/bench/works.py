@@ -44,7 +44,10 @@ WARM_UP_RUNS: Final = 200
 TIMEOUT_S: Final = 900.0
 ASK_EVERY_S: Final = 0.2
 # Their one attempt was let through and waits for an executor.
-ALIVE_COUNT: Final = "SELECT uniqExact(run_id) AS n FROM ledger WHERE type = 'AttemptQueued'"
+ALIVE_COUNT: Final = (
+    "SELECT uniqExact(run_id) AS n FROM ledger WHERE type = 'AttemptQueued' "
+    "AND run_id IN (SELECT run_id FROM runs WHERE workflow = 'alive')"
+)
 EVENT_COUNT: Final = "SELECT (SELECT count() FROM events) + (SELECT count() FROM ledger) AS n"
 
 

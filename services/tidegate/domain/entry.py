@@ -56,7 +56,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     epoch, number: whose snapshots, and of which of its checkpoints, counted from 1. read_from: own offset; every entry before
     it is in a snapshot, what is at it and after it must be folded on top. told, now_ms: as in an entry. seq, head: of the
     partition's own chain at `read_from` (0 and empty where every unit has a chain of its own). live: how many units were not
-    over. segments: where those that were are found.
+    over. segments: where those that were are found. snapshots_end: the snapshot topic's partition must reach up to here.
     """
 
     epoch: int
@@ -68,6 +68,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     head: bytes
     live: int
     segments: tuple[DoneSegments, ...]
+    snapshots_end: int
 
 
 class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):

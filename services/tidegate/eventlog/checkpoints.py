@@ -67,6 +67,7 @@ class Checkpointer:
         self._parts: set[str] = set()
         self._tombstones: deque[bytes] = deque()  # keys
         self._under_way = 0
+        self._written_up_to = 0 if part.checkpoint is None else part.checkpoint.snapshots_end
         # Of the checkpoint that is being made:
         self._is_busy = False
         self._read_from = 0
@@ -181,8 +182,9 @@ class Checkpointer:
         self._under_way += 1
         self._send(Record(part.machine.snapshot_topic, part.partition, key.encode(), value, _HEADERS), self._acked)
 
-    def _acked(self, _: int) -> None:
+    def _acked(self, offset: int) -> None:
         self._under_way -= 1
+        self._written_up_to = max(self._written_up_to, offset + 1)
 
     # -- certifying ---------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class Checkpointer:
             head=self._own_head[1],
             live=len(self._written) - len(self._ended),
             segments=(*self._carried, own) if self._segments else self._carried,
+            snapshots_end=self._written_up_to,
         )
         if not self._announce(checkpoint):
             return  # somebody else owns the partition: it is dropped, and nothing of ours is removed

@@ -375,8 +375,8 @@ class OwnerLoop:
             elif recorded < start:
                 raise RefusedToStartError(
                     f"{topic}-{part.partition} begins at offset {start}, but {self.machine.log_topic} has consumed it only up to "
-                    f"{recorded}: messages were deleted unread. Restore the topic, or raise its retention and accept the loss "
-                    "by hand."
+                    f"{recorded}: messages were deleted unread. Restore the topic from a backup, with its offsets, or begin a "
+                    "new installation under another TIDEGATE_KAFKA_TOPIC_PREFIX; and give the topic a longer retention."
                 )
             elif recorded > end:
                 raise RefusedToStartError(

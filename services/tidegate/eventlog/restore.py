@@ -157,6 +157,9 @@ def _read_snapshots(
     found = _Snapshots()
     start, end = broker.offsets(topic, partition)
     certified = {} if checkpoint is None else {segment.epoch: segment.count for segment in checkpoint.segments}
+    if checkpoint is not None and end < checkpoint.snapshots_end:
+        # A broker that lost its tail may still hold older snapshots under the same keys.
+        found.broken = f"{topic}-{partition} ends at offset {end}, and was written up to {checkpoint.snapshots_end}"
     present: dict[bytes, None] = {}
     for count, message in enumerate(broker.read(topic, partition, start, end), 1):
         if count % PROGRESS_EVERY == 0:

@@ -129,8 +129,9 @@ class Attempt:
         """The last thing before the function: beyond this line it may have an effect."""
         self._started_ms = _now_ms()
         failpoint("executor.before-enter")
-        if not self._lease_held():
-            raise LeaseLapsedError("the lease lapsed before the function was entered")
+        # A function may have waited for a thread until after our farewell, when the gate gives its attempt to another.
+        if self._aborted or not self._lease_held():
+            raise LeaseLapsedError("the attempt was given up before the function was entered")
 
     def _context(self) -> StepContext:
         timeout = datetime.timedelta(milliseconds=self._call.timeout_ms)

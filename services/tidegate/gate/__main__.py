@@ -21,6 +21,7 @@ from tidegate.process import (
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    log_the_end,
     prepare,
     run_until_stopped,
     spare_the_collector,
@@ -76,7 +77,7 @@ def main() -> int:
     except EventLogError as error:
         if stop.is_set():
             return EXIT_OK
-        _log.exception("ending: a restart takes over afresh", error=str(error))
+        log_the_end(error)
         return EXIT_FAILED
     return EXIT_OK
 

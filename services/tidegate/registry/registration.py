@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import importlib.metadata
 import threading
 import time
@@ -326,6 +327,7 @@ class _Heart:
         return min(0.05, max(0.002, age_s / 4))
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("tidegate")
