@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from unit.executor.test_taking_tasks import task
 from tidegate import App
 from tidegate.executor.attempt import Attempt
+from unit.executor.test_taking_tasks import task
 
 
 @pytest.mark.feature("D1")
