@@ -10,13 +10,16 @@ import msgspec
 import pytest
 
 from support.cluster import ACCOUNT_PARTITIONS, RUN_PARTITIONS, Cluster, Crash
+from support.pure import chain
 from tidegate import codec
+from tidegate.domain import canonical
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.identity import partition_of
-from tidegate.eventlog import checkpoints, restore
+from tidegate.eventlog import checkpoints, owned, restore
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.eventlog.shelf import Shelf, ShelfError
 from tidegate.gate import snapshots as gate_snapshots
 from tidegate.scheduler import snapshots as run_snapshots
 
@@ -417,3 +420,81 @@ def test_formats_are_told_apart() -> None:
         assert module.SNAPSHOT_FORMAT >= 1
     with pytest.raises(ValueError, match="format 2"):
         run_snapshots.load(b"\x92\x02\xc0", {})
+
+
+# --- what an attacker found ---------------------------------------------------------------
+
+
+def test_a_run_that_is_over_and_too_large_for_a_record_is_cut_like_one_that_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every refused command is remembered, so somebody can make the little that is kept of a finished run large."""
+    monkeypatch.setattr(owned, "MAX_DONE_BYTES", 300)
+    monkeypatch.setattr(checkpoints, "MAX_PIECE_BYTES", 300)
+    cluster = Cluster(0, OFTEN)
+    cluster.start_run("r", "a")
+    cluster.settle()
+    for number in range(30):
+        cluster.command("r", "cancel", command_id=f"{number:0100d}")
+        cluster.turn()
+    cluster.settle()
+    assert max(len(m.value or b"") for p in range(RUN_PARTITIONS) for m in cluster.messages("run-snapshots", p)) < 600
+    for _ in range(2):
+        cluster.crash("scheduler")
+        cluster.start("scheduler")
+        cluster.settle()
+        assert_restores(cluster)
+
+
+def test_a_shelf_that_cannot_be_read_ends_the_owner_and_buries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(0, CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=50, rest_after_s=5))
+    cluster.require_approval()
+    some_work(cluster, 10, steps=40)
+    cluster.now_ms += 60_000
+    cluster.settle()
+    get, failed = Shelf.get, []
+
+    def fails(shelf: Shelf, unit: str) -> Any:
+        if unit == "r0" and not failed:
+            failed.append(unit)
+            raise ShelfError("disk I/O error")
+        return get(shelf, unit)
+
+    monkeypatch.setattr(Shelf, "get", fails)
+    cluster.command("r0", "approve", step_id="a", by="ann")
+    with pytest.raises(ShelfError):
+        cluster.settle()
+    cluster.crash("scheduler")
+    cluster.start("scheduler")
+    cluster.settle()
+    assert cluster.letters() == []
+    assert not cluster.verified()[1]["r0"].open_approvals()
+
+
+def test_a_definition_is_found_again_whatever_hash_its_start_names() -> None:
+    cluster = Cluster(0, CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=50, rest_after_s=5))
+    cluster.require_approval()
+    text = canonical.dumps(chain("a"))
+    cluster.command("r", "start", account="acme", workflow="w@1", definition=text, definition_hash="wrong", input="1")
+    some_work(cluster, 10, steps=40)
+    cluster.now_ms += 60_000
+    cluster.settle()
+    cluster.command("r", "approve", step_id="a", by="ann")
+    cluster.settle()
+    assert cluster.letters() == []
+    assert assert_restores(cluster)
+
+
+@pytest.mark.parametrize("name", ["ledger", "other"])
+def test_a_run_may_be_named_as_a_ledger(name: str) -> None:
+    cluster = Cluster(0, CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=1, rest_after_s=3600))
+    partition = partition_of("acme0", ACCOUNT_PARTITIONS)
+    cluster.start_run(f"{name}-{partition}", "a", "b", "c", account="acme0")
+    used = 0
+    for number in range(40):
+        cluster.start_run(f"r{number}", "a", account="acme0")
+        cluster.turn()
+        if checkpoint_of(cluster, "gate", partition) is not None:
+            assert restored_and_folded(cluster, "gate", partition)[0].checkpoint is not None
+            used += 1
+    assert used

@@ -82,7 +82,8 @@ class Checkpointer:
             self._bury()
             if now_s - self._rested_s >= self._settings.every_s:
                 self._put_to_rest(now_s, now_ms)
-            if not self._is_due(now_s):
+            # A key that is written again must not be removed after that.
+            if self._tombstones or not self._is_due(now_s):
                 return
             self._begin(now_s)
         if self._queue:
@@ -135,7 +136,9 @@ class Checkpointer:
             return
         standing = part.put_away_if_over(unit)
         if standing is Standing.ACTIVE:
-            self._ended_before.discard(unit)
+            if unit in self._ended_before:  # it is back; the checkpoint that is in force does not count it
+                self._ended_before.discard(unit)
+                self._written[unit] = (self._number, self._written[unit][1])
             self._write_live(unit, as_of, part.machine.dump(part.state, unit))
             return
         if standing is Standing.GONE and (unit in self._written or as_of >= self._read_from):

@@ -14,6 +14,7 @@ from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.validity import NO_EPOCH
 
 MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of 16 MiB that a record may have with all that is around it
+MAX_DONE_BYTES: Final = 8 * 1024 * 1024
 MANY_EVENTS: Final = 1_000  # an event has a few tells at the most
 
 
@@ -80,7 +81,9 @@ class OwnedPartition:
         Raises CorruptLogError if it does not continue its subject's chain.
         """
         covered = self._covered(entry, offset) if self.unconfirmed else ()
-        if entry.subject in covered:
+        if (
+            entry.subject in covered and self.machine.own_subject(self.state) is None
+        ):  # a run may be named like a ledger
             self._compare_head(entry, value, offset)
         else:
             seq, head = self.machine.head(self.state, entry.subject)
@@ -132,10 +135,16 @@ class OwnedPartition:
                 self.dirty.add(unit)
 
     def put_away_if_over(self, unit: str) -> Standing:
-        """Take a unit that changed out of memory if it is over (onto the shelf) or gone; returns how it stands."""
+        """Take a unit that changed out of memory if it is over (onto the shelf) or gone; returns how it stands.
+
+        One that is over and too large for a record counts as active: only the state of those is cut into pieces.
+        """
         standing = self.machine.standing(self.state, unit)
         if standing is Standing.DONE:
-            self.shelf.put(unit, self.as_of[unit], self.machine.dump(self.state, unit), done=True)
+            state = self.machine.dump(self.state, unit)
+            if len(state) > MAX_DONE_BYTES:
+                return Standing.ACTIVE
+            self.shelf.put(unit, self.as_of[unit], state, done=True)
             self.machine.unload(self.state, unit)
         if standing is not Standing.ACTIVE:
             del self.as_of[unit]

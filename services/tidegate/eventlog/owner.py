@@ -189,6 +189,8 @@ class OwnerLoop:
         except codec.DecodeError as error:
             self._bury(message, part.now_ms, "malformed", str(error))
             return
+        except EventLogError:
+            raise  # the disk is to blame, or Kafka, and not the message
         except Exception as error:
             # decide mutates nothing, so skipping the message leaves the state whole; the message itself is kept for people.
             _log.exception("decision failed", topic=message.topic, partition=message.partition, offset=message.offset)

@@ -137,7 +137,9 @@ class SchedulerMachine:
             if event.retry_at_ms is not None:
                 heapq.heappush(state.timers, (event.retry_at_ms, subject, event.step_id, event.attempt))
         elif isinstance(event, ev.RunStarted):
-            state.definitions.setdefault(event.definition_hash, event.definition)
+            # By its true hash, whatever the event says: that is what snapshots name it by.
+            assert run.workflow is not None  # noqa: S101 - it has just been compiled from this event
+            state.definitions.setdefault(run.workflow.definition_hash, event.definition)
 
     # -- units: a run is one, and is chained by itself ---------------------------------------
 
