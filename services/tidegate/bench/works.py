@@ -228,6 +228,7 @@ def _paced_with_kill(lab: Lab, runs: int, victim: str | None) -> float:
 
 def w5_restart(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
     """An owner is killed while many runs are alive; others are asked for at once, of every partition, and have to end."""
+    _settle(lab)  # after W6 the projection has only just been started
     lab.say(f"W5: {sizes.w5_runs} runs that stay alive")
     before = _count(lab, ALIVE_COUNT)
     lab.request_many("alive", sizes.w5_runs)
