@@ -15,7 +15,7 @@ from support.pure import chain
 from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import DeadLetter, Instance, PolicyPublished, RunCommand, StepResult
+from tidegate.domain.messages import DeadLetter, Instance, PolicyPublished, RunCommand, StepResult, StepTask
 from tidegate.domain.run import RunState
 from tidegate.eventlog.interface import Message, Record, TopicPartition
 from tidegate.eventlog.memory import MemoryBroker
@@ -46,6 +46,19 @@ TOPICS = {
 
 class Crash(BaseException):
     """A process ends here, without any handler running."""
+
+
+def result_of(task: StepTask, **fields: Any) -> StepResult:
+    """Return a result of the task as the executor would send it: a success, if the fields do not say otherwise."""
+    return StepResult(
+        run_id=task.run_id,
+        step_id=task.step_id,
+        attempt=task.attempt,
+        account=task.account,
+        instance_id=task.instance_id,
+        incarnation=task.incarnation,
+        **({"outcome": "succeeded", "output": "1"} | fields),
+    )
 
 
 class Cluster:
@@ -108,24 +121,26 @@ class Cluster:
         self.broker.crash(dead._log_writer)
         self.broker.crash(dead._tell_writer)
 
-    def register(self) -> int:
-        row = Instance(
-            instance_id="ex-0",
-            service="executor",
-            incarnation=-1,
-            state="ready",
-            host="h",
-            boot_id="b",
-            pid=1,
-            pid_started=0.0,
-            started_ms=0,
-            at_ms=self.now_ms,
-            queue="default",
-            slots=4,
-            functions=("step:a", "step:b", "step:c"),
-        )
+    def register(self, **changes: Any) -> int:
+        """Write the registration of an executor; returns its incarnation."""
+        usual: dict[str, Any] = {
+            "instance_id": "ex-0",
+            "service": "executor",
+            "incarnation": -1,
+            "state": "ready",
+            "host": "h",
+            "boot_id": "b",
+            "pid": 1,
+            "pid_started": 0.0,
+            "started_ms": 0,
+            "at_ms": self.now_ms,
+            "queue": "default",
+            "slots": 4,
+            "functions": ("step:a", "step:b", "step:c"),
+        }
+        row = Instance(**(usual | changes))
         offsets: list[int] = []
-        self._send("instances", 0, "ex-0", row, offsets.append)
+        self._send("instances", 0, row.instance_id, row, offsets.append)
         return offsets[0]
 
     # -- work ---------------------------------------------------------------------------
@@ -160,17 +175,7 @@ class Cluster:
             if task.type != "run":
                 continue
             self.entered[task.run_id, task.step_id, task.attempt] += 1
-            result = StepResult(
-                run_id=task.run_id,
-                step_id=task.step_id,
-                attempt=task.attempt,
-                account=task.account,
-                instance_id=task.instance_id,
-                incarnation=task.incarnation,
-                outcome="succeeded",
-                output='{"ok":true}',
-                actual_micros=2,
-            )
+            result = result_of(task, output='{"ok":true}', actual_micros=2)
             if self.holds_back:
                 self.held_back.append((task.result_partition, result))
             else:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
+from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash, result_of
 from tidegate import codec
 from tidegate.codec import avro
 from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
-from tidegate.domain.messages import Instance, PolicyPublished, StepResult
+from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog import owned, owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
@@ -304,16 +304,7 @@ def tasks_of(cluster: Cluster) -> list[Any]:
 
 
 def answer(cluster: Cluster, task: Any, **fields: Any) -> None:
-    result = StepResult(
-        run_id=task.run_id,
-        step_id=task.step_id,
-        attempt=task.attempt,
-        account=task.account,
-        instance_id=task.instance_id,
-        incarnation=task.incarnation,
-        **({"outcome": "succeeded", "output": "1"} | fields),
-    )
-    cluster._send("step-results", task.result_partition, "any", result)
+    cluster._send("step-results", task.result_partition, "any", result_of(task, **fields))
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -363,22 +354,7 @@ def test_a_clock_that_was_ahead_does_not_hold_back_offs(restart: bool) -> None:
 @pytest.mark.feature("P7")
 def test_new_work_goes_only_to_executors_that_were_heard_of() -> None:
     cluster = Cluster()
-    ghost = Instance(
-        instance_id="ghost",
-        service="executor",
-        incarnation=-1,
-        state="ready",
-        host="x",
-        boot_id="y",
-        pid=1,
-        pid_started=0.0,
-        started_ms=0,
-        at_ms=cluster.now_ms,
-        queue="default",
-        slots=100,
-        functions=("step:a",),
-    )
-    cluster._send("instances", 0, "ghost", ghost)
+    cluster.register(instance_id="ghost", host="x", boot_id="y", slots=100, functions=("step:a",))
     cluster.now_ms += 30 * 86_400_000
     cluster.crash("gate")
     cluster.start("gate")

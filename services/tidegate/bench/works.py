@@ -323,10 +323,7 @@ def _handovers(lab: Lab, service: str) -> Iterable[tuple[str, Callable[[], None]
 
     def restart_each() -> None:
         for number in range(HANDOVER_REPLICAS):
-            name = f"{service}-{number}"
-            before = lab.pid(name)
-            lab.terminate(name)
-            _wait_for(lambda name=name, before=before: lab.pid(name) not in (None, before), f"{name} to be back")  # type: ignore[misc]
+            _restart(lab, f"{service}-{number}")
             time.sleep(HANDOVER_REST_S)
 
     yield f"{service}: 1 to {HANDOVER_REPLICAS}", lambda: lab.scale(service, HANDOVER_REPLICAS)
@@ -336,6 +333,12 @@ def _handovers(lab: Lab, service: str) -> Iterable[tuple[str, Callable[[], None]
         lambda: lab.scale(service, HANDOVER_REPLICAS - 1, kill=True),
     )
     yield f"{service}: {HANDOVER_REPLICAS - 1} to 1", lambda: lab.scale(service, 1)
+
+
+def _restart(lab: Lab, name: str) -> None:
+    before = lab.pid(name)
+    lab.terminate(name)
+    _wait_for(lambda: lab.pid(name) not in (None, before), f"{name} to be back")
 
 
 def _paced_while(lab: Lab, act: Callable[[], None]) -> dict[str, float]:

@@ -120,7 +120,8 @@ def _chaos(name: str, seed: int | None, seconds: float | None, blows: int | None
 
 def _fail(error: Exception, data_dir: Path, answer: dict[str, Any], *, as_json: bool) -> NoReturn:
     typer.echo(f"demo failed: {error}", err=True)
-    typer.echo(f"the logs are in {data_dir}/logs", err=True)
+    if (data_dir / "logs").is_dir():  # not if Kafka could not even be fetched
+        typer.echo(f"the logs are in {data_dir}/logs", err=True)
     if as_json:
         typer.echo(json.dumps(answer))
     raise typer.Exit(1) from None

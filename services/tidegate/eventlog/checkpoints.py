@@ -119,10 +119,10 @@ class Checkpointer:
 
     def _write_units(self) -> None:
         part = self._part
-        for name, data in part.machine.parts(part.state).items():
+        for name, text in part.machine.parts(part.state).items():
             if name not in self._parts:
                 self._parts.add(name)
-                self._write(f"{PART}:{part.epoch}:{name}", self._snapshot((UnitState(name, -1, data),)))
+                self._write(f"{PART}:{part.epoch}:{name}", self._snapshot((UnitState(name, -1, text.encode()),)))
         for _ in range(min(len(self._queue), self._settings.units_per_turn)):
             self._write_unit(self._queue.popleft())
 
@@ -179,9 +179,8 @@ class Checkpointer:
             units=units,
         )
 
-    def _write(self, key: str, snapshot: Snapshot | None) -> None:
-        part = self._part
-        value = None if snapshot is None else codec.encode(snapshot)
+    def _write(self, key: str, snapshot: Snapshot) -> None:
+        part, value = self._part, codec.encode(snapshot)
         self._under_way += 1
         self._send(Record(part.machine.snapshot_topic, part.partition, key.encode(), value, _HEADERS), self._acked)
 

@@ -7,7 +7,14 @@ from typing import Final
 from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.eventlog.interface import Broker, Message
-from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER
+from tidegate.eventlog.validity import (
+    ANNOUNCEMENT_TYPE,
+    EPOCH_HEADER,
+    NO_EPOCH,
+    TYPE_HEADER,
+    announced_epoch,
+    possible_epoch,
+)
 
 FIRST_SPAN: Final = 2_500  # owners repeat their announcement every 1,000 entries
 GROWTH: Final = 4
@@ -42,8 +49,7 @@ def stated_epoch(text: bytes, offset: int) -> int:
     """Return the epoch that the header of a record at `offset` states; NO_EPOCH if there cannot be such a one: it is nobody's."""
     if not text.isdigit() or len(text) > MAX_EPOCH_DIGITS:
         return NO_EPOCH
-    epoch = int(text)
-    return epoch if epoch < offset else NO_EPOCH
+    return possible_epoch(int(text), offset)
 
 
 def _epoch_of(message: Message) -> tuple[int, bool]:
@@ -59,5 +65,5 @@ def _epoch_of(message: Message) -> tuple[int, bool]:
         return NO_EPOCH, False
     epoch: int = getattr(record, "epoch", NO_EPOCH)
     if isinstance(record, OwnerAnnounced):
-        return (message.offset if epoch == NO_EPOCH else epoch if epoch < message.offset else NO_EPOCH), True
-    return (epoch if epoch < message.offset else NO_EPOCH), False
+        return announced_epoch(epoch, message.offset), True
+    return possible_epoch(epoch, message.offset), False

@@ -120,10 +120,10 @@ class Machine(Protocol):
     def unload(self, state: Any, unit: str) -> None:
         """Forget a unit that was put on the shelf."""
 
-    def parts(self, state: Any) -> Mapping[str, bytes]:
-        """Return what the dumped states refer to by name, and what several units share."""
+    def parts(self, state: Any) -> Mapping[str, str]:
+        """Return the texts that the dumped states refer to by name, because several units share them. Only ever added to."""
 
-    def load_part(self, state: Any, name: str, data: bytes) -> None:
+    def load_part(self, state: Any, name: str, text: str) -> None:
         """Take what `parts` returned once; called before any `load`."""
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:

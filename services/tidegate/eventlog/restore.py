@@ -146,7 +146,7 @@ class _Snapshots:
 
     live: dict[str, _Live] = field(default_factory=dict)
     done: dict[str, tuple[UnitState, ...] | None] = field(default_factory=dict)
-    parts: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
     broken: str = ""
 
 
@@ -194,7 +194,7 @@ def _take_snapshot(
     elif kind == DONE and int(rest) <= certified.get(int(epoch), 0):
         found.done[f"{epoch}:{rest}"] = None if value is None else codec.decode(value).units
     elif kind == PART and value is not None and int(epoch) == checkpoint.epoch:
-        found.parts[rest] = codec.decode(value).units[0].state
+        found.parts[rest] = codec.decode(value).units[0].state.decode()
 
 
 # --- restoring from them ---------------------------------------------------------------
@@ -249,8 +249,8 @@ def _load_done(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapsho
 
 
 def _load_live(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots, quiet_before_ms: int) -> None:
-    for name, data in snapshots.parts.items():
-        part.machine.load_part(part.state, name, data)
+    for name, text in snapshots.parts.items():
+        part.machine.load_part(part.state, name, text)
     counted = 0
     for unit, live in snapshots.live.items():
         shelved = part.shelf.get(unit)

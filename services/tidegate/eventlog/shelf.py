@@ -81,12 +81,6 @@ class Shelf:
             self._ask("UPDATE units SET fresh = 0 WHERE unit = ?", item.unit)
         return taken
 
-    def count(self) -> int:
-        """Return how many units lie here."""
-        if self._database is None:
-            return 0
-        return int(self._ask("SELECT count(*) FROM units")[0][0])
-
     def close(self) -> None:
         """Throw everything away."""
         if self._database is not None:

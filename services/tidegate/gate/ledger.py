@@ -103,9 +103,10 @@ class Line:
         return bool(self._queues)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Line) or set(self._queues) != set(other._queues):
-            return NotImplemented if not isinstance(other, Line) else False
-        return all(list(self.of(root)) == list(other.of(root)) for root in self._queues)
+        if not isinstance(other, Line):
+            return NotImplemented
+        ours, theirs = ({root: list(line.of(root)) for root in line.roots()} for line in (self, other))
+        return ours == theirs
 
     __hash__ = None  # type: ignore[assignment] # it changes
 

@@ -133,11 +133,11 @@ class GateMachine:
         """Never called: nothing of the ledger is put on the shelf."""
         raise TypeError(f"{unit}: the ledger puts nothing on the shelf")
 
-    def parts(self, state: Ledger) -> Mapping[str, bytes]:
+    def parts(self, state: Ledger) -> Mapping[str, str]:
         """Runs share nothing at the gate."""
         return {}
 
-    def load_part(self, state: Ledger, name: str, data: bytes) -> None:
+    def load_part(self, state: Ledger, name: str, text: str) -> None:
         """There are no parts."""
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:

@@ -50,9 +50,15 @@ class RunsOfPartition:
     def take(self, run_id: str) -> RunState:
         """Return a run that changes, in memory from now on: the one there, the one on the shelf, or a new one."""
         run = self.runs.get(run_id)
-        if run is None:
-            run = self.runs[run_id] = self.find(run_id) or RunState(run_id)
+        if run is not None:
+            return run
+        shelved = self.shelf.get(run_id)
+        if shelved is None:
+            run = RunState(run_id)
+        else:
+            run = snapshots.load(shelved.state, self.definitions)
             self.shelf.forget_resting(run_id)
+        self.runs[run_id] = run
         return run
 
 
@@ -188,13 +194,13 @@ class SchedulerMachine:
         """Forget a run that lies on the shelf now. Its timers stay."""
         del state.runs[unit]
 
-    def parts(self, state: RunsOfPartition) -> Mapping[str, bytes]:
+    def parts(self, state: RunsOfPartition) -> Mapping[str, str]:
         """Return the definitions, which many runs share."""
-        return {name: text.encode() for name, text in state.definitions.items()}
+        return state.definitions
 
-    def load_part(self, state: RunsOfPartition, name: str, data: bytes) -> None:
+    def load_part(self, state: RunsOfPartition, name: str, text: str) -> None:
         """Take a definition."""
-        state.definitions[name] = data.decode()
+        state.definitions[name] = text
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry."""
