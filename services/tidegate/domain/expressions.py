@@ -7,11 +7,19 @@ be evaluated inside a decision. How long it takes is bounded by the expression's
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
-import cel
+# The package imports its interactive shell along with the evaluator: a quarter of a second of every process start, which an
+# owner's partitions would wait for after each restart. An empty module in the shell's place leaves that out.
+_shell = sys.modules.setdefault("cel.cli", ModuleType("cel.cli"))
+import cel  # noqa: E402 - after the line above
+
+if not hasattr(_shell, "__file__"):
+    del sys.modules["cel.cli"]
 
 MAX_EXPRESSION_LENGTH = 4096
 # Each macro over a list may multiply the work by the list's length, and an evaluation cannot be interrupted.

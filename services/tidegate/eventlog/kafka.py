@@ -268,6 +268,11 @@ class KafkaBroker:
         reader.close()
 
 
+def _make_contact(producer: Producer) -> None:
+    with suppress(KafkaException):
+        producer.list_topics(timeout=FIRST_CONTACT_S)
+
+
 class KafkaWriter:
     """An idempotent producer; implements `interface.Writer`. Not thread-safe."""
 
@@ -277,9 +282,9 @@ class KafkaWriter:
         self._producer = Producer(_writer_config(settings), logger=_client_log)
         self._produce = self._producer.produce
         # The client asks for its producer id when metadata comes, but else only every 500 ms, which would make the
-        # first write of every process so late. With no broker in reach it does so later by itself.
-        with suppress(KafkaException):
-            self._producer.list_topics(timeout=FIRST_CONTACT_S)
+        # first write of every process so late. A thread asks, so that a process with several writers does not wait for one
+        # after the other. With no broker in reach the client asks later by itself.
+        threading.Thread(target=_make_contact, args=(self._producer,), name="first-contact", daemon=True).start()
 
     def send(self, record: Record, acked: Callable[[int], None] | None = None) -> None:
         """Buffer a record. `acked(offset)` is called in order per partition, from a later call of this thread.
