@@ -32,10 +32,11 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A validated wish (`run-commands`), written by admission, one per request.
 
     type: `start`, `cancel`, `approve`, `reject`, `respond`, `signal`, `pause`, `resume`, or `refuse` (a start that admission
-    found wrong: `code` and `reason` say why). source: `topic:partition:offset` of the request. original: the request's bytes, for the dead letter if it is refused
-    (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated start from another one with its id.
-    attempt, why: of the question that is answered; 0 and empty if the answer does not name them. value: canonical JSON, the
-    answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait of the name.
+    found wrong: `code` and `reason` say why). source: `topic:partition:offset` of the request. original: the request's bytes,
+    for the dead letter if it is refused (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated
+    start from another one with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name
+    them. value: canonical JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key
+    fits every wait of the name.
     """
 
     run_id: str

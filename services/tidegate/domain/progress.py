@@ -229,7 +229,10 @@ def _limited(run: RunState, events: list[Any]) -> list[Any]:
         count = len(events) + sum(step.status not in states.STEP_TERMINAL for step in run.steps.values())
         if count > MAX_OPEN_STEPS:
             raise _Stop("too_wide", f"the run would have {count} steps open at once, at most {MAX_OPEN_STEPS} may be")
-    _check_size([text for event in events for text in _texts(event)], f"the input of {len(events)} steps that are ready together")
+    _check_size(
+        [text for event in events for text in _texts(event)],
+        f"the input of {len(events)} steps that are ready together",
+    )
     return events
 
 

@@ -190,7 +190,8 @@ class _Answer(_Request):
     by: Person = Field(default=None, description="Who; recorded.")
     reason: Reason = Field(default=None, description="Why; recorded.")
     attempt: Attempt | None = Field(
-        default=None, description="The attempt that the question is about. If the open question is about another: refused."
+        default=None,
+        description="The attempt that the question is about. If the open question is about another: refused.",
     )
     why: Literal["policy", "outcome_unknown"] | None = Field(
         default=None, description="Why it was asked. If the open question was asked for another reason: refused."

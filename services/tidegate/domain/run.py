@@ -24,8 +24,9 @@ class KeptSignal(msgspec.Struct, frozen=True, array_like=True):
 class StepState(msgspec.Struct, array_like=True):
     """One step of a run.
 
-    attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what `max_attempts` counts); losses: attempts
-    whose executor went away. reported: attempts whose result was consumed, so that a doubled result is recognised.
+    attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
+    `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
+    doubled result is recognised.
     """
 
     step_id: str

@@ -72,8 +72,8 @@ def _run_command(command: RunCommand) -> str:
     if command.account and not is_account(command.account):
         return "account"
     names = (command.command_id, command.type, command.content_hash, command.workflow, command.definition_hash)
-    names = (*names, command.step_id, command.by, command.code, command.why, command.event, command.key or "")
-    if max(map(len, names)) > MAX_NAME:
+    more = (command.step_id, command.by, command.code, command.why, command.event, command.key or "")
+    if max(map(len, (*names, *more))) > MAX_NAME:
         return "a name of more than 512 characters"
     if len(command.value) > MAX_ARGUMENTS or command.attempt < 0:
         return "value or attempt"

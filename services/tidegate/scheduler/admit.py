@@ -32,9 +32,7 @@ _log = structlog.get_logger()
 
 MAX_REASON: Final = 500
 Lookup = Callable[[str], WorkflowPublished | None]
-Command = (
-    CancelRequest | ApproveRequest | RejectRequest | RespondRequest | SignalRequest | PauseRequest | ResumeRequest
-)
+Command = CancelRequest | ApproveRequest | RejectRequest | RespondRequest | SignalRequest | PauseRequest | ResumeRequest
 
 
 class Admitted(NamedTuple):

@@ -113,9 +113,7 @@ def _resolved(run: RunState, step: StepState, command: RunCommand, answer: str, 
     return [resolved, next_attempt(step)]
 
 
-def _asked(
-    run: RunState, command: RunCommand, open_: list[StepState], what: str
-) -> StepState | ev.CommandRefused:
+def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str) -> StepState | ev.CommandRefused:
     """Return the step whose question a command answers, or why there is none."""
     problem = _not_open(run, command)
     if problem is not None:
@@ -133,7 +131,9 @@ def _asked(
             return _refused(command, "other_question", f"the question of {step.step_id} has no attempt and no `why`")
         return step
     if command.attempt not in (0, asked.attempt) or command.why not in ("", asked.why):
-        reason = f"{step.step_id} asks about attempt {asked.attempt} ({asked.why}), not about what was answered: look again"
+        reason = (
+            f"{step.step_id} asks about attempt {asked.attempt} ({asked.why}), not about what was answered: look again"
+        )
         return _refused(command, "other_question", reason)
     return step
 

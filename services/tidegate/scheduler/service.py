@@ -69,7 +69,6 @@ class RunsOfPartition:
         self.runs[run_id] = run
         return run
 
-
     def watch(self, run_id: str, times: Iterable[tuple[int, str, int]], queues: Iterable[str]) -> None:
         """Note when a run is to be looked at, and which queues it has held steps for."""
         for due_ms, step_id, attempt in times:

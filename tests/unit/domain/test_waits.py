@@ -227,7 +227,11 @@ def test_an_answer_counts_once() -> None:
 def test_a_wait_that_takes_too_long_fails_or_goes_on_with_a_value(kind: str, settings: dict[str, Any]) -> None:
     p = pair()
     p.start("fails", waiter(kind, timeout_s=10, **settings))
-    p.start("goes-on", waiter(kind, timeout_s=10, on_timeout="value", timeout_value={"n": "${ input.n }"}, **settings), {"n": 5})
+    p.start(
+        "goes-on",
+        waiter(kind, timeout_s=10, on_timeout="value", timeout_value={"n": "${ input.n }"}, **settings),
+        {"n": 5},
+    )
     p.pass_time_with_heartbeats(9_999)
     assert p.run("fails").status == "waiting"
     p.pass_time_with_heartbeats(1)
