@@ -28,6 +28,7 @@ from tidegate.gate import tells as gate_tells
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import PolicySet, Verdict
 from tidegate.registry.lease import Lease
+from tidegate.scheduler import commands as scheduler_commands
 from tidegate.scheduler import decide as scheduler_decide
 from tidegate.scheduler import tells as scheduler_tells
 from tidegate.scheduler.service import SchedulerMachine
@@ -127,7 +128,7 @@ def _acknowledged_always(lease: Lease, sent_at_s: float) -> bool:
 # --- rules of the scheduler and the gate ---
 
 
-_on_command = scheduler_decide.on_command
+_on_command = scheduler_commands.on_command
 
 
 def _command_always_new(run: Any, command: Any) -> Any:
@@ -144,7 +145,7 @@ _on_lost = scheduler_decide._on_lost
 def _lost_is_repeated(run: Any, step: Any, item: Any) -> Any:
     events = _on_lost(run, step, item)
     if events and isinstance(events[-1], ev.ApprovalRequested):
-        return [events[0], scheduler_decide._next_attempt(step)]
+        return [events[0], scheduler_decide.next_attempt(step)]
     return events
 
 
@@ -175,7 +176,7 @@ MUTANTS: dict[str, Patch] = {
     "log-after-snapshots": _replaced(restore, "_fold", _fold_nothing_after),
     "task-marks": _replaced(holdings, "judge_task", _judge_without_marks),
     "timers": _replaced(SchedulerMachine, "due", lambda machine, state, now_ms, tables: None),
-    "command-ids": _replaced(scheduler_decide, "on_command", _command_always_new),
+    "command-ids": _replaced(scheduler_commands, "on_command", _command_always_new),
     "once": _replaced(scheduler_decide, "_on_lost", _lost_is_repeated),
     "late-results": _replaced(scheduler_tells, "_GATE_ITEMS", _items_without_late_results),
     "idempotency-key": _replaced(gate_tells, "idempotency_key", _key_of_its_own),

@@ -76,6 +76,7 @@ def topics(run_partitions: int, account_partitions: int, task_partitions: int) -
         **{f"step-tasks.{queue}": task_partitions for queue in works.QUEUES},
         "instances": 1,
         "policies": 1,
+        "controls": 1,
         "workflows": 1,
         "dead-letters": 1,
         "schemas": 1,

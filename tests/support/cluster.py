@@ -39,6 +39,7 @@ TOPICS = {
     "step-tasks.default": 1,
     "instances": 1,
     "policies": 1,
+    "controls": 1,
     "dead-letters": 1,
     "schemas": 1,
 }

@@ -58,6 +58,7 @@ RECORDS = {
     "step-tasks.default": ("StepTask",),
     "instances": ("Instance",),
     "policies": ("PolicyPublished",),
+    "controls": ("Control",),
     "workflows": ("WorkflowPublished",),
     "dead-letters": ("DeadLetter",),
     "schemas": (),

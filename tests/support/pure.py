@@ -12,7 +12,7 @@ from typing import Any
 
 from tidegate.domain import canonical
 from tidegate.domain.entry import Entry, Position
-from tidegate.domain.messages import Call, Instance, PolicyPublished, RunCommand, StepResult, StepTask
+from tidegate.domain.messages import Call, Control, Instance, PolicyPublished, RunCommand, StepResult, StepTask
 from tidegate.domain.run import RunState
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import Decision, Machine
@@ -69,6 +69,7 @@ class Pair:
         self.dispatches: list[tuple[str, int]] = []
         self._queue: deque[tuple[Machine, Any, Any]] = deque()
         self._offset = 0
+        self.offered = (functions, slots)
         self.register("worker-0", 1, slots, functions)
 
     def register(self, name: str, incarnation: int, slots: int, functions: tuple[str, ...], **changes: Any) -> None:
@@ -100,6 +101,14 @@ class Pair:
             at_ms=0,
         )
         self.gate.table_changed("policies", document["policy"], row, 0)
+
+    def control(self, queue: str, *, paused: bool) -> None:
+        """Pause or resume a queue, or everything (`*`); both services read it before anything else happens."""
+        row = Control(queue=queue, paused=paused, by="t", reason="", at_ms=self.now_ms)
+        self.tables.versions["controls"] = self.tables.versions.get("controls", 0) + 1
+        for machine in (self.scheduler, self.gate):
+            machine.table_changed("controls", queue, row, 0)
+        self.settle_down()
 
     def command(self, run_id: str, type_: str, **fields: Any) -> None:
         self._offset += 1
@@ -159,6 +168,12 @@ class Pair:
     def pass_time(self, ms: int) -> None:
         self.now_ms += ms
         self.settle_down()
+
+    def pass_time_with_heartbeats(self, ms: int, incarnation: int = 1) -> None:
+        """Let time go by at the end of which the executor is heard of, so that it is not taken for dead."""
+        self.now_ms += ms
+        functions, slots = self.offered
+        self.register("worker-0", incarnation, slots, functions)
 
     def run(self, run_id: str) -> RunState:
         return self.runs.runs[run_id]

@@ -436,16 +436,16 @@ def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster = Cluster()
-    known = dict(avro._by_header)
-    schema = json.loads(next(s.text for s in known.values() if s.name == "RunCommand"))
-    schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
-    cluster.writer.send(Record("schemas", 0, b"any", json.dumps(schema).encode()))
     cluster.start_run("r", "a")
     (_, message), *_ = [
         (p, m)
         for p in range(2)
         for m in cluster.broker.read("run-commands", p, 0, cluster.broker.offsets("run-commands", p).end)
     ]
+    written = avro._by_header[(message.value or b"")[: avro.HEADER_LENGTH]]
+    schema = json.loads(written.text)
+    schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
+    cluster.writer.send(Record("schemas", 0, b"any", json.dumps(schema).encode()))
     newer = avro._Schema(json.dumps(schema))
     body = (message.value or b"")[avro.HEADER_LENGTH :] + b"\0"
     command = Record("run-commands", message.partition, b"newer", newer.header + body)

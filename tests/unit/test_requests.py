@@ -23,6 +23,8 @@ from tidegate.domain.requests import (
     request_json_schema,
 )
 
+TYPES = "start, cancel, approve, reject, respond, signal, pause, resume"
+EVENT_RULE = "must be an event's name: up to 64 letters, digits, dots, dashes and underscores, no digit first"
 START = {"workflow": "refunds@3", "run_id": "r-1"}
 
 
@@ -97,9 +99,13 @@ def test_names_of_workflows(workflow: str) -> None:
             {"type": "cancel", "run_id": "r", "input": 1},
             "`input`: a cancel request has no such field; it may have type, command_id, run_id, reason, by",
         ),
-        ({"type": "pause"}, '`type`: must be one of start, cancel, approve, reject (is "pause")'),
-        ({"type": 5}, "`type`: must be one of start, cancel, approve, reject (is 5)"),
-        ({"type": None, "workflow": "a"}, "`type`: must be one of start, cancel, approve, reject (is null)"),
+        ({"type": "dance"}, f'`type`: must be one of {TYPES} (is "dance")'),
+        ({"type": 5}, f"`type`: must be one of {TYPES} (is 5)"),
+        ({"type": None, "workflow": "a"}, f"`type`: must be one of {TYPES} (is null)"),
+        ({"type": "signal", "run_id": "r"}, f"`event`: is missing; it {EVENT_RULE}"),
+        ({"type": "signal", "run_id": "r", "event": "no name"}, f'`event`: {EVENT_RULE} (is "no name")'),
+        ({"type": "respond", "run_id": "r", "attempt": 0}, "`attempt`: must be a whole number from 1 (is 0)"),
+        ({"type": "approve", "run_id": "r", "why": "x"}, '`why`: must be `policy` or `outcome_unknown` (is "x")'),
         ([], "a request is a JSON object, not an array of 0"),
         ("5", "a request is a JSON object, not 5"),
         (
@@ -285,7 +291,7 @@ def test_a_refused_start_names_its_run(request_: Any) -> None:
         {"run_id": "r 1", "workflow": "a"},
         {"run_id": "r-1\n", "workflow": "a"},
         {"run_id": 5, "workflow": "a"},
-        {"run_id": "r-1", "type": "pause"},
+        {"run_id": "r-1", "type": "dance"},
         RunRequest(run_id="r-1", type="cancel", workflow="a"),
         RunRequest(run_id="r 1", workflow="a"),
     ],
@@ -401,3 +407,33 @@ def test_python_callers_get_the_same_judgement() -> None:
         StartRequest(workflow="a", agent="b")
     assert StartRequest(workflow="a").content_hash() == parse({"workflow": "a"}).content_hash()
     assert requests.validate({"workflow": "a"}) == StartRequest(workflow="a")
+
+
+# --- answers, events, control -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("D3")
+@pytest.mark.parametrize(
+    ("as_json", "as_avro"),
+    [
+        (
+            {"type": "respond", "run_id": "r", "step_id": "w", "value": {"a": [1]}, "attempt": 2, "why": "policy"},
+            RunRequest(type="respond", run_id="r", step_id="w", value='{"a":[1]}', attempt=2, why="policy"),
+        ),
+        (
+            {"type": "signal", "run_id": "r", "event": "paid", "key": "", "payload": 5},
+            RunRequest(type="signal", run_id="r", event="paid", key="", payload="5"),
+        ),
+        ({"type": "pause", "run_id": "r", "by": "ann"}, RunRequest(type="pause", run_id="r", by="ann")),
+        ({"type": "resume", "run_id": "r"}, RunRequest(type="resume", run_id="r")),
+    ],
+)
+def test_a_command_is_the_same_in_json_and_in_avro(as_json: Any, as_avro: RunRequest) -> None:
+    assert parse(as_json) == parse(as_avro)
+    assert parse(as_json).content_hash() == parse(as_avro).content_hash()
+
+
+def test_an_answer_in_avro_must_be_json() -> None:
+    error = refusal(RunRequest(type="respond", run_id="r", value="{"))
+    assert error.reason.startswith("`value`: must be JSON text: ")
+    assert error.run_id is None

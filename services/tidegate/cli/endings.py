@@ -43,7 +43,6 @@ _BY_STATUS: Final = {
     states.FAILED: EXIT_FAILED,
     states.REFUSED: EXIT_REFUSED,
     states.CANCELLED: EXIT_CANCELLED,
-    states.WAITING: EXIT_NEEDS_HUMAN,
 }
 
 

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.domain import states
+from tidegate.domain import states, waits
 from tidegate.domain.entry import TAG_FIELD
 from tidegate.sdk.client import Event, Run
 
@@ -25,9 +25,10 @@ _STYLES: Final = {
     states.CANCELLED: "yellow",
     states.WAITING: "magenta",
     states.AWAITING_APPROVAL: "magenta",
+    states.HELD: "yellow",
 }
-_NAMED: Final = ("workflow", "instance_id", "outcome", "code", "status", "rule", "why", "by")
-_TOLD: Final = ("error_message", "reason")
+_NAMED: Final = ("kind", "event", "key", "workflow", "instance_id", "outcome", "code", "status", "rule", "why", "by")
+_TOLD: Final = ("prompt", "payload", "error_message", "reason")
 
 Body = Mapping[str, Any]
 
@@ -66,8 +67,53 @@ def _outcome(status: str) -> Text:
     return Text(word).append_text(_status(status))
 
 
-def _how_to_answer(run_id: str, step_id: str) -> Text:
-    return Text(f"    tidegate runs approve {run_id} {step_id}   (or reject)", style="dim")
+def _how_to_answer(run_id: str, step_id: str, attempt: int, why: str) -> Text:
+    line = f"    tidegate runs approve {run_id} {step_id} --attempt {attempt}   (or reject)"
+    if why == "outcome_unknown":
+        line = (
+            f"    tidegate runs respond {run_id} {step_id} --attempt {attempt} --again   (or --fail, or --done RESULT)"
+        )
+    return Text(line, style="dim")
+
+
+def _asked(run_id: str, wait: Body) -> list[Text]:
+    """Return what a wait waits for, and what can be done about it."""
+    lines = [Text(f"  {wait['step_id']} {waited_for(wait)}", style="magenta")]
+    if wait["timeout_at_ms"]:
+        lines.append(Text(f"    given up {moment(wait['timeout_at_ms'])}"))
+    how = {
+        waits.ASK: f"respond {run_id} {wait['step_id']} --text …   (or --value JSON)",
+        waits.EVENT: f"signal {run_id} {wait['event']} --key {wait['key'] or chr(39) * 2} --payload JSON",
+    }.get(wait["kind"])
+    return [*lines, Text(f"    tidegate runs {how}", style="dim")] if how else lines
+
+
+def waited_for(wait: Body) -> str:
+    """Return what a wait waits for, in words."""
+    if wait["kind"] == waits.ASK:
+        choices = f" ({', '.join(wait['choices'])})" if wait["choices"] else ""
+        return f"asks: {_one_line(wait['prompt'])}{choices}"
+    if wait["kind"] == waits.EVENT:
+        return f"waits for event {wait['event']}" + (f" with key {wait['key']}" if wait["key"] else "")
+    return f"waits until {moment(wait['due_ms'])}"
+
+
+def answer(run_id: str, event: Event) -> str:
+    """Return what came of a command that was not refused."""
+    body = event.data
+    if event.type == "ApprovalResolved":
+        word = {"done": "taken as done", "again": "run again"}.get(
+            body.answer, "approved" if body.approved else "rejected"
+        )
+        return f"{word}: {body.step_id} (attempt {body.attempt}) of run {run_id}"
+    if event.type == "WaitEnded":
+        return f"answered: {body.step_id} of run {run_id}"
+    if event.type == "SignalReceived":
+        return f"{body.event}: " + (
+            f"ends the wait of {body.step_id}" if body.step_id else "kept for what will wait for it"
+        )
+    word = {"RunPaused": "is paused", "RunResumed": "goes on"}.get(event.type, "is being cancelled")
+    return f"run {run_id} {word}"
 
 
 # --- from the log -------------------------------------------------------------------------------------------------------
@@ -112,9 +158,11 @@ def event_json(event: Event) -> str:
 
 def run_json(run: Run) -> str:
     """Return a run as one line of JSON."""
-    return json.dumps(
-        {**run._asdict(), "approvals": [approval._asdict() for approval in run.approvals]}, ensure_ascii=False
-    )
+    parts = {
+        "approvals": [approval._asdict() for approval in run.approvals],
+        "waits": [wait._asdict() for wait in run.waits],
+    }
+    return json.dumps({**run._asdict(), **parts}, ensure_ascii=False)
 
 
 def ending(run: Run) -> list[Text]:
@@ -128,7 +176,11 @@ def ending(run: Run) -> list[Text]:
         arguments = json.dumps(approval.arguments, ensure_ascii=False)
         lines.append(Text(f"  {approval.step_id} asks: {approval.function}({_one_line(arguments)})", style="magenta"))
         lines.append(Text(f"    {approval.why}, rule {approval.rule or '-'}: {approval.reason or '-'}"))
-        lines.append(_how_to_answer(run.run_id, approval.step_id))
+        lines.append(_how_to_answer(run.run_id, approval.step_id, approval.attempt, approval.why))
+    for wait in run.waits:
+        lines += _asked(run.run_id, wait._asdict())
+    if run.paused:
+        lines.append(Text(f"  it is paused: tidegate runs resume {run.run_id}", style="yellow"))
     return lines
 
 
@@ -147,7 +199,10 @@ def runs_table(rows: Iterable[Body]) -> Table:
     table.add_column("started", no_wrap=True)
     table.add_column("why")
     for row in rows:
-        asks = f"{row['open_approvals']} to approve" if row["open_approvals"] else ""
+        told = [f"{row['open_approvals']} to approve"] if row["open_approvals"] else []
+        told += [f"{row['open_waits']} open waits"] if row["open_waits"] else []
+        told += ["paused"] if row["paused"] else []
+        asks = ", ".join(told)
         table.add_row(
             Text(row["run_id"]),
             _status(row["status"]),
@@ -180,6 +235,8 @@ def run_page(body: Body) -> RenderableType:
             parts.append(Text(f"{len(body['steps'])} of {body['step_count']} steps", style="dim"))
     for approval in body["approvals"]:
         parts += ["", *_question(body["run_id"], approval)]
+    for wait in body["waits"]:
+        parts += ["", *_asked(body["run_id"], wait)]
     return Group(*parts)
 
 
@@ -190,7 +247,7 @@ def _facts(body: Body) -> list[tuple[str, Text]]:
     ]
     found = [
         ("run", Text(body["run_id"])),
-        ("status", _status(body["status"]).append(", to be cancelled" if _is_ending(body) else "")),
+        ("status", _status(body["status"]).append(_beside(body))),
         ("workflow", Text(body["workflow"])),
         ("account", Text(body["account"])),
         ("spent", Text(money(body["spent_micros"]) + budget)),
@@ -208,6 +265,12 @@ def _facts(body: Body) -> list[tuple[str, Text]]:
     return found
 
 
+def _beside(body: Body) -> str:
+    """Return what a person must know beside the status."""
+    paused = ", paused" if body["paused"] and body["status"] not in states.RUN_TERMINAL else ""
+    return paused + (", to be cancelled" if _is_ending(body) else "")
+
+
 def _is_ending(body: Body) -> bool:
     return bool(body["cancel_requested"]) and body["status"] not in states.RUN_TERMINAL
 
@@ -220,7 +283,7 @@ def _question(run_id: str, approval: Body) -> list[Text]:
     return [
         Text(f"  {approval['step_id']} asks for approval since {moment(approval['since_ms'])}", style="magenta"),
         Text(f"    {approval['why']}, rule {approval['rule'] or '-'}: {approval['reason'] or '-'}"),
-        _how_to_answer(run_id, approval["step_id"]),
+        _how_to_answer(run_id, approval["step_id"], approval["attempt"], approval["why"]),
     ]
 
 
@@ -238,6 +301,12 @@ def changes(old: Body | None, new: Body) -> list[Text]:
     for approval in new["approvals"]:
         if approval["step_id"] not in asked:
             lines += _question(new["run_id"], approval)
+    waited = [wait["step_id"] for wait in old["waits"]] if old else []
+    for wait in new["waits"]:
+        if wait["step_id"] not in waited:
+            lines += _asked(new["run_id"], wait)
+    if old is not None and old["paused"] != new["paused"]:
+        lines.append(Text(f"{at}run {new['run_id']} {'is paused' if new['paused'] else 'goes on'}", style="yellow"))
     if _is_ending(new) and not (old and old["cancel_requested"]):
         lines.append(Text(f"{at}cancel was asked for", style="yellow"))
     if old is None or old["status"] != new["status"]:

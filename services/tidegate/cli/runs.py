@@ -18,6 +18,7 @@ from rich.console import Console
 
 from tidegate.cli import run_output
 from tidegate.cli.endings import (
+    EXIT_NEEDS_HUMAN,
     EXIT_NO_ANSWER,
     EXIT_REFUSED,
     EXIT_TIMEOUT,
@@ -40,11 +41,12 @@ POLL_S: Final = 20.0
 GATEWAY_AWAY_S: Final = 60.0
 RETRY_S: Final = 0.2
 PIPED_WIDTH: Final = 160
+PAUSED: Final = "paused"  # no status, but people look for it as for one
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Start, list, show, watch, approve, reject and cancel runs.",
+    help="Start, list, show, watch, answer, pause, resume and cancel runs.",
     epilog=RUN_EXIT_CODES,
     pretty_exceptions_show_locals=False,
 )
@@ -56,6 +58,12 @@ StepId = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; recorded.")]
 By = Annotated[str | None, typer.Option("--by", help="Who; recorded. Default: your user name.")]
+Attempt = Annotated[
+    int | None, typer.Option("--attempt", min=1, help="Of the question that is meant; another one is not answered.")
+]
+Why = Annotated[
+    str | None, typer.Option("--why", help="policy or outcome_unknown: as the question that is meant says.")
+]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0.0, help="Seconds after which to give up waiting.")]
 Url = Annotated[
     str,
@@ -103,7 +111,7 @@ def start(
         wanted = {
             "workflow": workflow,
             "agent": agent,
-            "input": _input(input_),
+            "input": _json("runs start", "--input", input_),
             "run_id": run_id,
             "account": account,
             "budget_micros": budget_micros,
@@ -144,19 +152,99 @@ def events(
 
 
 @app.command(epilog=RUN_EXIT_CODES)
-def approve(run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None) -> None:
+def approve(
+    run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None, attempt: Attempt = None, why: Why = None
+) -> None:
     """Let the attempt that waits go ahead; say what came of it."""
     with _client("runs approve", by) as client:
-        _check("approve", run_id, step_id=step_id, reason=reason, by=by)
-        _answer(client, "approve", run_id, client.approve(run_id, step_id, reason=reason))
+        _check("approve", run_id, step_id=step_id, reason=reason, by=by, attempt=attempt, why=why)
+        command = client.approve(run_id, step_id, reason=reason, attempt=attempt, why=why)
+        _answer(client, "approve", run_id, command)
 
 
 @app.command(epilog=RUN_EXIT_CODES)
-def reject(run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None) -> None:
+def reject(
+    run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None, attempt: Attempt = None, why: Why = None
+) -> None:
     """Refuse the attempt that waits: its step fails. Say what came of it."""
     with _client("runs reject", by) as client:
-        _check("reject", run_id, step_id=step_id, reason=reason, by=by)
-        _answer(client, "reject", run_id, client.reject(run_id, step_id, reason=reason))
+        _check("reject", run_id, step_id=step_id, reason=reason, by=by, attempt=attempt, why=why)
+        command = client.reject(run_id, step_id, reason=reason, attempt=attempt, why=why)
+        _answer(client, "reject", run_id, command)
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def respond(
+    run_id: RunId,
+    step_id: StepId = None,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="The answer, as a text.")] = None,
+    value: Annotated[
+        str | None, typer.Option("--value", "-v", metavar="JSON|@FILE|-", help="The answer, as JSON.")
+    ] = None,
+    done: Annotated[
+        str | None,
+        typer.Option(
+            "--done", metavar="JSON|@FILE|-", help="An attempt of unknown outcome was done: this is its result."
+        ),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Run an attempt of unknown outcome again.")] = False,
+    fail: Annotated[bool, typer.Option("--fail", help="Let the step of unknown outcome fail.")] = False,
+    reason: Reason = "",
+    by: By = None,
+    attempt: Attempt = None,
+    why: Why = None,
+) -> None:
+    """Answer what a run waits for: a question, an event, or what became of an attempt. Say what came of it."""
+    given = [text is not None, value is not None, done is not None, again, fail]
+    if sum(given) != 1:
+        usage("runs respond", "give one of --text, --value, --done, --again and --fail")
+    answer: Any = text
+    if value is not None:
+        answer = _json("runs respond", "--value", value)
+    elif done is not None:
+        answer = {"done": _json("runs respond", "--done", done)}
+    elif again or fail:
+        answer = "again" if again else "fail"
+    with _client("runs respond", by) as client:
+        _check("respond", run_id, step_id=step_id, value=answer, reason=reason, by=by, attempt=attempt, why=why)
+        command = client.respond(run_id, answer, step_id, reason=reason, attempt=attempt, why=why)
+        _answer(client, "respond", run_id, command)
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def signal(
+    run_id: RunId,
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.")],
+    key: Annotated[
+        str | None,
+        typer.Option("--key", "-k", help="Its correlation key; without one it fits every wait for the name."),
+    ] = None,
+    payload: Annotated[
+        str, typer.Option("--payload", "-p", metavar="JSON|@FILE|-", help="Becomes the output of the wait.")
+    ] = "null",
+    by: By = None,
+) -> None:
+    """Send a run an event; it is kept if nothing waits for it yet. Say what came of it."""
+    value = _json("runs signal", "--payload", payload)
+    with _client("runs signal", by) as client:
+        _check("signal", run_id, event=event, key=key, by=by)
+        _answer(client, "signal", run_id, client.signal(run_id, event, value, key=key))
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def pause(run_id: RunId, reason: Reason = "", by: By = None) -> None:
+    """Pause a run: what runs may end, nothing further starts. Queues are paused with `tidegate pause`."""
+    with _client("runs pause", by) as client:
+        _check("pause", run_id, reason=reason, by=by)
+        _answer(client, "pause", run_id, client.pause(run_id, reason=reason))
+
+
+@app.command(epilog=RUN_EXIT_CODES)
+def resume(run_id: RunId, reason: Reason = "", by: By = None) -> None:
+    """Let a paused run go on."""
+    with _client("runs resume", by) as client:
+        _check("resume", run_id, reason=reason, by=by)
+        _answer(client, "resume", run_id, client.resume(run_id, reason=reason))
 
 
 @app.command(epilog=RUN_EXIT_CODES)
@@ -173,8 +261,8 @@ def _client(command: str, by: str | None = None) -> Iterator[Client]:
         yield client
 
 
-def _input(text: str) -> Any:
-    """Return the JSON value that `--input` means."""
+def _json(command: str, option: str, text: str) -> Any:
+    """Return the JSON value that an option means."""
     where, data = "", text.encode("utf-8", "surrogateescape")
     try:
         if text == "-":
@@ -183,10 +271,10 @@ def _input(text: str) -> Any:
             where, data = f" in {text[1:]}", Path(text[1:]).read_bytes()
         return parse_json(data)
     except OSError as error:
-        usage("runs start", f"--input: {text[1:]} cannot be read: {error.strerror or error}")
+        usage(command, f"{option}: {text[1:]} cannot be read: {error.strerror or error}")
     except NotJsonError as error:
-        hint = "" if where else '. In a shell: --input \'{"order_id": "order-1"}\''
-        usage("runs start", f"--input: no JSON{where}: {error}{hint}")
+        hint = "" if where else f'. In a shell: {option} \'{{"order_id": "order-1"}}\''
+        usage(command, f"{option}: no JSON{where}: {error}{hint}")
 
 
 def _tags(texts: Sequence[str]) -> dict[str, str] | None:
@@ -200,9 +288,10 @@ def _tags(texts: Sequence[str]) -> dict[str, str] | None:
     return found or None
 
 
-def _check(kind: str, run_id: str, **fields: str | None) -> None:
+def _check(kind: str, run_id: str, **fields: Any) -> None:
     """Find out before it is sent whether a command has the right form. Raises RequestError."""
-    validate({"type": kind, "run_id": run_id, **{name: value for name, value in fields.items() if value}})
+    given = {name: value for name, value in fields.items() if value not in (None, "")}
+    validate({"type": kind, "run_id": run_id, **given})
 
 
 def _follow(
@@ -233,7 +322,7 @@ def _follow(
     else:
         for line in run_output.ending(last):
             _out.print(line)
-    raise typer.Exit(exit_code(last.status))
+    raise typer.Exit(EXIT_NEEDS_HUMAN if last.needs_human else exit_code(last.status))
 
 
 def _answer(client: Client, command: str, run_id: str, command_id: str) -> None:
@@ -247,11 +336,7 @@ def _answer(client: Client, command: str, run_id: str, command_id: str) -> None:
     if event.type == "CommandRefused":
         typer.echo(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
         raise typer.Exit(EXIT_REFUSED)
-    if event.type == "ApprovalResolved":
-        word = "approved" if event.data.approved else "rejected"
-        print(f"{word}: {event.data.step_id} (attempt {event.data.attempt}) of run {run_id}")
-    else:
-        print(f"run {run_id} is being cancelled")
+    print(run_output.answer(run_id, event))
 
 
 # --- through the live view ------------------------------------------------------------------------------------------------
@@ -260,7 +345,7 @@ def _answer(client: Client, command: str, run_id: str, command_id: str) -> None:
 @app.command("list", epilog=RUN_EXIT_CODES)
 def list_(
     status: Annotated[
-        list[str] | None, typer.Option("--status", "-s", help="Such as waiting or failed; repeatable.")
+        list[str] | None, typer.Option("--status", "-s", help="Such as waiting, failed or paused; repeatable.")
     ] = None,
     workflow: Annotated[str, typer.Option("--workflow", help="`name` or `name@version`.")] = "",
     account: Annotated[str, typer.Option("--account", help="This account and all below it.")] = "",
@@ -269,7 +354,7 @@ def list_(
     url: Url = "",
 ) -> None:
     """List runs, those started last first."""
-    known = {states.RUNNING, states.WAITING, *states.RUN_TERMINAL}
+    known = {states.RUNNING, states.WAITING, PAUSED, *states.RUN_TERMINAL}
     for name in status or ():
         if name not in known:
             usage("runs list", f"--status: {name!r} is none of {', '.join(sorted(known))}")

@@ -38,6 +38,11 @@ def _expression_in(text: str) -> str | None:
     return None
 
 
+def is_expression(text: str) -> bool:
+    """Tell whether a text of a template stands for the value of an expression."""
+    return _expression_in(text) is not None
+
+
 @lru_cache(maxsize=4096)
 def compile_expression(source: str) -> cel.Program:
     """Compile a CEL expression; equal sources share a program. Raises ExpressionError."""

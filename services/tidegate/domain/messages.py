@@ -31,9 +31,12 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A validated wish (`run-commands`), written by admission, one per request.
 
-    type: `start`, `cancel`, `approve`, `reject`, or `refuse` (a start that admission found wrong: `code` and `reason` say
-    why). source: `topic:partition:offset` of the request. original: the request's bytes, for the dead letter if it is refused
-    (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated start from another one with its id.
+    type: `start`, `cancel`, `approve`, `reject`, `respond`, `signal`, `pause`, `resume`, or `refuse` (a start that admission
+    found wrong: `code` and `reason` say why). source: `topic:partition:offset` of the request. original: the request's bytes,
+    for the dead letter if it is refused (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated
+    start from another one with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name
+    them. value: canonical JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key
+    fits every wait of the name.
     """
 
     run_id: str
@@ -54,6 +57,11 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reason: str = ""
     code: str = ""
     at_ms: int = 0
+    attempt: int = 0
+    why: str = ""
+    value: str = "null"
+    event: str = ""
+    key: str | None = None
 
 
 # --- scheduler to gate ---------------------------------------------------------------
@@ -151,7 +159,7 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Denied", 
 class ApprovalRequired(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalRequired", tag_field=TAG_FIELD
 ):
-    """A human must approve these exact arguments first."""
+    """A human must approve these exact arguments first, until `expires_at_ms` (0: whenever)."""
 
     step_id: str
     attempt: int
@@ -159,6 +167,7 @@ class ApprovalRequired(
     policy: str
     reason: str
     arguments_hash: str
+    expires_at_ms: int = 0
 
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Lost", tag_field=TAG_FIELD):
@@ -304,6 +313,16 @@ class WorkflowPublished(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     definition_hash: str
     definition: str
     by: str
+    at_ms: int
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Whether a queue is paused (`controls`), keyed by the queue, or by `*` for everything."""
+
+    queue: str
+    paused: bool
+    by: str
+    reason: str
     at_ms: int
 
 

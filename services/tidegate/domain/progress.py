@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from tidegate.domain import canonical, expressions, states
+from tidegate.domain import canonical, expressions, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.fingerprint import fingerprint
 from tidegate.domain.identity import agent_turn_step, tool_call_step
@@ -76,7 +76,7 @@ def after_success(run: RunState, step: StepState, output: str) -> list[Any]:
     """Return the events that follow a step's success: next steps, the agent's next turn, or the end of the run."""
     changed = Changed(step.step_id, states.SUCCEEDED, output)
     try:
-        if step.call.kind == "step":
+        if step.call.kind == "step" or step.call.kind in waits.KINDS:
             return _after_node(run, step, changed, output)
         if step.call.kind == "agent":
             return _after_plan(run, step, changed, canonical.loads(output))
@@ -136,6 +136,9 @@ def _ready(run: RunState, node_ids: Iterable[str], outputs: _Outputs) -> list[An
         node = workflow.document.nodes[node_id]
         before = [outputs.get(other) for other in workflow.predecessors[node_id]]
         wave = 1 + max((done[1] for done in before if done is not None), default=-1)
+        if node.kind in waits.KINDS:
+            events.append(_wait(run, node_id, wave, outputs))
+            continue
         value = _bound_input(run, node_id, outputs)
         if node.kind == "agent":
             events.append(_turn(workflow, node_id, 1, wave, value, []))
@@ -144,6 +147,29 @@ def _ready(run: RunState, node_ids: Iterable[str], outputs: _Outputs) -> list[An
                 ev.StepReady(step_id=node_id, node_id=node_id, wave=wave, call=_call(workflow, node.function, value))
             )
     return events
+
+
+def _wait(run: RunState, node_id: str, wave: int, outputs: _Outputs) -> ev.WaitStarted:
+    """Return the beginning of a wait. Its times are reckoned later: nothing here knows what time it is."""
+    node = _workflow(run).document.nodes[node_id]
+
+    def variables() -> dict[str, Any]:
+        return {"input": canonical.loads(run.input), "nodes": outputs.values()}
+
+    try:
+        bound = waits.bind(
+            node.kind, node.wait, f"wait of node {node_id}", lambda value: expressions.render(value, variables)
+        )
+    except (waits.WaitError, expressions.ExpressionError, canonical.NotJsonError) as error:
+        raise _Stop("binding_failed", f"wait of node {node_id}: {error}") from None
+    return ev.WaitStarted(
+        step_id=node_id,
+        node_id=node_id,
+        wave=wave,
+        kind=node.kind,
+        input=_bound_input(run, node_id, outputs) if node.kind in waits.TIMES else "null",
+        **msgspec.structs.asdict(bound),
+    )
 
 
 def _bound_input(run: RunState, node_id: str, outputs: _Outputs) -> str:
@@ -203,8 +229,18 @@ def _limited(run: RunState, events: list[Any]) -> list[Any]:
         count = len(events) + sum(step.status not in states.STEP_TERMINAL for step in run.steps.values())
         if count > MAX_OPEN_STEPS:
             raise _Stop("too_wide", f"the run would have {count} steps open at once, at most {MAX_OPEN_STEPS} may be")
-    _check_size([event.call.arguments for event in events], f"the input of {len(events)} steps that are ready together")
+    _check_size(
+        [text for event in events for text in _texts(event)],
+        f"the input of {len(events)} steps that are ready together",
+    )
     return events
+
+
+def _texts(event: ev.StepReady | ev.WaitStarted) -> tuple[str, ...]:
+    """Return what of a new step's event may be large."""
+    if isinstance(event, ev.StepReady):
+        return (event.call.arguments,)
+    return event.input, event.timeout_value, event.schema, event.prompt, *event.choices
 
 
 def _check_size(texts: list[str], what: str) -> None:

@@ -24,6 +24,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from tidegate.domain import canonical
 from tidegate.domain.identity import ACCOUNT_PATTERN, DEFAULT_ACCOUNT, MAX_MICROS, NAME_PATTERN, RUN_ID_PATTERN
+from tidegate.domain.waits import MAX_KEY
 
 DEFAULT_MAX_BYTES: Final = 1024 * 1024
 MAX_DEPTH: Final = 128
@@ -55,9 +56,9 @@ class RequestError(ValueError):
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """The Avro form (`schemas/avro/RunRequest.v1.avsc`): the fields of all requests; a type's own may be set, no others.
+    """The Avro form (`schemas/avro/RunRequest.v*.avsc`): the fields of all requests; a type's own may be set, no others.
 
-    input: JSON text. Where the others are null or at their default, they count as absent.
+    input, value, payload: JSON text. Where the others are null or at their default, they count as absent.
     """
 
     type: str = "start"
@@ -72,6 +73,12 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     step_id: str | None = None
     by: str | None = None
     reason: str | None = None
+    attempt: int | None = None
+    why: str | None = None
+    value: str | None = None
+    event: str | None = None
+    key: str | None = None
+    payload: str | None = None
 
 
 def _none_if_empty(text: str | None) -> str | None:
@@ -81,6 +88,7 @@ def _none_if_empty(text: str | None) -> str | None:
 RunId = Annotated[str, Field(pattern=RUN_ID_PATTERN)]
 StepId = Annotated[str, Field(pattern=STEP_ID_PATTERN)]
 Person = Annotated[str | None, Field(max_length=256), AfterValidator(_none_if_empty)]
+Attempt = Annotated[int, Field(ge=1, le=2**31)]
 Reason = Annotated[str | None, Field(max_length=4096), AfterValidator(_none_if_empty)]
 TagName = Annotated[str, Field(pattern=TAG_PATTERN)]
 TagValue = Annotated[str, Field(max_length=256)]
@@ -181,6 +189,13 @@ class _Answer(_Request):
     )
     by: Person = Field(default=None, description="Who; recorded.")
     reason: Reason = Field(default=None, description="Why; recorded.")
+    attempt: Attempt | None = Field(
+        default=None,
+        description="The attempt that the question is about. If the open question is about another: refused.",
+    )
+    why: Literal["policy", "outcome_unknown"] | None = Field(
+        default=None, description="Why it was asked. If the open question was asked for another reason: refused."
+    )
 
 
 class ApproveRequest(_Answer):
@@ -195,13 +210,70 @@ class RejectRequest(_Answer):
     type: Literal["reject"]
 
 
-Request = StartRequest | CancelRequest | ApproveRequest | RejectRequest
+class RespondRequest(_Answer):
+    """Answer what a run waits for: a question, an event, or what became of an attempt whose outcome nobody knows."""
+
+    type: Literal["respond"]
+    step_id: StepId | None = Field(
+        default=None, description="The step that waits; may be left out if exactly one does that can be answered."
+    )
+    value: Any = Field(
+        default=None,
+        description='The answer, as the question wants it; for an unknown outcome "again", "fail" or {"done": its result}.',
+    )
+
+
+class SignalRequest(_Request):
+    """Send a run an event. If nothing waits for it yet, it is kept for what will."""
+
+    type: Literal["signal"]
+    run_id: RunId = Field(description="The run.")
+    event: Annotated[str, Field(pattern=NAME_PATTERN)] = Field(description="The event's name.")
+    key: Annotated[str, Field(max_length=MAX_KEY)] | None = Field(
+        default=None, description="Its correlation key; without one it fits every wait for the name."
+    )
+    payload: Any = Field(default=None, description="Any JSON value; becomes the output of the wait.")
+    by: Person = Field(default=None, description="Who; recorded.")
+
+
+class PauseRequest(_Request):
+    """Pause a run: nothing further starts until it is resumed; what runs may end."""
+
+    type: Literal["pause"]
+    run_id: RunId = Field(description="The run.")
+    reason: Reason = Field(default=None, description="Why; recorded.")
+    by: Person = Field(default=None, description="Who; recorded.")
+
+
+class ResumeRequest(_Request):
+    """Resume a paused run."""
+
+    type: Literal["resume"]
+    run_id: RunId = Field(description="The run.")
+    reason: Reason = Field(default=None, description="Why; recorded.")
+    by: Person = Field(default=None, description="Who; recorded.")
+
+
+Request = (
+    StartRequest
+    | CancelRequest
+    | ApproveRequest
+    | RejectRequest
+    | RespondRequest
+    | SignalRequest
+    | PauseRequest
+    | ResumeRequest
+)
 
 _MODELS: Final[dict[str, type[Request]]] = {
     "start": StartRequest,
     "cancel": CancelRequest,
     "approve": ApproveRequest,
     "reject": RejectRequest,
+    "respond": RespondRequest,
+    "signal": SignalRequest,
+    "pause": PauseRequest,
+    "resume": ResumeRequest,
 }
 
 _ID_RULE = "must be 1 to 128 letters, digits, dots, dashes and underscores, the first one a letter or digit"
@@ -216,6 +288,10 @@ _RULES: Final = {
     "step_id": "must be a step's id, such as `triage/2/tool:lookup_order`",
     "by": "must be a string of at most 256 characters",
     "reason": "must be a string of at most 4096 characters",
+    "attempt": "must be a whole number from 1",
+    "why": "must be `policy` or `outcome_unknown`",
+    "event": "must be an event's name: up to 64 letters, digits, dots, dashes and underscores, no digit first",
+    "key": f"must be a string of at most {MAX_KEY} characters",
 }
 _TAG_NAME_RULE = "a tag's name must be up to 64 letters, digits, dots, dashes, slashes and underscores"
 _TAG_VALUE_RULE = "must be a string of at most 256 characters"
@@ -346,12 +422,12 @@ def _from_avro(data: bytes, decode: Decode | None) -> dict[str, Any]:
         for name, default in _AVRO_DEFAULTS.items()
         if (value := getattr(record, name)) is not None and value != default
     }
-    if "input" in fields:
+    for name in _JSON_TEXTS & fields.keys():
         try:
-            fields["input"] = parse_json(fields["input"].encode())
+            fields[name] = parse_json(fields[name].encode())
         except canonical.NotJsonError as error:
             run_id = _usable_start(record.type, record.run_id)
-            raise RequestError("invalid", f"`input`: must be JSON text: {error}", run_id) from None
+            raise RequestError("invalid", f"`{name}`: must be JSON text: {error}", run_id) from None
     return fields
 
 
@@ -368,6 +444,7 @@ def _avro_record(data: bytes, decode: Decode | None) -> RunRequest:
     return record
 
 
+_JSON_TEXTS: Final = frozenset({"input", "value", "payload"})
 _AVRO_DEFAULTS: Final = {name: getattr(RunRequest(), name) for name in RunRequest.__struct_fields__}
 
 

@@ -6,17 +6,27 @@ from typing import Any
 
 import msgspec
 
-from tidegate.domain import canonical, states
+from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import Call
 from tidegate.domain.workflow import Workflow, compile_definition
 
 
+class KeptSignal(msgspec.Struct, frozen=True, array_like=True):
+    """An event that came before anybody waited for it. seq: of its `SignalReceived`. key: null fits every wait of the name."""
+
+    seq: int
+    event: str
+    key: str | None
+    payload: str
+
+
 class StepState(msgspec.Struct, array_like=True):
     """One step of a run.
 
-    attempt: the latest one. failures: attempts that failed or timed out (what `max_attempts` counts); losses: attempts
-    whose executor went away. reported: attempts whose result was consumed, so that a doubled result is recognised.
+    attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
+    `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
+    doubled result is recognised.
     """
 
     step_id: str
@@ -34,6 +44,7 @@ class StepState(msgspec.Struct, array_like=True):
     incarnation: int = -1
     approval: ev.ApprovalRequested | None = None
     reported: tuple[int, ...] = ()
+    wait: ev.WaitStarted | None = None
 
 
 class RunState(msgspec.Struct, array_like=True):
@@ -65,6 +76,8 @@ class RunState(msgspec.Struct, array_like=True):
     fingerprint: str = ""
     started_ms: int = 0
     finished_ms: int = 0
+    paused: ev.RunPaused | None = None
+    signals: tuple[KeptSignal, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -77,6 +90,14 @@ class RunState(msgspec.Struct, array_like=True):
             (step for step in self.steps.values() if step.status == states.AWAITING_APPROVAL),
             key=lambda step: step.step_id,
         )
+
+    def open_waits(self) -> list[StepState]:
+        """Return the steps that wait for an event, a time or an answer, in the order in which they began to."""
+        return [step for step in self.steps.values() if step.status == states.WAITING]
+
+    def held_steps(self) -> list[StepState]:
+        """Return the steps whose next attempt is held back, in the order in which they came to be."""
+        return [step for step in self.steps.values() if step.status == states.HELD]
 
 
 def apply(run: RunState, event: Any, now_ms: int) -> None:
@@ -121,7 +142,10 @@ def _command_refused(run: RunState, event: ev.CommandRefused, now_ms: int) -> No
 def _step_ready(run: RunState, event: ev.StepReady, now_ms: int) -> None:
     if event.step_id in run.steps:
         raise states.IllegalTransitionError(f"step {event.step_id} exists already")
-    run.steps[event.step_id] = StepState(event.step_id, event.node_id, event.wave, event.call)
+    step = StepState(event.step_id, event.node_id, event.wave, event.call)
+    if event.held:
+        step.status, step.attempt = states.HELD, 0
+    run.steps[event.step_id] = step
 
 
 def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -> None:
@@ -132,6 +156,12 @@ def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -
     step.attempt = event.attempt
     step.retry_at_ms = None
     step.instance_id, step.incarnation = "", -1
+
+
+def _attempt_held(run: RunState, event: ev.AttemptHeld, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "AttemptHeld", states.HELD)
+    step.retry_at_ms = None
 
 
 def _attempt_dispatched(run: RunState, event: ev.AttemptDispatched, now_ms: int) -> None:
@@ -154,6 +184,40 @@ def _approval_resolved(run: RunState, event: ev.ApprovalResolved, now_ms: int) -
     run.command_ids.add(event.command_id)
     step.approval = None
     _leave_waiting(run, "ApprovalResolved")
+
+
+def _approval_expired(run: RunState, event: ev.ApprovalExpired, now_ms: int) -> None:
+    step = run.steps[event.step_id]
+    _move_step(step, "ApprovalExpired", states.ENDED)
+    step.approval = None
+    _leave_waiting(run, "ApprovalExpired")
+
+
+def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
+    if event.step_id in run.steps:
+        raise states.IllegalTransitionError(f"step {event.step_id} exists already")
+    call = Call(
+        kind=event.kind, function="", queue="", arguments=event.input, timeout_ms=0, reserve_micros=0, idempotent=True
+    )
+    run.steps[event.step_id] = StepState(
+        event.step_id, event.node_id, event.wave, call, status=states.WAITING, attempt=0, wait=event
+    )
+    _move_run(run, "WaitStarted", states.WAITING)
+
+
+def _wait_ended(run: RunState, event: ev.WaitEnded, now_ms: int) -> None:
+    _move_step(run.steps[event.step_id], "WaitEnded", states.ENDED)
+    if event.command_id:
+        run.command_ids.add(event.command_id)
+    if event.signal_seq:
+        run.signals = tuple(signal for signal in run.signals if signal.seq != event.signal_seq)
+    _leave_waiting(run, "WaitEnded")
+
+
+def _signal_received(run: RunState, event: ev.SignalReceived, now_ms: int) -> None:
+    run.command_ids.add(event.command_id)
+    if not event.step_id:
+        run.signals = (*run.signals, KeptSignal(run.seq, event.event, event.key, event.payload))
 
 
 def _attempt_ended(run: RunState, event: ev.AttemptEnded, now_ms: int) -> None:
@@ -192,11 +256,11 @@ def _step_failed(run: RunState, event: ev.StepFailed, now_ms: int) -> None:
 
 def _step_cancelled(run: RunState, event: ev.StepCancelled, now_ms: int) -> None:
     step = run.steps[event.step_id]
-    was_asking = step.status == states.AWAITING_APPROVAL
+    was_waiting = step.status in (states.AWAITING_APPROVAL, states.WAITING)
     _move_step(step, "StepCancelled", states.CANCELLED)
     step.approval = None
     step.retry_at_ms = None
-    if was_asking:
+    if was_waiting:
         _leave_waiting(run, "StepCancelled")
 
 
@@ -210,6 +274,16 @@ def _cancel_requested(run: RunState, event: ev.RunCancelRequested, now_ms: int) 
     run.cancel = event
 
 
+def _run_paused(run: RunState, event: ev.RunPaused, now_ms: int) -> None:
+    run.command_ids.add(event.command_id)
+    run.paused = event
+
+
+def _run_resumed(run: RunState, event: ev.RunResumed, now_ms: int) -> None:
+    run.command_ids.add(event.command_id)
+    run.paused = None
+
+
 def _run_finished(run: RunState, event: ev.RunFinished, now_ms: int) -> None:
     _move_run(run, "RunFinished", event.status)
     run.output, run.code, run.reason, run.fingerprint = event.output, event.code, event.reason, event.fingerprint
@@ -217,16 +291,17 @@ def _run_finished(run: RunState, event: ev.RunFinished, now_ms: int) -> None:
 
 
 def _leave_waiting(run: RunState, event: str) -> None:
-    _move_run(run, event, states.WAITING if run.open_approvals() else states.RUNNING)
+    is_waiting = any(step.status in (states.AWAITING_APPROVAL, states.WAITING) for step in run.steps.values())
+    _move_run(run, event, states.WAITING if is_waiting else states.RUNNING)
 
 
 def node_output(run: RunState, step: StepState, output: str | None = None) -> str | None:
     """Return the node's output if this step's output (or the one given) completes its node, else None.
 
-    A plain step completes its node; an agent's plan does if it is final; a tool call never does.
+    A plain step or a wait completes its node; an agent's plan does if it is final; a tool call never does.
     """
     text = step.output if output is None else output
-    if step.call.kind == "step":
+    if step.call.kind == "step" or step.call.kind in waits.KINDS:
         return text
     if step.call.kind == "tool" or text is None:
         return None
@@ -258,4 +333,11 @@ _HANDLERS: dict[type, Any] = {
     ev.ResultIgnored: _result_ignored,
     ev.RunCancelRequested: _cancel_requested,
     ev.RunFinished: _run_finished,
+    ev.AttemptHeld: _attempt_held,
+    ev.ApprovalExpired: _approval_expired,
+    ev.WaitStarted: _wait_started,
+    ev.WaitEnded: _wait_ended,
+    ev.SignalReceived: _signal_received,
+    ev.RunPaused: _run_paused,
+    ev.RunResumed: _run_resumed,
 }

@@ -1,6 +1,6 @@
 """Facts about runs: what `run-events` holds. Written by the scheduler only.
 
-Every record here has an Avro schema of the same name inside `schemas/avro/RunEntry.v1.avsc`.
+Every record here has an Avro schema of the same name inside the newest `schemas/avro/RunEntry.v*.avsc`.
 """
 
 from __future__ import annotations
@@ -51,22 +51,37 @@ class CommandRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="C
 
 
 class StepReady(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepReady", tag_field=TAG_FIELD):
-    """A step exists and its first attempt is asked of the gate. wave: longest distance from the start of the run."""
+    """A step exists and its first attempt is asked of the gate. wave: longest distance from the start of the run.
+
+    held: it is not asked yet, because the run or the queue is paused; `AttemptRequested` follows when that is over.
+    """
 
     step_id: str
     node_id: str
     wave: int
     call: Call
+    held: bool = False
 
 
 class AttemptRequested(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptRequested", tag_field=TAG_FIELD
 ):
-    """A further attempt (from 2) is asked of the gate."""
+    """A further attempt (from 2), or the first of a step that was held, is asked of the gate."""
 
     step_id: str
     attempt: int
     call: Call
+
+
+class AttemptHeld(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptHeld", tag_field=TAG_FIELD):
+    """The next attempt is due, but it is not asked of the gate while the run or the queue is paused.
+
+    attempt: the one that it would be. why: `run` or `queue`.
+    """
+
+    step_id: str
+    attempt: int
+    why: str
 
 
 class AttemptDispatched(
@@ -86,7 +101,10 @@ class AttemptDispatched(
 class ApprovalRequested(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalRequested", tag_field=TAG_FIELD
 ):
-    """A human is asked. why: `policy` (the gate holds the attempt) or `outcome_unknown` (it may already have had its effect)."""
+    """A human is asked. why: `policy` (the gate holds the attempt) or `outcome_unknown` (it may already have had its effect).
+
+    expires_at_ms: when the question lapses, 0 for never.
+    """
 
     step_id: str
     attempt: int
@@ -95,12 +113,16 @@ class ApprovalRequested(
     policy: str
     reason: str
     arguments_hash: str
+    expires_at_ms: int = 0
 
 
 class ApprovalResolved(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalResolved", tag_field=TAG_FIELD
 ):
-    """A human answered the open approval of this attempt."""
+    """A human answered the open approval of this attempt.
+
+    answer: to a question about an unknown outcome `done` (its output is given), `again` or `fail`; else empty.
+    """
 
     command_id: str
     step_id: str
@@ -110,6 +132,74 @@ class ApprovalResolved(
     by: str
     reason: str
     arguments_hash: str
+    answer: str = ""
+
+
+class ApprovalExpired(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalExpired", tag_field=TAG_FIELD):
+    """Nobody answered the open approval of this attempt in time. That is no denial; the step fails all the same."""
+
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+
+
+class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitStarted", tag_field=TAG_FIELD):
+    """A step exists that runs nothing: it waits for an event, a time or a person's answer. wave: as in `StepReady`.
+
+    kind: `wait_event`, `wait_until`, `sleep` or `ask`. input: canonical JSON; the output of a wait for a time. event, key: name
+    and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an answer (schema:
+    JSON text; empty for none). due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout: `fail`, or
+    `value` for going on with timeout_value. after_ms, timeout_ms: what those times were reckoned from, in `now_ms` of the entry.
+    """
+
+    step_id: str
+    node_id: str
+    wave: int
+    kind: str
+    input: str
+    event: str = ""
+    key: str = ""
+    prompt: str = ""
+    choices: tuple[str, ...] = ()
+    free_text: bool = False
+    schema: str = ""
+    after_ms: int | None = None
+    due_ms: int | None = None
+    timeout_ms: int | None = None
+    timeout_at_ms: int | None = None
+    on_timeout: str = "fail"
+    timeout_value: str = "null"
+
+
+class WaitEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitEnded", tag_field=TAG_FIELD):
+    """A wait is over; what follows says whether its step succeeded.
+
+    outcome: `due` (its time came), `signalled`, `answered` or `timed_out`. command_id, by, reason: of an answer. signal_seq: seq
+    of the kept `SignalReceived` that it took; 0 for none.
+    """
+
+    step_id: str
+    outcome: str
+    command_id: str = ""
+    by: str = ""
+    reason: str = ""
+    signal_seq: int = 0
+
+
+class SignalReceived(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="SignalReceived", tag_field=TAG_FIELD):
+    """Somebody sent the run an event. key: correlation key; null for whatever waits for this name. payload: canonical JSON.
+
+    step_id: the wait that it ends; empty if none was open: then it is kept for the first wait that it fits.
+    """
+
+    command_id: str
+    event: str
+    key: str | None
+    payload: str
+    by: str
+    step_id: str
 
 
 class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptEnded", tag_field=TAG_FIELD):
@@ -132,7 +222,10 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
 
 
 class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):
-    """The step has its output, for good."""
+    """The step has its output, for good.
+
+    attempt: 0 if no attempt gave it, because the step is a wait or a human gave the output. given_by: that human; else empty.
+    """
 
     step_id: str
     attempt: int
@@ -143,6 +236,7 @@ class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="St
     incarnation: int
     started_ms: int
     finished_ms: int
+    given_by: str = ""
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepFailed", tag_field=TAG_FIELD):
@@ -182,6 +276,22 @@ class RunCancelRequested(
     reason: str
 
 
+class RunPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunPaused", tag_field=TAG_FIELD):
+    """Somebody paused the run: nothing new is asked of the gate until it is resumed. What runs may end."""
+
+    command_id: str
+    by: str
+    reason: str
+
+
+class RunResumed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunResumed", tag_field=TAG_FIELD):
+    """Somebody resumed the run; what was held is asked for now."""
+
+    command_id: str
+    by: str
+    reason: str
+
+
 class RunFinished(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunFinished", tag_field=TAG_FIELD):
     """The run is over. status: `succeeded`, `failed` or `cancelled`. fingerprint: see `fingerprint.py`."""
 
@@ -208,4 +318,11 @@ RunEvent = (
     | ResultIgnored
     | RunCancelRequested
     | RunFinished
+    | AttemptHeld
+    | ApprovalExpired
+    | WaitStarted
+    | WaitEnded
+    | SignalReceived
+    | RunPaused
+    | RunResumed
 )

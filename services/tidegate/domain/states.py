@@ -20,6 +20,7 @@ REQUESTED: Final = "requested"
 DISPATCHED: Final = "dispatched"
 AWAITING_APPROVAL: Final = "awaiting_approval"
 BACKING_OFF: Final = "backing_off"
+HELD: Final = "held"
 ENDED: Final = "ended"
 STEP_TERMINAL: Final = frozenset({SUCCEEDED, FAILED, CANCELLED})
 
@@ -31,11 +32,16 @@ RUN_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (WAITING, "ApprovalResolved"): (RUNNING, WAITING),
     (WAITING, "StepCancelled"): (RUNNING, WAITING),
     (WAITING, "StepSucceeded"): (RUNNING, WAITING),
+    (WAITING, "ApprovalExpired"): (RUNNING, WAITING),
+    (RUNNING, "WaitStarted"): (WAITING,),
+    (WAITING, "WaitStarted"): (WAITING,),
+    (WAITING, "WaitEnded"): (RUNNING, WAITING),
     (RUNNING, "RunFinished"): (SUCCEEDED, FAILED, CANCELLED),
 }
 
 STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
-    (ABSENT, "StepReady"): (REQUESTED,),
+    (ABSENT, "StepReady"): (REQUESTED, HELD),
+    (ABSENT, "WaitStarted"): (WAITING,),
     (REQUESTED, "AttemptDispatched"): (DISPATCHED,),
     (REQUESTED, "ApprovalRequested"): (AWAITING_APPROVAL,),
     # A result may overtake the decision that allowed it: it implies the allow.
@@ -51,6 +57,16 @@ STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     # The lost attempt's result turned up while a human was being asked whether to repeat it: the question answers itself.
     (AWAITING_APPROVAL, "StepSucceeded"): (SUCCEEDED,),
     (BACKING_OFF, "StepSucceeded"): (SUCCEEDED,),
+    # Paused: the next attempt is due, but not asked for.
+    (BACKING_OFF, "AttemptHeld"): (HELD,),
+    (ENDED, "AttemptHeld"): (HELD,),
+    (HELD, "AttemptRequested"): (REQUESTED,),
+    (HELD, "StepCancelled"): (CANCELLED,),
+    (AWAITING_APPROVAL, "ApprovalExpired"): (ENDED,),
+    (WAITING, "WaitEnded"): (ENDED,),
+    (WAITING, "StepCancelled"): (CANCELLED,),
+    # A wait that is over, or an unknown outcome that a human knew.
+    (ENDED, "StepSucceeded"): (SUCCEEDED,),
     (REQUESTED, "StepCancelled"): (CANCELLED,),
     (DISPATCHED, "StepCancelled"): (CANCELLED,),
     (AWAITING_APPROVAL, "StepCancelled"): (CANCELLED,),

@@ -11,7 +11,7 @@ import msgspec
 import referencing
 from referencing.jsonschema import DRAFT202012
 
-from tidegate.domain import canonical, expressions
+from tidegate.domain import canonical, expressions, waits
 from tidegate.domain.identity import NAME_PATTERN
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
@@ -23,6 +23,7 @@ AGENT_PREFIX: Final = "agent:"
 
 _name = {"type": "string", "pattern": NAME_PATTERN}
 _count = {"type": "integer", "minimum": 0, "maximum": 2**53}
+_error_classes = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 200}, "maxItems": 100}
 
 DEFINITION_SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -41,8 +42,13 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
             "additionalProperties": {
                 "type": "object",
                 "additionalProperties": False,
-                "required": ["kind", "function"],
-                "properties": {"kind": {"enum": ["step", "agent"]}, "function": _name, "input": {}},
+                "required": ["kind"],
+                "properties": {
+                    "kind": {"enum": ["step", "agent", *sorted(waits.KINDS)]},
+                    "function": _name,
+                    "input": {},
+                    "wait": waits.SETTINGS_SCHEMA,
+                },
             },
         },
         "edges": {
@@ -66,6 +72,8 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "backoff_ms": {"type": "integer", "minimum": 1, "maximum": 24 * 3_600_000},
                     "backoff_factor": {"type": "number", "minimum": 1, "maximum": 100},
                     "backoff_max_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
+                    "retry_on": _error_classes,
+                    "no_retry_on": _error_classes,
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
                     "description": {"type": "string"},
@@ -90,7 +98,10 @@ class DefinitionError(ValueError):
 
 
 class Function(msgspec.Struct, frozen=True):
-    """A function of an app as a workflow pins it. Times in milliseconds, money in micro-dollars."""
+    """A function of an app as a workflow pins it. Times in milliseconds, money in micro-dollars.
+
+    retry_on: names of the error classes after which it is repeated; none for all. no_retry_on: those after which it is not.
+    """
 
     kind: str
     queue: str = "default"
@@ -99,6 +110,8 @@ class Function(msgspec.Struct, frozen=True):
     backoff_ms: int = 200
     backoff_factor: float = 2.0
     backoff_max_ms: int = 60_000
+    retry_on: tuple[str, ...] = ()
+    no_retry_on: tuple[str, ...] = ()
     reserve_micros: int = 0
     idempotent: bool = True
     description: str = ""
@@ -107,11 +120,12 @@ class Function(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A vertex. `input` is a template; UNSET for the default binding."""
+    """A vertex. `input` is a template; UNSET for the default binding. function: of a step or agent. wait: of the others."""
 
     kind: str
-    function: str
+    function: str = ""
     input: Any = msgspec.UNSET
+    wait: waits.Settings = waits.Settings()
 
 
 class _Document(msgspec.Struct, frozen=True):
@@ -221,7 +235,7 @@ def validate_definition(definition: Any) -> list[str]:
 
 
 def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
-    schemas = {"input_schema": definition.get("input_schema", True)}
+    schemas = {"input_schema": definition.get("input_schema", True), **waits.schemas(definition)}
     for name, function in definition["functions"].items():
         schemas[f"functions.{name}.parameters"] = function.get("parameters", True)
     found = []
@@ -257,6 +271,14 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
     functions = definition["functions"]
     found = []
     for node_id, node in definition["nodes"].items():
+        if node["kind"] in waits.KINDS:
+            found += waits.definition_problems(node_id, node)
+            continue
+        if "wait" in node:
+            found.append(f"nodes.{node_id}.wait: a {node['kind']} does not wait")
+        if "function" not in node:
+            found.append(f"nodes.{node_id}: a {node['kind']} must name its `function`")
+            continue
         function = functions.get(node["function"])
         if function is None:
             found.append(

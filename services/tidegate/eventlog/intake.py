@@ -72,8 +72,11 @@ def _run_command(command: RunCommand) -> str:
     if command.account and not is_account(command.account):
         return "account"
     names = (command.command_id, command.type, command.content_hash, command.workflow, command.definition_hash)
-    if max(map(len, (*names, command.step_id, command.by, command.code))) > MAX_NAME:
+    more = (command.step_id, command.by, command.code, command.why, command.event, command.key or "")
+    if max(map(len, (*names, *more))) > MAX_NAME:
         return "a name of more than 512 characters"
+    if len(command.value) > MAX_ARGUMENTS or command.attempt < 0:
+        return "value or attempt"
     if len(command.original) > MAX_ORIGINAL_BYTES or len(command.reason) > MAX_REASON_CHARACTERS:
         return "original or reason is too long"
     return _budget(command.budget_micros) or _tags(command.tags)
@@ -179,6 +182,8 @@ def _allowed(item: Allowed) -> str:
 
 
 def _answer(item: Denied | ApprovalRequired) -> str:
+    if isinstance(item, ApprovalRequired) and not 0 <= item.expires_at_ms <= MAX_OFFSET:
+        return "expires_at_ms"
     if max(len(item.rule), len(item.policy)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
         return "rule, policy or reason is too long"
     return _attempt(item)

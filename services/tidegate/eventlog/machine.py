@@ -114,6 +114,12 @@ class Machine(Protocol):
     def load(self, state: Any, unit: str, data: bytes) -> None:
         """Put a unit into a state into which nothing was folded yet. Any exception says that the bytes are no good."""
 
+    def load_resting(self, state: Any, unit: str, data: bytes, quiet_before_ms: int) -> bool:
+        """Take of a unit only what must be known while it lies on the shelf, if it may lie there; returns whether it may.
+
+        It may if it has waited since before that time. Any exception says that the bytes are no good.
+        """
+
     def loaded(self, state: Any) -> None:
         """Derive what follows from all units together. Called once, after the last `load`."""
 

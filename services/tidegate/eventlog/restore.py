@@ -265,16 +265,17 @@ def _load_live(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapsho
         if not state:
             continue
         try:
-            part.machine.load(part.state, unit, state)
+            is_resting = unit not in part.unconfirmed and part.machine.load_resting(
+                part.state, unit, state, quiet_before_ms
+            )
+            if not is_resting:
+                part.machine.load(part.state, unit, state)
         except Exception as error:  # a format that changed, bytes that are broken: many types
             raise DoubtfulSnapshotError(
                 f"the snapshot of {unit} cannot be read: {type(error).__name__}: {error}"
             ) from error
-        quiet_since_ms = part.machine.quiet_since_ms(part.state, unit)
-        is_quiet = quiet_since_ms is not None and quiet_since_ms <= quiet_before_ms
-        if is_quiet and unit not in part.unconfirmed:
+        if is_resting:
             part.shelf.put(unit, live.as_of, state, done=False)
-            part.machine.unload(part.state, unit)
         else:
             part.as_of[unit] = live.as_of
     if counted != checkpoint.live:

@@ -1,4 +1,4 @@
-"""Global tables: compacted one-partition topics that every process reads whole (`workflows`, `policies`, `instances`)."""
+"""Global tables: compacted one-partition topics that every process reads whole (`workflows`, `policies`, …)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any, Final
 import structlog
 
 from tidegate import codec
-from tidegate.domain.messages import Instance, PolicyPublished, WorkflowPublished
+from tidegate.domain.messages import Control, Instance, PolicyPublished, WorkflowPublished
 from tidegate.eventlog.interface import Broker, Message, TopicPartition
 
-_ROWS: Final = {"workflows": WorkflowPublished, "policies": PolicyPublished, "instances": Instance}
+_ROWS: Final = {
+    "workflows": WorkflowPublished,
+    "policies": PolicyPublished,
+    "instances": Instance,
+    "controls": Control,
+}
 
 _log = structlog.get_logger()
 

@@ -14,7 +14,7 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate.placement import Executors
-from tidegate.gate.service import INSTANCES, POLICIES, GateMachine
+from tidegate.gate.service import CONTROLS, INSTANCES, POLICIES, GateMachine
 from tidegate.gate.settings import GateSettings
 from tidegate.process import (
     EXIT_FAILED,
@@ -54,6 +54,7 @@ def main() -> int:
                 "dead-letters",
                 INSTANCES,
                 POLICIES,
+                CONTROLS,
             ),
             process.broker_wait_s,
             stop,

@@ -69,6 +69,12 @@ class Executors:
         self.ended: dict[Incarnation, str] = {}
         self._ready: dict[str, list[Executor]] = {}
         self._by_life: dict[Incarnation, Executor] = {}
+        self._is_paused: Callable[[str], bool] = lambda queue: False
+
+    def pause(self, is_paused: Callable[[str], bool]) -> None:
+        """Give nothing new to executors of queues that are paused now, and again to those that are not."""
+        self._is_paused = is_paused
+        self._sort()
 
     def take(self, instance_id: str, row: Instance | None, offset: int) -> None:
         """Note a record of `instances`."""
@@ -117,7 +123,11 @@ class Executors:
         self._suspects.pop(life, None)
 
     def _sort(self) -> None:
-        ready = [executor for executor in self.by_id.values() if executor.row.state == "ready" and executor.is_heard]
+        ready = [
+            executor
+            for executor in self.by_id.values()
+            if executor.row.state == "ready" and executor.is_heard and not self._is_paused(executor.queue)
+        ]
         self._by_life = {executor.life: executor for executor in ready}
         self._ready = {}
         for executor in ready:

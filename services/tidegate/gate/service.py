@@ -8,6 +8,7 @@ from typing import Any, Final
 import structlog
 
 from tidegate.domain import canonical
+from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import account_root, partition_of
 from tidegate.domain.messages import GateRequest, PolicyPublished
@@ -25,6 +26,7 @@ _log = structlog.get_logger()
 
 INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
+CONTROLS: Final = "controls"
 
 
 class MisroutedError(ValueError):
@@ -40,13 +42,14 @@ class GateMachine:
     lead_topic: Final = "gate-requests"
     other_topics: Final[tuple[str, ...]] = ()
     snapshot_topic: Final = "gate-snapshots"
-    table_topics: Final = (POLICIES, INSTANCES)
+    table_topics: Final = (POLICIES, INSTANCES, CONTROLS)
     marked_topics: Final = {"gate-requests": "run-events"}
 
     def __init__(self, run_partitions: int, account_partitions: int, executors: Executors) -> None:
         self._run_partitions = run_partitions
         self._account_partitions = account_partitions
         self.executors = executors
+        self._controls = Controls()
         self._documents: dict[str, Policy] = {}
         self._policies = PolicySet({})
         self._ledgers: dict[int, Ledger] = {}
@@ -125,6 +128,10 @@ class GateMachine:
         """Take a run's money and attempts."""
         snapshots.load(state, unit, data)
 
+    def load_resting(self, state: Ledger, unit: str, data: bytes, quiet_before_ms: int) -> bool:
+        """Nothing of the ledger lies on the shelf."""
+        return False
+
     def loaded(self, state: Ledger) -> None:
         """Sort out who waits and who holds what."""
         derive(state)
@@ -145,11 +152,14 @@ class GateMachine:
         return tells(entry, at, self._run_partitions)
 
     def table_changed(self, topic: str, key: str, row: Any | None, offset: int) -> None:
-        """Take note of a policy or of an instance."""
+        """Take note of a policy, of an instance or of what is paused."""
         if topic == INSTANCES:
             self.executors.take(key, row, offset)
         elif topic == POLICIES:
             self._policy_changed(key, row)
+        elif topic == CONTROLS:
+            self._controls.take(key, row)
+            self.executors.pause(self._controls.is_paused)
 
     def tables_loaded(self) -> None:
         """From here on, what is heard of executors is news."""

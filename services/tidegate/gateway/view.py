@@ -46,11 +46,26 @@ class OpenApproval(msgspec.Struct, kw_only=True):
     since_ms: int
 
 
+class OpenWait(msgspec.Struct, kw_only=True):
+    """What a step waits for, since `since_ms`. Times are Unix milliseconds, 0 for never; the texts are cut."""
+
+    step_id: str
+    kind: str
+    prompt: str
+    choices: list[str]
+    event: str
+    key: str
+    due_ms: int
+    timeout_at_ms: int
+    since_ms: int
+
+
 class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A run's status: a fold of its valid entries up to `seq`.
 
     status: as in `domain.states`; `absent` if only refused commands named the run. Counts of steps are exact; `steps` has
-    a line for at most MAX_STEP_LINES of them, and leaves out finished ones first. output: JSON text, cut to
+    a line for at most MAX_STEP_LINES of them, and leaves out finished ones first; so has `waits`, of which `waiting_count` is the
+    true number. output: JSON text, cut to
     MAX_OUTPUT_CHARS (`output_cut`). minutes: minute since the epoch -> micro-dollars spent in it, of the time that is kept.
     incomplete: earlier entries are missing, so that what is summed up may be too little.
     """
@@ -67,6 +82,9 @@ class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
     cancelled_count: int = 0
     steps: dict[str, StepLine] = {}
     approvals: dict[str, OpenApproval] = {}
+    waits: dict[str, OpenWait] = {}
+    waiting_count: int = 0
+    paused: bool = False
     cancel_requested: bool = False
     output: str = ""
     output_cut: bool = False
@@ -83,6 +101,11 @@ class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
     def is_over(self) -> bool:
         """Tell whether nothing further will happen."""
         return self.status in states.RUN_TERMINAL
+
+    @property
+    def is_paused(self) -> bool:
+        """Tell whether somebody has paused it, so that it will not go on by itself."""
+        return self.paused and not self.is_over
 
 
 def apply(row: RunRow, entry: Entry, keep_minutes: int = DEFAULT_KEEP_MINUTES) -> bool:
@@ -135,8 +158,19 @@ def _set_step(row: RunRow, step_id: str, status: str, attempt: int | None = None
 
 def _settle(row: RunRow, step_id: str) -> None:
     """Close the question that the step has asked, if it has; the run goes on when none is left."""
-    if row.approvals.pop(step_id, None) is not None and not row.approvals and row.status == states.WAITING:
+    if row.approvals.pop(step_id, None) is not None:
+        _leave_waiting(row)
+
+
+def _leave_waiting(row: RunRow) -> None:
+    if not row.approvals and not row.waiting_count and row.status == states.WAITING:
         row.status = states.RUNNING
+
+
+def _end_wait(row: RunRow, step_id: str) -> None:
+    row.waits.pop(step_id, None)
+    row.waiting_count = max(0, row.waiting_count - 1)
+    _leave_waiting(row)
 
 
 def _run_started(row: RunRow, event: ev.RunStarted, now_ms: int) -> None:
@@ -153,13 +187,57 @@ def _run_refused(row: RunRow, event: ev.RunRefused, now_ms: int) -> None:
 
 
 def _step_ready(row: RunRow, event: ev.StepReady, now_ms: int) -> None:
+    _add_step(row, event.step_id, StepLine(states.HELD, 0) if event.held else StepLine(states.REQUESTED))
+
+
+def _add_step(row: RunRow, step_id: str, line: StepLine) -> None:
     row.step_count += 1
     if len(row.steps) >= MAX_STEP_LINES:
         finished = next((key for key, line in row.steps.items() if line.status in states.STEP_TERMINAL), None)
         if finished is None:
             return
         del row.steps[finished]
-    row.steps[event.step_id] = StepLine(states.REQUESTED)
+    row.steps[step_id] = line
+
+
+def _wait_started(row: RunRow, event: ev.WaitStarted, now_ms: int) -> None:
+    _add_step(row, event.step_id, StepLine(states.WAITING, 0))
+    row.waiting_count += 1
+    row.status = states.WAITING
+    if len(row.waits) < MAX_STEP_LINES:
+        row.waits[event.step_id] = OpenWait(
+            step_id=event.step_id,
+            kind=event.kind,
+            prompt=_cut(event.prompt),
+            choices=list(event.choices),
+            event=event.event,
+            key=event.key,
+            due_ms=event.due_ms or 0,
+            timeout_at_ms=event.timeout_at_ms or 0,
+            since_ms=now_ms,
+        )
+
+
+def _wait_ended(row: RunRow, event: ev.WaitEnded, now_ms: int) -> None:
+    _set_step(row, event.step_id, states.ENDED)
+    _end_wait(row, event.step_id)
+
+
+def _attempt_held(row: RunRow, event: ev.AttemptHeld, now_ms: int) -> None:
+    _set_step(row, event.step_id, states.HELD)
+
+
+def _approval_expired(row: RunRow, event: ev.ApprovalExpired, now_ms: int) -> None:
+    _set_step(row, event.step_id, states.ENDED)
+    _settle(row, event.step_id)
+
+
+def _run_paused(row: RunRow, event: ev.RunPaused, now_ms: int) -> None:
+    row.paused = True
+
+
+def _run_resumed(row: RunRow, event: ev.RunResumed, now_ms: int) -> None:
+    row.paused = False
 
 
 def _attempt_requested(row: RunRow, event: ev.AttemptRequested, now_ms: int) -> None:
@@ -217,6 +295,8 @@ def _step_cancelled(row: RunRow, event: ev.StepCancelled, now_ms: int) -> None:
     row.cancelled_count += 1
     _set_step(row, event.step_id, states.CANCELLED)
     _settle(row, event.step_id)
+    if event.step_id in row.waits:
+        _end_wait(row, event.step_id)
 
 
 def _cancel_requested(row: RunRow, event: ev.RunCancelRequested, now_ms: int) -> None:
@@ -228,7 +308,7 @@ def _run_finished(row: RunRow, event: ev.RunFinished, now_ms: int) -> None:
     row.output, row.output_cut = event.output[:MAX_OUTPUT_CHARS], len(event.output) > MAX_OUTPUT_CHARS
     row.code, row.error = event.code, _cut(event.reason)
     row.finished_ms = now_ms
-    row.approvals = {}
+    row.approvals, row.waits, row.waiting_count = {}, {}, 0
 
 
 _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
@@ -245,6 +325,12 @@ _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
     ev.StepCancelled: _step_cancelled,
     ev.RunCancelRequested: _cancel_requested,
     ev.RunFinished: _run_finished,
+    ev.WaitStarted: _wait_started,
+    ev.WaitEnded: _wait_ended,
+    ev.AttemptHeld: _attempt_held,
+    ev.ApprovalExpired: _approval_expired,
+    ev.RunPaused: _run_paused,
+    ev.RunResumed: _run_resumed,
 }
 
 

@@ -15,6 +15,7 @@ from faust.web import Request, Response, View
 from tidegate.gateway.service import Gateway
 from tidegate.gateway.view import MINUTE_MS, RunRow
 
+PAUSED: Final = "paused"  # no status, but people look for it as for one
 DEFAULT_LIMIT: Final = 50
 MAX_LIMIT: Final = 1000
 MAX_WAIT_S: Final = 30.0
@@ -211,7 +212,7 @@ def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list
 
     def fits(row: RunRow) -> bool:
         return (
-            (row.status in wanted if wanted else row.status != "absent")
+            (row.status in wanted or (row.is_paused and PAUSED in wanted) if wanted else row.status != "absent")
             and (not workflow or row.workflow == workflow or row.workflow.startswith(f"{workflow}@"))
             and (not account or row.account == account or row.account.startswith(f"{account}/"))
         )
@@ -232,6 +233,8 @@ def summary(row: RunRow) -> dict[str, Any]:
         "failed_count": row.failed_count,
         "cancelled_count": row.cancelled_count,
         "open_approvals": len(row.approvals),
+        "open_waits": row.waiting_count,
+        "paused": row.is_paused,
         "error": row.error,
         "started_ms": row.started_ms,
         "finished_ms": row.finished_ms or None,
@@ -251,6 +254,7 @@ def run_body(row: RunRow) -> dict[str, Any]:
         "output": row.output or None,
         "output_cut": row.output_cut,
         "approvals": list(row.approvals.values()),
+        "waits": list(row.waits.values()),
         "steps": [
             {"step_id": step_id, "status": line.status, "attempt": line.attempt, "error": line.error}
             for step_id, line in row.steps.items()

@@ -51,6 +51,7 @@ def main() -> int:
                 "gate-requests",
                 "gate-decisions",
                 "step-results",
+                "controls",
                 "dead-letters",
             ),
             process.broker_wait_s,

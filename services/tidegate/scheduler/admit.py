@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -12,7 +12,18 @@ from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.identity import DEFAULT_ACCOUNT, run_id_of_request
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
-from tidegate.domain.requests import RequestError, StartRequest, parse_request
+from tidegate.domain.requests import (
+    ApproveRequest,
+    CancelRequest,
+    PauseRequest,
+    RejectRequest,
+    RequestError,
+    RespondRequest,
+    ResumeRequest,
+    SignalRequest,
+    StartRequest,
+    parse_request,
+)
 from tidegate.domain.workflow import AGENT_PREFIX, DefinitionError, compile_definition
 from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS, dead_letter
@@ -21,6 +32,7 @@ _log = structlog.get_logger()
 
 MAX_REASON: Final = 500
 Lookup = Callable[[str], WorkflowPublished | None]
+Command = CancelRequest | ApproveRequest | RejectRequest | RespondRequest | SignalRequest | PauseRequest | ResumeRequest
 
 
 class Admitted(NamedTuple):
@@ -65,13 +77,24 @@ def admit(message: Message, lookup: Lookup, now_ms: int, *, max_bytes: int, hori
             source=source,
             content_hash=request.content_hash(),
             original=data[:MAX_ORIGINAL_BYTES],
-            step_id=getattr(request, "step_id", None) or "",
             by=request.by or "",
-            reason=request.reason or "",
             at_ms=now_ms,
+            **_fields(request),
         ),
         None,
     )
+
+
+def _fields(request: Command) -> dict[str, Any]:
+    """Return what a type of command has besides what all have."""
+    if isinstance(request, SignalRequest):
+        return {"event": request.event, "key": request.key, "value": canonical.dumps(request.payload)}
+    fields: dict[str, Any] = {"reason": request.reason or ""}
+    if isinstance(request, ApproveRequest | RejectRequest | RespondRequest):
+        fields |= {"step_id": request.step_id or "", "attempt": request.attempt or 0, "why": request.why or ""}
+    if isinstance(request, RespondRequest):
+        fields["value"] = canonical.dumps(request.value)
+    return fields
 
 
 def _source(message: Message) -> str:

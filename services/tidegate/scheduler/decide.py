@@ -1,10 +1,12 @@
-"""What a run does next: pure functions from (run, input, now) to events."""
+"""What a run does next when the gate, an executor or the clock says something: pure functions to events.
+
+Commands are in `commands.py`, the ends of waits in `waits.py`; `holding.py` has the last word on every decision.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -12,9 +14,10 @@ import msgspec
 from tidegate.domain import canonical, progress, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS
-from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, RunCommand, StepResult
+from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, StepResult
 from tidegate.domain.run import RunState, StepState, apply
-from tidegate.domain.workflow import DefinitionError, compile_definition
+from tidegate.domain.workflow import Function
+from tidegate.scheduler import waits
 
 MAX_LOSSES: Final = 10
 BUSY_RETRY_MS: Final = 25
@@ -26,138 +29,6 @@ MAX_MS: Final = 4_102_444_800_000  # the year 2100: what databases can show
 MAX_OUTPUT_BYTES: Final = 9 * 1024 * 1024  # more than executors of ours send, and an entry can still hold it
 
 Events = list[Any]
-
-
-# --- commands ---------------------------------------------------------------
-
-
-def on_command(run: RunState, command: RunCommand) -> Events:
-    """Return what a command causes; a command that was seen before causes nothing, a wrong one a refusal."""
-    if command.command_id in run.command_ids and not (run.status == states.ABSENT and command.type == "start"):
-        return []  # a start is new as long as there is no run, whatever was sent under its id before
-    return _COMMANDS[command.type](run, command) if command.type in _COMMANDS else [_unknown(command)]
-
-
-def _start(run: RunState, command: RunCommand) -> Events:
-    if run.status != states.ABSENT:
-        if run.content_hash == command.content_hash:
-            return []  # the same request again: it is already being done
-        return [_refused(command, "duplicate_run_id", f"run {run.run_id} exists already with other content")]
-    try:
-        workflow = compile_definition(command.definition)
-    except DefinitionError as error:
-        return [_run_refused(command, "invalid_definition", str(error))]
-    problem = workflow.input_problem(canonical.loads(command.input))
-    if problem is not None:
-        return [_run_refused(command, "invalid_input", problem)]
-    started = ev.RunStarted(
-        command_id=command.command_id,
-        content_hash=command.content_hash,
-        source=command.source,
-        workflow=command.workflow,
-        definition_hash=command.definition_hash,
-        definition=command.definition,
-        input=command.input,
-        budget_micros=command.budget_micros,
-        tags=command.tags,
-    )
-    return [started, *progress.first_steps(run.run_id, workflow, command.input)]
-
-
-def _refuse(run: RunState, command: RunCommand) -> Events:
-    """Note a start that admission refused, if its id is new; its dead letter exists already."""
-    if run.status != states.ABSENT:
-        return [] if run.content_hash == command.content_hash else [_refused(command, command.code, command.reason)]
-    return [_run_refused(command, command.code, command.reason)]
-
-
-def _cancel(run: RunState, command: RunCommand) -> Events:
-    problem = _not_open(run, command)
-    if problem is not None:
-        return [problem]
-    requested = ev.RunCancelRequested(command_id=command.command_id, by=command.by, reason=command.reason)
-    return [requested, *progress.cancelled(run, command.reason or f"cancelled by {command.by or 'a command'}")]
-
-
-def _approve(run: RunState, command: RunCommand) -> Events:
-    return _answer(run, command, approved=True)
-
-
-def _reject(run: RunState, command: RunCommand) -> Events:
-    return _answer(run, command, approved=False)
-
-
-def _answer(run: RunState, command: RunCommand, *, approved: bool) -> Events:
-    problem = _not_open(run, command)
-    if problem is not None:
-        return [problem]
-    waiting = run.open_approvals()
-    names = ", ".join(step.step_id for step in waiting) or "none"
-    step = next((step for step in waiting if step.step_id == command.step_id), None)
-    if not command.step_id and len(waiting) == 1:
-        step = waiting[0]
-    if step is None or step.approval is None:
-        return [_refused(command, "no_such_approval", f"no open approval {command.step_id!r}; open: {names}")]
-    asked = step.approval
-    resolved = ev.ApprovalResolved(
-        command_id=command.command_id,
-        step_id=step.step_id,
-        attempt=asked.attempt,
-        why=asked.why,
-        approved=approved,
-        by=command.by,
-        reason=command.reason,
-        arguments_hash=asked.arguments_hash,
-    )
-    if not approved:
-        reason = f"rejected by {command.by or 'a human'}" + (f": {command.reason}" if command.reason else "")
-        return [resolved, *_failed(run, step, "rejected", reason)]
-    if asked.why == "policy":
-        return [resolved]
-    return [resolved, ev.AttemptRequested(step_id=step.step_id, attempt=step.attempt + 1, call=step.call)]
-
-
-_COMMANDS: Final[dict[str, Callable[[RunState, RunCommand], Events]]] = {
-    "start": _start,
-    "refuse": _refuse,
-    "cancel": _cancel,
-    "approve": _approve,
-    "reject": _reject,
-}
-
-
-def _not_open(run: RunState, command: RunCommand) -> ev.CommandRefused | None:
-    if run.status == states.ABSENT:
-        return _refused(command, "unknown_run", f"there is no run {run.run_id}")
-    if run.is_over:
-        return _refused(command, "run_is_over", f"run {run.run_id} is over: {run.status}")
-    return None
-
-
-def _unknown(command: RunCommand) -> ev.CommandRefused:
-    return _refused(command, "unknown_command", f"there is no command {command.type!r}")
-
-
-def _refused(command: RunCommand, code: str, reason: str) -> ev.CommandRefused:
-    return ev.CommandRefused(
-        command_id=command.command_id,
-        type=command.type,
-        source=command.source,
-        code=code,
-        reason=reason,
-        original=command.original,
-    )
-
-
-def _run_refused(command: RunCommand, code: str, reason: str) -> ev.RunRefused:
-    return ev.RunRefused(
-        command_id=command.command_id,
-        content_hash=command.content_hash,
-        source=command.source,
-        code=code,
-        reason=reason,
-        original=b"" if command.type == "refuse" else command.original,
-    )
 
 
 # --- the gate's decisions ---------------------------------------------------------------
@@ -200,7 +71,7 @@ def _on_item(run: RunState, item: Any) -> Events:
         ]
     if isinstance(item, Denied):
         ended = _ended(step, item.attempt, "denied", "Denied", item.reason)
-        return [ended, *_failed(run, step, "denied", f"denied by {item.rule}: {item.reason}")]
+        return [ended, *failed(run, step, "denied", f"denied by {item.rule}: {item.reason}")]
     assert isinstance(item, ApprovalRequired)  # noqa: S101 - the union has no other member
     return [
         ev.ApprovalRequested(
@@ -211,6 +82,7 @@ def _on_item(run: RunState, item: Any) -> Events:
             policy=item.policy,
             reason=item.reason,
             arguments_hash=item.arguments_hash,
+            expires_at_ms=item.expires_at_ms,
         )
     ]
 
@@ -232,7 +104,7 @@ def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
         incarnation=item.incarnation,
     )
     if step.losses + 1 >= MAX_LOSSES:
-        return [ended, *_failed(run, step, "attempts_exhausted", f"its executor went away {MAX_LOSSES} times")]
+        return [ended, *failed(run, step, "attempts_exhausted", f"its executor went away {MAX_LOSSES} times")]
     if not step.call.idempotent:
         return [
             ended,
@@ -246,7 +118,7 @@ def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
                 arguments_hash=canonical.digest(step.call.arguments),
             ),
         ]
-    return [ended, _next_attempt(step)]
+    return [ended, next_attempt(step)]
 
 
 # --- results ---------------------------------------------------------------
@@ -290,16 +162,12 @@ def _bounded(result: StepResult) -> StepResult:
     )
 
 
-def on_error(run: RunState, record: RunCommand | GateDecision | StepResult, error: Exception) -> Events:
+def on_error(run: RunState, record: GateDecision | StepResult, error: Exception) -> Events:
     """Return how a run ends because deciding on this input failed: its log says so, and nobody waits for it in vain.
 
     Nothing if the input concerns no open step: then there is nothing that could wait.
     """
-    reason = f"deciding on a {type(record).__name__} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
-    if isinstance(record, RunCommand):
-        if run.status == states.ABSENT and record.type == "start":
-            return [_run_refused(record, "internal_error", reason)]
-        return [_refused(record, "internal_error", reason)]
+    reason = error_reason(record, error)
     names = [(record.step_id, record.attempt)] if isinstance(record, StepResult) else []
     if isinstance(record, GateDecision):
         names = [(item.step_id, item.attempt) for item in record.items]
@@ -313,6 +181,11 @@ def on_error(run: RunState, record: RunCommand | GateDecision | StepResult, erro
                 *progress.broken(run, step, f"step {step_id}: {reason}"),
             ]
     return []
+
+
+def error_reason(record: Any, error: Exception) -> str:
+    """Return what a run is told of a defect of ours."""
+    return f"deciding on a {type(record).__name__} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
 
 
 def _is_foreign(step: StepState, result: StepResult) -> bool:
@@ -347,10 +220,10 @@ def _ignored(run: RunState, step: StepState, result: StepResult) -> ev.ResultIgn
 
 
 def _on_success(run: RunState, step: StepState, result: StepResult) -> Events:
-    problem = _output_problem(step, result.output)
+    problem = output_problem(step, result.output)
     if problem is not None:
         ended = _ended(step, result.attempt, "failed", "BadOutput", problem, result)
-        return [ended, *_failed(run, step, "bad_output", problem)]
+        return [ended, *failed(run, step, "bad_output", problem)]
     succeeded = ev.StepSucceeded(
         step_id=step.step_id,
         attempt=result.attempt,
@@ -365,7 +238,7 @@ def _on_success(run: RunState, step: StepState, result: StepResult) -> Events:
     return [succeeded, *progress.after_success(run, step, result.output)]
 
 
-def _output_problem(step: StepState, output: str) -> str | None:
+def output_problem(step: StepState, output: str) -> str | None:
     """Return what is wrong with an output that an executor sent. Its own checks come first; this one trusts nobody."""
     if len(output) * 4 > MAX_OUTPUT_BYTES and len(output.encode()) > MAX_OUTPUT_BYTES:
         return f"output has more than {MAX_OUTPUT_BYTES} bytes"
@@ -388,37 +261,60 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
         retry_at_ms = now_ms + BUSY_RETRY_MS + int(BUSY_RETRY_MS * _jitter(run.run_id, step))
         return [_ended(step, result.attempt, "busy", "Busy", "the executor had no free slot", result, retry_at_ms)]
     if result.outcome == "released":
-        return [_ended(step, result.attempt, "released", "Released", result.error_message, result), _next_attempt(step)]
+        return [_ended(step, result.attempt, "released", "Released", result.error_message, result), next_attempt(step)]
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
     failures = step.failures + 1
     settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
     reason = f"{result.error_class}: {result.error_message}"
-    if result.retryable and failures < settings.max_attempts:
+    is_retried = result.retryable and _is_retried(settings, result.error_class)
+    if is_retried and failures < settings.max_attempts:
         backoff_ms = min(settings.backoff_ms * settings.backoff_factor ** (failures - 1), settings.backoff_max_ms)
         retry_at_ms = now_ms + int(backoff_ms * (0.5 + _jitter(run.run_id, step) / 2))
         return [_ended(step, result.attempt, outcome, result.error_class, result.error_message, result, retry_at_ms)]
-    code = "attempts_exhausted" if result.retryable else "not_retryable"
-    if result.retryable:
+    code = "attempts_exhausted" if is_retried else "not_retryable"
+    if is_retried:
         reason = f"{failures} of {settings.max_attempts} attempts failed, the last with {reason}"
     ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result)
-    return [ended, *_failed(run, step, code, reason)]
+    return [ended, *failed(run, step, code, reason)]
+
+
+def _is_retried(settings: Function, error_class: str) -> bool:
+    """Tell whether the function's settings let an error of this class be tried again."""
+    if error_class in settings.no_retry_on:
+        return False
+    return not settings.retry_on or error_class in settings.retry_on
 
 
 # --- timers ---------------------------------------------------------------
 
 
 def on_timer(run: RunState, step_id: str, attempt: int, now_ms: int) -> Events:
-    """Return the next attempt if this step's back-off after `attempt` is over."""
+    """Return what time does to this step after `attempt`: a back-off, a wait or an approval's life is over."""
     step = run.steps.get(step_id)
-    if step is None or run.is_over or step.attempt != attempt or step.retry_at_ms is None or step.retry_at_ms > now_ms:
+    if step is None or run.is_over or step.attempt != attempt:
         return []
-    return [_next_attempt(step)]
+    due_ms = waits.due_ms(run, step)
+    if due_ms is None or due_ms > now_ms:
+        return []
+    if step.status == states.WAITING:
+        return waits.on_due(run, step, now_ms)
+    if step.status == states.AWAITING_APPROVAL and step.approval is not None:
+        return _expired(run, step, step.approval)
+    return [next_attempt(step)]
+
+
+def _expired(run: RunState, step: StepState, asked: ev.ApprovalRequested) -> Events:
+    reason = "nobody approved or rejected it in time"
+    expired = ev.ApprovalExpired(
+        step_id=step.step_id, attempt=asked.attempt, rule=asked.rule, policy=asked.policy, reason=reason
+    )
+    return [expired, *failed(run, step, "approval_expired", reason)]
 
 
 # --- parts ---------------------------------------------------------------
 
 
-def _next_attempt(step: StepState) -> ev.AttemptRequested:
+def next_attempt(step: StepState) -> ev.AttemptRequested:
     return ev.AttemptRequested(step_id=step.step_id, attempt=step.attempt + 1, call=step.call)
 
 
@@ -445,7 +341,7 @@ def _ended(
     )
 
 
-def _failed(run: RunState, step: StepState, code: str, reason: str) -> Events:
+def failed(run: RunState, step: StepState, code: str, reason: str) -> Events:
     return [
         ev.StepFailed(step_id=step.step_id, code=code, reason=reason),
         *progress.after_failure(run, step, code, reason),

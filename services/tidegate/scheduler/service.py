@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import structlog
 
 from tidegate.domain import run_events as ev
 from tidegate.domain import states
+from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import GateDecision, RunCommand, StepResult
+from tidegate.domain.messages import Control, GateDecision, RunCommand, StepResult
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import Decision, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
-from tidegate.scheduler import decide, snapshots
+from tidegate.scheduler import commands, decide, holding, snapshots, waits
 from tidegate.scheduler.tells import tells
 
 _log = structlog.get_logger()
 
 
-class RunsOfPartition:
-    """The runs of one log partition, and when their steps are to be tried again: (due ms, run, step, attempt).
+CONTROLS: Final = "controls"
 
-    Runs that are over, or that wait for long, lie on the shelf. definitions: by hash, what runs of this partition pinned.
+
+class RunsOfPartition:
+    """The runs of one log partition.
+
+    Runs that are over, or that wait for long, lie on the shelf. What may wake those that wait is in memory for all of them:
+    timers: (due ms, run, step, attempt), a heap. held: queue -> the runs with steps that were held back, in that order. Both
+    may name what is of no interest any more. definitions: by hash, what runs of this partition pinned.
     """
 
-    __slots__ = ("definitions", "partition", "runs", "shelf", "timers")
+    __slots__ = ("definitions", "held", "partition", "runs", "shelf", "timers")
 
     def __init__(self, partition: int, shelf: Shelf) -> None:
         self.partition = partition
         self.shelf = shelf
         self.runs: dict[str, RunState] = {}
         self.timers: list[tuple[int, str, str, int]] = []
+        self.held: dict[str, dict[str, None]] = {}
         self.definitions: dict[str, str] = {}
 
     def find(self, run_id: str) -> RunState | None:
@@ -61,6 +69,13 @@ class RunsOfPartition:
         self.runs[run_id] = run
         return run
 
+    def watch(self, run_id: str, times: Iterable[tuple[int, str, int]], queues: Iterable[str]) -> None:
+        """Note when a run is to be looked at, and which queues it has held steps for."""
+        for due_ms, step_id, attempt in times:
+            heapq.heappush(self.timers, (due_ms, run_id, sys.intern(step_id), attempt))
+        for queue in queues:
+            self.held.setdefault(queue, {})[run_id] = None
+
 
 class MisroutedError(ValueError):
     """A message lies in another partition than its run's: its writer computed the partition wrongly."""
@@ -71,7 +86,13 @@ def _decide(run: RunState, record: RunCommand | GateDecision | StepResult, now_m
         return decide.on_result(run, record, now_ms)
     if isinstance(record, GateDecision):
         return decide.on_decision(run, record)
-    return decide.on_command(run, record)
+    return commands.on_command(run, record)
+
+
+def _on_error(run: RunState, record: RunCommand | GateDecision | StepResult, error: Exception) -> list[Any]:
+    if isinstance(record, RunCommand):
+        return commands.on_error(run, record, decide.error_reason(record, error))
+    return decide.on_error(run, record, error)
 
 
 class SchedulerMachine:
@@ -83,12 +104,13 @@ class SchedulerMachine:
     lead_topic: Final = "run-commands"
     other_topics: Final = ("gate-decisions", "step-results")
     snapshot_topic: Final = "run-snapshots"
-    table_topics: Final[tuple[str, ...]] = ()
+    table_topics: Final = (CONTROLS,)
     marked_topics: Final = {"gate-decisions": "gate-ledger"}
 
     def __init__(self, run_partitions: int, account_partitions: int) -> None:
         self._run_partitions = run_partitions
         self._account_partitions = account_partitions
+        self._controls = Controls()
 
     def new_state(self, partition: int, shelf: Shelf) -> RunsOfPartition:
         """Return a partition without runs."""
@@ -106,42 +128,67 @@ class SchedulerMachine:
         if not isinstance(record, RunCommand | GateDecision | StepResult):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
         try:
-            events = _decide(run, record, now_ms)
+            events = holding.finished(run, _decide(run, record, now_ms), self._controls, now_ms)
         except Exception as error:
             _log.exception("decision failed: the run is told", run=run.run_id, input=type(record).__name__)
-            events = decide.on_error(run, record, error)
+            events = _on_error(run, record, error)
             if not events:
                 raise
         account = record.account if isinstance(record, RunCommand) and not run.account else run.account
         return Decision(run.run_id, account, events) if events else None
 
     def due(self, state: RunsOfPartition, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        """Return the next attempt whose back-off is over."""
+        """Return what the next timer causes, or the next release of held steps."""
         while state.timers and state.timers[0][0] <= now_ms:
             due_ms, run_id, step_id, attempt = state.timers[0]
             run = state.find(run_id)
             events = decide.on_timer(run, step_id, attempt, now_ms) if run is not None else []
             if events and run is not None:
-                return f"timer:{due_ms}:{step_id}:{attempt}", Decision(run_id, run.account, events)
+                finished = holding.finished(run, events, self._controls, now_ms)
+                return f"timer:{due_ms}:{step_id}:{attempt}", Decision(run_id, run.account, finished)
             heapq.heappop(state.timers)
+        return self._release(state, tables)
+
+    def _release(self, state: RunsOfPartition, tables: Tables) -> tuple[str, Decision] | None:
+        for run_ids in self._releasable(state):
+            while run_ids:
+                run_id = next(iter(run_ids))
+                run = state.find(run_id)
+                events = [] if run is None else holding.released(run, self._controls)
+                if events and run is not None:
+                    return f"table:{CONTROLS}:{tables.versions.get(CONTROLS, 0)}", Decision(run_id, run.account, events)
+                del run_ids[run_id]
         return None
+
+    def _releasable(self, state: RunsOfPartition) -> list[dict[str, None]]:
+        return [run_ids for queue, run_ids in state.held.items() if run_ids and not self._controls.is_paused(queue)]
 
     def dropped(self, partition: int) -> None:
         """Nothing outside the state is kept per partition."""
 
     def next_due_ms(self, state: RunsOfPartition) -> int | None:
-        """Return when the next back-off ends."""
+        """Return when the next timer ends; at once if held steps may go on."""
+        if self._releasable(state):
+            return 0
         return state.timers[0][0] if state.timers else None
 
     def apply(self, state: RunsOfPartition, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
-        """Change the run by one event; note its timer and its definition."""
+        """Change the run by one event; note what may wake it, and its definition."""
         run = state.take(subject)
         if not run.account:
             run.account = account
         apply(run, event, now_ms)
-        if isinstance(event, ev.AttemptEnded):
-            if event.retry_at_ms is not None:
-                heapq.heappush(state.timers, (event.retry_at_ms, subject, event.step_id, event.attempt))
+        if isinstance(event, _TIMED):
+            step = run.steps[event.step_id]
+            due_ms = waits.due_ms(run, step)
+            if due_ms is not None:
+                state.watch(subject, [(due_ms, step.step_id, step.attempt)], ())
+        elif isinstance(event, ev.AttemptHeld | ev.StepReady):
+            step = run.steps[event.step_id]
+            if step.status == states.HELD:
+                state.watch(subject, (), [step.call.queue])
+        elif isinstance(event, ev.RunResumed):
+            state.watch(subject, (), (step.call.queue for step in run.held_steps()))
         elif isinstance(event, ev.RunStarted):
             # By its true hash, whatever the event says: that is what snapshots name it by.
             assert run.workflow is not None  # noqa: S101 - it has just been compiled from this event
@@ -171,21 +218,26 @@ class SchedulerMachine:
         return Standing.DONE if status == states.ABSENT or status in states.RUN_TERMINAL else Standing.ACTIVE
 
     def quiet_since_ms(self, state: RunsOfPartition, unit: str) -> int | None:
-        """Return since when the run waits for a person or for a back-off to end: no attempt of it is out."""
-        run = state.runs[unit]
-        is_out = any(step.status in (states.REQUESTED, states.DISPATCHED) for step in run.steps.values())
-        return None if is_out else run.changed_ms
+        """Return since when the run waits for a person, an event or a time: no attempt of it is out."""
+        return snapshots.quiet_since_ms(state.runs[unit])
 
     def dump(self, state: RunsOfPartition, unit: str) -> bytes:
         """Return the run as bytes."""
         return snapshots.dump(state.runs[unit])
 
     def load(self, state: RunsOfPartition, unit: str, data: bytes) -> None:
-        """Take a run, with its timers."""
-        run = state.runs[unit] = snapshots.load(data, state.definitions)
-        for step in run.steps.values():
-            if step.status == states.BACKING_OFF and step.retry_at_ms is not None:
-                heapq.heappush(state.timers, (step.retry_at_ms, unit, step.step_id, step.attempt))
+        """Take a run, with what may wake it."""
+        state.runs[unit] = snapshots.load(data, state.definitions)
+        outlook = snapshots.outlook(data)
+        state.watch(unit, outlook.times, outlook.queues)
+
+    def load_resting(self, state: RunsOfPartition, unit: str, data: bytes, quiet_before_ms: int) -> bool:
+        """Take only what may wake a run that has been quiet since then; the rest of its bytes is not looked at."""
+        outlook = snapshots.outlook(data)
+        if outlook.quiet_since_ms is None or outlook.quiet_since_ms > quiet_before_ms:
+            return False
+        state.watch(unit, outlook.times, outlook.queues)
+        return True
 
     def loaded(self, state: RunsOfPartition) -> None:
         """Runs have nothing to do with each other."""
@@ -207,7 +259,11 @@ class SchedulerMachine:
         return tells(entry, at, self._account_partitions)
 
     def tables_loaded(self) -> None:
-        """The scheduler reads no table."""
+        """What was paused before counts as what is paused from now on."""
 
-    def table_changed(self, topic: str, key: str, row: Any | None, offset: int) -> None:
-        """The scheduler reads no table: its commands carry what it needs."""
+    def table_changed(self, topic: str, key: str, row: Control | None, offset: int) -> None:
+        """Take note of what is paused. Of workflows nothing is read: the commands carry what is needed."""
+        self._controls.take(key, row)
+
+
+_TIMED: Final = (ev.AttemptEnded, ev.ApprovalRequested, ev.WaitStarted)

@@ -7,16 +7,46 @@ from typing import Any, Final
 
 import msgspec
 
+from tidegate.domain import states
 from tidegate.domain.messages import Call
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Workflow, compile_definition
+from tidegate.scheduler import waits
 
 # Counts up with every change of the fields of RunState and StepState, or of what they mean.
-SNAPSHOT_FORMAT: Final = 1
+SNAPSHOT_FORMAT: Final = 2
 
 NO_CALL: Final = Call(
     kind="", function="", queue="", arguments="", timeout_ms=0, reserve_micros=0, idempotent=True
 )  # of a step whose run is over: nobody will ask for it again
+
+
+class Outlook(msgspec.Struct, frozen=True, array_like=True):
+    """What must be known of a run while it lies on the shelf. It stands before its state, to be read without it.
+
+    quiet_since_ms: since when no attempt of it is out; null if one is. times: (due ms, step, attempt). queues: of held steps.
+    """
+
+    quiet_since_ms: int | None
+    times: tuple[tuple[int, str, int], ...]
+    queues: tuple[str, ...]
+
+
+def quiet_since_ms(run: RunState) -> int | None:
+    """Return since when nothing of the run is out at the gate or an executor; None if something is."""
+    is_out = any(step.status in (states.REQUESTED, states.DISPATCHED) for step in run.steps.values())
+    return None if is_out else run.changed_ms
+
+
+def _outlook_of(run: RunState) -> Outlook:
+    if run.is_over:
+        return Outlook(None, (), ())
+    times = ((waits.due_ms(run, step), step) for step in run.steps.values())
+    return Outlook(
+        quiet_since_ms(run),
+        tuple((due_ms, step.step_id, step.attempt) for due_ms, step in times if due_ms is not None),
+        tuple({step.call.queue: None for step in run.held_steps()}),
+    )
 
 
 def _definition_hash(value: Any) -> str:
@@ -30,7 +60,8 @@ _encoder: Final = msgspec.msgpack.Encoder(enc_hook=_definition_hash)
 
 def dump(run: RunState) -> bytes:
     """Return the run's state, definition by its hash. Of a run that is over, only what its further messages need."""
-    return _encoder.encode((SNAPSHOT_FORMAT, _stub(run) if run.workflow is None or run.is_over else run))
+    state = _stub(run) if run.workflow is None or run.is_over else run
+    return _encoder.encode((SNAPSHOT_FORMAT, _outlook_of(run), state))
 
 
 def load(data: bytes, definitions: Mapping[str, str]) -> RunState:
@@ -39,10 +70,24 @@ def load(data: bytes, definitions: Mapping[str, str]) -> RunState:
     def compiled(_: type, definition_hash: Any) -> Workflow:
         return compile_definition(definitions[definition_hash])
 
-    version, rest = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
+    return msgspec.msgpack.decode(_parts(data)[2], type=RunState, dec_hook=compiled)
+
+
+def outlook(data: bytes) -> Outlook:
+    """Return what a run's bytes say without its state. Raises ValueError on another format, msgspec.DecodeError."""
+    return _outlook_decoder.decode(_parts(data)[1])
+
+
+def _parts(data: bytes) -> list[msgspec.Raw]:
+    parts = _parts_decoder.decode(data)
+    version = msgspec.msgpack.decode(parts[0])
     if version != SNAPSHOT_FORMAT:
         raise ValueError(f"a snapshot of format {version}, not {SNAPSHOT_FORMAT}")
-    return msgspec.msgpack.decode(rest, type=RunState, dec_hook=compiled)
+    return parts
+
+
+_parts_decoder: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_outlook_decoder: Final = msgspec.msgpack.Decoder(Outlook)
 
 
 def _stub(run: RunState) -> RunState:

@@ -52,8 +52,8 @@ def _open(event: ev.RunStarted) -> GateItem:
     return OpenRun(budget_micros=event.budget_micros, workflow=event.workflow, tags=event.tags)
 
 
-def _authorise_first(event: ev.StepReady) -> GateItem:
-    return Authorise(step_id=event.step_id, attempt=1, call=event.call)
+def _authorise_first(event: ev.StepReady) -> GateItem | None:
+    return None if event.held else Authorise(step_id=event.step_id, attempt=1, call=event.call)
 
 
 def _authorise_next(event: ev.AttemptRequested) -> GateItem:
@@ -68,7 +68,13 @@ def _resolve(event: ev.ApprovalResolved) -> GateItem | None:
     return Approve(step_id=event.step_id, attempt=event.attempt, by=event.by, arguments_hash=event.arguments_hash)
 
 
-def _settle(event: ev.StepSucceeded) -> GateItem:
+def _expire(event: ev.ApprovalExpired) -> GateItem:
+    return Void(step_id=event.step_id, attempt=event.attempt)
+
+
+def _settle(event: ev.StepSucceeded) -> GateItem | None:
+    if not event.attempt:
+        return None  # a wait, or an output that a human gave: no attempt of it is to be paid
     return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros)
 
 
@@ -93,6 +99,7 @@ _GATE_ITEMS: Final[dict[type, Callable[[Any], GateItem | None]]] = {
     ev.StepReady: _authorise_first,
     ev.AttemptRequested: _authorise_next,
     ev.ApprovalResolved: _resolve,
+    ev.ApprovalExpired: _expire,
     ev.StepSucceeded: _settle,
     ev.AttemptEnded: _end,
     ev.ResultIgnored: _end,

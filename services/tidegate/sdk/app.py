@@ -23,6 +23,7 @@ DEFAULT_RETRIES: Final = 4
 
 F = TypeVar("F", bound=Callable[..., Any])
 Reference = str | Callable[..., Any]
+ErrorClasses = Sequence[str | type[BaseException]]
 
 _name = re.compile(NAME_PATTERN)
 
@@ -34,6 +35,8 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "backoff_max_s": 60.0,
     "idempotent": True,
     "cost_micros": 0,
+    "retry_on": (),
+    "no_retry_on": (),
 }
 
 
@@ -42,8 +45,10 @@ class Options(TypedDict, total=False):
 
     name: instead of the function's own. timeout_s: how long one attempt may take (30). retries: how often it may be repeated
     after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
-    `backoff_max_s` (60). idempotent (True): if False, an attempt of unknown outcome is not repeated unless a human says so.
-    cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it; the app's if not given.
+    `backoff_max_s` (60). retry_on, no_retry_on: exceptions, or names of their classes, after which alone, or after which never,
+    it is repeated; a subclass must be named itself. idempotent (True): if False, an attempt of unknown outcome is not repeated
+    unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it;
+    the app's if not given.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Options(TypedDict, total=False):
     backoff_s: float
     backoff_factor: float
     backoff_max_s: float
+    retry_on: ErrorClasses
+    no_retry_on: ErrorClasses
     idempotent: bool
     cost_micros: int
     queue: str | None
@@ -79,10 +86,14 @@ class Settings:
     backoff_max_s: float
     idempotent: bool
     cost_micros: int
+    retry_on: tuple[str, ...] = ()
+    no_retry_on: tuple[str, ...] = ()
 
     def to_definition(self) -> dict[str, Any]:
-        """Return the settings as a definition names them."""
+        """Return the settings as a definition names them. What was not said is left out: the hashes of older ones stay."""
+        classes = {"retry_on": list(self.retry_on), "no_retry_on": list(self.no_retry_on)}
         return {
+            **{name: names for name, names in classes.items() if names},
             "queue": self.queue,
             "timeout_ms": round(self.timeout_s * 1000),
             "max_attempts": self.retries + 1,
@@ -252,7 +263,9 @@ class App:
     def definition(self, graph: Graph) -> dict[str, Any]:
         """Return the graph's definition, functions included. Raises GraphError listing all that is wrong with it."""
         definition, problems = graph.to_definition(self._resolve)
-        definition["functions"] = self._pinned(node["function"] for node in definition["nodes"].values())
+        definition["functions"] = self._pinned(
+            node["function"] for node in definition["nodes"].values() if "function" in node
+        )
         problems += validate_definition(definition)
         if problems:
             raise GraphError(graph.label, problems)
@@ -306,6 +319,8 @@ def _checked_name(what: str, name: str) -> str:
 
 
 def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
+    for option in ("retry_on", "no_retry_on"):
+        options[option] = _class_names(f"{kind} {name!r}: {option}", options.get(option, ()))
     defaults = {**_DEFAULTS, "timeout_s": DEFAULT_AGENT_TIMEOUT_S if kind == AGENT else DEFAULT_TIMEOUT_S}
     settings = Settings(**{**defaults, **options})
     problems = [
@@ -324,6 +339,15 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
         raise AppError(f"{kind} {name!r}: {'; '.join(problems)}")
     _checked_name("queue", settings.queue)
     return settings
+
+
+def _class_names(where: str, classes: ErrorClasses) -> tuple[str, ...]:
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise AppError(f"{where} must be a list of exceptions or of names of their classes")
+    names = tuple(item.__name__ if isinstance(item, type) else item for item in classes)
+    if not all(isinstance(name, str) and name for name in names):
+        raise AppError(f"{where} must be a list of exceptions or of names of their classes")
+    return names
 
 
 def functions_of(app: App) -> list[str]:

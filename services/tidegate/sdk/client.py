@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from tidegate import codec
 from tidegate.domain import canonical
+from tidegate.domain.controls import is_control_key
 from tidegate.domain.identity import is_run_id, partition_of
-from tidegate.domain.messages import WorkflowPublished
+from tidegate.domain.messages import Control, WorkflowPublished
 from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
@@ -26,18 +27,18 @@ from tidegate.sdk.app import App, default_app
 from tidegate.sdk.errors import GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError
 from tidegate.sdk.following import Follower
 from tidegate.sdk.graph import Graph
-from tidegate.sdk.reading import RUN_EVENTS, Approval, Event, GapError, Run, RunReader, ValidEntries
+from tidegate.sdk.reading import ANSWERS, RUN_EVENTS, Approval, Event, GapError, Run, RunReader, ValidEntries, Wait
 
 RUN_REQUESTS: Final = "run-requests"
-ANSWER_TYPES: Final = frozenset({"ApprovalResolved", "RunCancelRequested", "CommandRefused"})
 WORKFLOWS: Final = "workflows"
+CONTROLS: Final = "controls"
 WRITE_DEADLINE_S: Final = 30.0
 FOLLOW_TURN_S: Final = 0.5
 CATCH_UP_S: Final = 5.0
 # A run whose id was chosen by the caller may have been asked for before: after so long without news of it we look.
 GIVEN_ID_HISTORY_S: Final = 1.0
 
-__all__ = ["Approval", "Client", "Event", "Run"]
+__all__ = ["Approval", "Client", "Event", "Run", "Wait"]
 
 
 class Client:
@@ -208,35 +209,122 @@ class Client:
         seen = f"it is {reader.run().status}" if reader.exists else "the log has nothing of it"
         raise RunNotFinishedError(f"run {run_id} did not end within {timeout_s} s: {seen}")
 
-    def approve(self, run_id: str, step_id: str | None = None, *, reason: str = "") -> str:
-        """Allow the attempt that waits; `step_id` may be left out if only one does. Returns the command's id."""
-        return self._command("approve", run_id, step_id=step_id, reason=reason)
+    def approve(
+        self,
+        run_id: str,
+        step_id: str | None = None,
+        *,
+        reason: str = "",
+        attempt: int | None = None,
+        why: str | None = None,
+    ) -> str:
+        """Allow the attempt that waits; `step_id` may be left out if only one does. Returns the command's id.
 
-    def reject(self, run_id: str, step_id: str | None = None, *, reason: str = "") -> str:
-        """Refuse the attempt that waits; its step fails. Returns the command's id."""
-        return self._command("reject", run_id, step_id=step_id, reason=reason)
+        attempt, why: those of the question that is meant (see `Approval`); if another one is open, the answer is refused.
+        """
+        return self._command("approve", run_id, step_id=step_id, reason=reason, attempt=attempt, why=why)
+
+    def reject(
+        self,
+        run_id: str,
+        step_id: str | None = None,
+        *,
+        reason: str = "",
+        attempt: int | None = None,
+        why: str | None = None,
+    ) -> str:
+        """Refuse the attempt that waits; its step fails. As `approve`."""
+        return self._command("reject", run_id, step_id=step_id, reason=reason, attempt=attempt, why=why)
+
+    def respond(
+        self,
+        run_id: str,
+        value: Any,
+        step_id: str | None = None,
+        *,
+        reason: str = "",
+        attempt: int | None = None,
+        why: str | None = None,
+    ) -> str:
+        """Answer what a step waits for; `step_id` may be left out if only one can be answered. Returns the command's id.
+
+        value: the answer to a question, the payload of an event; to an attempt of unknown outcome "again", "fail" or
+        {"done": its result}. A bad answer is refused with the reason (see `answer`) and the question stays open. Raises
+        NotJsonError.
+        """
+        fields = {"step_id": step_id, "reason": reason, "attempt": attempt, "why": why}
+        return self._command("respond", run_id, value=json_form.to_json(value, "value"), **fields)
+
+    def signal(self, run_id: str, event: str, payload: Any = None, *, key: str | None = None) -> str:
+        """Send a run an event; returns the command's id. What nothing waits for yet is kept for what will.
+
+        key: the correlation key; without one it fits every wait for the name. Raises NotJsonError.
+        """
+        return self._command("signal", run_id, event=event, payload=json_form.to_json(payload, "payload"), key=key)
+
+    def pause(self, run_id: str, *, reason: str = "") -> str:
+        """Let nothing further of a run start until it is resumed; what runs may end. Returns the command's id."""
+        return self._command("pause", run_id, reason=reason)
+
+    def resume(self, run_id: str, *, reason: str = "") -> str:
+        """Let a paused run go on. Returns the command's id."""
+        return self._command("resume", run_id, reason=reason)
 
     def cancel(self, run_id: str, *, reason: str = "") -> str:
         """Ask for the end of a run; what runs for it is aborted. Returns the command's id."""
         return self._command("cancel", run_id, reason=reason)
 
     def answer(self, run_id: str, command_id: str, timeout_s: float | None = None) -> Event:
-        """Wait for what came of a command: `ApprovalResolved`, `RunCancelRequested` or `CommandRefused`.
+        """Wait for what came of a command: `CommandRefused`, or the event that it caused, such as `ApprovalResolved`.
 
         Raises RunNotFinishedError after `timeout_s`: nobody has read the command yet, but it stays in the log.
         """
         for _, events in self._following(run_id, timeout_s):
             for event in events:
-                if event.type in ANSWER_TYPES and event.data.command_id == command_id:
+                if isinstance(event.data, ANSWERS) and event.data.command_id == command_id:
                     return event
         raise RunNotFinishedError(f"run {run_id} has not answered command {command_id} within {timeout_s} s")
 
+    # --- queues ---
+
+    def pause_queue(self, queue: str, *, reason: str = "") -> None:
+        """Let nothing of a queue start, or of any with `*`, until it is resumed. What is asked for meanwhile is kept.
+
+        In force when the scheduler and the gate have read it, within a turn. Raises ValueError on a bad name.
+        """
+        self._control(queue, paused=True, reason=reason)
+
+    def resume_queue(self, queue: str, *, reason: str = "") -> None:
+        """Take back the pause of a queue, or of everything with `*`: each is taken back by itself. As `pause_queue`."""
+        self._control(queue, paused=False, reason=reason)
+
+    def paused_queues(self) -> dict[str, Control]:
+        """Return what is paused, by queue; `*` is everything."""
+        table = Tables((CONTROLS,))
+        table.load(self._broker)
+        rows: dict[str, Control] = table.rows[CONTROLS]
+        return {queue: row for queue, row in sorted(rows.items()) if row.paused}
+
+    def _control(self, queue: str, *, paused: bool, reason: str) -> None:
+        if not is_control_key(queue):
+            raise ValueError(
+                f"queue {queue!r}: a letter or underscore, then letters, digits, _ . or -, or * for everything"
+            )
+        row = Control(queue=queue, paused=paused, by=self._by, reason=reason[:4096], at_ms=time.time_ns() // 1_000_000)
+        self._send(Record(CONTROLS, 0, queue.encode(), codec.encode(row), _headers("Control")))
+        self._flush()
+
     # --- writing ---
 
-    def _command(self, kind: str, run_id: str, **fields: str | None) -> str:
+    def _command(self, kind: str, run_id: str, **fields: Any) -> str:
         command_id = uuid.uuid4().hex
         self._commands.setdefault(run_id, set()).add(command_id)
-        given = {name: value for name, value in fields.items() if value}
+        left_out = {"step_id", "reason", "why"}  # where an empty text says nothing
+        given = {
+            name: value
+            for name, value in fields.items()
+            if value is not None and not (value == "" and name in left_out)
+        }
         self._request(run_id, {"type": kind, "run_id": run_id, "command_id": command_id, "by": self._by, **given})
         return command_id
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from tidegate import codec
-from tidegate.domain import canonical, states
+from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.epochs import stated_epoch
@@ -14,7 +14,15 @@ from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
 
 RUN_EVENTS: Final = "run-events"
-_ANSWERS: Final = (ev.ApprovalResolved, ev.CommandRefused, ev.RunCancelRequested)
+ANSWERS: Final = (
+    ev.ApprovalResolved,
+    ev.CommandRefused,
+    ev.RunCancelRequested,
+    ev.RunPaused,
+    ev.RunResumed,
+    ev.SignalReceived,
+    ev.WaitEnded,
+)
 
 
 class Event(NamedTuple):
@@ -27,7 +35,10 @@ class Event(NamedTuple):
 
 
 class Approval(NamedTuple):
-    """A question that waits for a human: may this attempt run? `arguments` is what it would be called with."""
+    """A question that waits for a human: may this attempt run? `arguments` is what it would be called with.
+
+    why: `policy`, or `outcome_unknown`: it may have had its effect already. expires_at_ms: 0 for never.
+    """
 
     step_id: str
     function: str
@@ -35,13 +46,35 @@ class Approval(NamedTuple):
     why: str
     reason: str
     rule: str
+    attempt: int
+    expires_at_ms: int
+
+
+class Wait(NamedTuple):
+    """What a step waits for. kind: `ask`, `wait_event`, `wait_until` or `sleep`.
+
+    prompt, choices, free_text, schema: of a question; schema is JSON, None for none. event, key: of an event. due_ms: when a
+    time comes; timeout_at_ms: when it is given up. Both are Unix milliseconds, 0 for never.
+    """
+
+    step_id: str
+    kind: str
+    prompt: str
+    choices: tuple[str, ...]
+    free_text: bool
+    schema: Any
+    event: str
+    key: str
+    due_ms: int
+    timeout_at_ms: int
 
 
 class Run(NamedTuple):
     """A run as the log has it up to event `seq`.
 
-    status: `running`, `waiting` (for the `approvals`), `succeeded`, `failed`, `cancelled` or `refused`; code and reason
-    say why it ended badly. spent_micros: what its attempts have cost so far, in micro-dollars.
+    status: `running`, `waiting` (for the `approvals` or `waits`), `succeeded`, `failed`, `cancelled` or `refused`; code and
+    reason say why it ended badly. paused: by somebody, so that nothing further starts. held: steps that would start if nothing
+    was paused. spent_micros: what its attempts have cost so far, in micro-dollars.
     """
 
     run_id: str
@@ -56,6 +89,9 @@ class Run(NamedTuple):
     seq: int
     started_ms: int
     finished_ms: int
+    waits: tuple[Wait, ...] = ()
+    paused: bool = False
+    held: tuple[str, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -64,8 +100,8 @@ class Run(NamedTuple):
 
     @property
     def needs_human(self) -> bool:
-        """Tell whether it waits for somebody to approve or reject."""
-        return self.status == states.WAITING
+        """Tell whether it waits for somebody to approve, reject or answer."""
+        return bool(self.approvals) or any(wait.kind == waits.ASK for wait in self.waits)
 
 
 class ValidEntries:
@@ -125,7 +161,7 @@ class RunReader:
         for number, event in enumerate(entry.events):
             apply(self._state, event, entry.now_ms)
             self._spent_micros += getattr(event, "actual_micros", 0)
-            if isinstance(event, _ANSWERS):
+            if isinstance(event, ANSWERS):
                 self.answered.add(event.command_id)
             events.append(Event(entry.first_seq + number, entry.now_ms, type(event).__name__, event))
         return events
@@ -149,6 +185,8 @@ class RunReader:
                     step.approval.why,
                     step.approval.reason,
                     step.approval.rule,
+                    step.approval.attempt,
+                    step.approval.expires_at_ms,
                 )
                 for step in state.open_approvals()
                 if step.approval is not None
@@ -157,4 +195,22 @@ class RunReader:
             seq=state.seq,
             started_ms=state.started_ms,
             finished_ms=state.finished_ms,
+            waits=tuple(_wait(step.wait) for step in state.open_waits() if step.wait is not None),
+            paused=state.paused is not None and not state.is_over,
+            held=tuple(step.step_id for step in state.held_steps()),
         )
+
+
+def _wait(started: ev.WaitStarted) -> Wait:
+    return Wait(
+        step_id=started.step_id,
+        kind=started.kind,
+        prompt=started.prompt,
+        choices=started.choices,
+        free_text=started.free_text,
+        schema=canonical.loads(started.schema) if started.schema else None,
+        event=started.event,
+        key=started.key,
+        due_ms=started.due_ms or 0,
+        timeout_at_ms=started.timeout_at_ms or 0,
+    )

@@ -9,7 +9,7 @@ import pytest
 from support.pure import Pair, agent, chain, step, tool
 from tidegate.domain.messages import EndedIncarnation
 from tidegate.domain.progress import MAX_OPEN_STEPS
-from tidegate.scheduler import decide
+from tidegate.scheduler import commands, decide
 
 STEPS = ("step:a", "step:b", "step:c", "step:d", "agent:bot", "tool:look", "tool:pay")
 
@@ -463,7 +463,8 @@ def test_a_decision_that_fails_ends_the_run_with_a_reason(monkeypatch: pytest.Mo
         raise ZeroDivisionError("a defect")
 
     if record != "result":
-        monkeypatch.setattr(decide, {"decision": "on_decision", "command": "on_command"}[record], fail)
+        module, name = {"decision": (decide, "on_decision"), "command": (commands, "on_command")}[record]
+        monkeypatch.setattr(module, name, fail)
     p.start("r", chain("a", a=step(reserve_micros=5)))
     if record == "result":
         monkeypatch.setattr(decide, "on_result", fail)

@@ -1,0 +1,288 @@
+"""What commands cause: pure functions from (run, command) to events. A wrong command causes a refusal that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from tidegate.domain import canonical, progress, states, waits
+from tidegate.domain import run_events as ev
+from tidegate.domain.messages import RunCommand
+from tidegate.domain.run import RunState, StepState
+from tidegate.domain.workflow import DefinitionError, compile_definition
+from tidegate.scheduler import waits as waiting
+from tidegate.scheduler.decide import failed, next_attempt, output_problem
+
+UNKNOWN: Final = "outcome_unknown"
+AGAIN, FAIL, DONE = "again", "fail", "done"
+MAX_LISTED: Final = 20
+
+Events = list[Any]
+
+
+def on_command(run: RunState, command: RunCommand) -> Events:
+    """Return what a command causes; a command that was seen before causes nothing, a wrong one a refusal."""
+    if command.command_id in run.command_ids and not (run.status == states.ABSENT and command.type == "start"):
+        return []  # a start is new as long as there is no run, whatever was sent under its id before
+    return _COMMANDS[command.type](run, command) if command.type in _COMMANDS else [_unknown(command)]
+
+
+def _start(run: RunState, command: RunCommand) -> Events:
+    if run.status != states.ABSENT:
+        if run.content_hash == command.content_hash:
+            return []  # the same request again: it is already being done
+        return [_refused(command, "duplicate_run_id", f"run {run.run_id} exists already with other content")]
+    try:
+        workflow = compile_definition(command.definition)
+    except DefinitionError as error:
+        return [_run_refused(command, "invalid_definition", str(error))]
+    problem = workflow.input_problem(canonical.loads(command.input))
+    if problem is not None:
+        return [_run_refused(command, "invalid_input", problem)]
+    started = ev.RunStarted(
+        command_id=command.command_id,
+        content_hash=command.content_hash,
+        source=command.source,
+        workflow=command.workflow,
+        definition_hash=command.definition_hash,
+        definition=command.definition,
+        input=command.input,
+        budget_micros=command.budget_micros,
+        tags=command.tags,
+    )
+    return [started, *progress.first_steps(run.run_id, workflow, command.input)]
+
+
+def _refuse(run: RunState, command: RunCommand) -> Events:
+    """Note a start that admission refused, if its id is new; its dead letter exists already."""
+    if run.status != states.ABSENT:
+        return [] if run.content_hash == command.content_hash else [_refused(command, command.code, command.reason)]
+    return [_run_refused(command, command.code, command.reason)]
+
+
+def _cancel(run: RunState, command: RunCommand) -> Events:
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    requested = ev.RunCancelRequested(command_id=command.command_id, by=command.by, reason=command.reason)
+    return [requested, *progress.cancelled(run, command.reason or f"cancelled by {command.by or 'a command'}")]
+
+
+def _approve(run: RunState, command: RunCommand) -> Events:
+    return _answer(run, command, approved=True)
+
+
+def _reject(run: RunState, command: RunCommand) -> Events:
+    return _answer(run, command, approved=False)
+
+
+def _answer(run: RunState, command: RunCommand, *, approved: bool) -> Events:
+    step = _asked(run, command, run.open_approvals(), "approval")
+    if isinstance(step, ev.CommandRefused):
+        return [step]
+    asked = step.approval
+    assert asked is not None  # noqa: S101 - an open approval is one
+    answer = "" if asked.why != UNKNOWN else AGAIN if approved else FAIL
+    return _resolved(run, step, command, answer, approved=approved)
+
+
+def _resolved(run: RunState, step: StepState, command: RunCommand, answer: str, *, approved: bool) -> Events:
+    """Return what a good answer to an open approval causes, but for the output that `done` gives."""
+    asked = step.approval
+    assert asked is not None  # noqa: S101 - the caller has looked
+    if approved and asked.why == "policy" and run.paused is not None:
+        # The gate would place it at once, and what the gate was told cannot be taken back.
+        reason = f"run {run.run_id} is paused: resume it before you approve; the question stays open"
+        return [_refused(command, "run_is_paused", reason)]
+    resolved = ev.ApprovalResolved(
+        command_id=command.command_id,
+        step_id=step.step_id,
+        attempt=asked.attempt,
+        why=asked.why,
+        approved=approved,
+        by=command.by,
+        reason=command.reason,
+        arguments_hash=asked.arguments_hash,
+        answer=answer,
+    )
+    if not approved:
+        reason = f"rejected by {command.by or 'a human'}" + (f": {command.reason}" if command.reason else "")
+        return [resolved, *failed(run, step, "rejected", reason)]
+    if asked.why == "policy" or answer == DONE:
+        return [resolved]
+    return [resolved, next_attempt(step)]
+
+
+def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str) -> StepState | ev.CommandRefused:
+    """Return the step whose question a command answers, or why there is none."""
+    problem = _not_open(run, command)
+    if problem is not None:
+        return problem
+    names = ", ".join(step.step_id for step in open_[:MAX_LISTED]) or "none"
+    names += f" and {len(open_) - MAX_LISTED} more" if len(open_) > MAX_LISTED else ""
+    step = next((step for step in open_ if step.step_id == command.step_id), None)
+    if not command.step_id and len(open_) == 1:
+        step = open_[0]
+    if step is None:
+        return _refused(command, f"no_such_{what}", f"no open {what} {command.step_id!r}; open: {names}")
+    asked = step.approval
+    if asked is None:
+        if command.attempt or command.why:
+            return _refused(command, "other_question", f"the question of {step.step_id} has no attempt and no `why`")
+        return step
+    if command.attempt not in (0, asked.attempt) or command.why not in ("", asked.why):
+        reason = (
+            f"{step.step_id} asks about attempt {asked.attempt} ({asked.why}), not about what was answered: look again"
+        )
+        return _refused(command, "other_question", reason)
+    return step
+
+
+# --- waits ---------------------------------------------------------------
+
+
+def _respond(run: RunState, command: RunCommand) -> Events:
+    step = _asked(run, command, _answerable(run), "wait")
+    if isinstance(step, ev.CommandRefused):
+        policy = any(other.step_id == command.step_id for other in run.open_approvals())
+        if step.code == "no_such_wait" and policy:
+            return [_refused(command, step.code, f"{command.step_id} waits for an approval: approve or reject it")]
+        return [step]
+    if step.approval is not None:
+        return _outcome_known(run, step, command)
+    wait = step.wait
+    assert wait is not None  # noqa: S101 - it is no approval
+    if wait.kind == waits.ASK:
+        value = canonical.loads(command.value)
+        problem = waits.answer_problem(value, wait.choices, wait.free_text, wait.schema)
+        if problem is not None:
+            return [_refused(command, "invalid_answer", f"{step.step_id}: {problem}; the question stays open")]
+    return waiting.answered(run, step, command.value, command.command_id, command.by, command.reason)
+
+
+def _answerable(run: RunState) -> list[StepState]:
+    """Return the steps that `respond` can answer, in order of step id. Times cannot be answered, only waited for."""
+    unknown = [step for step in run.open_approvals() if step.approval is not None and step.approval.why == UNKNOWN]
+    waits_open = [step for step in run.open_waits() if step.wait is not None and step.wait.kind not in waits.TIMES]
+    return sorted([*unknown, *waits_open], key=lambda step: step.step_id)
+
+
+def _outcome_known(run: RunState, step: StepState, command: RunCommand) -> Events:
+    """A human says what became of an attempt whose outcome nobody knew: `again`, `fail`, or what it gave."""
+    value = canonical.loads(command.value)
+    if value in (AGAIN, FAIL):
+        return _resolved(run, step, command, value, approved=value == AGAIN)
+    if not isinstance(value, dict) or list(value) != [DONE]:
+        reason = f'{step.step_id}: the answer is "again", "fail" or {{"done": its result}}; the question stays open'
+        return [_refused(command, "invalid_answer", reason)]
+    output = canonical.dumps(value[DONE])
+    problem = output_problem(step, output)
+    if problem is not None:
+        return [_refused(command, "invalid_answer", f"{step.step_id}: {problem}; the question stays open")]
+    return [
+        *_resolved(run, step, command, DONE, approved=True),
+        waiting.output_given(step, output, command.by or "a human"),
+        *progress.after_success(run, step, output),
+    ]
+
+
+def _signal(run: RunState, command: RunCommand) -> Events:
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    found = waiting.waiting_for(run, command.event, command.key)
+    keys = {step.wait.key for step in found if step.wait is not None}
+    if command.key is None and len(keys) > 1:
+        listed = ", ".join(f"{step.step_id} (key {step.wait.key!r})" for step in found[:MAX_LISTED] if step.wait)
+        reason = f"several waits for {command.event!r} are open, say by its key which is meant: {listed}"
+        return [_refused(command, "ambiguous_signal", reason)]
+    if not found and (why := waiting.no_room_for(run, command.value)) is not None:
+        return [_refused(command, "too_many_signals", why)]
+    received = ev.SignalReceived(
+        command_id=command.command_id,
+        event=command.event,
+        key=command.key,
+        payload=command.value,
+        by=command.by,
+        step_id=found[0].step_id if found else "",
+    )
+    return [received, *waiting.signalled(run, found[0], command.value)] if found else [received]
+
+
+# --- pause and resume ---------------------------------------------------------------
+
+
+def _pause(run: RunState, command: RunCommand) -> Events:
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    if run.paused is not None:
+        return [_refused(command, "already_paused", f"run {run.run_id} is paused already")]
+    return [ev.RunPaused(command_id=command.command_id, by=command.by, reason=command.reason)]
+
+
+def _resume(run: RunState, command: RunCommand) -> Events:
+    """What was held is asked for right after this, as everything is that was held for any reason: see `holding.released`."""
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    if run.paused is None:
+        return [_refused(command, "not_paused", f"run {run.run_id} is not paused")]
+    return [ev.RunResumed(command_id=command.command_id, by=command.by, reason=command.reason)]
+
+
+# --- all of them ---------------------------------------------------------------
+
+
+_COMMANDS: Final[dict[str, Callable[[RunState, RunCommand], Events]]] = {
+    "start": _start,
+    "refuse": _refuse,
+    "cancel": _cancel,
+    "approve": _approve,
+    "reject": _reject,
+    "respond": _respond,
+    "signal": _signal,
+    "pause": _pause,
+    "resume": _resume,
+}
+
+
+def on_error(run: RunState, command: RunCommand, reason: str) -> Events:
+    """Return the answer to a command that could not be decided on because of a defect of ours."""
+    if run.status == states.ABSENT and command.type == "start":
+        return [_run_refused(command, "internal_error", reason)]
+    return [_refused(command, "internal_error", reason)]
+
+
+def _not_open(run: RunState, command: RunCommand) -> ev.CommandRefused | None:
+    if run.status == states.ABSENT:
+        return _refused(command, "unknown_run", f"there is no run {run.run_id}")
+    if run.is_over:
+        return _refused(command, "run_is_over", f"run {run.run_id} is over: {run.status}")
+    return None
+
+
+def _unknown(command: RunCommand) -> ev.CommandRefused:
+    return _refused(command, "unknown_command", f"there is no command {command.type!r}")
+
+
+def _refused(command: RunCommand, code: str, reason: str) -> ev.CommandRefused:
+    return ev.CommandRefused(
+        command_id=command.command_id,
+        type=command.type,
+        source=command.source,
+        code=code,
+        reason=reason,
+        original=command.original,
+    )
+
+
+def _run_refused(command: RunCommand, code: str, reason: str) -> ev.RunRefused:
+    return ev.RunRefused(
+        command_id=command.command_id,
+        content_hash=command.content_hash,
+        source=command.source,
+        code=code,
+        reason=reason,
+        original=b"" if command.type == "refuse" else command.original,
+    )

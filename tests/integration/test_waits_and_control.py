@@ -1,0 +1,153 @@
+"""Waits, answers, events, pauses and cancels on a whole system, with the scheduler killed while runs wait."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from support.stack import WAIT_S, WholeStack, assert_whole, eventually
+from tidegate.cli.__main__ import app
+from tidegate.sdk.client import Run
+
+SLEEP_S = 4.0
+# So that runs that wait are written down and leave the memory at once.
+RESTING = {
+    "TIDEGATE_CHECKPOINT_EVERY_ENTRIES": "5",
+    "TIDEGATE_CHECKPOINT_EVERY_S": "0.3",
+    "TIDEGATE_CHECKPOINT_REST_AFTER_S": "0",
+}
+
+
+def then_one(kind: str, **settings: Any) -> dict[str, Any]:
+    """Return a workflow that waits and then runs the step `one` of the fault app."""
+    return {
+        "name": f"waits_{kind}",
+        "version": "1",
+        "nodes": {"w": {"kind": kind, "wait": settings}, "one": {"kind": "step", "function": "one"}},
+        "edges": [["w", "one"]],
+        "functions": {"one": {"kind": "step"}},
+    }
+
+
+DEFINITIONS = [
+    then_one("sleep", seconds=SLEEP_S),
+    then_one("wait_event", event="paid", key="${ string(input) }"),
+    then_one("ask", prompt="How many?", schema={"type": "integer", "maximum": 9}),
+]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
+    with WholeStack(tmp_path_factory.mktemp("waits"), env=RESTING) as whole:
+        whole.client.publish(DEFINITIONS)
+        yield whole
+
+
+@pytest.fixture
+def whole(stack: WholeStack) -> Iterator[WholeStack]:
+    yield stack
+    assert_whole(stack)
+
+
+def cli(whole: WholeStack, *words: str, code: int = 0) -> str:
+    environment = {"TIDEGATE_KAFKA_BOOTSTRAP": whole.stack.settings.bootstrap}
+    done = CliRunner().invoke(app, list(words), env=environment)
+    assert done.exit_code == code, f"{words}: {done.exit_code}\n{done.stdout}\n{done.stderr}\n{done.exception}"
+    return done.stdout + done.stderr
+
+
+def new_id(word: str) -> str:
+    return f"{word}-{uuid.uuid4().hex[:8]}"
+
+
+def seen(whole: WholeStack, run_id: str, is_so: Callable[[Run], object]) -> Run:
+    """Follow the log until it says so of a run."""
+    return next(run for run, _ in whole.client.follow(run_id, WAIT_S) if is_so(run))
+
+
+def waiting(whole: WholeStack, run_id: str) -> Run:
+    return seen(whole, run_id, lambda run: run.waits)
+
+
+@pytest.mark.feature("D3")
+def test_what_waits_survives_the_death_of_its_scheduler(whole: WholeStack) -> None:
+    runs = {
+        kind: whole.client.start(f"waits_{kind}", 7, run_id=new_id(kind)) for kind in ("sleep", "wait_event", "ask")
+    }
+    slept = waiting(whole, runs["sleep"]).waits[0]
+    asked = waiting(whole, runs["ask"])
+    assert asked.needs_human
+    assert asked.waits[0].prompt == "How many?"
+    assert not waiting(whole, runs["wait_event"]).needs_human
+    early = new_id("early")
+    whole.client.start("waits_wait_event", 8, run_id=early)
+    waiting(whole, early)
+    assert "kept for what will wait" in cli(whole, "runs", "signal", early, "paid", "--key", "other")
+
+    whole.kill("scheduler-0")
+    assert "is not of type" in cli(whole, "runs", "respond", runs["ask"], "--text", "many", code=4)
+    assert "invalid_answer" in cli(whole, "runs", "respond", runs["ask"], "--value", "10", code=4)
+    assert "answered: w" in cli(whole, "runs", "respond", runs["ask"], "--value", "5", "--by", "ann")
+    assert "ends the wait of w" in cli(whole, "runs", "signal", runs["wait_event"], "paid", "-k", "7", "-p", "20")
+    assert "ends the wait of w" in cli(whole, "runs", "signal", early, "paid", "-p", "30")
+
+    ended = {kind: whole.wait(run_id) for kind, run_id in runs.items()}
+    assert {kind: run.output for kind, run in ended.items()} == {"sleep": 8, "wait_event": 21, "ask": 6}
+    assert whole.wait(early).output == 31
+    (woke,) = [event for event in whole.events(runs["sleep"]) if event.type == "WaitEnded"]
+    assert woke.at_ms >= slept.due_ms, "it woke before its time"
+    (given,) = [event.data for event in whole.events(runs["ask"]) if getattr(event.data, "given_by", "")]
+    assert given.given_by == "ann"
+
+
+@pytest.mark.feature("D4")
+def test_what_is_paused_is_taken_and_shown_but_not_started(whole: WholeStack) -> None:
+    before = whole.client.run("chain", 1)
+    assert before.status == "succeeded"
+    assert (
+        cli(whole, "pause", "--queue", "default", "--reason", "incident 7", "--by", "ann")
+        == "queue default is paused\n"
+    )
+    # From the moment in which a run is held, the scheduler has read it; the gate has when it is back after its death.
+    held = [whole.client.start("chain", number, run_id=new_id("held")) for number in range(5)]
+    for run_id in held:
+        assert seen(whole, run_id, lambda run: run.held).held == ("one",)
+    whole.kill("scheduler-0")
+    whole.kill("gate-0")
+    (row,) = json.loads(cli(whole, "pause", "--list", "--json"))
+    assert (row["queue"], row["by"], row["reason"]) == ("default", "ann", "incident 7")
+    cancelled = held.pop()
+    assert "is being cancelled" in cli(whole, "runs", "cancel", cancelled)
+    paused = held[-1]
+    assert "is paused" in cli(whole, "pause", paused)
+    assert not any(whole.entered(run_id) for run_id in (*held, cancelled))
+    cli(whole, "resume", "--queue", "default")
+    for run_id in held[:-1]:
+        assert whole.wait(run_id).status == "succeeded"
+    assert whole.client.get(paused).paused
+    assert not whole.entered(paused)
+    assert "goes on" in cli(whole, "resume", paused)
+    assert whole.wait(paused).status == "succeeded"
+    assert not whole.entered(cancelled)
+
+
+@pytest.mark.feature("D4")
+def test_a_cancel_reaches_what_runs_and_nothing_follows(whole: WholeStack) -> None:
+    run_id = whole.client.start("wait_here", 60, run_id=new_id("cancel"))
+    eventually(lambda: whole.entered(run_id), "it runs")
+    asleep = whole.client.start("waits_sleep", 1, run_id=new_id("asleep"))
+    waiting(whole, asleep)
+    for victim in (run_id, asleep):
+        cli(whole, "runs", "cancel", victim, "--reason", "enough")
+        assert whole.wait(victim).status == "cancelled"
+    whole.until(run_id, "ResultIgnored")  # the executor says that it has stopped
+    (stopped,) = [event.data for event in whole.events(run_id) if event.type == "ResultIgnored"]
+    assert stopped.outcome == "cancelled"
+    types = whole.types(run_id)
+    assert "AttemptDispatched" not in types[types.index("RunCancelRequested") :]
+    assert not whole.entered(asleep)
