@@ -17,6 +17,7 @@ class StepState(msgspec.Struct, array_like=True):
 
     attempt: the latest one. failures: attempts that failed or timed out (what `max_attempts` counts); losses: attempts
     whose executor went away. reported: attempts whose result was consumed, so that a doubled result is recognised.
+    waits_for: why the gate lets it wait, while it does.
     """
 
     step_id: str
@@ -34,6 +35,7 @@ class StepState(msgspec.Struct, array_like=True):
     incarnation: int = -1
     approval: ev.ApprovalRequested | None = None
     reported: tuple[int, ...] = ()
+    waits_for: str = ""
 
 
 class RunState(msgspec.Struct, array_like=True):
@@ -132,12 +134,18 @@ def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -
     step.attempt = event.attempt
     step.retry_at_ms = None
     step.instance_id, step.incarnation = "", -1
+    step.waits_for = ""
 
 
 def _attempt_dispatched(run: RunState, event: ev.AttemptDispatched, now_ms: int) -> None:
     step = run.steps[event.step_id]
     _move_step(step, "AttemptDispatched", states.DISPATCHED)
     step.instance_id, step.incarnation = event.instance_id, event.incarnation
+    step.waits_for = ""
+
+
+def _step_throttled(run: RunState, event: ev.StepThrottled, now_ms: int) -> None:
+    run.steps[event.step_id].waits_for = event.reason
 
 
 def _approval_requested(run: RunState, event: ev.ApprovalRequested, now_ms: int) -> None:
@@ -258,4 +266,5 @@ _HANDLERS: dict[type, Any] = {
     ev.ResultIgnored: _result_ignored,
     ev.RunCancelRequested: _cancel_requested,
     ev.RunFinished: _run_finished,
+    ev.StepThrottled: _step_throttled,
 }

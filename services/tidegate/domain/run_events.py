@@ -1,6 +1,6 @@
 """Facts about runs: what `run-events` holds. Written by the scheduler only.
 
-Every record here has an Avro schema of the same name inside `schemas/avro/RunEntry.v1.avsc`.
+Every record here has an Avro schema of the same name inside `schemas/avro/RunEntry.v2.avsc`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunSt
     input: str
     budget_micros: int | None
     tags: dict[str, str]
+    priority: int = 5
 
 
 class RunRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunRefused", tag_field=TAG_FIELD):
@@ -81,6 +82,19 @@ class AttemptDispatched(
     policy: str
     instance_id: str
     incarnation: int
+
+
+class StepThrottled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepThrottled", tag_field=TAG_FIELD):
+    """The gate lets the attempt wait, and says why: see `Throttled` in `messages.py`."""
+
+    step_id: str
+    attempt: int
+    cause: str
+    limit: str
+    key: str
+    reason: str
+    position: int
+    retry_at_ms: int
 
 
 class ApprovalRequested(
@@ -208,4 +222,5 @@ RunEvent = (
     | ResultIgnored
     | RunCancelRequested
     | RunFinished
+    | StepThrottled
 )

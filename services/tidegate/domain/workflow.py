@@ -22,6 +22,7 @@ _VALUES_NOT_SCHEMAS: Final = frozenset(("const", "default", "enum", "examples"))
 AGENT_PREFIX: Final = "agent:"
 
 _name = {"type": "string", "pattern": NAME_PATTERN}
+_label = {"type": "string", "maxLength": 128}
 _count = {"type": "integer", "minimum": 0, "maximum": 2**53}
 
 DEFINITION_SCHEMA: Final[dict[str, Any]] = {
@@ -68,6 +69,10 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "backoff_max_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
+                    "provider": _label,
+                    "model": _label,
+                    "operation": _label,
+                    "prefer": _label,
                     "description": {"type": "string"},
                     "parameters": {"type": ["object", "boolean"]},
                     "tools": {"type": "array", "items": _name},
@@ -101,6 +106,10 @@ class Function(msgspec.Struct, frozen=True):
     backoff_max_ms: int = 60_000
     reserve_micros: int = 0
     idempotent: bool = True
+    provider: str = ""
+    model: str = ""
+    operation: str = ""
+    prefer: str = ""
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Workflow, compile_definition
 
 # Counts up with every change of the fields of RunState and StepState, or of what they mean.
-SNAPSHOT_FORMAT: Final = 1
+SNAPSHOT_FORMAT: Final = 2
 
 NO_CALL: Final = Call(
     kind="", function="", queue="", arguments="", timeout_ms=0, reserve_micros=0, idempotent=True

@@ -34,7 +34,15 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "backoff_max_s": 60.0,
     "idempotent": True,
     "cost_micros": 0,
+    "provider": "",
+    "model": "",
+    "operation": "",
+    "prefer": "",
 }
+
+
+_LABELS: Final = ("provider", "model", "operation", "prefer")
+_MAX_LABEL: Final = 128
 
 
 class Options(TypedDict, total=False):
@@ -44,6 +52,8 @@ class Options(TypedDict, total=False):
     after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
     `backoff_max_s` (60). idempotent (True): if False, an attempt of unknown outcome is not repeated unless a human says so.
     cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it; the app's if not given.
+    provider, model, operation: what it uses, for rules and limits to look at. prefer: an instance that should run it if it
+    has a free slot.
     """
 
     name: str
@@ -55,6 +65,10 @@ class Options(TypedDict, total=False):
     idempotent: bool
     cost_micros: int
     queue: str | None
+    provider: str
+    model: str
+    operation: str
+    prefer: str
 
 
 class AgentOptions(Options, total=False):
@@ -79,6 +93,10 @@ class Settings:
     backoff_max_s: float
     idempotent: bool
     cost_micros: int
+    provider: str
+    model: str
+    operation: str
+    prefer: str
 
     def to_definition(self) -> dict[str, Any]:
         """Return the settings as a definition names them."""
@@ -91,6 +109,7 @@ class Settings:
             "backoff_max_ms": round(self.backoff_max_s * 1000),
             "reserve_micros": self.cost_micros,
             "idempotent": self.idempotent,
+            **{name: text for name in _LABELS if (text := getattr(self, name))},
         }
 
 
@@ -317,6 +336,14 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
             (not settings.backoff_factor >= 1, "backoff_factor must be at least 1"),
             (not settings.backoff_max_s >= settings.backoff_s, "backoff_max_s must be at least backoff_s"),
             (not settings.cost_micros >= 0, "cost_micros must be at least 0"),
+            *(
+                (
+                    not isinstance(text, str) or len(text) > _MAX_LABEL,
+                    f"{label} must be a text of at most {_MAX_LABEL} characters",
+                )
+                for label in _LABELS
+                for text in (getattr(settings, label),)
+            ),
         )
         if wrong
     ]
