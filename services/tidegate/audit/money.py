@@ -218,7 +218,7 @@ def _schema(fingerprint: bytes) -> Any:
     return fastavro.parse_schema(json.loads(codec.schema_texts()[fingerprint.hex()]))
 
 
-def _record(value: bytes) -> tuple[str, dict[str, Any]]:
+def record_fields(value: bytes) -> tuple[str, dict[str, Any]]:
     """Return a record's name and fields, those of unions as (name, fields). Raises on bytes that are no such record."""
     schema = _schema(value[FINGERPRINT])
     fields = fastavro.schemaless_reader(io.BytesIO(value[BODY:]), schema, None, return_record_name=True)
@@ -236,7 +236,7 @@ class _Page:
 
     def read(self, value: bytes) -> None:
         try:
-            kind, fields = _record(value)
+            kind, fields = record_fields(value)
         except Exception as error:  # whatever is wrong with the bytes: money may hide in them
             self._note("", f"cannot be read: {type(error).__name__}: {error}")
             return

@@ -118,7 +118,7 @@ class Ask(msgspec.Struct, array_like=True):
 class Gauge(msgspec.Struct, array_like=True):
     """What a limit knows of one value of its key, besides who holds it.
 
-    until_us: when its bucket is full again. failures_ms: failures that its breaker counted. open_until_ms: 0 while the
+    until_us: when its bucket is full again, as of taken_us, when a token was last taken. failures_ms: failures that its breaker counted. open_until_ms: 0 while the
     breaker is closed; after that time it lets probes through. why: for people.
     """
 
@@ -126,6 +126,7 @@ class Gauge(msgspec.Struct, array_like=True):
     failures_ms: list[int] = []
     open_until_ms: int = 0
     why: str = ""
+    taken_us: int = 0
 
 
 class Line:
@@ -578,7 +579,8 @@ def _gauge(ledger: Ledger, event: Any) -> Gauge:
 
 
 def _token_taken(ledger: Ledger, event: ev.TokenTaken) -> None:
-    _gauge(ledger, event).until_us = event.until_us
+    gauge = _gauge(ledger, event)
+    gauge.until_us, gauge.taken_us = event.until_us, ledger.now_ms * 1000
 
 
 def _failure_counted(ledger: Ledger, event: ev.FailureCounted) -> None:

@@ -348,9 +348,9 @@ class Desk:
         return self._gauges.get(lease) or self.ledger.gauges.get((lease.limit, lease.key), NO_GAUGE)
 
     def _full_at_us(self, gauge: Gauge, limit: Limit | Queue) -> int:
-        """Return when the bucket is full again. Never further off than an empty one, whatever rate was in force before."""
-        now_us = self.now_ms * 1000
-        return min(max(gauge.until_us, now_us), now_us + limit.burst * limit.interval_us)
+        """Return when the bucket is full again. It was never more than empty, whatever rate was in force before."""
+        until_us = min(gauge.until_us, gauge.taken_us + limit.burst * limit.interval_us)
+        return max(until_us, self.now_ms * 1000)
 
     def _wait_us(self, gauge: Gauge, limit: Limit | Queue) -> int:
         """Return how long until a whole token is in the bucket; 0 or less if one is."""
@@ -371,7 +371,7 @@ class Desk:
     def _take_token(self, lease: Lease, limit: Limit | Queue) -> list[Any]:
         gauge = self._gauge(lease)
         until_us = self._full_at_us(gauge, limit) + limit.interval_us
-        self._gauges[lease] = Gauge(until_us, gauge.failures_ms, gauge.open_until_ms, gauge.why)
+        self._gauges[lease] = Gauge(until_us, gauge.failures_ms, gauge.open_until_ms, gauge.why, self.now_ms * 1000)
         events: list[Any] = [ev.TokenTaken(limit=lease.limit, key=lease.key, until_us=until_us)]
         if (lease.limit, lease.key) not in self.ledger.gauges:
             events += self._forgettable()
@@ -438,16 +438,16 @@ class Desk:
         if outcome == "succeeded":
             if not gauge.open_until_ms:
                 return None
-            self._gauges[lease] = Gauge(gauge.until_us)
+            self._gauges[lease] = Gauge(gauge.until_us, taken_us=gauge.taken_us)
             return ev.BreakerClosed(**names)
         if outcome not in ("failed", "timed_out"):
             return None
         since_ms = self.now_ms - int(breaker.window_s * 1000)
         recent = [at_ms for at_ms in gauge.failures_ms if at_ms > since_ms]
         if not gauge.open_until_ms and len(recent) + 1 < breaker.failures:
-            self._gauges[lease] = Gauge(gauge.until_us, [*recent, self.now_ms])
+            self._gauges[lease] = Gauge(gauge.until_us, [*recent, self.now_ms], taken_us=gauge.taken_us)
             return ev.FailureCounted(**names, keep=len(recent) + 1)
         until_ms = self.now_ms + int(breaker.open_s * 1000)
         why = "a probe failed" if gauge.open_until_ms else f"{len(recent) + 1} failures in {breaker.window_s:g} s"
-        self._gauges[lease] = Gauge(gauge.until_us, [], until_ms, why)
+        self._gauges[lease] = Gauge(gauge.until_us, [], until_ms, why, gauge.taken_us)
         return ev.BreakerOpened(**names, until_ms=until_ms, reason=why)
