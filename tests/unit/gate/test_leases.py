@@ -14,7 +14,9 @@ from tidegate.domain import canonical
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog import owner
+from tidegate.eventlog.interface import Record
 from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.gate.leasing import LEASE_IDLE_MS
 
 ACCOUNTS = [f"acme{n}" for n in range(5)]
 BOUNDS = {
@@ -44,6 +46,7 @@ class World(Cluster):
     def __init__(self, seed: int, limits: list[dict[str, Any]], checkpoints: CheckpointSettings | None = None) -> None:
         super().__init__(seed, checkpoints)
         self.holds_back = True
+        self.state = "ready"  # of the executor
         self.dice = random.Random(seed + 1)
         self.turns = 0
         for number, fields in enumerate(limits):
@@ -69,7 +72,7 @@ class World(Cluster):
     def turn(self) -> int:
         self.turns += 1
         if self.turns % 100 == 0:
-            self.register(incarnation=self.incarnation)
+            self.register(incarnation=self.incarnation, state=self.state)
         moved = super().turn()
         keep = []
         for partition, result in self.held_back:
@@ -79,13 +82,18 @@ class World(Cluster):
             else:
                 keep.append((partition, result))
         self.held_back = keep
-        return moved + len(keep)
+        waiting = any(part.state.has_waiting() for part in self.owners["gate"].owned.values())
+        return moved + len(keep) + waiting
 
     def books(self) -> LimitBooks:
         return audit_limits((self.messages("gate-ledger", n) for n in range(ACCOUNT_PARTITIONS)), BOUNDS)
 
     def end(self, runs: int) -> LimitBooks:
         """Let everything come to rest, and check what must hold then."""
+        self.settle(20_000)
+        for partition in range(ACCOUNT_PARTITIONS):  # everything that was said is said again
+            for message in self.messages("gate-leases", partition):
+                self.writer.send(Record("gate-leases", partition, message.key, message.value))
         self.settle(20_000)
         _, states = self.verified()
         assert {run.status for run in states.values()} == {"succeeded"}
@@ -146,7 +154,9 @@ def test_a_limit_of_another_partition_is_used_to_the_full_and_fairly() -> None:
 def test_leases_survive_in_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Owners that load their state give no place away twice, and remember tokens and who stands in line."""
     settings = CheckpointSettings(every_entries=5, every_s=0.05)
-    world = World(3, LIMITS, settings)
+    monkeypatch.setitem(BOUNDS, "pace", Bound(rate_per_s=0.5, burst=2))
+    slow = {"limit": "pace", "per": ["operation"], "rate_per_s": 0.5, "burst": 2}
+    world = World(3, [*LIMITS[:2], slow, LIMITS[3]], settings)
     for number in range(30):
         world.begin(f"r{number}", ACCOUNTS[number % 5], KINDS[number % 5])
         world.turn()
@@ -173,16 +183,25 @@ def test_runs_that_no_limit_is_about_pay_nothing() -> None:
 def test_leases_that_find_no_slot_go_back_to_others() -> None:
     """A run that got its lease elsewhere but whose executor is gone by then must not keep it from who could use it."""
     world = World(2, LIMITS[:1])
-    far = [a for a in ACCOUNTS if partition_of(a, 2) != partition_of("calls:p", 2)]
-    for number in range(3):
-        world.begin(f"r{number}", far[0], {"provider": "p"})
-    world.register(incarnation=world.incarnation, state="draining")
-    for _ in range(400):
+    far = next(a for a in ACCOUNTS if partition_of(a, 2) != partition_of("calls:p", 2))
+    ledger = world.ledger_state(partition_of(far, 2))
+    world.begin("r0", far, {"provider": "p"})
+    while not ledger.asking:
         world.turn()
-        if world.ledger_state(partition_of(far[0], 2)).granted:
-            world.register(incarnation=world.incarnation, state="draining")
+    world.state = "draining"
+    world.register(incarnation=world.incarnation, state=world.state)
+    while not ledger.granted:
+        world.turn()
+    began_ms = world.now_ms
+    while ledger.granted:
+        world.turn()
+    assert world.now_ms - began_ms >= LEASE_IDLE_MS
+    for _ in range(10):
+        world.turn()
+    assert world.books().problems_at_rest() == []
+    world.state = "ready"
     world.register(incarnation=world.incarnation)
-    world.end(3)
+    world.end(1)
 
 
 @pytest.mark.feature("P3", "D4")
