@@ -436,7 +436,6 @@ def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster = Cluster()
-    known = dict(avro._by_header)
     schema = json.loads(avro._schemas_by_name()["RunCommand"].text)
     schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
     cluster.writer.send(Record("schemas", 0, b"any", json.dumps(schema).encode()))

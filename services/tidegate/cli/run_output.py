@@ -26,7 +26,7 @@ _STYLES: Final = {
     states.WAITING: "magenta",
     states.AWAITING_APPROVAL: "magenta",
 }
-_NAMED: Final = ("workflow", "instance_id", "outcome", "code", "status", "rule", "why", "by")
+_NAMED: Final = ("workflow", "cause", "limit", "instance_id", "outcome", "code", "status", "rule", "why", "by")
 _TOLD: Final = ("error_message", "reason")
 
 Body = Mapping[str, Any]
@@ -172,15 +172,21 @@ def run_page(body: Body) -> RenderableType:
         steps.add_column("step", overflow="fold")
         steps.add_column("status")
         steps.add_column("attempt", justify="right")
-        steps.add_column("error", overflow="fold")
+        steps.add_column("why", overflow="fold")
         for step in body["steps"]:
-            steps.add_row(Text(step["step_id"]), _status(step["status"]), str(step["attempt"]), Text(step["error"]))
+            steps.add_row(Text(step["step_id"]), _status(step["status"]), str(step["attempt"]), _step_why(step))
         parts += ["", steps]
         if body["step_count"] > len(body["steps"]):
             parts.append(Text(f"{len(body['steps'])} of {body['step_count']} steps", style="dim"))
     for approval in body["approvals"]:
         parts += ["", *_question(body["run_id"], approval)]
     return Group(*parts)
+
+
+def _step_why(step: Body) -> Text:
+    """Return why a step waits, or else what its last attempt failed with. A gateway of before says nothing of waiting."""
+    waits_for = step.get("waits_for", "")
+    return Text(f"waits: {waits_for}", style="yellow") if waits_for else Text(step["error"])
 
 
 def _facts(body: Body) -> list[tuple[str, Text]]:
@@ -233,7 +239,8 @@ def changes(old: Body | None, new: Body) -> list[Text]:
         if step != before.get(step["step_id"]):
             line = Text(f"{at}{step['step_id']}  ").append_text(_status(step["status"]))
             line.append(f" (attempt {step['attempt']})" if step["attempt"] > 1 else "")
-            lines.append(line.append(f" - {step['error']}" if step["error"] else ""))
+            why = _step_why(step)
+            lines.append(line.append(" - ").append_text(why) if why else line)
     asked = [approval["step_id"] for approval in old["approvals"]] if old else []
     for approval in new["approvals"]:
         if approval["step_id"] not in asked:

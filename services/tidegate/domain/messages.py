@@ -369,7 +369,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     state: `ready`, `draining` or `gone`. incarnation: -1 in a registration, whose own offset it then is. task_partition and
     task_offset: from where an executor reads its tasks, read before registering. marks: highest task position (rank) seen
     per ledger partition. ended: older incarnations proven dead. functions: what an executor offers, `kind:name`.
-    details: more about them, in a registration only (heartbeats repeat it); bounded.
+    details: more about them, bounded, because every heartbeat repeats it.
     """
 
     instance_id: str

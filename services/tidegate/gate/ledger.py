@@ -118,8 +118,8 @@ class Ask(msgspec.Struct, array_like=True):
 class Gauge(msgspec.Struct, array_like=True):
     """What a limit knows of one value of its key, besides who holds it.
 
-    until_us: when its bucket is full again, as of taken_us, when a token was last taken. failures_ms: failures that its breaker counted. open_until_ms: 0 while the
-    breaker is closed; after that time it lets probes through. why: for people.
+    until_us: when its bucket is full again, as of taken_us, when a token was last taken. failures_ms: failures that its
+    breaker counted. open_until_ms: 0 while the breaker is closed; after that time it lets probes through. why: for people.
     """
 
     until_us: int = 0

@@ -108,6 +108,11 @@ class Limit(_Document):
         return self
 
     @property
+    def topic_key(self) -> str:
+        """Return its key in the topic `policies`."""
+        return f"limit:{self.limit}"
+
+    @property
     def interval_us(self) -> int:
         """Return the time in which one token comes back, in microseconds; 0 without a rate."""
         return 0 if self.rate_per_s is None else max(1, round(US / self.rate_per_s))
@@ -201,6 +206,11 @@ class Queue(_Document):
         if self.depth is None and self.rate_per_s is None:
             raise ValueError("it limits nothing: give depth or rate_per_s")
         return self
+
+    @property
+    def topic_key(self) -> str:
+        """Return its key in the topic `policies`."""
+        return f"queue:{self.queue}"
 
     @property
     def interval_us(self) -> int:

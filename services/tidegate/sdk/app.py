@@ -11,6 +11,7 @@ from typing import Any, Final, TypedDict, TypeVar, Unpack, overload
 
 from tidegate.domain import canonical
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, GraphError
@@ -356,6 +357,28 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
 def functions_of(app: App) -> list[str]:
     """Return what an executor of the app offers, as `kind:name`."""
     return sorted(function.label for function in app.functions.values())
+
+
+def details_of(app: App) -> tuple[FunctionDetail, ...]:
+    """Return what an executor says of the app's functions. version: the hash of what a definition would pin of the function,
+    so it changes with its settings, parameters and description; empty if its signature cannot be pinned."""
+    found = []
+    for function in sorted(app.functions.values(), key=lambda one: one.label):
+        try:
+            definition = function.to_definition()
+        except AppError:
+            found.append(FunctionDetail(name=function.label))
+            continue
+        schema = definition.get("parameters")
+        found.append(
+            FunctionDetail(
+                name=function.label,
+                version=canonical.digest(canonical.dumps(definition))[:12],
+                description=inspect.getdoc(function.call) or "",
+                schema="" if schema is None else canonical.dumps(schema),
+            )
+        )
+    return tuple(found)
 
 
 default_app: Final = App("default")
