@@ -436,6 +436,9 @@ def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster = Cluster()
+    schema = json.loads(avro._schemas_by_name()["RunCommand"].text)
+    schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
+    cluster.writer.send(Record("schemas", 0, b"any", json.dumps(schema).encode()))
     cluster.start_run("r", "a")
     (_, message), *_ = [
         (p, m)

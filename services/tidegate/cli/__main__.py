@@ -21,6 +21,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "sql": ("tidegate.cli.sql:app", "Query the ClickHouse projections."),
     "workflow": ("tidegate.cli.workflow:app", "Publish, list and show workflow definitions."),
     "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
+    "instances": ("tidegate.cli.registry:instances_app", "List the processes that are registered, and their slots."),
+    "functions": ("tidegate.cli.registry:functions_app", "List the functions that executors offer."),
     "dead-letters": ("tidegate.cli.dead_letters:app", "List and show what could not be used; send requests again."),
     "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
     "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),

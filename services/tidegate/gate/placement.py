@@ -207,14 +207,47 @@ class FreeSlots:
                 found.update(name for name in few if name in many)
         return found
 
-    def take(self, queue: str, kind: str, function: str) -> Executor | None:
-        """Return the executor with the most free slots that offers the function, and take one of them; None if all are full."""
+    def left(self, queue: str, kind: str, function: str) -> int:
+        """Return how many slots are free for a function."""
+        return sum(
+            max(0, self._of(executor)) for executor in self._ready.get(queue, ()) if executor.offers(kind, function)
+        )
+
+    def offered(self, queue: str, kind: str, function: str) -> bool:
+        """Tell whether any executor that takes work offers the function, be it full or not."""
+        return any(executor.offers(kind, function) for executor in self._ready.get(queue, ()))
+
+    def slots_of(self, queue: str) -> int:
+        """Return how many slots, free or not, the executors of a queue have."""
+        return sum(executor.slots for executor in self._ready.get(queue, ()))
+
+    def take(
+        self,
+        queue: str,
+        kind: str,
+        function: str,
+        *,
+        prefer: str = "",
+        only: str = "",
+        accepts: Callable[[str], bool] | None = None,
+    ) -> Executor | None:
+        """Return an executor with a free slot that offers the function, and take the slot; None if there is none.
+
+        The preferred instance if it can, else the one with the most free slots. only: no other instance will do. accepts:
+        asked for each that could, with its id.
+        """
         best: Executor | None = None
         for executor in self._ready.get(queue, ()):
+            instance_id = executor.life.instance_id
             free = self._of(executor)
-            if free <= 0 or not executor.offers(kind, function):
+            if free <= 0 or not executor.offers(kind, function) or (only and instance_id != only):
                 continue
-            if best is None or (free, best.life.instance_id) > (self._of(best), executor.life.instance_id):
+            if accepts is not None and not accepts(instance_id):
+                continue
+            if prefer and instance_id == prefer:
+                best = executor
+                break
+            if best is None or (free, best.life.instance_id) > (self._of(best), instance_id):
                 best = executor
         if best is not None:
             self._free[best.life] -= 1
