@@ -25,6 +25,17 @@ KEYS = {
     },
     "W2": {"runs", "p50_ms", "p99_ms"},
     "W5": {"killed", "live_runs", "repeats", "ready_s", "ready_median_s", "log_records"},
+    "W7": {
+        "runs",
+        "scheduler_before_mib",
+        "scheduler_asleep_mib",
+        "scheduler_restored_mib",
+        "ready_s",
+        "late_p50_ms",
+        "late_p99_ms",
+        "late_max_ms",
+        "early",
+    },
     "MEM": {"runs", "portion", "seconds", "resident_mib", "growth_mib"},
     "W6": {"events", "identical_count", "seconds", "seconds_with_start", "events_per_s"},
 }
@@ -32,18 +43,19 @@ KEYS = {
 
 def test_small_works_print_a_json_line_per_figure(tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
-    words = ["bench", "--works", "W4,W1,W2,W6,W5,MEM", "--runs", "20", "--out", str(out)]
+    words = ["bench", "--works", "W4,W1,W2,W6,W5,W7,MEM", "--runs", "20", "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "tidegate.cli", *words], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     figures = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [figure["work"] for figure in figures] == ["W4", "W4", "W4", "W1", "W2", "W6", "W5", "W5", "MEM"]
+    assert [figure["work"] for figure in figures] == ["W4", "W4", "W4", "W1", "W2", "W6", "W5", "W5", "W7", "MEM"]
     assert [figure["killed"] for figure in figures[:3]] == ["executor", "scheduler", "gate"]
     for figure in figures:
         assert set(figure) == COMMON | KEYS[figure["work"]]
         assert all(cost["cpu_s"] >= 0 and cost["peak_rss_mib"] > 0 for cost in figure["processes"].values())
     assert figures[5]["identical_count"]
+    assert figures[8]["early"] == 0
     assert [figure["live_runs"] for figure in figures[6:8]] == [20, 20]
     assert {"kafka", "scheduler", "gate", "executor", "projection", "bench"} <= set(figures[3]["processes"])
     assert out.read_text(encoding="utf-8").splitlines() == done.stdout.splitlines()

@@ -1,4 +1,5 @@
-"""The benchmark's app: steps that do nothing, in a graph of three and in a chain of a thousand, and one that waits."""
+"""The benchmark's app: steps that do nothing, in a graph of three and in a chain of a thousand, one that waits for an executor, and
+one that sleeps."""
 
 from __future__ import annotations
 
@@ -35,4 +36,5 @@ for _node in _CHAIN_NODES:
     thousand.node(_node, nothing)
 thousand.chain(*_CHAIN_NODES)
 
+asleep = app.graph("asleep").wait_until("w", "${ input }")
 alive = app.graph("alive").node("a", parked)

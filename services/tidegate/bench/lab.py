@@ -91,10 +91,10 @@ class Lab:
         self.stop_services()
         self._exit.close()
 
-    def start_services(self) -> None:
+    def start_services(self, env: Mapping[str, str] | None = None) -> None:
         """Start scheduler, gate, projection and executor, and wait until they are registered. Raises StackError."""
         pools = [ExecutorPool(APP, slots=self._slots)]
-        self._stack = self._start(self.data_dir, SERVICES, pools, {})
+        self._stack = self._start(self.data_dir, SERVICES, pools, env or {})
 
     def start_projection(self, data_dir: Path, group: str) -> None:
         """Start nothing but a projection, in a folder and a consumer group of its own. Raises StackError."""
@@ -135,14 +135,17 @@ class Lab:
 
     # -- runs ---------------------------------------------------------------
 
-    def request(self, workflow: str) -> tuple[str, float]:
-        """Ask for a run through `run-requests`, as any producer would; return its id and when it was asked for."""
+    def request(self, workflow: str, value: object = None) -> tuple[str, float]:
+        """Ask for a run through `run-requests`, as any producer would; return its id and when it was asked for.
+
+        value: its input; its number if it is None.
+        """
         number = next(self._names)
         run_id = f"bench-{self._lot}-{number}"
         request = {
             "workflow": workflow,
             "run_id": run_id,
-            "input": number,
+            "input": number if value is None else value,
             "account": ACCOUNTS[number % len(ACCOUNTS)],
             "budget_micros": BUDGET_MICROS,
         }
@@ -155,8 +158,12 @@ class Lab:
     def request_many(self, workflow: str, count: int) -> dict[str, float]:
         """Ask for runs as fast as the log takes them; return when each was asked for. Blocks until all are in the log."""
         asked = dict(self.request(workflow) for _ in range(count))
-        self._writer.flush(FLUSH_S)
+        self.flush()
         return asked
+
+    def flush(self) -> None:
+        """Block until all that was asked for is in the log."""
+        self._writer.flush(FLUSH_S)
 
     def wait(self, run_ids: Mapping[str, float], timeout_s: float) -> dict[str, float]:
         """See `RunWatcher.wait`."""

@@ -31,6 +31,15 @@ TARGETS: Final[dict[str, Target]] = {
     "W4": Target("≤ 1.5 s", lambda figure: figure["recovery_s"] <= 1.5),
     "W5": Target("≤ 5 s", lambda figure: figure["ready_s"] <= 5),
     "W6": Target("≥ 60,000 events/s", lambda figure: figure["events_per_s"] >= 60_000),
+    "W7": Target(
+        "≤ 1 KiB of memory a run, ready in ≤ 15 s, none early, p99 ≤ 1 s late",
+        lambda figure: (
+            figure["scheduler_asleep_mib"] - figure["scheduler_before_mib"] <= max(100, figure["runs"] / 1024)
+            and figure["ready_s"] <= 15
+            and figure["early"] == 0
+            and figure["late_p99_ms"] <= 1_000
+        ),
+    ),
     "HO": Target("≤ 10 s, the session, when nobody comes back", lambda figure: figure["pause_max_s"] <= 12),
     "MEM": Target(
         "flat in the second half (± 10 MiB)",
@@ -47,6 +56,8 @@ _SUMMARIES: Final[dict[str, str]] = {
     "W4": "kill -9 {killed}: {recovery_s} s at worst, {recovery_median_s} s in the middle ({undisturbed_s} s undisturbed)",
     "W5": "kill -9 {killed}: ready after {ready_s} s at worst, {ready_median_s} s in the middle",
     "W6": "{events_per_s:,} events/s: {events:,} events in {seconds} s",
+    "W7": "scheduler {scheduler_before_mib:.0f} MiB before, {scheduler_asleep_mib:.0f} asleep, "
+    "{scheduler_restored_mib:.0f} restored; ready {ready_s} s after kill -9; late p50 {late_p50_ms} ms, p99 {late_p99_ms} ms, most {late_max_ms} ms",
     "HO": "{action}: pause per partition {pause_median_s} s in the middle, {pause_max_s} s at most, of {partitions} that moved",
     "MEM": "MiB gained in the second half: {growth_mib}",
 }
@@ -57,6 +68,7 @@ _SIZES: Final[dict[str, str]] = {
     "W4": "{runs} runs, {repeats} times",
     "W5": "{live_runs:,} live runs",
     "W6": "",
+    "W7": "{runs:,} runs",
     "HO": "{runs:,} runs",
     "MEM": "{runs:,} runs",
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tidegate.bench import pauses
+from tidegate.bench import pauses, sleepers
 from tidegate.bench.app import STEPS_OF_CHAIN, STEPS_OF_THREE
 from tidegate.bench.lab import EXECUTOR, Lab
 from tidegate.bench.processes import Cost
@@ -30,6 +30,9 @@ W4_VICTIMS: Final = (EXECUTOR, "scheduler-0", "gate-0")
 W5_RUNS: Final = 10_000
 W5_REPEATS: Final = 3
 W5_PROBES: Final = 64  # so that every partition has some
+W7_RUNS: Final = 100_000
+W7_TIMEOUT_S: Final = 3_600.0
+W7_REST_S: Final = 12.0  # two checkpoints, and then some
 W6_EVENTS_WANTED: Final = 200_000
 HANDOVER_REPLICAS: Final = 3
 HANDOVER_PACE_S: Final = 0.01
@@ -48,6 +51,7 @@ ALIVE_COUNT: Final = (
     "SELECT uniqExact(run_id) AS n FROM ledger WHERE type = 'AttemptQueued' "
     "AND run_id IN (SELECT run_id FROM runs WHERE workflow = 'alive')"
 )
+ASLEEP_COUNT: Final = "SELECT uniqExact(run_id) AS n FROM events WHERE type = 'WaitStarted'"
 EVENT_COUNT: Final = "SELECT (SELECT count() FROM events) + (SELECT count() FROM ledger) AS n"
 
 
@@ -61,6 +65,7 @@ class Sizes:
     w4_repeats: int = W4_REPEATS
     w5_runs: int = W5_RUNS
     w6_events: int = W6_EVENTS_WANTED
+    w7_runs: int = W7_RUNS
     memory_runs: int = MEMORY_RUNS
     first_warm_up_runs: int = FIRST_WARM_UP_RUNS
     warm_up_runs: int = WARM_UP_RUNS
@@ -77,6 +82,7 @@ class Sizes:
             w4_repeats=1,
             w5_runs=runs,
             w6_events=runs * EVENTS_PER_RUN,
+            w7_runs=runs,
             memory_runs=runs,
             first_warm_up_runs=min(runs, FIRST_WARM_UP_RUNS),
             warm_up_runs=min(runs, WARM_UP_RUNS),
@@ -256,6 +262,50 @@ def w5_restart(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
             ready_median_s=round(statistics.median(times), 2),
             log_records=sum(sql.log_ends(lab.broker).values()),
         )
+
+
+# -- W7: sleeping runs ---------------------------------------------------------------
+
+
+def w7_sleep(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """Runs that sleep, all at the same time: what the scheduler holds of them, how soon another is back after a kill, and how
+    late they wake."""
+    lab.stop_services()
+    lab.start_services(sleepers.SETTINGS)
+    _warm_up(lab, sizes.warm_up_runs)
+    _settle(lab)
+    load = _load()
+    with lab.meter() as meter:
+        before_mib = meter.resident_mib()["scheduler"]
+        before = _count(lab, ASLEEP_COUNT)
+        lab.say(f"W7: {sizes.w7_runs} runs fall asleep")
+        asked = sleepers.put_to_sleep(lab, sizes.w7_runs)
+        _wait_for(lambda: _count(lab, ASLEEP_COUNT) >= before + sizes.w7_runs, "the runs to be asleep")
+        time.sleep(W7_REST_S)
+        asleep_mib = meter.resident_mib()["scheduler"]
+        lab.say("W7: kill -9 scheduler-0")
+        killed_at_s = time.monotonic()
+        lab.kill("scheduler-0")
+        probes = lab.request_many("three", W5_PROBES)
+        ready_s = max(lab.wait(probes, TIMEOUT_S).values()) - killed_at_s
+        restored_mib = meter.resident_mib()["scheduler"]
+        lab.say("W7: they wake")
+        lab.wait(asked, W7_TIMEOUT_S)
+    late_ms = sleepers.lateness_ms(lab, set(asked))
+    yield _figure(
+        "W7",
+        load,
+        meter.costs(),
+        runs=sizes.w7_runs,
+        scheduler_before_mib=round(before_mib, 1),
+        scheduler_asleep_mib=round(asleep_mib, 1),
+        scheduler_restored_mib=round(restored_mib, 1),
+        ready_s=round(ready_s, 2),
+        late_p50_ms=late_ms[len(late_ms) // 2],
+        late_p99_ms=late_ms[min(len(late_ms) - 1, len(late_ms) * 99 // 100)],
+        late_max_ms=late_ms[-1],
+        early=sum(late < 0 for late in late_ms),
+    )
 
 
 # -- memory over many runs ---------------------------------------------------------------
@@ -466,6 +516,7 @@ WORKS: Final[dict[str, Callable[[Lab, Sizes], Iterable[Figure]]]] = {
     "W3": w3_long_run,
     "W6": w6_rebuild,
     "W5": w5_restart,
+    "W7": w7_sleep,
     "MEM": memory,
     "HO": handover,
 }
