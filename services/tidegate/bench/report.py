@@ -57,7 +57,8 @@ _SUMMARIES: Final[dict[str, str]] = {
     "W5": "kill -9 {killed}: ready after {ready_s} s at worst, {ready_median_s} s in the middle",
     "W6": "{events_per_s:,} events/s: {events:,} events in {seconds} s",
     "W7": "scheduler {scheduler_before_mib:.0f} MiB before, {scheduler_asleep_mib:.0f} asleep, "
-    "{scheduler_restored_mib:.0f} restored; ready {ready_s} s after kill -9; late p50 {late_p50_ms} ms, p99 {late_p99_ms} ms, most {late_max_ms} ms",
+    "{scheduler_restored_mib:.0f} restored; "
+    "ready {ready_s} s after kill -9; late p50 {late_p50_ms} ms, p99 {late_p99_ms} ms, most {late_max_ms} ms",
     "HO": "{action}: pause per partition {pause_median_s} s in the middle, {pause_max_s} s at most, of {partitions} that moved",
     "MEM": "MiB gained in the second half: {growth_mib}",
 }

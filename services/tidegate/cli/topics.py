@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tidegate import codec
+from tidegate.cli.states_page import states_page
 from tidegate.domain.requests import request_json_schema
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
@@ -155,7 +156,7 @@ def docs(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a file is not up to date.")
     ] = False,
 ) -> None:
-    """Write what is generated from the declarations: docs/topics.md and schemas/json. For a checkout of the sources."""
+    """Write what is generated: docs/topics.md, docs/states.md and schemas/json. For a checkout of the sources."""
     stale = [path for path, text in generated_files().items() if not path.is_file() or path.read_text("utf-8") != text]
     for path in stale:
         if not check:
@@ -175,6 +176,7 @@ def generated_files() -> dict[Path, str]:
     schema = json.dumps(request_json_schema(), indent=2, ensure_ascii=False) + "\n"
     return {
         root / "docs/topics.md": topics_page(read_topic_files()),
+        root / "docs/states.md": states_page(),
         root / "schemas/json/run-request.v1.json": schema,
     }
 

@@ -75,6 +75,31 @@ STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
 }
 
 
+RUN_MEANINGS: Final[dict[str, str]] = {
+    ABSENT: "nothing is known of it, but perhaps of commands that were refused",
+    RUNNING: "something of it runs, is asked of the gate, is to be tried again or is held back",
+    WAITING: "at least one of its steps waits for a person, an event or a time; others may run meanwhile",
+    SUCCEEDED: "it has its output",
+    FAILED: "it ended badly; `code` and `reason` say why",
+    CANCELLED: "somebody cancelled it",
+    REFUSED: "its start was wrong, so it never began",
+}
+
+STEP_MEANINGS: Final[dict[str, str]] = {
+    ABSENT: "it does not exist yet",
+    REQUESTED: "an attempt is asked of the gate, which may have queued it for a free slot",
+    DISPATCHED: "the attempt was placed on an executor, which runs it",
+    AWAITING_APPROVAL: "a person must approve or reject the attempt, or say what became of it",
+    BACKING_OFF: "an attempt ended without success; the next is asked for when its time comes",
+    HELD: "the next attempt would be asked for if the run, its queue or everything were not paused",
+    WAITING: "it runs nothing and waits for an event, a time or an answer",
+    ENDED: "its attempt, approval or wait is over; what follows stands in the same entry",
+    SUCCEEDED: "it has its output, for good",
+    FAILED: "it will not succeed; `code` and `reason` say why",
+    CANCELLED: "it is not wanted any more",
+}
+
+
 class IllegalTransitionError(RuntimeError):
     """The log holds an event that its state does not allow: a bug or a damaged log, never to be papered over."""
 
