@@ -33,6 +33,7 @@ TOPICS = {
     "gate-decisions": RUN_PARTITIONS,
     "step-results": RUN_PARTITIONS,
     "gate-requests": ACCOUNT_PARTITIONS,
+    "gate-leases": ACCOUNT_PARTITIONS,
     "gate-ledger": ACCOUNT_PARTITIONS,
     "run-snapshots": RUN_PARTITIONS,
     "gate-snapshots": ACCOUNT_PARTITIONS,

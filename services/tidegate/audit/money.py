@@ -40,6 +40,8 @@ ATTEMPTS: Final[dict[tuple[str, str], str]] = {
     (HELD, "AttemptSettled"): SETTLED,
     (RESERVED, "AttemptQueued"): QUEUED,
     (RESERVED, "AttemptPlaced"): PLACED,
+    (QUEUED, "AttemptQueued"): QUEUED,
+    (QUEUED, "AttemptRefused"): REFUSED,
     (QUEUED, "AttemptPlaced"): PLACED,
     (QUEUED, "AttemptReleased"): RELEASED,
     (QUEUED, "AttemptSettled"): SETTLED,
@@ -52,6 +54,26 @@ ATTEMPTS: Final[dict[tuple[str, str], str]] = {
     # The result of an attempt that was given up turned up: what it cost counts, once, beyond any reservation.
     (RELEASED, "AttemptSettled"): SETTLED,
 }
+
+# Of limits, leases and queues: no money moves by these.
+NO_MONEY: Final = frozenset(
+    {
+        "AttemptThrottled",
+        "LeasesAsked",
+        "LeasesGranted",
+        "LeasesReturned",
+        "LeaseHeard",
+        "LeaseGiven",
+        "LeaseRefused",
+        "LeaseEnded",
+        "TokenTaken",
+        "FailureCounted",
+        "BreakerOpened",
+        "BreakerClosed",
+        "LimitForgotten",
+        "ScaleOutWanted",
+    }
+)
 
 
 class AttemptName(NamedTuple):
@@ -196,7 +218,7 @@ def _schema(fingerprint: bytes) -> Any:
     return fastavro.parse_schema(json.loads(codec.schema_texts()[fingerprint.hex()]))
 
 
-def _record(value: bytes) -> tuple[str, dict[str, Any]]:
+def record_fields(value: bytes) -> tuple[str, dict[str, Any]]:
     """Return a record's name and fields, those of unions as (name, fields). Raises on bytes that are no such record."""
     schema = _schema(value[FINGERPRINT])
     fields = fastavro.schemaless_reader(io.BytesIO(value[BODY:]), schema, None, return_record_name=True)
@@ -214,7 +236,7 @@ class _Page:
 
     def read(self, value: bytes) -> None:
         try:
-            kind, fields = _record(value)
+            kind, fields = record_fields(value)
         except Exception as error:  # whatever is wrong with the bytes: money may hide in them
             self._note("", f"cannot be read: {type(error).__name__}: {error}")
             return
@@ -275,6 +297,8 @@ class _Page:
     # -- attempts -----------------------------------------------------------------------
 
     def _attempt(self, kind: str, event: dict[str, Any]) -> None:
+        if kind in NO_MONEY:
+            return
         if kind not in _KINDS:
             self._note(event.get("run_id", ""), f"an event {kind}, of which the auditor knows nothing")
             return
@@ -367,6 +391,12 @@ def _released(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> It
         yield f"{event['reserved_micros']} released, {expected_micros} were set aside"
 
 
+def _refused(run: RunBooks, attempt: AttemptBooks, _event: dict[str, Any]) -> Iterable[str]:
+    """What waited and was refused by a limit after all gives back what was set aside for it."""
+    _take_back(run, attempt)
+    return ()
+
+
 def _take_back(run: RunBooks, attempt: AttemptBooks) -> int:
     """End the reservation and return it: nothing if none was made, or if it ended before."""
     if attempt.reserved_micros is None or attempt.status in ENDED:
@@ -383,6 +413,7 @@ _POSTINGS: Final[dict[str, Callable[[RunBooks, AttemptBooks, dict[str, Any]], It
     "PlacementLost": _lost,
     "AttemptSettled": _settled,
     "AttemptReleased": _released,
+    "AttemptRefused": _refused,
 }
 
 

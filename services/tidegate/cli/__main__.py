@@ -13,7 +13,10 @@ from typer.core import TyperGroup
 # name -> (module attribute, help line). The attribute is a typer app, or a service's `main` that returns the exit code.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "dev": ("tidegate.cli.dev:app", "Start Kafka, ClickHouse and all services here, for development."),
-    "demo": ("tidegate.cli.demo:app", "Demos: a refund survives a kill; 100 and 500 runs a storm of them."),
+    "demo": (
+        "tidegate.cli.demo:app",
+        "Demos: a refund survives a kill; 500 runs a storm of them; 100 share one limit.",
+    ),
     "bench": ("tidegate.cli.bench:app", "Measure throughput, latency, recovery and rebuild."),
     "runs": ("tidegate.cli.runs:app", "Start, list, show, watch, answer, pause, resume and cancel runs."),
     "pause": ("tidegate.cli.controls:pause_app", "Pause a queue, everything, or a run; list what is paused."),
@@ -21,6 +24,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "sql": ("tidegate.cli.sql:app", "Query the ClickHouse projections."),
     "workflow": ("tidegate.cli.workflow:app", "Publish, list and show workflow definitions."),
     "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
+    "instances": ("tidegate.cli.registry:instances_app", "List the processes that are registered, and their slots."),
+    "functions": ("tidegate.cli.registry:functions_app", "List the functions that executors offer."),
     "dead-letters": ("tidegate.cli.dead_letters:app", "List and show what could not be used; send requests again."),
     "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
     "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -23,7 +23,9 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables
 from tidegate.eventlog.validity import TYPE_HEADER
-from tidegate.gate.policy import PolicyError, parse
+from tidegate.gate import limits
+from tidegate.gate.limits import LimitError
+from tidegate.gate.policy import Policy, PolicyError, parse
 from tidegate.sdk.client import user_name
 
 app = typer.Typer(
@@ -50,9 +52,9 @@ def apply(
     policies = []
     for file in files:
         try:
-            policies.append(parse(yaml.safe_load(file.read_text(encoding="utf-8"))))
-        except (PolicyError, yaml.YAMLError) as error:
-            problems = error.problems if isinstance(error, PolicyError) else [str(error)]
+            policies += [_parsed(document) for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
+        except (PolicyError, LimitError, yaml.YAMLError) as error:
+            problems = [str(error)] if isinstance(error, yaml.YAMLError) else error.problems
             for problem in problems:
                 typer.echo(f"{file}: {problem}", err=True)
             raise typer.Exit(2) from None
@@ -60,19 +62,26 @@ def apply(
     writer = broker.writer()
     for policy in policies:
         row = PolicyPublished(
-            policy_id=policy.policy,
+            policy_id=_key(policy),
             version=policy.version,
-            document=canonical.dumps(policy.model_dump(mode="json")),
+            document=canonical.dumps(policy.model_dump(mode="json", exclude_unset=True)),
             by=user_name(),
             at_ms=time.time_ns() // 1_000_000,
         )
-        writer.send(
-            Record(POLICIES, 0, policy.policy.encode(), codec.encode(row), ((TYPE_HEADER, b"PolicyPublished"),))
-        )
+        writer.send(Record(POLICIES, 0, _key(policy).encode(), codec.encode(row), ((TYPE_HEADER, b"PolicyPublished"),)))
     writer.flush(30.0)
     for policy in policies:
-        rules = counted(len(policy.rules), "rule")
-        typer.echo(f"published {policy.policy}@{policy.version}: {rules} (gates take it up within a second)")
+        what = counted(len(policy.rules), "rule") if isinstance(policy, Policy) else f"a {policy.kind}"
+        typer.echo(f"published {_key(policy)}@{policy.version}: {what} (gates take it up within a second)")
+
+
+def _parsed(document: Any) -> Policy | limits.Limit | limits.Queue:
+    is_limit = isinstance(document, dict) and document.get("kind", "policy") != "policy"
+    return limits.parse(document) if is_limit else parse(document)
+
+
+def _key(document: Policy | limits.Limit | limits.Queue) -> str:
+    return document.policy if isinstance(document, Policy) else document.topic_key
 
 
 @app.command()
@@ -95,7 +104,7 @@ def list_() -> None:
     """List the policies in force."""
     table = Table("policy", "version", "rules", "by")
     for policy_id, row in sorted(_in_force(KafkaBroker(KafkaSettings())).items()):
-        table.add_row(policy_id, row.version, str(len(canonical.loads(row.document)["rules"])), row.by)
+        table.add_row(policy_id, row.version, str(len(canonical.loads(row.document).get("rules", ()))), row.by)
     Console().print(table)
 
 

@@ -27,7 +27,21 @@ _STYLES: Final = {
     states.AWAITING_APPROVAL: "magenta",
     states.HELD: "yellow",
 }
-_NAMED: Final = ("kind", "event", "key", "workflow", "instance_id", "outcome", "code", "status", "rule", "why", "by")
+_NAMED: Final = (
+    "kind",
+    "event",
+    "key",
+    "workflow",
+    "cause",
+    "limit",
+    "instance_id",
+    "outcome",
+    "code",
+    "status",
+    "rule",
+    "why",
+    "by",
+)
 _TOLD: Final = ("prompt", "payload", "error_message", "reason")
 
 Body = Mapping[str, Any]
@@ -227,9 +241,9 @@ def run_page(body: Body) -> RenderableType:
         steps.add_column("step", overflow="fold")
         steps.add_column("status")
         steps.add_column("attempt", justify="right")
-        steps.add_column("error", overflow="fold")
+        steps.add_column("why", overflow="fold")
         for step in body["steps"]:
-            steps.add_row(Text(step["step_id"]), _status(step["status"]), str(step["attempt"]), Text(step["error"]))
+            steps.add_row(Text(step["step_id"]), _status(step["status"]), str(step["attempt"]), _step_why(step))
         parts += ["", steps]
         if body["step_count"] > len(body["steps"]):
             parts.append(Text(f"{len(body['steps'])} of {body['step_count']} steps", style="dim"))
@@ -238,6 +252,12 @@ def run_page(body: Body) -> RenderableType:
     for wait in body["waits"]:
         parts += ["", *_asked(body["run_id"], wait)]
     return Group(*parts)
+
+
+def _step_why(step: Body) -> Text:
+    """Return why a step waits, or else what its last attempt failed with. A gateway of before says nothing of waiting."""
+    waits_for = step.get("waits_for", "")
+    return Text(f"waits: {waits_for}", style="yellow") if waits_for else Text(step["error"])
 
 
 def _facts(body: Body) -> list[tuple[str, Text]]:
@@ -296,7 +316,8 @@ def changes(old: Body | None, new: Body) -> list[Text]:
         if step != before.get(step["step_id"]):
             line = Text(f"{at}{step['step_id']}  ").append_text(_status(step["status"]))
             line.append(f" (attempt {step['attempt']})" if step["attempt"] > 1 else "")
-            lines.append(line.append(f" - {step['error']}" if step["error"] else ""))
+            why = _step_why(step)
+            lines.append(line.append(" - ").append_text(why) if why else line)
     asked = [approval["step_id"] for approval in old["approvals"]] if old else []
     for approval in new["approvals"]:
         if approval["step_id"] not in asked:

@@ -99,6 +99,10 @@ def start(
         int | None, typer.Option("--budget-micros", help="The most it may cost; a dollar is 1000000.")
     ] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", metavar="NAME=VALUE", help="Repeatable.")] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option("--priority", min=0, max=9, help="More goes first among the account's runs. Default: 5."),
+    ] = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", "-w", help="Show its events until it is over or needs a human; see the exit codes."),
@@ -116,6 +120,7 @@ def start(
             "account": account,
             "budget_micros": budget_micros,
             "tags": _tags(tag or ()),
+            "priority": priority,
         }
         given = {name: value for name, value in wanted.items() if value is not None}
         validate({"type": "start", **given})

@@ -1,6 +1,6 @@
 """Facts about decisions, money and placements: what `gate-ledger` holds. Written by the gate only.
 
-Every record here has an Avro schema of the same name inside `schemas/avro/LedgerEntry.v1.avsc`.
+Every record here has an Avro schema of the same name inside `schemas/avro/LedgerEntry.v2.avsc`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,19 @@ from __future__ import annotations
 import msgspec
 
 from tidegate.domain.entry import TAG_FIELD
-from tidegate.domain.messages import Call
+from tidegate.domain.messages import Call, Lease
 
 
 class RunOpened(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunOpened", tag_field=TAG_FIELD):
-    """A run may ask for attempts. budget_micros: its own limit, null for none."""
+    """A run may ask for attempts. budget_micros: its own limit, null for none. request_id: the command that started it."""
 
     account: str
     run_id: str
     budget_micros: int | None
     workflow: str
     tags: dict[str, str]
+    priority: int = 5
+    request_id: str = ""
 
 
 class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptReserved", tag_field=TAG_FIELD):
@@ -35,7 +37,7 @@ class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
 
 
 class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptRefused", tag_field=TAG_FIELD):
-    """Policy or budget denied the attempt (the decision `deny`)."""
+    """Policy, budget, limit or a full queue denied the attempt (the decision `deny`)."""
 
     account: str
     run_id: str
@@ -44,6 +46,7 @@ class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     rule: str
     policy: str
     reason: str
+    retry_after_ms: int = 0
 
 
 class ApprovalHeld(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalHeld", tag_field=TAG_FIELD):
@@ -61,17 +64,26 @@ class ApprovalHeld(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="App
 
 
 class AttemptQueued(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptQueued", tag_field=TAG_FIELD):
-    """The attempt is allowed but no executor of its queue has a free slot: it waits, first come first served."""
+    """The attempt is allowed, but there is no free slot or no room under a limit: it waits. Once more if its limits changed.
+
+    leases: what it needs besides a slot; `{instance}` in a key stands for the executor that it will be placed on.
+    limits_version: the version of the limits in force that they follow from.
+    """
 
     account: str
     run_id: str
     step_id: str
     attempt: int
     call: Call
+    leases: tuple[Lease, ...] = ()
+    limits_version: int = 0
 
 
 class AttemptPlaced(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptPlaced", tag_field=TAG_FIELD):
-    """The attempt belongs to this executor incarnation for good, and is told to it (the decision `allow`)."""
+    """The attempt belongs to this executor incarnation for good, and is told to it (the decision `allow`).
+
+    leases: held from here until it is settled, released or lost. queued_ms: since when it waited; 0 if it did not.
+    """
 
     account: str
     run_id: str
@@ -84,6 +96,8 @@ class AttemptPlaced(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="At
     incarnation: int
     task_partition: int
     call: Call
+    leases: tuple[Lease, ...] = ()
+    queued_ms: int = 0
 
 
 class AttemptSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptSettled", tag_field=TAG_FIELD):
@@ -144,6 +158,170 @@ class RunClosed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunClo
     settled_micros: int
 
 
+class AttemptThrottled(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptThrottled", tag_field=TAG_FIELD
+):
+    """The waiting attempt is told why (the decision `throttle`). Once per attempt; the fields are those of `Throttled`."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    cause: str
+    limit: str
+    key: str
+    reason: str
+    position: int
+    retry_at_ms: int
+
+
+# --- leases of other partitions: at the partition that needs them -------------------------------------
+
+
+class LeasesAsked(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeasesAsked", tag_field=TAG_FIELD):
+    """The waiting attempt asks another ledger partition for leases. instance_id: where it is to run, if a lease names that."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+    priority: int
+    leases: tuple[Lease, ...]
+    instance_id: str
+    local: tuple[Lease, ...]
+
+
+class LeasesGranted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeasesGranted", tag_field=TAG_FIELD):
+    """The other partition gave the leases."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+
+
+class LeasesReturned(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeasesReturned", tag_field=TAG_FIELD):
+    """The attempt gives back what it has of, or asked for at, another partition. outcome: how it ended, if it ran."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+    outcome: str
+    reason: str
+
+
+# --- leases for other partitions: at the partition that decides on them -------------------------------
+
+
+class LeaseHeard(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseHeard", tag_field=TAG_FIELD):
+    """An attempt of another partition stands in line for leases. The fields from `cause` on: why it waits, empty if not."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+    priority: int
+    leases: tuple[Lease, ...]
+    cause: str = ""
+    limit: str = ""
+    key: str = ""
+    reason: str = ""
+    position: int = 0
+    retry_at_ms: int = 0
+
+
+class LeaseGiven(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseGiven", tag_field=TAG_FIELD):
+    """It has them."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+    leases: tuple[Lease, ...]
+
+
+class LeaseRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseRefused", tag_field=TAG_FIELD):
+    """It cannot have them, and shall not wait."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+    limit: str
+    key: str
+    reason: str
+    retry_after_ms: int
+
+
+class LeaseEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseEnded", tag_field=TAG_FIELD):
+    """It gave them back, or left the line."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    partition: int
+    outcome: str
+
+
+# --- limits and queues ---------------------------------------------------------------
+
+
+class TokenTaken(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="TokenTaken", tag_field=TAG_FIELD):
+    """A start was counted by a rate. until_us: when the bucket is full again if nobody takes more, Unix microseconds."""
+
+    limit: str
+    key: str
+    until_us: int
+
+
+class FailureCounted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="FailureCounted", tag_field=TAG_FIELD):
+    """A breaker that is closed counted a failure. keep: of its latest failures, this one included, how many still matter."""
+
+    limit: str
+    key: str
+    keep: int
+
+
+class BreakerOpened(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BreakerOpened", tag_field=TAG_FIELD):
+    """Nothing more is let through until `until_ms`; then a few probes decide."""
+
+    limit: str
+    key: str
+    until_ms: int
+    reason: str
+
+
+class BreakerClosed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BreakerClosed", tag_field=TAG_FIELD):
+    """A probe succeeded."""
+
+    limit: str
+    key: str
+
+
+class LimitForgotten(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LimitForgotten", tag_field=TAG_FIELD):
+    """Nothing that is known of this value of the limit's key matters any more."""
+
+    limit: str
+    key: str
+
+
+class ScaleOutWanted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ScaleOutWanted", tag_field=TAG_FIELD):
+    """Work of a queue has waited for a slot for a while, or (`wanted` false) does so no more. Once per change."""
+
+    queue: str
+    wanted: bool
+    waiting: int
+    slots: int
+
+
 LedgerEvent = (
     RunOpened
     | AttemptReserved
@@ -156,4 +334,18 @@ LedgerEvent = (
     | AttemptCancelTold
     | PlacementLost
     | RunClosed
+    | AttemptThrottled
+    | LeasesAsked
+    | LeasesGranted
+    | LeasesReturned
+    | LeaseHeard
+    | LeaseGiven
+    | LeaseRefused
+    | LeaseEnded
+    | TokenTaken
+    | FailureCounted
+    | BreakerOpened
+    | BreakerClosed
+    | LimitForgotten
+    | ScaleOutWanted
 )

@@ -16,7 +16,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     kind: `step`, `agent` or `tool`. arguments: canonical JSON; for a step its input, for an agent its State, for a tool an
     object of arguments. reserve_micros: what to set aside before it runs. idempotent: whether it may be repeated when the
-    outcome of an attempt is unknown.
+    outcome of an attempt is unknown. provider, model, operation: what it uses, as declared; limits and rules look at them.
+    prefer: the instance that should run it if it has a free slot.
     """
 
     kind: str
@@ -26,6 +27,18 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     timeout_ms: int
     reserve_micros: int
     idempotent: bool
+    provider: str = ""
+    model: str = ""
+    operation: str = ""
+    prefer: str = ""
+
+
+class Lease(msgspec.Struct, frozen=True, gc=False):
+    """A place under a limit: its name, the value of its key, and the ledger partition that decides on it."""
+
+    partition: int
+    limit: str
+    key: str
 
 
 class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -62,17 +75,23 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     value: str = "null"
     event: str = ""
     key: str | None = None
+    priority: int = 5
 
 
 # --- scheduler to gate ---------------------------------------------------------------
 
 
 class OpenRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="OpenRun", tag_field=TAG_FIELD):
-    """A run begins. budget_micros: the most that its steps may cost together; null for no limit of its own."""
+    """A run begins. budget_micros: the most that its steps may cost together; null for no limit of its own.
+
+    priority: 0 to 9, more goes first among the runs of its account root. request_id: the command that started it.
+    """
 
     budget_micros: int | None
     workflow: str
     tags: dict[str, str]
+    priority: int = 5
+    request_id: str = ""
 
 
 class Authorise(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Authorise", tag_field=TAG_FIELD):
@@ -93,11 +112,12 @@ class Approve(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Approve"
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Settle", tag_field=TAG_FIELD):
-    """The attempt ended and cost this much."""
+    """The attempt ended and cost this much. outcome: as in `StepResult`; circuit breakers count it."""
 
     step_id: str
     attempt: int
     actual_micros: int
+    outcome: str = ""
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Release", tag_field=TAG_FIELD):
@@ -131,7 +151,7 @@ class GateRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     items: tuple[GateItem, ...]
 
 
-# --- gate to scheduler and executors ---------------------------------------------------------------
+# --- gate to scheduler ---------------------------------------------------------------
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Allowed", tag_field=TAG_FIELD):
@@ -147,13 +167,15 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Allowed"
 
 
 class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Denied", tag_field=TAG_FIELD):
-    """The attempt must not run. rule: the policy rule, or `budget`."""
+    """The attempt must not run. rule: the policy rule, `budget`, `limit` or `queue_full`. retry_after_ms: when asking again
+    may help; 0 if that is not known."""
 
     step_id: str
     attempt: int
     rule: str
     policy: str
     reason: str
+    retry_after_ms: int = 0
 
 
 class ApprovalRequired(
@@ -180,7 +202,24 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Lost", tag_
     reason: str
 
 
-DecisionItem = Allowed | Denied | ApprovalRequired | Lost
+class Throttled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Throttled", tag_field=TAG_FIELD):
+    """The attempt is allowed, but waits. cause: `limit`, `rate`, `breaker`, `no_executor` or `queue`. Said once per attempt.
+
+    limit, key: which limit, and for which value of its key. position: how many stood before it, from 0; -1 if not known.
+    retry_at_ms: when it may go on at the earliest; 0 if that depends on others.
+    """
+
+    step_id: str
+    attempt: int
+    cause: str
+    limit: str
+    key: str
+    reason: str
+    position: int
+    retry_at_ms: int
+
+
+DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled
 
 
 class GateDecision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -189,6 +228,76 @@ class GateDecision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     run_id: str
     source: Position
     items: tuple[DecisionItem, ...]
+
+
+# --- gate to gate ---------------------------------------------------------------
+
+
+class LeaseAsk(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseAsk", tag_field=TAG_FIELD):
+    """The attempt needs all of these leases, which the receiver decides on, or none."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    priority: int
+    leases: tuple[Lease, ...]
+
+
+class LeaseGrant(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseGrant", tag_field=TAG_FIELD):
+    """The attempt has the leases that it asked the sender for, until they are returned."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+
+
+class LeaseWait(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseWait", tag_field=TAG_FIELD):
+    """The attempt stands in line at the sender. The fields are those of `Throttled`."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    cause: str
+    limit: str
+    key: str
+    reason: str
+    position: int
+    retry_at_ms: int
+
+
+class LeaseRefusal(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseRefusal", tag_field=TAG_FIELD):
+    """The limit refuses instead of letting wait: the attempt is denied."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    limit: str
+    key: str
+    reason: str
+    retry_after_ms: int
+
+
+class LeaseReturn(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LeaseReturn", tag_field=TAG_FIELD):
+    """The attempt needs the receiver's leases no more, whether it has them or waits. outcome: how it ended, if it ran."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    outcome: str
+
+
+LeaseItem = LeaseAsk | LeaseGrant | LeaseWait | LeaseRefusal | LeaseReturn
+
+
+class GateLeases(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """All that one ledger entry tells another ledger partition about leases (`gate-leases`), in order."""
+
+    source: Position
+    items: tuple[LeaseItem, ...]
+
+
+# --- gate to executors ---------------------------------------------------------------
 
 
 class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -254,12 +363,22 @@ class EndedIncarnation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     evidence: str
 
 
+class FunctionDetail(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What an executor says of a function it offers. schema: JSON Schema of its arguments as text, empty if too long."""
+
+    name: str
+    version: str = ""
+    description: str = ""
+    schema: str = ""
+
+
 class Instance(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A process's line in `instances`, keyed by instance id: first a registration, then heartbeats, last a farewell.
 
     state: `ready`, `draining` or `gone`. incarnation: -1 in a registration, whose own offset it then is. task_partition and
     task_offset: from where an executor reads its tasks, read before registering. marks: highest task position (rank) seen
     per ledger partition. ended: older incarnations proven dead. functions: what an executor offers, `kind:name`.
+    details: more about them, bounded, because every heartbeat repeats it.
     """
 
     instance_id: str
@@ -282,6 +401,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ended: tuple[EndedIncarnation, ...] = ()
     functions: tuple[str, ...] = ()
     version: str = ""
+    details: tuple[FunctionDetail, ...] = ()
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, gc=False):

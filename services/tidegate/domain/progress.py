@@ -218,6 +218,10 @@ def _call(workflow: Workflow, function: str, arguments: str) -> Call:
         timeout_ms=settings.timeout_ms,
         reserve_micros=settings.reserve_micros,
         idempotent=settings.idempotent,
+        provider=settings.provider,
+        model=settings.model,
+        operation=settings.operation,
+        prefer=settings.prefer,
     )
 
 

@@ -29,6 +29,7 @@ from tidegate.domain.waits import MAX_KEY
 DEFAULT_MAX_BYTES: Final = 1024 * 1024
 MAX_DEPTH: Final = 128
 MAX_TAGS: Final = 32
+DEFAULT_PRIORITY: Final = 5
 AVRO_MARK: Final = b"\xc3\x01"  # no JSON text begins like this: it is not even UTF-8
 WORKFLOW_PATTERN: Final = r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 STEP_ID_PATTERN: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.:/#-]{0,511}$"
@@ -79,6 +80,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     event: str | None = None
     key: str | None = None
     payload: str | None = None
+    priority: int = DEFAULT_PRIORITY
 
 
 def _none_if_empty(text: str | None) -> str | None:
@@ -157,6 +159,11 @@ class StartRequest(_Request):
         default={},
         description="Words to find the run by; policies can look at them too.",
         json_schema_extra={"additionalProperties": False},
+    )
+    priority: Annotated[int, Field(ge=0, le=9)] = Field(
+        default=DEFAULT_PRIORITY,
+        description="From 0 to 9. Where work waits for a slot or a limit, more goes first among the runs of the same account "
+        "root; ten seconds of waiting make up for one level.",
     )
 
     @pydantic.field_validator("run_id")
@@ -285,6 +292,7 @@ _RULES: Final = {
     "account": "must be up to 8 names joined by slashes, such as `acme/support`",
     "budget_micros": f"must be a whole number of micro-dollars from 0 to {MAX_MICROS} (a dollar is 1000000)",
     "tags": f"must be an object of at most {MAX_TAGS} tags",
+    "priority": "must be a whole number from 0 to 9",
     "step_id": "must be a step's id, such as `triage/2/tool:lookup_order`",
     "by": "must be a string of at most 256 characters",
     "reason": "must be a string of at most 4096 characters",

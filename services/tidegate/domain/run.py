@@ -26,7 +26,7 @@ class StepState(msgspec.Struct, array_like=True):
 
     attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
-    doubled result is recognised.
+    doubled result is recognised. waits_for: why the gate lets it wait, while it does.
     """
 
     step_id: str
@@ -45,6 +45,7 @@ class StepState(msgspec.Struct, array_like=True):
     approval: ev.ApprovalRequested | None = None
     reported: tuple[int, ...] = ()
     wait: ev.WaitStarted | None = None
+    waits_for: str = ""
 
 
 class RunState(msgspec.Struct, array_like=True):
@@ -156,6 +157,7 @@ def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -
     step.attempt = event.attempt
     step.retry_at_ms = None
     step.instance_id, step.incarnation = "", -1
+    step.waits_for = ""
 
 
 def _attempt_held(run: RunState, event: ev.AttemptHeld, now_ms: int) -> None:
@@ -168,6 +170,11 @@ def _attempt_dispatched(run: RunState, event: ev.AttemptDispatched, now_ms: int)
     step = run.steps[event.step_id]
     _move_step(step, "AttemptDispatched", states.DISPATCHED)
     step.instance_id, step.incarnation = event.instance_id, event.incarnation
+    step.waits_for = ""
+
+
+def _step_throttled(run: RunState, event: ev.StepThrottled, now_ms: int) -> None:
+    run.steps[event.step_id].waits_for = event.reason
 
 
 def _approval_requested(run: RunState, event: ev.ApprovalRequested, now_ms: int) -> None:
@@ -340,4 +347,5 @@ _HANDLERS: dict[type, Any] = {
     ev.SignalReceived: _signal_received,
     ev.RunPaused: _run_paused,
     ev.RunResumed: _run_resumed,
+    ev.StepThrottled: _step_throttled,
 }

@@ -23,6 +23,7 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunSt
     input: str
     budget_micros: int | None
     tags: dict[str, str]
+    priority: int = 5
 
 
 class RunRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunRefused", tag_field=TAG_FIELD):
@@ -96,6 +97,19 @@ class AttemptDispatched(
     policy: str
     instance_id: str
     incarnation: int
+
+
+class StepThrottled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepThrottled", tag_field=TAG_FIELD):
+    """The gate lets the attempt wait, and says why: see `Throttled` in `messages.py`."""
+
+    step_id: str
+    attempt: int
+    cause: str
+    limit: str
+    key: str
+    reason: str
+    position: int
+    retry_at_ms: int
 
 
 class ApprovalRequested(
@@ -325,4 +339,5 @@ RunEvent = (
     | SignalReceived
     | RunPaused
     | RunResumed
+    | StepThrottled
 )

@@ -22,6 +22,7 @@ _VALUES_NOT_SCHEMAS: Final = frozenset(("const", "default", "enum", "examples"))
 AGENT_PREFIX: Final = "agent:"
 
 _name = {"type": "string", "pattern": NAME_PATTERN}
+_label = {"type": "string", "maxLength": 128}
 _count = {"type": "integer", "minimum": 0, "maximum": 2**53}
 _error_classes = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 200}, "maxItems": 100}
 
@@ -76,6 +77,10 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "no_retry_on": _error_classes,
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
+                    "provider": _label,
+                    "model": _label,
+                    "operation": _label,
+                    "prefer": _label,
                     "description": {"type": "string"},
                     "parameters": {"type": ["object", "boolean"]},
                     "tools": {"type": "array", "items": _name},
@@ -114,6 +119,10 @@ class Function(msgspec.Struct, frozen=True):
     no_retry_on: tuple[str, ...] = ()
     reserve_micros: int = 0
     idempotent: bool = True
+    provider: str = ""
+    model: str = ""
+    operation: str = ""
+    prefer: str = ""
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()

@@ -23,7 +23,13 @@ from tidegate.domain.messages import (
     CloseRun,
     Denied,
     GateDecision,
+    GateLeases,
     GateRequest,
+    LeaseAsk,
+    LeaseGrant,
+    LeaseRefusal,
+    LeaseReturn,
+    LeaseWait,
     Lost,
     OpenRun,
     Release,
@@ -31,12 +37,16 @@ from tidegate.domain.messages import (
     Settle,
     StepResult,
     StepTask,
+    Throttled,
     Void,
 )
 from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS
 
 MAX_NAME: Final = 512  # of anything that names something: steps, rules, instances, people, commands
 MAX_TAGS: Final = 100
+MAX_LABEL: Final = 128
+MAX_PRIORITY: Final = 9
+MAX_LEASES: Final = 16  # of one attempt
 MAX_ARGUMENTS: Final = 8 * 1024 * 1024
 MAX_TIMEOUT_MS: Final = 7 * 24 * 3_600_000
 KINDS: Final = frozenset(("step", "agent", "tool"))
@@ -46,6 +56,7 @@ _is_name = re.compile(NAME_PATTERN).fullmatch
 _WANTED: Final[dict[str, type]] = {
     "run-commands": RunCommand,
     "gate-requests": GateRequest,
+    "gate-leases": GateLeases,
     "gate-decisions": GateDecision,
     "step-results": StepResult,
     "step-tasks": StepTask,
@@ -77,6 +88,8 @@ def _run_command(command: RunCommand) -> str:
         return "a name of more than 512 characters"
     if len(command.value) > MAX_ARGUMENTS or command.attempt < 0:
         return "value or attempt"
+    if not 0 <= command.priority <= MAX_PRIORITY:
+        return "priority"
     if len(command.original) > MAX_ORIGINAL_BYTES or len(command.reason) > MAX_REASON_CHARACTERS:
         return "original or reason is too long"
     return _budget(command.budget_micros) or _tags(command.tags)
@@ -94,6 +107,10 @@ def _gate_decision(decision: GateDecision) -> str:
     if not is_run_id(decision.run_id):
         return "run_id"
     return _position(decision.source) or next((p for item in decision.items if (p := _ITEMS[type(item)](item))), "")
+
+
+def _gate_leases(message: GateLeases) -> str:
+    return _position(message.source) or next((p for item in message.items if (p := _ITEMS[type(item)](item))), "")
 
 
 def _step_result(result: StepResult) -> str:
@@ -148,14 +165,18 @@ def _tags(tags: dict[str, str]) -> str:
 def _call(call: Call) -> str:
     if call.kind not in KINDS or not _is_name(call.function) or not _is_name(call.queue):
         return "kind, function or queue of the call"
+    if max(map(len, (call.provider, call.model, call.operation, call.prefer))) > MAX_LABEL:
+        return "provider, model, operation or prefer of the call"
     if not 0 < call.timeout_ms <= MAX_TIMEOUT_MS:
         return "timeout_ms"
     return "arguments" if len(call.arguments) > MAX_ARGUMENTS else _money(call.reserve_micros)
 
 
 def _open(item: OpenRun) -> str:
-    if len(item.workflow) > MAX_NAME:
-        return "workflow"
+    if len(item.workflow) > MAX_NAME or len(item.request_id) > MAX_NAME:
+        return "workflow or request_id"
+    if not 0 <= item.priority <= MAX_PRIORITY:
+        return "priority"
     return _budget(item.budget_micros) or _tags(item.tags)
 
 
@@ -168,7 +189,7 @@ def _approve(item: Approve) -> str:
 
 
 def _settle(item: Settle) -> str:
-    return _attempt(item) or _money(item.actual_micros)
+    return _attempt(item) or _money(item.actual_micros) or ("outcome" if len(item.outcome) > MAX_NAME else "")
 
 
 def _release(item: Release) -> str:
@@ -186,13 +207,45 @@ def _answer(item: Denied | ApprovalRequired) -> str:
         return "expires_at_ms"
     if max(len(item.rule), len(item.policy)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
         return "rule, policy or reason is too long"
-    return _attempt(item)
+    return _attempt(item) or _moment(getattr(item, "retry_after_ms", 0))
 
 
 def _lost(item: Lost) -> str:
     if len(item.instance_id) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
         return "instance_id or reason is too long"
     return _attempt(item)
+
+
+def _throttled(item: Throttled | LeaseWait) -> str:
+    if max(len(item.cause), len(item.limit), len(item.key)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
+        return "cause, limit, key or reason is too long"
+    return _attempt(item) or _moment(item.retry_at_ms)
+
+
+def _moment(at_ms: int) -> str:
+    return "" if 0 <= at_ms <= MAX_OFFSET else "a time"
+
+
+def _lease_ask(item: LeaseAsk) -> str:
+    if not is_run_id(item.run_id) or not is_account(item.account):
+        return "run_id or account"
+    if not 0 <= item.priority <= MAX_PRIORITY or not 0 < len(item.leases) <= MAX_LEASES:
+        return "priority or number of leases"
+    if any(max(len(lease.limit), len(lease.key)) > MAX_NAME for lease in item.leases):
+        return "a lease's name is too long"
+    return _attempt(item)
+
+
+def _lease_answer(item: LeaseGrant | LeaseReturn) -> str:
+    if not is_run_id(item.run_id) or len(getattr(item, "outcome", "")) > MAX_NAME:
+        return "run_id or outcome"
+    return _attempt(item)
+
+
+def _lease_refusal(item: LeaseRefusal) -> str:
+    if max(len(item.limit), len(item.key)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
+        return "limit, key or reason is too long"
+    return _attempt(item) or _moment(item.retry_after_ms)
 
 
 def _nothing(_: CloseRun) -> str:
@@ -211,10 +264,17 @@ _ITEMS: Final[dict[type, Callable[[Any], str]]] = {
     Denied: _answer,
     ApprovalRequired: _answer,
     Lost: _lost,
+    Throttled: _throttled,
+    LeaseAsk: _lease_ask,
+    LeaseGrant: _lease_answer,
+    LeaseWait: _throttled,
+    LeaseRefusal: _lease_refusal,
+    LeaseReturn: _lease_answer,
 }
 _PROBLEMS: Final[dict[type, Callable[[Any], str]]] = {
     RunCommand: _run_command,
     GateRequest: _gate_request,
+    GateLeases: _gate_leases,
     GateDecision: _gate_decision,
     StepResult: _step_result,
     StepTask: _step_task,

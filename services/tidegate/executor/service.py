@@ -25,7 +25,8 @@ from tidegate.executor.watchdog import Watchdog, overdue_s
 from tidegate.failpoints import failpoint
 from tidegate.registry import Registration
 from tidegate.registry import TaskFeed as RegisteredFeed
-from tidegate.sdk.app import App, functions_of
+from tidegate.registry.listing import bounded
+from tidegate.sdk.app import App, details_of, functions_of
 
 EXIT_DRAINED: Final = 0
 EXIT_LEASE_LAPSED: Final = 70
@@ -73,7 +74,7 @@ class Executor:
             broker,
             service="executor",
             instance_id=instance_id,
-            feed=RegisteredFeed(settings.queue, settings.slots, tuple(functions_of(app))),
+            feed=RegisteredFeed(settings.queue, settings.slots, tuple(functions_of(app)), bounded(details_of(app))),
             load=self._holdings.load,
             heartbeat_s=settings.heartbeat_s,
             lease_s=settings.lease_s,

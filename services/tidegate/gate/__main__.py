@@ -48,6 +48,7 @@ def main() -> int:
             (
                 "run-events",
                 "gate-requests",
+                "gate-leases",
                 "gate-ledger",
                 "gate-snapshots",
                 "gate-decisions",

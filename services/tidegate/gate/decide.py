@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
@@ -15,33 +15,47 @@ from tidegate.domain.messages import (
     Call,
     CloseRun,
     GateRequest,
+    Lease,
     OpenRun,
     Release,
     Settle,
     Void,
 )
-from tidegate.gate.ledger import HELD, MAX_SETTLED_MICROS, PLACED, Attempt, AttemptKey, Incarnation, Ledger, RunMoney
-from tidegate.gate.placement import Executor, FreeSlots
-from tidegate.gate.policy import PolicySet, Verdict
+from tidegate.gate import leasing
+from tidegate.gate.leasing import LIMIT_RULE
+from tidegate.gate.ledger import (
+    HELD,
+    MAX_SETTLED_MICROS,
+    PLACED,
+    RESERVED,
+    Attempt,
+    AttemptKey,
+    Incarnation,
+    Ledger,
+    RunMoney,
+)
+from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
+from tidegate.gate.placement import FreeSlots
+from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
+from tidegate.gate.variables import step_variables
+from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 
 BUDGET_RULE: Final = "budget"
-MAX_PLACEMENTS_PER_ENTRY: Final = 200
+QUEUE_FULL_RULE: Final = "queue_full"
 MAX_LOSSES_PER_ENTRY: Final = 500
-# Of the calls that an entry, or the run's answer to it, repeats: they must fit into a record (16 MiB) twice over.
-MAX_CALLS_BYTES: Final = 6 * 1024 * 1024
 
 
 class _Money:
     """A run's money as it stands inside one decision."""
 
-    __slots__ = ("budget_micros", "closed", "open_tags", "reserved_micros", "settled_micros", "workflow")
+    __slots__ = ("budget_micros", "closed", "reserved_micros", "settled_micros", "tags", "workflow")
 
     def __init__(self, run: RunMoney) -> None:
         self.budget_micros = run.budget_micros
         self.reserved_micros = run.reserved_micros
         self.settled_micros = run.settled_micros
         self.workflow = run.workflow
-        self.open_tags = run.tags
+        self.tags = run.tags
         self.closed = run.closed
 
     def has_room_for(self, micros: int) -> bool:
@@ -51,11 +65,15 @@ class _Money:
 class Draft:
     """The events of one decision as they come, and what they change, so that later items see what earlier ones did."""
 
-    def __init__(self, ledger: Ledger, request: GateRequest, policies: PolicySet, slots: FreeSlots) -> None:
+    def __init__(
+        self, ledger: Ledger, request: GateRequest, policies: PolicySet, slots: FreeSlots, desk: Desk | None = None
+    ) -> None:
         self.ledger = ledger
         self.request = request
         self.policies = policies
         self.slots = slots
+        self.desk = desk or Desk(ledger, LimitSet(), 0)
+        self.joined: Counter[str] = Counter()  # by queue: who began to wait in this decision
         self.events: list[Any] = []
         self.begun: set[AttemptKey] = set()
         self.ended: set[AttemptKey] = set()
@@ -72,9 +90,10 @@ class Draft:
         key = self.key(item)
         return None if key in self.ended else self.ledger.attempts.get(key)
 
-    def end(self, item: Any, attempt: Attempt) -> None:
-        """Note that the attempt ends here: its money and its slot are free for what follows."""
+    def end(self, item: Any, attempt: Attempt, outcome: str = "") -> None:
+        """Note that the attempt ends here: its money, its slot and its leases are free for what follows."""
         self.ended.add(self.key(item))
+        self.events += leasing.given_back(self.desk, self.key(item), attempt, outcome)
         if self.money is not None:
             self.money.reserved_micros -= attempt.reserved_micros
         if attempt.incarnation is not None and not attempt.lost:
@@ -94,7 +113,7 @@ def on_request(draft: Draft) -> list[Any]:
     """Return the events that a request causes, its items in order, then placements of what waited for the freed slots."""
     for item in draft.request.items:
         _ITEMS[type(item)](draft, item)
-    draft.events += place_waiting(draft.ledger, draft.slots, draft.ended)
+    draft.events += place_waiting(draft.ledger, draft.slots, draft.ended, draft.desk)
     return draft.events
 
 
@@ -108,6 +127,8 @@ def _open_run(draft: Draft, item: OpenRun) -> None:
             budget_micros=item.budget_micros,
             workflow=item.workflow,
             tags=item.tags,
+            priority=item.priority,
+            request_id=item.request_id,
         )
     )
     draft.money = _Money(RunMoney(draft.request.account, item.budget_micros, item.workflow, item.tags))
@@ -164,38 +185,24 @@ def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
 
 
 def _variables(draft: Draft, item: Any, call: Call, money: _Money) -> dict[str, Any]:
-    """Return what a rule may look at. The names are documented in docs/policy.md and never change their meaning."""
-    workflow, _, version = money.workflow.partition("@")
-    return {
-        "kind": call.kind,
-        "name": call.function,
-        "tool": call.function if call.kind == "tool" else "",
-        "args": canonical.loads(call.arguments),
-        "queue": call.queue,
-        "step": item.step_id,
-        "attempt": item.attempt,
-        "reserve_micros": call.reserve_micros,
-        "account": draft.request.account,
-        "workflow": workflow,
-        "version": version,
-        "tags": money.open_tags,
-        "run": {
-            "id": draft.request.run_id,
-            "settled_micros": money.settled_micros,
-            "reserved_micros": money.reserved_micros,
-            "budget_micros": -1 if money.budget_micros is None else money.budget_micros,
-        },
-    }
+    return step_variables(draft.key(item), draft.request.account, call, money)
 
 
-def _refuse(draft: Draft, item: Any, rule: str, policy: str, reason: str) -> None:
-    draft.events.append(ev.AttemptRefused(**draft.names(item), rule=rule, policy=policy, reason=reason))
+def _refuse(draft: Draft, item: Any, rule: str, policy: str, reason: str, retry_after_ms: int = 0) -> None:
+    draft.events.append(
+        ev.AttemptRefused(
+            **draft.names(item), rule=rule, policy=policy, reason=reason[:MAX_REASON], retry_after_ms=retry_after_ms
+        )
+    )
 
 
 def _reserve_and_place(draft: Draft, item: Any, call: Call, rule: str, policy: str, approved_by: str) -> None:
     money = draft.money
     if money is None or not money.has_room_for(call.reserve_micros):
         _refuse(draft, item, BUDGET_RULE, policy, _no_room(money, call.reserve_micros))
+        return
+    entrance = _entrance(draft, item, call)
+    if entrance is None:
         return
     money.reserved_micros += call.reserve_micros
     draft.events.append(
@@ -207,16 +214,73 @@ def _reserve_and_place(draft: Draft, item: Any, call: Call, rule: str, policy: s
             approved_by=approved_by,
         )
     )
-    # Whoever waits already goes first: a newcomer takes a slot only if nobody waits for the same function.
-    executor = None
-    if (call.queue, call.function) not in draft.ledger.waiting:
-        executor = draft.slots.take(call.queue, call.kind, call.function)
-    if executor is None:
-        draft.events.append(ev.AttemptQueued(**draft.names(item), call=call))
+    waiting = Attempt(draft.request.account, call, RESERVED, call.reserve_micros, rule, policy, leases=entrance.leases)
+    if _place_at_once(draft, draft.key(item), waiting):
         return
+    draft.joined[call.queue] += 1
     draft.events.append(
-        _placed(draft.key(item), draft.request.account, call, call.reserve_micros, rule, policy, executor)
+        ev.AttemptQueued(
+            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
+        )
     )
+    if entrance.obstacle is not None:
+        ahead = position(draft.ledger, waiting.line, entrance.leases, account_root(draft.request.account))
+        draft.events.append(leasing.throttled(draft.key(item), draft.request.account, entrance.obstacle, ahead))
+
+
+class _Entrance(NamedTuple):
+    """What an attempt that may run needs besides a slot, and what is in its way."""
+
+    leases: tuple[Lease, ...]
+    obstacle: Obstacle | None
+
+
+def _entrance(draft: Draft, item: Any, call: Call) -> _Entrance | None:
+    """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so."""
+    desk, money = draft.desk, draft.money
+    try:
+        leases = (
+            desk.limits.leases(_variables(draft, item, call, money), draft.ledger.partition)
+            if desk.limits and money
+            else ()
+        )
+    except LimitError as error:
+        _refuse(draft, item, LIMIT_RULE, "", f"a limit cannot be evaluated, which denies: {error}")
+        return None
+    obstacle = desk.obstacle(leases)
+    if obstacle is not None and obstacle.denies:
+        retry_after_ms = max(0, obstacle.retry_at_ms - desk.now_ms)
+        _refuse(draft, item, LIMIT_RULE, "", obstacle.reason, retry_after_ms)
+        return None
+    queue = desk.limits.queues.get(call.queue)
+    if queue is not None:
+        depth = draft.ledger.depth.get(call.queue, 0) + draft.joined[call.queue]
+        full, retry_after_ms, tokens = desk.admission(call.queue, depth)
+        if full and queue.on_full == "reject":
+            _refuse(draft, item, QUEUE_FULL_RULE, "", full, retry_after_ms)
+            return None
+        draft.events += tokens
+        if full and obstacle is None:
+            here = Lease(draft.ledger.partition, "", "")
+            obstacle = Obstacle(here, "queue", full, desk.now_ms + retry_after_ms)
+    return _Entrance(leases, obstacle)
+
+
+def _place_at_once(draft: Draft, key: AttemptKey, attempt: Attempt) -> bool:
+    """Place a newcomer if nobody waits for the same function, and nothing of what it needs is decided elsewhere."""
+    ledger, desk = draft.ledger, draft.desk
+    name = attempt.line
+    if name in ledger.waiting or name in ledger.limited or not desk.has_all_here(attempt.leases):
+        return False
+    if desk.obstacle(attempt.leases) is not None:
+        return False
+    found = slot_for(desk, draft.slots, attempt)
+    if found is None:
+        return False
+    executor, leases = found
+    draft.events += desk.take(leases)
+    draft.events.append(placed(key, attempt, executor, leases))
+    return True
 
 
 def _no_room(money: _Money | None, micros: int) -> str:
@@ -225,24 +289,6 @@ def _no_room(money: _Money | None, micros: int) -> str:
     return (
         f"needs {micros} micro-dollars; of the run's {money.budget_micros}, {money.settled_micros} are spent "
         f"and {money.reserved_micros} reserved"
-    )
-
-
-def _placed(
-    key: AttemptKey, account: str, call: Call, reserved_micros: int, rule: str, policy: str, executor: Executor
-) -> ev.AttemptPlaced:
-    return ev.AttemptPlaced(
-        account=account,
-        run_id=key.run_id,
-        step_id=key.step_id,
-        attempt=key.attempt,
-        reserved_micros=reserved_micros,
-        rule=rule,
-        policy=policy,
-        instance_id=executor.life.instance_id,
-        incarnation=executor.life.incarnation,
-        task_partition=executor.row.task_partition,
-        call=call,
     )
 
 
@@ -283,7 +329,7 @@ def _settle(draft: Draft, item: Settle) -> None:
     if draft.money is not None:
         draft.money.settled_micros = min(draft.money.settled_micros + item.actual_micros, MAX_SETTLED_MICROS)
     if attempt is not None:
-        draft.end(item, attempt)
+        draft.end(item, attempt, item.outcome)
 
 
 def _release(draft: Draft, item: Release) -> None:
@@ -327,69 +373,10 @@ _ITEMS: Final[dict[type, Callable[[Draft, Any], None]]] = {
 }
 
 
-# --- waiting and losing ---------------------------------------------------------------
+# --- losing ---------------------------------------------------------------
 
 
-def place_waiting(ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None = None) -> list[Any]:
-    """Return placements of waiting attempts on free slots, as many as an entry may hold.
-
-    The account root that holds the fewest slots goes first, of those that hold as many the one that has waited longest: whoever
-    asks for a lot does not make others wait behind all of it.
-    """
-    if not ledger.waiting:
-        return []
-    gone = ended or set()
-    busy = _busy_after(ledger, gone)
-    events: list[Any] = []
-    size = 0
-    # Only lines for which somebody has a slot are looked at: with all slots taken, thousands of them cost nothing.
-    queues: dict[tuple[str, str, str], Iterator[tuple[int, AttemptKey]]] = {
-        (*name, root): ledger.waiting[name].of(root)
-        for name in slots.lines_with_room(ledger.waiting)
-        for root in ledger.waiting[name].roots()
-    }
-    heads = [(busy.get(name[2], 0), *next(queue), name) for name, queue in queues.items()]
-    heapq.heapify(heads)
-    while heads and len(events) < MAX_PLACEMENTS_PER_ENTRY:
-        held, turn, key, name = heapq.heappop(heads)
-        queue, function, root = name
-        if held != busy.get(root, 0):  # it was given a slot in another line meanwhile
-            heapq.heappush(heads, (busy[root], turn, key, name))
-            continue
-        attempt = ledger.attempts[key]
-        if key not in gone and attempt.call is not None:
-            executor = slots.take(queue, attempt.call.kind, function)
-            if executor is None:
-                if not slots.has_room():
-                    break
-                continue
-            size += len(attempt.call.arguments.encode())
-            if events and size > MAX_CALLS_BYTES:
-                break
-            events.append(
-                _placed(
-                    key, attempt.account, attempt.call, attempt.reserved_micros, attempt.rule, attempt.policy, executor
-                )
-            )
-            busy[root] = busy.get(root, 0) + 1
-        following = next(queues[name], None)
-        if following is not None:
-            heapq.heappush(heads, (busy.get(root, 0), *following, name))
-    return events
-
-
-def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
-    """Return how many slots each account root holds when the attempts that end in this decision have let go of theirs."""
-    busy = dict(ledger.busy)
-    for key in ended:
-        attempt = ledger.attempts.get(key)
-        if attempt is not None and attempt.incarnation is not None and not attempt.lost:
-            root = account_root(attempt.account)
-            busy[root] = busy.get(root, 0) - 1
-    return busy
-
-
-def losses(ledger: Ledger, ended: Mapping[Incarnation, str]) -> list[Any]:
+def losses(ledger: Ledger, ended: Mapping[Incarnation, str], desk: Desk | None = None) -> list[Any]:
     """Return the losses of attempts whose executor life has ended, as many as an entry may hold.
 
     Their money is given back when the run answers. A run that is over does not answer any more: there it ends here.
@@ -414,6 +401,7 @@ def losses(ledger: Ledger, ended: Mapping[Incarnation, str]) -> list[Any]:
             events.append(
                 ev.PlacementLost(**names, instance_id=life.instance_id, incarnation=life.incarnation, reason=reason)
             )
+            events += leasing.given_back(desk or Desk(ledger, LimitSet(), 0), key, attempt, "lost", "lost")
             if ledger.runs[key.run_id].closed:
                 events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason="lost"))
     return events

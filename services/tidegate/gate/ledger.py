@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
-from tidegate.domain.messages import Call
+from tidegate.domain.messages import Call, Lease
 
+K = TypeVar("K")
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
 HELD, QUEUED, RESERVED, PLACED = "held", "queued", "reserved", "placed"
+# What one level of priority is worth in waiting time: with it, nobody waits for ever behind those of more.
+PRIORITY_MS = 10_000
+MAX_PRIORITY = 9
 
 
 class AttemptKey(NamedTuple):
@@ -47,10 +53,17 @@ class RunMoney(msgspec.Struct, array_like=True):
     closed: bool = False
     open: dict[AttemptKey, None] = {}
     approved: dict[str, tuple[str, str]] = {}
+    priority: int = 5
 
 
 class Attempt(msgspec.Struct, array_like=True):
-    """An attempt whose reservation, wait or approval has not ended. turn: seq of the event that queued or placed it."""
+    """An attempt whose reservation, wait or approval has not ended. turn: seq of the event that queued or placed it.
+
+    priority, queued_ms: its place in line. leases: what it needs while it waits, what it holds once it is placed.
+    limits_version: of the limits that this follows from. asked: partition that it has asked for leases, -1 for none; granted:
+    partitions that gave theirs, the latest at granted_ms; until it is placed, pinned names the executor that they are for.
+    throttled: it was told why it waits.
+    """
 
     account: str
     call: Call | None
@@ -62,42 +75,105 @@ class Attempt(msgspec.Struct, array_like=True):
     task_partition: int = 0
     lost: bool = False
     turn: int = 0
+    priority: int = 5
+    queued_ms: int = 0
+    leases: tuple[Lease, ...] = ()
+    limits_version: int = 0
+    asked: int = -1
+    granted: tuple[int, ...] = ()
+    granted_ms: int = 0
+    needs: tuple[Lease, ...] = ()
+    pinned: str = ""
+    throttled: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Return its place in line among attempts of its account root: less goes first."""
+        return self.queued_ms + (MAX_PRIORITY - self.priority) * PRIORITY_MS
+
+    @property
+    def line(self) -> tuple[str, str]:
+        """Return the queue and function that it waits for."""
+        assert self.call is not None  # noqa: S101 - what waits has a call
+        return self.call.queue, self.call.function
+
+
+class Ask(msgspec.Struct, array_like=True):
+    """An attempt of another partition that needs leases of ours (all or none), and whether it has them."""
+
+    account: str
+    partition: int
+    priority: int
+    leases: tuple[Lease, ...]
+    queued_ms: int
+    turn: int
+    given: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Return its place in line: less goes first."""
+        return self.queued_ms + (MAX_PRIORITY - self.priority) * PRIORITY_MS
+
+
+class Gauge(msgspec.Struct, array_like=True):
+    """What a limit knows of one value of its key, besides who holds it.
+
+    until_us: when its bucket is full again, as of taken_us, when a token was last taken. failures_ms: failures that its
+    breaker counted. open_until_ms: 0 while the breaker is closed; after that time it lets probes through. why: for people.
+    """
+
+    until_us: int = 0
+    failures_ms: list[int] = []
+    open_until_ms: int = 0
+    why: str = ""
+    taken_us: int = 0
 
 
 class Line:
-    """Attempts that wait for the same function: a queue for each account root, in order of turn. Leaving it is O(1)."""
+    """Attempts that wait for the same: for each account root and rank of priority a queue, in order of turn. Leaving is O(1)."""
 
     __slots__ = ("_queues", "_unsorted")
 
     def __init__(self) -> None:
-        self._queues: dict[str, OrderedDict[AttemptKey, int]] = {}
-        self._unsorted: set[str] = set()
+        self._queues: dict[str, dict[int, OrderedDict[AttemptKey, tuple[int, int]]]] = {}
+        self._unsorted: set[tuple[str, int]] = set()
 
-    def add(self, root: str, key: AttemptKey, turn: int) -> None:
+    def add(self, root: str, key: AttemptKey, turn: int, rank: int = 0, priority: int = 5) -> None:
         """Stand in line. While a log is folded on top of snapshots, who came earlier may be met later: sorted when asked."""
-        queue = self._queues.setdefault(root, OrderedDict())
-        if queue and queue[next(reversed(queue))] > turn:
-            self._unsorted.add(root)
-        queue[key] = turn
+        queue = self._queues.setdefault(root, {}).setdefault(priority, OrderedDict())
+        place = (rank, turn)
+        if queue and queue[next(reversed(queue))] > place:
+            self._unsorted.add((root, priority))
+        queue[key] = place
 
-    def remove(self, root: str, key: AttemptKey) -> None:
+    def remove(self, root: str, key: AttemptKey, priority: int = 5) -> None:
         """Leave, from wherever it stands. Raises KeyError."""
-        queue = self._queues[root]
+        queues = self._queues[root]
+        queue = queues[priority]
         del queue[key]
         if not queue:
-            del self._queues[root]
-            self._unsorted.discard(root)
+            self._unsorted.discard((root, priority))
+            del queues[priority]
+            if not queues:
+                del self._queues[root]
 
     def roots(self) -> list[str]:
         """Return the account roots that somebody waits for."""
         return list(self._queues)
 
-    def of(self, root: str) -> Iterator[tuple[int, AttemptKey]]:
-        """Return (turn, attempt) of an account root, the first one first."""
-        if root in self._unsorted:
-            self._queues[root] = OrderedDict(sorted(self._queues[root].items(), key=lambda item: item[1]))
-            self._unsorted.discard(root)
-        return ((turn, key) for key, turn in self._queues[root].items())
+    def of(self, root: str) -> Iterator[tuple[int, int, AttemptKey]]:
+        """Return (rank, turn, attempt) of an account root, the first one first."""
+        queues = self._queues[root]
+        for priority in queues:
+            if (root, priority) in self._unsorted:
+                queues[priority] = OrderedDict(sorted(queues[priority].items(), key=lambda item: item[1]))
+                self._unsorted.discard((root, priority))
+        parts = [((rank, turn, key) for key, (rank, turn) in queue.items()) for queue in queues.values()]
+        return parts[0] if len(parts) == 1 else heapq.merge(*parts)
+
+    def count(self, root: str) -> int:
+        """Return how many of an account root stand here."""
+        return sum(len(queue) for queue in self._queues.get(root, {}).values())
 
     def __bool__(self) -> bool:
         return bool(self._queues)
@@ -111,13 +187,43 @@ class Line:
     __hash__ = None  # type: ignore[assignment] # it changes
 
 
+Name = tuple[str, str]
+Leases = tuple[Lease, ...]
+
+
 class Ledger:
     """The state of one ledger partition. `waiting` holds queued attempts by (queue, function).
 
-    busy: how many attempts of an account root hold a slot. seq, head: the end of the partition's hash chain.
+    busy: how many attempts of an account root hold a slot here, or leases for one elsewhere. seq, head: the end of the
+    partition's hash chain. limited: queued attempts that need leases of ours besides a slot, by (queue, function) and those.
+    asks, ask_lines: attempts of other partitions that need leases of ours, and those of them that wait. held: how many hold
+    a lease of ours. gauges: by limit and key. asking: how many of a line are on their way to leases of others; granted:
+    those that have them all and are not placed, by when. unnoticed: queued attempts that were not told why they wait.
+    scale_out: queues that want more executors. depth: how many wait for a queue.
     """
 
-    __slots__ = ("attempts", "busy", "head", "held_by", "partition", "runs", "seq", "waiting", "waiting_count")
+    __slots__ = (
+        "ask_lines",
+        "asking",
+        "asks",
+        "attempts",
+        "busy",
+        "depth",
+        "gauges",
+        "granted",
+        "head",
+        "held",
+        "held_by",
+        "limited",
+        "now_ms",
+        "partition",
+        "runs",
+        "scale_out",
+        "seq",
+        "unnoticed",
+        "waiting",
+        "waiting_count",
+    )
 
     def __init__(self, partition: int) -> None:
         self.partition = partition
@@ -127,18 +233,38 @@ class Ledger:
         self.attempts: dict[AttemptKey, Attempt] = {}
         self.held_by: dict[Incarnation, dict[AttemptKey, None]] = {}
         self.busy: dict[str, int] = {}
-        self.waiting: dict[tuple[str, str], Line] = {}
+        self.waiting: dict[Name, Line] = {}
+        self.limited: dict[Name, dict[Leases, Line]] = {}
         self.waiting_count = 0
+        self.now_ms = 0
+        self.asks: dict[AttemptKey, Ask] = {}
+        self.ask_lines: dict[Leases, Line] = {}
+        self.held: dict[Lease, int] = {}
+        self.gauges: OrderedDict[tuple[str, str], Gauge] = OrderedDict()
+        self.asking: dict[Name, int] = {}
+        self.granted: dict[AttemptKey, int] = {}
+        self.unnoticed: dict[Name, dict[AttemptKey, None]] = {}
+        self.scale_out: dict[str, int] = {}
+        self.depth: dict[str, int] = {}
 
     @property
     def subject(self) -> str:
         """Return what the ledger's hash chain and seqs are counted by."""
         return f"ledger-{self.partition}"
 
+    def oldest_gauges(self, count: int) -> list[tuple[tuple[str, str], Gauge]]:
+        """Return the gauges that have not changed for the longest time."""
+        return list(itertools.islice(self.gauges.items(), count))
 
-def apply(ledger: Ledger, event: Any, seq: int) -> None:
+    def has_waiting(self) -> bool:
+        """Tell whether anybody waits here, for a slot or a lease."""
+        return bool(self.waiting_count or self.ask_lines)
+
+
+def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0) -> None:
     """Change the ledger by its `seq`-th event. Raises KeyError on an event that its state does not allow."""
     ledger.seq = seq
+    ledger.now_ms = now_ms
     _HANDLERS[type(event)](ledger, event)
 
 
@@ -149,12 +275,25 @@ def derive(ledger: Ledger) -> None:
             _join_queue(ledger, key, attempt)
         elif attempt.incarnation is not None and not attempt.lost:
             _hold(ledger, attempt.incarnation, key, attempt)
+    for key, ask in sorted(ledger.asks.items(), key=lambda item: item[1].turn):
+        if ask.given:
+            _count_ask(ledger, ask, 1)
+        else:
+            _join_asks(ledger, key, ask)
 
 
 def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     ledger.held_by.setdefault(life, {})[key] = None
-    root = account_root(attempt.account)
-    ledger.busy[root] = ledger.busy.get(root, 0) + 1
+    _count(ledger.busy, account_root(attempt.account), 1)
+    for lease in attempt.leases:
+        if lease.partition == ledger.partition:
+            _count(ledger.held, lease, 1)
+
+
+def _count(counts: dict[K, int], name: K, by: int) -> None:
+    counts[name] = counts.get(name, 0) + by
+    if not counts[name]:
+        del counts[name]
 
 
 def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
@@ -165,10 +304,10 @@ def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt
     del held[key]
     if not held:
         del ledger.held_by[life]
-    root = account_root(attempt.account)
-    ledger.busy[root] -= 1
-    if not ledger.busy[root]:
-        del ledger.busy[root]
+    _count(ledger.busy, account_root(attempt.account), -1)
+    for lease in attempt.leases:
+        if lease.partition == ledger.partition:
+            _count(ledger.held, lease, -1)
 
 
 def _key(event: Any) -> AttemptKey:
@@ -176,7 +315,9 @@ def _key(event: Any) -> AttemptKey:
 
 
 def _run_opened(ledger: Ledger, event: ev.RunOpened) -> None:
-    ledger.runs[event.run_id] = RunMoney(event.account, event.budget_micros, event.workflow, event.tags)
+    ledger.runs[event.run_id] = RunMoney(
+        event.account, event.budget_micros, event.workflow, event.tags, priority=event.priority
+    )
 
 
 def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | None, status: str) -> Attempt:
@@ -207,27 +348,50 @@ def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
 
 
 def _queued(ledger: Ledger, event: ev.AttemptQueued) -> None:
-    attempt = ledger.attempts[_key(event)]
-    attempt.status = QUEUED
-    attempt.call = event.call
-    attempt.turn = ledger.seq
-    _join_queue(ledger, _key(event), attempt)
+    key = _key(event)
+    attempt = ledger.attempts[key]
+    if attempt.status == QUEUED:  # its limits changed: it keeps its place
+        _leave_queue(ledger, key, attempt)
+    else:
+        attempt.status = QUEUED
+        attempt.call = event.call
+        attempt.turn, attempt.queued_ms = ledger.seq, ledger.now_ms
+        attempt.priority = ledger.runs[event.run_id].priority
+    attempt.leases, attempt.limits_version = event.leases, event.limits_version
+    _join_queue(ledger, key, attempt)
 
 
 def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
-    assert attempt.call is not None  # noqa: S101 - what waits has a call
+    """Count it as waiting; it stands in line unless it is being asked for leases elsewhere."""
+    name = attempt.line
     ledger.waiting_count += 1
-    ledger.waiting.setdefault((attempt.call.queue, attempt.call.function), Line()).add(
-        account_root(attempt.account), key, attempt.turn
-    )
+    _count(ledger.depth, name[0], 1)
+    if not attempt.throttled:
+        ledger.unnoticed.setdefault(name, {})[key] = None
+    if attempt.asked >= 0 or attempt.granted:
+        _count(ledger.asking, name, 1)
+    if attempt.asked >= 0:
+        return
+    if attempt.granted:
+        ledger.granted[key] = attempt.granted_ms
+    _line(ledger, attempt).add(account_root(attempt.account), key, attempt.turn, attempt.rank, attempt.priority)
+
+
+def _line(ledger: Ledger, attempt: Attempt) -> Line:
+    needs = attempt.needs if attempt.granted else attempt.leases
+    if not needs:
+        return ledger.waiting.setdefault(attempt.line, Line())
+    return ledger.limited.setdefault(attempt.line, {}).setdefault(needs, Line())
 
 
 def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     key = _key(event)
     attempt = ledger.attempts[key]
     if attempt.status == QUEUED:
-        _leave_queue(ledger, key, attempt, event.call)
+        _leave_queue(ledger, key, attempt)
     attempt.status = PLACED
+    attempt.leases, attempt.needs, attempt.pinned = event.leases, (), ""
+    attempt.asked, attempt.granted_ms = -1, 0
     attempt.call = event.call
     attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
     attempt.task_partition = event.task_partition
@@ -235,13 +399,42 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     _hold(ledger, attempt.incarnation, key, attempt)
 
 
-def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt, call: Call) -> None:
-    name = (call.queue, call.function)
-    line = ledger.waiting[name]
-    line.remove(account_root(attempt.account), key)
+def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    """The reverse of `_join_queue`; the attempt must be as it was then."""
+    name = attempt.line
     ledger.waiting_count -= 1
-    if not line:
+    _count(ledger.depth, name[0], -1)
+    _notice(ledger, name, key)
+    if attempt.asked >= 0 or attempt.granted:
+        _count(ledger.asking, name, -1)
+    if attempt.asked >= 0:
+        return
+    ledger.granted.pop(key, None)
+    line = _line(ledger, attempt)
+    line.remove(account_root(attempt.account), key, attempt.priority)
+    if line:
+        return
+    needs = attempt.needs if attempt.granted else attempt.leases
+    if not needs:
         del ledger.waiting[name]
+        return
+    del ledger.limited[name][needs]
+    if not ledger.limited[name]:
+        del ledger.limited[name]
+
+
+def _notice(ledger: Ledger, name: Name, key: AttemptKey) -> None:
+    unnoticed = ledger.unnoticed.get(name)
+    if unnoticed is not None and key in unnoticed:
+        del unnoticed[key]
+        if not unnoticed:
+            del ledger.unnoticed[name]
+
+
+def _throttled(ledger: Ledger, event: ev.AttemptThrottled) -> None:
+    attempt = ledger.attempts[_key(event)]
+    attempt.throttled = True
+    _notice(ledger, attempt.line, _key(event))
 
 
 def _settled(ledger: Ledger, event: ev.AttemptSettled) -> None:
@@ -261,7 +454,7 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
     if attempt is None:
         return
     if attempt.status == QUEUED and attempt.call is not None:
-        _leave_queue(ledger, key, attempt, attempt.call)
+        _leave_queue(ledger, key, attempt)
     if attempt.incarnation is not None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
@@ -292,6 +485,130 @@ def _forget_if_done(ledger: Ledger, run_id: str) -> None:
         del ledger.runs[run_id]
 
 
+# --- leases of other partitions ---------------------------------------------------------------
+
+
+def _leases_asked(ledger: Ledger, event: ev.LeasesAsked) -> None:
+    key = _key(event)
+    attempt = ledger.attempts[key]
+    _leave_queue(ledger, key, attempt)
+    attempt.asked, attempt.pinned, attempt.needs = event.partition, event.instance_id, event.local
+    _join_queue(ledger, key, attempt)
+
+
+def _leases_granted(ledger: Ledger, event: ev.LeasesGranted) -> None:
+    key = _key(event)
+    attempt = ledger.attempts[key]
+    _leave_queue(ledger, key, attempt)
+    attempt.asked, attempt.granted_ms = -1, ledger.now_ms
+    attempt.granted = (*attempt.granted, event.partition)
+    _join_queue(ledger, key, attempt)
+
+
+def _leases_returned(ledger: Ledger, event: ev.LeasesReturned) -> None:
+    """What has no leases of others any more stands in line as if it had never asked."""
+    key = _key(event)
+    attempt = ledger.attempts.get(key)
+    if attempt is None:
+        return
+    is_queued = attempt.status == QUEUED
+    if is_queued:
+        _leave_queue(ledger, key, attempt)
+    if attempt.asked == event.partition:
+        attempt.asked = -1
+    attempt.granted = tuple(partition for partition in attempt.granted if partition != event.partition)
+    if attempt.asked < 0 and not attempt.granted:
+        attempt.pinned, attempt.needs, attempt.granted_ms = "", (), 0
+    if is_queued:
+        _join_queue(ledger, key, attempt)
+
+
+# --- leases for other partitions ---------------------------------------------------------------
+
+
+def _lease_heard(ledger: Ledger, event: ev.LeaseHeard) -> None:
+    ask = Ask(event.account, event.partition, event.priority, event.leases, ledger.now_ms, ledger.seq)
+    ledger.asks[_key(event)] = ask
+    _join_asks(ledger, _key(event), ask)
+
+
+def _join_asks(ledger: Ledger, key: AttemptKey, ask: Ask) -> None:
+    line = ledger.ask_lines.setdefault(ask.leases, Line())
+    line.add(account_root(ask.account), key, ask.turn, ask.rank, ask.priority)
+
+
+def _leave_asks(ledger: Ledger, key: AttemptKey, ask: Ask) -> None:
+    line = ledger.ask_lines[ask.leases]
+    line.remove(account_root(ask.account), key, ask.priority)
+    if not line:
+        del ledger.ask_lines[ask.leases]
+
+
+def _count_ask(ledger: Ledger, ask: Ask, by: int) -> None:
+    _count(ledger.busy, account_root(ask.account), by)
+    for lease in ask.leases:
+        _count(ledger.held, lease, by)
+
+
+def _lease_given(ledger: Ledger, event: ev.LeaseGiven) -> None:
+    ask = ledger.asks[_key(event)]
+    _leave_asks(ledger, _key(event), ask)
+    ask.given = True
+    _count_ask(ledger, ask, 1)
+
+
+def _lease_ended(ledger: Ledger, event: ev.LeaseEnded | ev.LeaseRefused) -> None:
+    ask = ledger.asks.pop(_key(event), None)
+    if ask is None:
+        return
+    if ask.given:
+        _count_ask(ledger, ask, -1)
+    else:
+        _leave_asks(ledger, _key(event), ask)
+
+
+# --- limits and queues ---------------------------------------------------------------
+
+
+def _gauge(ledger: Ledger, event: Any) -> Gauge:
+    """Return the gauge that the event changes, as the latest one."""
+    name = (event.limit, event.key)
+    gauge = ledger.gauges.setdefault(name, Gauge(failures_ms=[]))
+    ledger.gauges.move_to_end(name)
+    return gauge
+
+
+def _token_taken(ledger: Ledger, event: ev.TokenTaken) -> None:
+    gauge = _gauge(ledger, event)
+    gauge.until_us, gauge.taken_us = event.until_us, ledger.now_ms * 1000
+
+
+def _failure_counted(ledger: Ledger, event: ev.FailureCounted) -> None:
+    gauge = _gauge(ledger, event)
+    gauge.failures_ms = [*gauge.failures_ms, ledger.now_ms][-event.keep :]
+
+
+def _breaker_opened(ledger: Ledger, event: ev.BreakerOpened) -> None:
+    gauge = _gauge(ledger, event)
+    gauge.failures_ms, gauge.open_until_ms, gauge.why = [], event.until_ms, event.reason
+
+
+def _breaker_closed(ledger: Ledger, event: ev.BreakerClosed) -> None:
+    gauge = _gauge(ledger, event)
+    gauge.failures_ms, gauge.open_until_ms, gauge.why = [], 0, ""
+
+
+def _limit_forgotten(ledger: Ledger, event: ev.LimitForgotten) -> None:
+    ledger.gauges.pop((event.limit, event.key), None)
+
+
+def _scale_out_wanted(ledger: Ledger, event: ev.ScaleOutWanted) -> None:
+    if event.wanted:
+        ledger.scale_out[event.queue] = ledger.now_ms
+    else:
+        ledger.scale_out.pop(event.queue, None)
+
+
 _HANDLERS: dict[type, Any] = {
     ev.RunOpened: _run_opened,
     ev.AttemptReserved: _reserved,
@@ -304,4 +621,18 @@ _HANDLERS: dict[type, Any] = {
     ev.AttemptCancelTold: _cancel_told,
     ev.PlacementLost: _lost,
     ev.RunClosed: _closed,
+    ev.AttemptThrottled: _throttled,
+    ev.LeasesAsked: _leases_asked,
+    ev.LeasesGranted: _leases_granted,
+    ev.LeasesReturned: _leases_returned,
+    ev.LeaseHeard: _lease_heard,
+    ev.LeaseGiven: _lease_given,
+    ev.LeaseRefused: _lease_ended,
+    ev.LeaseEnded: _lease_ended,
+    ev.TokenTaken: _token_taken,
+    ev.FailureCounted: _failure_counted,
+    ev.BreakerOpened: _breaker_opened,
+    ev.BreakerClosed: _breaker_closed,
+    ev.LimitForgotten: _limit_forgotten,
+    ev.ScaleOutWanted: _scale_out_wanted,
 }

@@ -11,13 +11,15 @@ from tidegate.domain import canonical
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import account_root, partition_of
-from tidegate.domain.messages import GateRequest, PolicyPublished
+from tidegate.domain.messages import GateLeases, GateRequest, PolicyPublished
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import Decision, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
-from tidegate.gate import decide, snapshots
+from tidegate.gate import decide, leasing, snapshots, waiting
 from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.limits import Desk, Limit, LimitError, LimitSet, Queue
+from tidegate.gate.limits import parse as parse_limit
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import MAX_REASON, Policy, PolicyError, PolicySet, Rule, parse
 from tidegate.gate.tells import tells
@@ -27,6 +29,7 @@ _log = structlog.get_logger()
 INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
+LIMIT_KINDS: Final = ("limit", "queue")
 
 
 class MisroutedError(ValueError):
@@ -40,10 +43,10 @@ class GateMachine:
     entry_kind: Final = "LedgerEntry"
     log_topic: Final = "gate-ledger"
     lead_topic: Final = "gate-requests"
-    other_topics: Final[tuple[str, ...]] = ()
+    other_topics: Final = ("gate-leases",)
     snapshot_topic: Final = "gate-snapshots"
     table_topics: Final = (POLICIES, INSTANCES, CONTROLS)
-    marked_topics: Final = {"gate-requests": "run-events"}
+    marked_topics: Final = {"gate-requests": "run-events", "gate-leases": "gate-ledger"}
 
     def __init__(self, run_partitions: int, account_partitions: int, executors: Executors) -> None:
         self._run_partitions = run_partitions
@@ -52,6 +55,9 @@ class GateMachine:
         self._controls = Controls()
         self._documents: dict[str, Policy] = {}
         self._policies = PolicySet({})
+        self._limit_documents: dict[str, Limit | Queue] = {}
+        self._limits = LimitSet(partitions=account_partitions)
+        self._soonest_ms: dict[int, int] = {}
         self._ledgers: dict[int, Ledger] = {}
 
     def new_state(self, partition: int, shelf: Shelf) -> Ledger:
@@ -64,36 +70,49 @@ class GateMachine:
         self._ledgers.pop(partition, None)
 
     def decide(self, state: Ledger, record: Any, message: Message, now_ms: int, tables: Tables) -> Decision | None:
-        """Return what a request causes. Raises MisroutedError for a message of another partition's account."""
+        """Return what an input causes. Raises MisroutedError for a request of another partition's account."""
+        desk = Desk(state, self._limits, now_ms)
+        if isinstance(record, GateLeases):
+            answers = leasing.on_leases(desk, record)
+            return Decision(state.subject, "", answers) if answers else None
         if not isinstance(record, GateRequest):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
         if partition_of(account_root(record.account), self._account_partitions) != state.partition:
             raise MisroutedError(f"account {record.account} belongs to another partition than {state.partition}")
-        draft = decide.Draft(state, record, self._policies, self.executors.free_slots(self._ledgers))
+        draft = decide.Draft(state, record, self._policies, self.executors.free_slots(self._ledgers), desk)
         events = decide.on_request(draft)
         return Decision(state.subject, "", events) if events else None
 
     def due(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        """Return losses of executors that ended, then placements that became possible."""
+        """Return losses of executors that ended, then placements that became possible, then what is to be said of the rest."""
+        cause = f"table:{INSTANCES}:{tables.versions[INSTANCES]}"
+        desk = Desk(state, self._limits, now_ms)
         if state.held_by:
             self.executors.watch(state.held_by)
             self.executors.expire(tables.versions[INSTANCES])
-            lost = decide.losses(state, self.executors.ended)
+            lost = decide.losses(state, self.executors.ended, desk)
             if lost:
-                return f"table:{INSTANCES}:{tables.versions[INSTANCES]}", Decision(state.subject, "", lost)
-        if state.waiting_count:
-            placed = decide.place_waiting(state, self.executors.free_slots(self._ledgers))
-            if placed:
-                return f"table:{INSTANCES}:{tables.versions[INSTANCES]}", Decision(state.subject, "", placed)
-        return None
+                return cause, Decision(state.subject, "", lost)
+        self._soonest_ms.pop(state.partition, None)
+        events: list[Any] = []
+        if state.has_waiting():
+            slots = self.executors.free_slots(self._ledgers)
+            events = waiting.place_waiting(state, slots, desk=desk)
+            if not events:
+                if desk.soonest_ms:
+                    self._soonest_ms[state.partition] = desk.soonest_ms
+                events = leasing.idle(state, now_ms) or waiting.unserved(state, slots, now_ms)
+        if not events and (state.depth or state.scale_out):
+            events = waiting.scale_out(state, desk, self.executors.free_slots(self._ledgers))
+        return (cause, Decision(state.subject, "", events)) if events else None
 
     def next_due_ms(self, state: Ledger) -> int | None:
-        """Leases are looked at in every turn; a turn comes at least every 200 ms."""
-        return None
+        """Return when a rate or a breaker lets the next one through. Leases are looked at in every turn, at least every 200 ms."""
+        return self._soonest_ms.get(state.partition)
 
     def apply(self, state: Ledger, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
         """Change the ledger by one event."""
-        apply(state, event, seq)
+        apply(state, event, seq, now_ms)
 
     # -- units: a run's money is one; the chain is the partition's ------------------------------
 
@@ -110,12 +129,12 @@ class GateMachine:
         return state.subject
 
     def unit_of(self, subject: str, event: Any) -> str:
-        """Return the run whose money it is."""
-        return str(event.run_id)
+        """Return the run whose money it is, or what else of the ledger it changes."""
+        return snapshots.unit_of(event)
 
     def standing(self, state: Ledger, unit: str) -> Standing:
         """A run that is closed, and of which nothing is open, is forgotten by the ledger itself."""
-        return Standing.ACTIVE if unit in state.runs else Standing.GONE
+        return Standing.ACTIVE if snapshots.is_there(state, unit) else Standing.GONE
 
     def quiet_since_ms(self, state: Ledger, unit: str) -> None:
         """An open run's money is small, and is asked about together with everybody else's: it stays in memory."""
@@ -156,7 +175,7 @@ class GateMachine:
         if topic == INSTANCES:
             self.executors.take(key, row, offset)
         elif topic == POLICIES:
-            self._policy_changed(key, row)
+            self._document_changed(key, row, offset)
         elif topic == CONTROLS:
             self._controls.take(key, row)
             self.executors.pause(self._controls.is_paused)
@@ -164,6 +183,27 @@ class GateMachine:
     def tables_loaded(self) -> None:
         """From here on, what is heard of executors is news."""
         self.executors.listen()
+
+    def _document_changed(self, key: str, row: PolicyPublished | None, offset: int) -> None:
+        """Put a document in force, by its kind; a removed one is of whichever kind it was."""
+        kind = "" if row is None else _kind_of(row)
+        if key in self._limit_documents and kind not in LIMIT_KINDS:
+            del self._limit_documents[key]
+            self._limits = LimitSet(self._limit_documents.values(), self._account_partitions, offset + 1)
+        if kind in LIMIT_KINDS and row is not None:
+            self._limit_changed(key, row, offset)
+        else:
+            self._policy_changed(key, row)
+
+    def _limit_changed(self, key: str, row: PolicyPublished, offset: int) -> None:
+        """Put a limit or queue in force. A broken one is ignored loudly: the one of before stays."""
+        try:
+            self._limit_documents[key] = parse_limit(canonical.loads(row.document))
+        except LimitError as error:
+            _log.error("limit ignored, the one of before stays in force", limit=key, error=str(error))
+            return
+        self._limits = LimitSet(self._limit_documents.values(), self._account_partitions, offset + 1)
+        _log.info("limits in force", limits=sorted(self._limit_documents))
 
     def _policy_changed(self, key: str, row: PolicyPublished | None) -> None:
         """Put a policy in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
@@ -181,6 +221,14 @@ class GateMachine:
                     self._documents[key] = _unreadable(key)
         self._policies = PolicySet(self._documents)
         _log.info("policies in force", policies=sorted(f"{p.policy}@{p.version}" for p in self._documents.values()))
+
+
+def _kind_of(row: PolicyPublished) -> str:
+    try:
+        document = canonical.loads(row.document)
+    except canonical.NotJsonError:
+        return "policy"
+    return str(document.get("kind", "policy")) if isinstance(document, dict) else "policy"
 
 
 def _unreadable(key: str) -> Policy:

@@ -1,20 +1,95 @@
-"""A run's money and open attempts as bytes and back. Disposable: a format that changed only means to fold the ledger."""
+"""The units of a ledger as bytes and back. Disposable: a format that changed only means to fold the ledger.
+
+A run's money and open attempts; an attempt of another partition that asks for leases; what a limit knows of one value of
+its key; a queue that wants executors.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from tidegate.gate.ledger import Attempt, AttemptKey, Ledger, RunMoney
+from tidegate.domain import ledger_events as ev
+from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Gauge, Ledger, RunMoney
 
 # Counts up with every change of the fields of RunMoney and Attempt, or of what they mean.
-SNAPSHOT_FORMAT: Final = 1
+SNAPSHOT_FORMAT: Final = 2
 
 _State = tuple[RunMoney, list[Attempt]]
 
 
-def dump(ledger: Ledger, run_id: str) -> bytes:
+# Units besides runs. A run id has no colon.
+_LIMIT, _ASK, _SCALE_OUT = "limit:", "ask:", "scale-out:"
+_OF_LIMITS: Final = (
+    ev.TokenTaken,
+    ev.FailureCounted,
+    ev.BreakerOpened,
+    ev.BreakerClosed,
+    ev.LimitForgotten,
+)
+_OF_ASKS: Final = (ev.LeaseHeard, ev.LeaseGiven, ev.LeaseRefused, ev.LeaseEnded)
+
+
+def unit_of(event: Any) -> str:
+    """Return the unit that an event changes."""
+    if isinstance(event, _OF_LIMITS):
+        return f"{_LIMIT}{event.limit}\n{event.key}"
+    if isinstance(event, _OF_ASKS):
+        return f"{_ASK}{event.run_id}\n{event.step_id}\n{event.attempt}"
+    if isinstance(event, ev.ScaleOutWanted):
+        return f"{_SCALE_OUT}{event.queue}"
+    return str(event.run_id)
+
+
+def is_there(ledger: Ledger, unit: str) -> bool:
+    """Tell whether the ledger holds anything of a unit."""
+    kind, _, name = unit.partition(":")
+    if not name:
+        return unit in ledger.runs
+    return name in ledger.scale_out if kind == _SCALE_OUT[:-1] else _named(ledger, unit) is not None
+
+
+def _named(ledger: Ledger, unit: str) -> Ask | Gauge | None:
+    kind, _, name = unit.partition(":")
+    parts = name.split("\n")
+    if kind == _ASK[:-1]:
+        return ledger.asks.get(_ask_key(parts))
+    return ledger.gauges.get((parts[0], "\n".join(parts[1:])))
+
+
+def _ask_key(parts: list[str]) -> AttemptKey:
+    return AttemptKey(parts[0], "\n".join(parts[1:-1]), int(parts[-1]))
+
+
+def dump(ledger: Ledger, unit: str) -> bytes:
+    """Return a unit's state."""
+    if ":" not in unit:
+        return _dump_run(ledger, unit)
+    if unit.startswith(_SCALE_OUT):
+        return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.scale_out[unit.removeprefix(_SCALE_OUT)]))
+    return msgspec.msgpack.encode((SNAPSHOT_FORMAT, _named(ledger, unit)))
+
+
+def load(ledger: Ledger, unit: str, data: bytes) -> None:
+    """Put a unit into a ledger. Raises ValueError on another format, msgspec.DecodeError."""
+    if ":" not in unit:
+        _load_run(ledger, unit, data)
+        return
+    kind, _, name = unit.partition(":")
+    version, raw = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
+    if version != SNAPSHOT_FORMAT:
+        raise ValueError(f"a snapshot of format {version}, not {SNAPSHOT_FORMAT}")
+    parts = name.split("\n")
+    if kind == _SCALE_OUT[:-1]:
+        ledger.scale_out[name] = msgspec.msgpack.decode(raw, type=int)
+    elif kind == _ASK[:-1]:
+        ledger.asks[_ask_key(parts)] = msgspec.msgpack.decode(raw, type=Ask)
+    else:
+        ledger.gauges[parts[0], "\n".join(parts[1:])] = msgspec.msgpack.decode(raw, type=Gauge)
+
+
+def _dump_run(ledger: Ledger, run_id: str) -> bytes:
     """Return the run's money and its open attempts, these in the order of their keys in `RunMoney.open`."""
     run = ledger.runs[run_id]
     attempts = [ledger.attempts[key] for key in run.open]
@@ -22,7 +97,7 @@ def dump(ledger: Ledger, run_id: str) -> bytes:
     return msgspec.msgpack.encode((SNAPSHOT_FORMAT, money, [key[1:] for key in run.open], attempts))
 
 
-def load(ledger: Ledger, run_id: str, data: bytes) -> None:
+def _load_run(ledger: Ledger, run_id: str, data: bytes) -> None:
     """Put the run into a ledger. Raises ValueError on another format, msgspec.DecodeError."""
     version, _, _, _ = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw, msgspec.Raw, msgspec.Raw])
     if version != SNAPSHOT_FORMAT:

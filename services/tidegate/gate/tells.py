@@ -8,10 +8,27 @@ from typing import Any, Final
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import entry_key, idempotency_key, partition_of
-from tidegate.domain.messages import Allowed, ApprovalRequired, DecisionItem, Denied, GateDecision, Lost, StepTask
+from tidegate.domain.messages import (
+    Allowed,
+    ApprovalRequired,
+    DecisionItem,
+    Denied,
+    GateDecision,
+    GateLeases,
+    LeaseAsk,
+    LeaseGrant,
+    LeaseItem,
+    LeaseRefusal,
+    LeaseReturn,
+    LeaseWait,
+    Lost,
+    StepTask,
+    Throttled,
+)
 from tidegate.eventlog.machine import Tell
 
 GATE_DECISIONS: Final = "gate-decisions"
+GATE_LEASES: Final = "gate-leases"
 STEP_TASKS: Final = "step-tasks"
 
 
@@ -30,6 +47,15 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
         message = GateDecision(run_id=run_id, source=at(len(found)), items=tuple(items))
         key = f"{run_id}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
         found.append(Tell(GATE_DECISIONS, partition_of(run_id, run_partitions), key, message))
+    leases: dict[int, list[LeaseItem]] = {}
+    for event in entry.events:
+        make_lease = _LEASES.get(type(event))
+        if make_lease is not None and (lease := make_lease(event)) is not None:
+            leases.setdefault(event.partition, []).append(lease)
+    for partition, lease_items in leases.items():
+        told = GateLeases(source=at(len(found)), items=tuple(lease_items))
+        key = f"{partition}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
+        found.append(Tell(GATE_LEASES, partition, key, told))
     return found
 
 
@@ -69,7 +95,12 @@ def _allowed(event: ev.AttemptPlaced) -> DecisionItem:
 
 def _denied(event: ev.AttemptRefused) -> DecisionItem:
     return Denied(
-        step_id=event.step_id, attempt=event.attempt, rule=event.rule, policy=event.policy, reason=event.reason
+        step_id=event.step_id,
+        attempt=event.attempt,
+        rule=event.rule,
+        policy=event.policy,
+        reason=event.reason,
+        retry_after_ms=event.retry_after_ms,
     )
 
 
@@ -94,9 +125,79 @@ def _lost(event: ev.PlacementLost) -> DecisionItem:
     )
 
 
+def _throttled(event: ev.AttemptThrottled) -> DecisionItem:
+    return Throttled(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        cause=event.cause,
+        limit=event.limit,
+        key=event.key,
+        reason=event.reason,
+        position=event.position,
+        retry_at_ms=event.retry_at_ms,
+    )
+
+
 _DECISIONS: Final[dict[type, Callable[[Any], DecisionItem]]] = {
     ev.AttemptPlaced: _allowed,
     ev.AttemptRefused: _denied,
     ev.ApprovalHeld: _approval,
     ev.PlacementLost: _lost,
+    ev.AttemptThrottled: _throttled,
+}
+
+
+def _ask(event: ev.LeasesAsked) -> LeaseItem:
+    return LeaseAsk(
+        account=event.account,
+        run_id=event.run_id,
+        step_id=event.step_id,
+        attempt=event.attempt,
+        priority=event.priority,
+        leases=event.leases,
+    )
+
+
+def _return(event: ev.LeasesReturned) -> LeaseItem:
+    return LeaseReturn(run_id=event.run_id, step_id=event.step_id, attempt=event.attempt, outcome=event.outcome)
+
+
+def _grant(event: ev.LeaseGiven) -> LeaseItem:
+    return LeaseGrant(run_id=event.run_id, step_id=event.step_id, attempt=event.attempt)
+
+
+def _wait(event: ev.LeaseHeard) -> LeaseItem | None:
+    if not event.cause:
+        return None
+    return LeaseWait(
+        run_id=event.run_id,
+        step_id=event.step_id,
+        attempt=event.attempt,
+        cause=event.cause,
+        limit=event.limit,
+        key=event.key,
+        reason=event.reason,
+        position=event.position,
+        retry_at_ms=event.retry_at_ms,
+    )
+
+
+def _refuse(event: ev.LeaseRefused) -> LeaseItem:
+    return LeaseRefusal(
+        run_id=event.run_id,
+        step_id=event.step_id,
+        attempt=event.attempt,
+        limit=event.limit,
+        key=event.key,
+        reason=event.reason,
+        retry_after_ms=event.retry_after_ms,
+    )
+
+
+_LEASES: Final[dict[type, Callable[[Any], LeaseItem | None]]] = {
+    ev.LeasesAsked: _ask,
+    ev.LeasesReturned: _return,
+    ev.LeaseGiven: _grant,
+    ev.LeaseHeard: _wait,
+    ev.LeaseRefused: _refuse,
 }

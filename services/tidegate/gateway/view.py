@@ -27,11 +27,13 @@ MAX_SPENT: Final = 2**63 - 1  # what a changelog can hold; no honest run gets th
 
 
 class StepLine(msgspec.Struct, array_like=True):
-    """A step as people want to see it. `error` is that of its latest attempt that ended badly."""
+    """A step as people want to see it. `error` is that of its latest attempt that ended badly; `waits_for` says why the
+    gate lets it wait, while it does."""
 
     status: str
     attempt: int = 1
     error: str = ""
+    waits_for: str = ""
 
 
 class OpenApproval(msgspec.Struct, kw_only=True):
@@ -151,6 +153,7 @@ def _set_step(row: RunRow, step_id: str, status: str, attempt: int | None = None
     line = row.steps.get(step_id)
     if line is not None:
         line.status = status
+        line.waits_for = ""
         if attempt is not None:
             line.attempt = attempt
     return line
@@ -248,6 +251,12 @@ def _attempt_dispatched(row: RunRow, event: ev.AttemptDispatched, now_ms: int) -
     _set_step(row, event.step_id, states.DISPATCHED, event.attempt)
 
 
+def _step_throttled(row: RunRow, event: ev.StepThrottled, now_ms: int) -> None:
+    line = row.steps.get(event.step_id)
+    if line is not None:
+        line.waits_for = _cut(event.reason)
+
+
 def _approval_requested(row: RunRow, event: ev.ApprovalRequested, now_ms: int) -> None:
     _set_step(row, event.step_id, states.AWAITING_APPROVAL, event.attempt)
     row.approvals[event.step_id] = OpenApproval(
@@ -317,6 +326,7 @@ _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
     ev.StepReady: _step_ready,
     ev.AttemptRequested: _attempt_requested,
     ev.AttemptDispatched: _attempt_dispatched,
+    ev.StepThrottled: _step_throttled,
     ev.ApprovalRequested: _approval_requested,
     ev.ApprovalResolved: _approval_resolved,
     ev.AttemptEnded: _attempt_ended,

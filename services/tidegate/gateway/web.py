@@ -256,7 +256,13 @@ def run_body(row: RunRow) -> dict[str, Any]:
         "approvals": list(row.approvals.values()),
         "waits": list(row.waits.values()),
         "steps": [
-            {"step_id": step_id, "status": line.status, "attempt": line.attempt, "error": line.error}
+            {
+                "step_id": step_id,
+                "status": line.status,
+                "attempt": line.attempt,
+                "error": line.error,
+                "waits_for": line.waits_for,
+            }
             for step_id, line in row.steps.items()
         ],
     }

@@ -15,7 +15,7 @@ import structlog
 
 from tidegate import codec
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import EndedIncarnation, Instance, Running
+from tidegate.domain.messages import EndedIncarnation, FunctionDetail, Instance, Running
 from tidegate.eventlog.interface import (
     Broker,
     EventLogError,
@@ -50,11 +50,12 @@ class InstanceIdTakenError(EventLogError):
 
 
 class TaskFeed(NamedTuple):
-    """What an executor adds to its registration. `functions` are written `kind:name`."""
+    """What an executor adds to its registration. `functions` are written `kind:name`; `details` say more about them."""
 
     queue: str
     slots: int
     functions: tuple[str, ...]
+    details: tuple[FunctionDetail, ...] = ()
 
 
 class Load(NamedTuple):
@@ -226,6 +227,7 @@ class Registration:
             ended=self.ended,
             functions=feed.functions if feed else (),
             version=_version(),
+            details=feed.details if feed else (),
         )
         headers = ((TYPE_HEADER, b"Instance"), (INCARNATION_HEADER, str(self.incarnation).encode()))
         return Record(INSTANCES, 0, self.instance_id.encode(), codec.encode(instance), headers)

@@ -130,6 +130,7 @@ def _start(message: Message, request: StartRequest, lookup: Lookup, now_ms: int)
         budget_micros=request.budget_micros,
         tags=request.tags,
         at_ms=now_ms,
+        priority=request.priority,
     )
 
 

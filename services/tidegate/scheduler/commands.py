@@ -49,6 +49,7 @@ def _start(run: RunState, command: RunCommand) -> Events:
         input=command.input,
         budget_micros=command.budget_micros,
         tags=command.tags,
+        priority=command.priority,
     )
     return [started, *progress.first_steps(run.run_id, workflow, command.input)]
 

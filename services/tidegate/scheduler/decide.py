@@ -14,7 +14,7 @@ import msgspec
 from tidegate.domain import canonical, progress, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS
-from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, StepResult
+from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, StepResult, Throttled
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.domain.workflow import Function
 from tidegate.scheduler import waits
@@ -70,8 +70,20 @@ def _on_item(run: RunState, item: Any) -> Events:
             )
         ]
     if isinstance(item, Denied):
-        ended = _ended(step, item.attempt, "denied", "Denied", item.reason)
-        return [ended, *failed(run, step, "denied", f"denied by {item.rule}: {item.reason}")]
+        return _on_denied(run, step, item)
+    if isinstance(item, Throttled):
+        return [
+            ev.StepThrottled(
+                step_id=step.step_id,
+                attempt=item.attempt,
+                cause=item.cause,
+                limit=item.limit,
+                key=item.key,
+                reason=item.reason,
+                position=item.position,
+                retry_at_ms=item.retry_at_ms,
+            )
+        ]
     assert isinstance(item, ApprovalRequired)  # noqa: S101 - the union has no other member
     return [
         ev.ApprovalRequested(
@@ -85,6 +97,15 @@ def _on_item(run: RunState, item: Any) -> Events:
             expires_at_ms=item.expires_at_ms,
         )
     ]
+
+
+def _on_denied(run: RunState, step: StepState, item: Denied) -> Events:
+    """A denied attempt ends its step. A queue that was full has a code of its own: asking again later may well help."""
+    code = "queue_full" if item.rule == "queue_full" else "denied"
+    later = f"; try again in {item.retry_after_ms} ms" if item.retry_after_ms else ""
+    reason = f"{item.reason}{later}"
+    ended = _ended(step, item.attempt, "denied", "QueueFull" if code == "queue_full" else "Denied", reason)
+    return [ended, *failed(run, step, code, f"denied by {item.rule}: {reason}")]
 
 
 def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:

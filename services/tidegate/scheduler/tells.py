@@ -49,7 +49,13 @@ def _gate_item(event: Any) -> GateItem | None:
 
 
 def _open(event: ev.RunStarted) -> GateItem:
-    return OpenRun(budget_micros=event.budget_micros, workflow=event.workflow, tags=event.tags)
+    return OpenRun(
+        budget_micros=event.budget_micros,
+        workflow=event.workflow,
+        tags=event.tags,
+        priority=event.priority,
+        request_id=event.command_id,
+    )
 
 
 def _authorise_first(event: ev.StepReady) -> GateItem | None:
@@ -75,7 +81,7 @@ def _expire(event: ev.ApprovalExpired) -> GateItem:
 def _settle(event: ev.StepSucceeded) -> GateItem | None:
     if not event.attempt:
         return None  # a wait, or an output that a human gave: no attempt of it is to be paid
-    return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros)
+    return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros, outcome="succeeded")
 
 
 def _end(event: ev.AttemptEnded | ev.ResultIgnored) -> GateItem | None:
@@ -83,7 +89,9 @@ def _end(event: ev.AttemptEnded | ev.ResultIgnored) -> GateItem | None:
         return None  # nothing was reserved
     if event.outcome in _UNPAID and not event.actual_micros:
         return Release(step_id=event.step_id, attempt=event.attempt, reason=event.outcome)
-    return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros)
+    return Settle(
+        step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros, outcome=event.outcome
+    )
 
 
 def _void(event: ev.StepCancelled) -> GateItem | None:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypedDict, TypeVar, Unpack, overload
 
 from tidegate.domain import canonical
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, GraphError
@@ -37,7 +38,15 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "cost_micros": 0,
     "retry_on": (),
     "no_retry_on": (),
+    "provider": "",
+    "model": "",
+    "operation": "",
+    "prefer": "",
 }
+
+
+_LABELS: Final = ("provider", "model", "operation", "prefer")
+_MAX_LABEL: Final = 128
 
 
 class Options(TypedDict, total=False):
@@ -48,7 +57,8 @@ class Options(TypedDict, total=False):
     `backoff_max_s` (60). retry_on, no_retry_on: exceptions, or names of their classes, after which alone, or after which never,
     it is repeated; a subclass must be named itself. idempotent (True): if False, an attempt of unknown outcome is not repeated
     unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it;
-    the app's if not given.
+    the app's if not given. provider, model, operation: what it uses, for rules and limits to look at. prefer: an instance that
+    should run it if it has a free slot.
     """
 
     name: str
@@ -62,6 +72,10 @@ class Options(TypedDict, total=False):
     idempotent: bool
     cost_micros: int
     queue: str | None
+    provider: str
+    model: str
+    operation: str
+    prefer: str
 
 
 class AgentOptions(Options, total=False):
@@ -86,6 +100,10 @@ class Settings:
     backoff_max_s: float
     idempotent: bool
     cost_micros: int
+    provider: str = ""
+    model: str = ""
+    operation: str = ""
+    prefer: str = ""
     retry_on: tuple[str, ...] = ()
     no_retry_on: tuple[str, ...] = ()
 
@@ -102,6 +120,7 @@ class Settings:
             "backoff_max_ms": round(self.backoff_max_s * 1000),
             "reserve_micros": self.cost_micros,
             "idempotent": self.idempotent,
+            **{name: text for name in _LABELS if (text := getattr(self, name))},
         }
 
 
@@ -332,6 +351,14 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
             (not settings.backoff_factor >= 1, "backoff_factor must be at least 1"),
             (not settings.backoff_max_s >= settings.backoff_s, "backoff_max_s must be at least backoff_s"),
             (not settings.cost_micros >= 0, "cost_micros must be at least 0"),
+            *(
+                (
+                    not isinstance(text, str) or len(text) > _MAX_LABEL,
+                    f"{label} must be a text of at most {_MAX_LABEL} characters",
+                )
+                for label in _LABELS
+                for text in (getattr(settings, label),)
+            ),
         )
         if wrong
     ]
@@ -353,6 +380,28 @@ def _class_names(where: str, classes: ErrorClasses) -> tuple[str, ...]:
 def functions_of(app: App) -> list[str]:
     """Return what an executor of the app offers, as `kind:name`."""
     return sorted(function.label for function in app.functions.values())
+
+
+def details_of(app: App) -> tuple[FunctionDetail, ...]:
+    """Return what an executor says of the app's functions. version: the hash of what a definition would pin of the function,
+    so it changes with its settings, parameters and description; empty if its signature cannot be pinned."""
+    found = []
+    for function in sorted(app.functions.values(), key=lambda one: one.label):
+        try:
+            definition = function.to_definition()
+        except AppError:
+            found.append(FunctionDetail(name=function.label))
+            continue
+        schema = definition.get("parameters")
+        found.append(
+            FunctionDetail(
+                name=function.label,
+                version=canonical.digest(canonical.dumps(definition))[:12],
+                description=inspect.getdoc(function.call) or "",
+                schema="" if schema is None else canonical.dumps(schema),
+            )
+        )
+    return tuple(found)
 
 
 default_app: Final = App("default")

@@ -119,10 +119,12 @@ class Client:
         account: str | None = None,
         budget_micros: int | None = None,
         tags: Mapping[str, str] | None = None,
+        priority: int | None = None,
     ) -> str:
         """Ask for a run of a published workflow (`name`, `name@version`, a graph), or of an agent alone; return its id.
 
         The request is in the log when this returns. Asking again with the same run id and content changes nothing.
+        priority (5): from 0 to 9, more goes first among the runs of the account root.
         Raises ValueError on a bad run id or if not exactly one of workflow and agent is given, NotJsonError.
         """
         if (workflow is None) == (agent is None):
@@ -140,6 +142,7 @@ class Client:
             "account": account,
             "budget_micros": budget_micros,
             "tags": dict(tags or {}),
+            "priority": priority,
         }
         history_s = float("inf") if is_new else GIVEN_ID_HISTORY_S
         self._follower.subscribe(run_id, self._partition(run_id), history_s)

@@ -55,7 +55,9 @@ def test_bodies_are_json_with_null_for_what_is_not_there() -> None:
     assert body["output"] is None
     assert body["budget_micros"] is None
     assert body["open_approvals"] == 1
-    assert body["steps"] == [{"step_id": "s", "status": "awaiting_approval", "attempt": 2, "error": "e"}]
+    assert body["steps"] == [
+        {"step_id": "s", "status": "awaiting_approval", "attempt": 2, "error": "e", "waits_for": ""}
+    ]
     assert body["approvals"] == [
         {"step_id": "s", "attempt": 2, "why": "policy", "rule": "r", "policy": "p", "reason": "because", "since_ms": 5}
     ]

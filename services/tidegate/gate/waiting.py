@@ -1,0 +1,287 @@
+"""Who of those that wait goes next, and what is said to those that do not. Pure.
+
+An attempt waits for a slot, and perhaps for room under limits; both are taken in one decision. Between account roots the one
+that holds the least goes first; among the runs of one root, priority and waiting time decide.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from tidegate.domain import ledger_events as ev
+from tidegate.domain.identity import account_root
+from tidegate.domain.messages import Lease
+from tidegate.gate import leasing
+from tidegate.gate.ledger import Attempt, AttemptKey, Leases, Ledger, Line, Name
+from tidegate.gate.limits import INSTANCE_PLACE, Desk, LimitError, LimitSet, Obstacle
+from tidegate.gate.placement import Executor, FreeSlots
+from tidegate.gate.variables import step_variables
+
+MAX_PLACEMENTS_PER_ENTRY: Final = 200
+MAX_NOTICES_PER_ENTRY: Final = 100
+# Of the calls that an entry, or the run's answer to it, repeats: they must fit into a record (16 MiB) twice over.
+MAX_CALLS_BYTES: Final = 6 * 1024 * 1024
+UNSERVED_MS: Final = 2_000  # executors that are about to register are given this long
+SCALE_OUT_MS: Final = 5_000
+
+ASKS: Final = ("", "")  # the line of attempts of other partitions, which need no slot of ours
+
+
+def placed(key: AttemptKey, attempt: Attempt, executor: Executor, leases: Leases) -> ev.AttemptPlaced:
+    """Return the placement of an attempt that was reserved."""
+    assert attempt.call is not None  # noqa: S101 - what waits has a call
+    return ev.AttemptPlaced(
+        **leasing.names(key, attempt.account),
+        reserved_micros=attempt.reserved_micros,
+        rule=attempt.rule,
+        policy=attempt.policy,
+        instance_id=executor.life.instance_id,
+        incarnation=executor.life.incarnation,
+        task_partition=executor.row.task_partition,
+        call=attempt.call,
+        leases=leases,
+        queued_ms=attempt.queued_ms,
+    )
+
+
+def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Executor, Leases] | None:
+    """Take a slot for an attempt and return its executor, with all leases that it needs there; None if there is no slot."""
+    assert attempt.call is not None  # noqa: S101 - what waits has a call
+    call, here = attempt.call, desk.ledger.partition
+    open_keys = tuple(lease for lease in attempt.leases if INSTANCE_PLACE in lease.key)
+    executor = slots.take(
+        call.queue,
+        call.kind,
+        call.function,
+        prefer=call.prefer,
+        only=attempt.pinned,
+        accepts=(lambda name: desk.obstacle(desk.limits.on_instance(open_keys, name, here)) is None)
+        if open_keys and not attempt.pinned
+        else None,
+    )
+    return (
+        None
+        if executor is None
+        else (executor, desk.limits.on_instance(attempt.leases, executor.life.instance_id, here))
+    )
+
+
+def place_waiting(
+    ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None = None, desk: Desk | None = None
+) -> list[Any]:
+    """Return placements of waiting attempts on free slots, and leases for those of others, as many as an entry may hold.
+
+    The account root that holds the fewest slots goes first, of those that hold as many the one whose turn it is by priority
+    and waiting time: whoever asks for a lot does not make others wait behind all of it.
+    """
+    if not ledger.has_waiting():
+        return []
+    return _Round(ledger, slots, ended or set(), desk or Desk(ledger, LimitSet(), 0)).play()
+
+
+class _Where(NamedTuple):
+    """A queue of attempts that wait for the same, of one account root."""
+
+    name: Name
+    needs: Leases
+    root: str
+
+
+class _Round:
+    """One decision about everybody who waits. Only lines that somebody could go on from are looked at: with all slots taken,
+    thousands of them cost nothing."""
+
+    def __init__(self, ledger: Ledger, slots: FreeSlots, gone: set[AttemptKey], desk: Desk) -> None:
+        self.ledger = ledger
+        self.slots = slots
+        self.gone = gone
+        self.desk = desk
+        self.events: list[Any] = []
+        self.count = 0
+        self.size = 0
+        self.asked: Counter[Name] = Counter()
+        self.busy = _busy_after(ledger, gone)
+        self.queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
+
+    def play(self) -> list[Any]:
+        """Return the events."""
+        self._open_lines()
+        heads = [(self._held(where), *next(queue), where) for where, queue in self.queues.items()]
+        heapq.heapify(heads)
+        while heads and self.count < MAX_PLACEMENTS_PER_ENTRY:
+            held, rank, turn, key, where = heapq.heappop(heads)
+            if held != self._held(where):  # its root was given a slot in another line meanwhile
+                heapq.heappush(heads, (self._held(where), rank, turn, key, where))
+                continue
+            if where.needs and self.desk.obstacle(where.needs) is not None:
+                continue  # nobody in this line can go on now
+            if key not in self.gone and not self._serve(key, where):
+                if where.name != ASKS and not self.slots.has_room() and not self.ledger.ask_lines:
+                    break
+                continue
+            if self.size > MAX_CALLS_BYTES:
+                break
+            following = next(self.queues[where], None)
+            if following is not None:
+                heapq.heappush(heads, (self._held(where), *following, where))
+        return self.events
+
+    def _held(self, where: _Where) -> int:
+        return self.busy.get(where.root, 0)
+
+    def _open_lines(self) -> None:
+        for name in self.slots.lines_with_room(self.ledger.waiting):
+            self._open(name, (), self.ledger.waiting[name])
+        for name in self.slots.lines_with_room(self.ledger.limited) if self.ledger.limited else ():
+            for needs, line in self.ledger.limited[name].items():
+                obstacle = self.desk.obstacle(needs)
+                if obstacle is None:
+                    self._open(name, needs, line)
+                else:
+                    self._say_why(line, obstacle)
+        for needs, line in self.ledger.ask_lines.items():
+            if self.desk.obstacle(needs) is None:
+                self._open(ASKS, needs, line)
+
+    def _open(self, name: Name, needs: Leases, line: Line) -> None:
+        for root in line.roots():
+            self.queues[_Where(name, needs, root)] = line.of(root)
+
+    def _say_why(self, line: Line, obstacle: Obstacle) -> None:
+        """Whoever comes to be the first of a line that stands still learns why, if it was not told when it came."""
+        for root in line.roots():
+            _, _, key = next(line.of(root))
+            attempt = self.ledger.attempts[key]
+            if not attempt.throttled and key not in self.gone and len(self.events) < MAX_NOTICES_PER_ENTRY:
+                self.events.append(leasing.throttled(key, attempt.account, obstacle, 0))
+
+    def _serve(self, key: AttemptKey, where: _Where) -> bool:
+        """Let an attempt go on; tells whether its line may go on too."""
+        if where.name == ASKS:
+            self._give(key)
+            self.busy[where.root] = self.busy.get(where.root, 0) + 1
+            return True
+        attempt = self.ledger.attempts[key]
+        if not attempt.granted and attempt.limits_version != self.desk.limits.version:
+            changed = self._judged_anew(key, attempt)
+            if changed is not None:
+                self.events.append(changed)
+                self.count += 1
+                return True
+        found = slot_for(self.desk, self.slots, attempt)
+        if found is None:
+            return False
+        executor, leases = found
+        pinned = executor.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
+        question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
+        if question is not None:
+            return self._ask(question, attempt)
+        self.events += self.desk.take(leases)
+        self.events.append(placed(key, attempt, executor, leases))
+        self.count += 1
+        self.busy[where.root] = self.busy.get(where.root, 0) + 1
+        self.size += 0 if attempt.call is None else len(attempt.call.arguments.encode())
+        return True
+
+    def _ask(self, question: ev.LeasesAsked, attempt: Attempt) -> bool:
+        """Ask for leases elsewhere, but for no more attempts than there are slots: what is held without one helps nobody."""
+        assert attempt.call is not None  # noqa: S101 - what waits has a call
+        name, call = attempt.line, attempt.call
+        free = self.slots.left(call.queue, call.kind, call.function)  # besides the one that was just taken
+        if free < self.ledger.asking.get(name, 0):
+            return False
+        self.events.append(question)
+        self.count += 1
+        return True
+
+    def _judged_anew(self, key: AttemptKey, attempt: Attempt) -> Any | None:
+        """Return what changes because other limits are in force than when it joined; None if nothing does."""
+        assert attempt.call is not None  # noqa: S101 - what waits has a call
+        run = self.ledger.runs[key.run_id]
+        fields = leasing.names(key, attempt.account)
+        try:
+            leases = self.desk.limits.leases(
+                step_variables(key, attempt.account, attempt.call, run), self.ledger.partition
+            )
+        except LimitError as error:
+            reason = f"a limit cannot be evaluated, which denies: {error}"[:500]
+            return ev.AttemptRefused(**fields, rule=leasing.LIMIT_RULE, policy="", reason=reason)
+        if leases == attempt.leases:
+            return None
+        return ev.AttemptQueued(**fields, call=attempt.call, leases=leases, limits_version=self.desk.limits.version)
+
+    def _give(self, key: AttemptKey) -> None:
+        ask = self.ledger.asks[key]
+        self.events += self.desk.take(ask.leases)
+        self.events.append(ev.LeaseGiven(**leasing.names(key, ask.account), partition=ask.partition, leases=ask.leases))
+        self.count += 1
+
+
+def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
+    """Return how many slots each account root holds when the attempts that end in this decision have let go of theirs."""
+    busy = dict(ledger.busy)
+    for key in ended:
+        attempt = ledger.attempts.get(key)
+        if attempt is not None and attempt.incarnation is not None and not attempt.lost:
+            root = account_root(attempt.account)
+            busy[root] = busy.get(root, 0) - 1
+    return busy
+
+
+def position(ledger: Ledger, name: Name, leases: Leases, root: str) -> int:
+    """Return how many of the same account root wait for the same."""
+    line = ledger.limited.get(name, {}).get(leases) if leases else ledger.waiting.get(name)
+    return 0 if line is None else line.count(root)
+
+
+# --- what is said about waiting ---------------------------------------------------------------
+
+
+def unserved(ledger: Ledger, slots: FreeSlots, now_ms: int) -> list[Any]:
+    """Return notices to attempts that no executor offers the function of, once each and not at once."""
+    events: list[Any] = []
+    for (queue, function), keys in ledger.unnoticed.items():
+        first = ledger.attempts[next(iter(keys))]
+        if first.call is None or slots.offered(queue, first.call.kind, function):
+            continue
+        for key in keys:
+            attempt = ledger.attempts[key]
+            if now_ms - attempt.queued_ms < UNSERVED_MS:
+                break
+            reason = f"no executor of queue {queue} offers {first.call.kind}:{function}"
+            obstacle = Obstacle(Lease(ledger.partition, "", ""), "no_executor", reason, 0)
+            events.append(leasing.throttled(key, attempt.account, obstacle, position(ledger, attempt.line, (), "")))
+            if len(events) >= MAX_NOTICES_PER_ENTRY:
+                return events
+    return events
+
+
+def scale_out(ledger: Ledger, desk: Desk, slots: FreeSlots) -> list[Any]:
+    """Return what changed about queues that want more executors: work for which only a slot is missing waits for long."""
+    wanting = {
+        queue for queue in ledger.depth if not slots.is_paused(queue) and _wants_more(ledger, desk, slots, queue)
+    }
+    events: list[Any] = []
+    for queue in sorted(wanting ^ set(ledger.scale_out)):
+        wanted = queue in wanting
+        waiting = ledger.depth.get(queue, 0)
+        events.append(ev.ScaleOutWanted(queue=queue, wanted=wanted, waiting=waiting, slots=slots.slots_of(queue)))
+    return events
+
+
+def _wants_more(ledger: Ledger, desk: Desk, slots: FreeSlots, queue: str) -> bool:
+    lines = [line for name, line in ledger.waiting.items() if name[0] == queue]
+    for name, by_needs in ledger.limited.items():
+        if name[0] == queue:
+            lines += [line for needs, line in by_needs.items() if desk.obstacle(needs) is None]
+    for line in lines:
+        _, _, key = next(line.of(line.roots()[0]))
+        attempt = ledger.attempts[key]
+        if attempt.call is None or desk.now_ms - attempt.queued_ms < SCALE_OUT_MS:
+            continue
+        if not slots.left(queue, attempt.call.kind, attempt.call.function):
+            return True
+    return False
