@@ -402,6 +402,11 @@ class Desk:
                 events.append(ev.LimitForgotten(limit=name, key=key))
         return events
 
+    @property
+    def freed(self) -> list[Lease]:
+        """Return what became free in this decision."""
+        return list(self._freed)
+
     def free(self, leases: Iterable[Lease]) -> None:
         """Count places that become free in this decision."""
         for lease in leases:
