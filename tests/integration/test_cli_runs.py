@@ -325,3 +325,56 @@ def test_definitions_are_published_from_files_and_shown(cli: Cli, tmp_path: Path
 def test_an_app_is_published_by_its_name(cli: Cli, whole: WholeStack) -> None:
     assert cli("workflow", "publish", f"{fault_app.__file__}:app").stdout.split() == whole.labels
     assert "chain" in cli("workflow", "list").stdout
+
+
+# --- who is there, and what waits for nobody ------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P7")
+def test_processes_and_functions_are_listed(cli: Cli) -> None:
+    lines = {line["instance_id"]: line for line in cli.json("instances")}
+    assert {line["service"] for line in lines.values()} >= {"scheduler", "gate", "gateway", "executor"}
+    executor = next(line for line in lines.values() if line["service"] == "executor")
+    assert (executor["state"], executor["queue"]) == ("registered", "default")
+    assert executor["slots"] > 0
+    offered = cli.json("functions")
+    assert {f"{line['kind']}:{line['function']}" for line in offered} == set(executor["functions"])
+    assert all(line["version"] and executor["instance_id"] in line["instances"] for line in offered)
+    assert executor["instance_id"] in cli("instances").stdout
+    assert offered[0]["function"] in cli("functions", "--queue", "default").stdout
+    assert cli.json("functions", "--queue", "nowhere") == []
+
+
+@pytest.mark.feature("P6")
+@pytest.mark.feature("P7")
+def test_work_that_nobody_offers_is_shown_waiting(cli: Cli, tmp_path: Path) -> None:
+    definition = {
+        "name": "lonely",
+        "version": "1",
+        "nodes": {"a": {"kind": "step", "function": "nobody_does_this"}},
+        "functions": {"nobody_does_this": {"kind": "step"}},
+    }
+    file = tmp_path / "lonely.json"
+    file.write_text(json.dumps(definition), encoding="utf-8")
+    cli("workflow", "publish", str(file))
+    run_id = cli("runs", "start", "lonely", "--priority", "8").stdout.strip()
+    reason = "no executor of queue default offers step:nobody_does_this"
+    eventually(lambda: cli.json("runs", "show", run_id)["steps"][0]["waits_for"] == reason, "it says why it waits")
+    assert f"waits: {reason}" in " ".join(cli("runs", "show", run_id).stdout.split())
+    assert "StepThrottled" in cli("runs", "events", run_id).stdout
+    cli("runs", "cancel", run_id)
+    view_of(cli, run_id, "cancelled")
+
+
+@pytest.mark.feature("P3")
+def test_limits_are_checked_published_and_removed(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "limit.yaml"
+    file.write_text("kind: limit\nlimit: few\nversion: '1'\nper: [account]\nat_once: 1\n", encoding="utf-8")
+    cli("policy", "apply", str(file))
+    assert "limit:few" in cli("policy", "list").stdout
+    runs = [cli("runs", "start", "chain", "--input", "1").stdout.strip() for _ in range(4)]
+    for run_id in runs:
+        cli("runs", "wait", run_id)
+    cli("policy", "remove", "limit:few")
+    file.write_text("kind: limit\nlimit: few\nversion: '1'\n", encoding="utf-8")
+    assert "it limits nothing" in cli("policy", "apply", str(file), code=USAGE).stderr

@@ -189,3 +189,13 @@ def test_dev_says_what_is_wrong_with_an_app_and_starts_nothing(
     assert done.returncode == code
     assert said in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.feature("P3")
+def test_the_throttling_demo_never_exceeds_its_limit(tmp_path: Path) -> None:
+    done = tidegate("demo", "throttling-100", "--runs", "40", "--json", folder=tmp_path, TIDEGATE_DEMO_CALL_S="0.05")
+    assert done.returncode == 0, done.stderr
+    proof = json.loads(done.stdout)
+    assert (proof["ok"], proof["runs"], proof["calls"], proof["problems"]) == (True, 40, 40, [])
+    assert 0 < proof["most_at_once"] <= proof["limit"] == 5
+    assert "THROTTLED" in done.stderr

@@ -13,7 +13,10 @@ from typer.core import TyperGroup
 # name -> (module attribute, help line). The attribute is a typer app, or a service's `main` that returns the exit code.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "dev": ("tidegate.cli.dev:app", "Start Kafka, ClickHouse and all services here, for development."),
-    "demo": ("tidegate.cli.demo:app", "Demos: a refund survives a kill; 100 and 500 runs a storm of them."),
+    "demo": (
+        "tidegate.cli.demo:app",
+        "Demos: a refund survives a kill; 500 runs a storm of them; 100 share one limit.",
+    ),
     "bench": ("tidegate.cli.bench:app", "Measure throughput, latency, recovery and rebuild."),
     "runs": ("tidegate.cli.runs:app", "Start, list, show, watch, answer, pause, resume and cancel runs."),
     "pause": ("tidegate.cli.controls:pause_app", "Pause a queue, everything, or a run; list what is paused."),

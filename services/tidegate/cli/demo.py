@@ -1,4 +1,4 @@
-"""`tidegate demo`: the refund demo, and storms over many runs."""
+"""`tidegate demo`: the refund demo, storms over many runs, and many runs under one limit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from tidegate.cli.storm_screen import StormScreen
+from tidegate.cli.throttling_screen import ThrottlingScreen
 from tidegate.demo.chaos.demo import SIZES, ChaosDemo, Size
 from tidegate.demo.chaos.demo import make_stack as make_chaos_stack
 from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, wait_for_projection
+from tidegate.demo.throttling.demo import ThrottlingDemo
+from tidegate.demo.throttling.demo import make_stack as make_throttling_stack
 from tidegate.embedded import sql
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import StackError
@@ -95,6 +98,29 @@ def chaos_500(
 ) -> None:
     """The same with 500 runs, for longer."""
     _chaos("chaos-500", seed, seconds, blows, as_json=as_json, keep=keep)
+
+
+@app.command("throttling-100")
+def throttling_100(
+    runs: Annotated[int, typer.Option(min=20, max=10_000, help="How many runs.")] = 100,
+    as_json: AsJson = False,
+    keep: Keep = False,
+) -> None:
+    """Run 100 runs of four accounts against one provider limit of 5; show that it holds and is shared fairly.
+
+    Starts Kafka, a scheduler, two gates and two executors in a temporary folder. The account with the most runs asks first.
+    When all is over: the ledger's bytes and the step's own clock say how many calls were ever under way at once.
+    """
+    data_dir = Path(tempfile.mkdtemp(prefix="tidegate-throttling-"))
+    with ThrottlingScreen(to_stderr=as_json) as screen:
+        try:
+            with make_throttling_stack(data_dir, screen.say) as stack:
+                summary = ThrottlingDemo(stack, runs, screen.show).run()
+        except FAILURES as error:
+            screen.close()
+            _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)
+        screen.summarise(summary)
+    _end(summary, data_dir, screen.say, as_json=as_json, keep=keep)
 
 
 def _chaos(name: str, seed: int | None, seconds: float | None, blows: int | None, *, as_json: bool, keep: bool) -> None:

@@ -28,21 +28,19 @@ _STYLES: Final = {
     states.HELD: "yellow",
 }
 _NAMED: Final = (
-    *(
-        "kind",
-        "event",
-        "key",
-        "workflow",
-        "cause",
-        "limit",
-        "instance_id",
-        "outcome",
-        "code",
-        "status",
-        "rule",
-        "why",
-        "by",
-    ),
+    "kind",
+    "event",
+    "key",
+    "workflow",
+    "cause",
+    "limit",
+    "instance_id",
+    "outcome",
+    "code",
+    "status",
+    "rule",
+    "why",
+    "by",
 )
 _TOLD: Final = ("prompt", "payload", "error_message", "reason")
 

@@ -113,7 +113,8 @@ def on_request(draft: Draft) -> list[Any]:
     """Return the events that a request causes, its items in order, then placements of what waited for the freed slots."""
     for item in draft.request.items:
         _ITEMS[type(item)](draft, item)
-    draft.events += place_waiting(draft.ledger, draft.slots, draft.ended, draft.desk)
+    if draft.ended:  # otherwise nothing became free
+        draft.events += place_waiting(draft.ledger, draft.slots, draft.ended, draft.desk)
     return draft.events
 
 

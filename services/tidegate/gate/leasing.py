@@ -53,7 +53,7 @@ def given_back(desk: Desk, key: AttemptKey, attempt: Attempt, outcome: str, reas
     if attempt.status == PLACED and not attempt.lost:
         desk.free(attempt.leases)
         events += desk.outcome(attempt.leases, outcome)
-        partitions = {lease.partition for lease in attempt.leases}
+        partitions = {*attempt.granted, *(lease.partition for lease in attempt.leases)}
     elif attempt.status == QUEUED:
         partitions = {*attempt.granted, attempt.asked}
     return events + [

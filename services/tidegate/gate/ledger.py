@@ -195,7 +195,8 @@ class Ledger:
     """The state of one ledger partition. `waiting` holds queued attempts by (queue, function).
 
     busy: how many attempts of an account root hold a slot here, or leases for one elsewhere. seq, head: the end of the
-    partition's hash chain. limited: queued attempts that need leases of ours besides a slot, by (queue, function) and those.
+    partition's hash chain. limited: queued attempts that need leases of ours besides a slot, by (queue, function) and those;
+    lines_of: where somebody needs a lease.
     asks, ask_lines: attempts of other partitions that need leases of ours, and those of them that wait. held: how many hold
     a lease of ours. gauges: by limit and key. asking: how many of a line are on their way to leases of others; granted:
     those that have them all and are not placed, by when. unnoticed: queued attempts that were not told why they wait.
@@ -215,6 +216,7 @@ class Ledger:
         "held",
         "held_by",
         "limited",
+        "lines_of",
         "now_ms",
         "partition",
         "runs",
@@ -235,6 +237,7 @@ class Ledger:
         self.busy: dict[str, int] = {}
         self.waiting: dict[Name, Line] = {}
         self.limited: dict[Name, dict[Leases, Line]] = {}
+        self.lines_of: dict[Lease, dict[tuple[Name, Leases], None]] = {}
         self.waiting_count = 0
         self.now_ms = 0
         self.asks: dict[AttemptKey, Ask] = {}
@@ -381,7 +384,12 @@ def _line(ledger: Ledger, attempt: Attempt) -> Line:
     needs = attempt.needs if attempt.granted else attempt.leases
     if not needs:
         return ledger.waiting.setdefault(attempt.line, Line())
-    return ledger.limited.setdefault(attempt.line, {}).setdefault(needs, Line())
+    lines = ledger.limited.setdefault(attempt.line, {})
+    if needs not in lines:
+        lines[needs] = Line()
+        for lease in needs:
+            ledger.lines_of.setdefault(lease, {})[attempt.line, needs] = None
+    return lines[needs]
 
 
 def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
@@ -421,6 +429,11 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     del ledger.limited[name][needs]
     if not ledger.limited[name]:
         del ledger.limited[name]
+    for lease in needs:
+        lines = ledger.lines_of[lease]
+        del lines[name, needs]
+        if not lines:
+            del ledger.lines_of[lease]
 
 
 def _notice(ledger: Ledger, name: Name, key: AttemptKey) -> None:

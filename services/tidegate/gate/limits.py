@@ -390,7 +390,7 @@ class Desk:
     def _forgettable(self) -> list[Any]:
         """Return the end of at most two gauges that say nothing any more. Asked for whenever one comes to be, this keeps
         them as few as there are values in use, and is cheap."""
-        events = []
+        events: list[Any] = []
         for (name, key), gauge in self.ledger.oldest_gauges(GAUGES_LOOKED_AT):
             limit = self.limits.get(name)
             window_ms = 0 if limit is None or limit.breaker is None else int(limit.breaker.window_s * 1000)
@@ -401,6 +401,11 @@ class Desk:
             if is_idle and not is_new and len(events) < 2:
                 events.append(ev.LimitForgotten(limit=name, key=key))
         return events
+
+    @property
+    def freed(self) -> list[Lease]:
+        """Return what became free in this decision."""
+        return list(self._freed)
 
     def free(self, leases: Iterable[Lease]) -> None:
         """Count places that become free in this decision."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Final
 
 import structlog
@@ -68,6 +68,7 @@ class Executors:
         self._suspects: dict[Incarnation, int] = {}
         self.ended: dict[Incarnation, str] = {}
         self._ready: dict[str, list[Executor]] = {}
+        self._offers: set[tuple[str, str]] = set()  # by executors of paused queues too
         self._by_life: dict[Incarnation, Executor] = {}
         self._is_paused: Callable[[str], bool] = lambda queue: False
 
@@ -132,6 +133,12 @@ class Executors:
         self._ready = {}
         for executor in ready:
             self._ready.setdefault(executor.queue, []).append(executor)
+        self._offers = {
+            (executor.queue, name)
+            for executor in self.by_id.values()
+            if executor.row.state == "ready" and executor.is_heard
+            for name in executor.functions
+        }
 
     def watch(self, lives: Iterable[Incarnation]) -> None:
         """Begin a full lease for lives that hold attempts but were never heard of here (after a take-over)."""
@@ -157,20 +164,24 @@ class Executors:
 
     def free_slots(self, ledgers: Mapping[int, Ledger]) -> FreeSlots:
         """Return the free slots of everybody who is ready: slots, less what our ledgers placed there, less what others did."""
-        return FreeSlots(self._ready, self._by_life, ledgers)
+        return FreeSlots(self._ready, self._by_life, ledgers, self._offers, self._is_paused)
 
 
 class FreeSlots:
     """Free slots, counted down while one decision places several attempts."""
 
-    __slots__ = ("_by_life", "_free", "_ledgers", "_ready")
+    __slots__ = ("_by_life", "_free", "_ledgers", "_offers", "_ready", "is_paused")
 
     def __init__(
         self,
         ready: Mapping[str, list[Executor]],
         by_life: Mapping[Incarnation, Executor],
         ledgers: Mapping[int, Ledger],
+        offers: Set[tuple[str, str]] = frozenset(),
+        is_paused: Callable[[str], bool] = lambda queue: False,
     ) -> None:
+        self.is_paused = is_paused
+        self._offers = offers
         self._ready = ready
         self._by_life = by_life
         self._ledgers = ledgers
@@ -214,8 +225,8 @@ class FreeSlots:
         )
 
     def offered(self, queue: str, kind: str, function: str) -> bool:
-        """Tell whether any executor that takes work offers the function, be it full or not."""
-        return any(executor.offers(kind, function) for executor in self._ready.get(queue, ()))
+        """Tell whether any executor offers the function, be it full or its queue paused."""
+        return (queue, f"{kind}:{function}") in self._offers
 
     def slots_of(self, queue: str) -> int:
         """Return how many slots, free or not, the executors of a queue have."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from tidegate.domain import ledger_events as ev
@@ -76,10 +76,13 @@ def place_waiting(
 
     The account root that holds the fewest slots goes first, of those that hold as many the one whose turn it is by priority
     and waiting time: whoever asks for a lot does not make others wait behind all of it.
+
+    ended: attempts that end in this very decision. If it is given, of those that wait for limits only those are looked at
+    that wait for what became free; the others are when `ended` is None, once in every turn.
     """
     if not ledger.has_waiting():
         return []
-    return _Round(ledger, slots, ended or set(), desk or Desk(ledger, LimitSet(), 0)).play()
+    return _Round(ledger, slots, ended, desk or Desk(ledger, LimitSet(), 0)).play()
 
 
 class _Where(NamedTuple):
@@ -94,16 +97,17 @@ class _Round:
     """One decision about everybody who waits. Only lines that somebody could go on from are looked at: with all slots taken,
     thousands of them cost nothing."""
 
-    def __init__(self, ledger: Ledger, slots: FreeSlots, gone: set[AttemptKey], desk: Desk) -> None:
+    def __init__(self, ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None, desk: Desk) -> None:
         self.ledger = ledger
         self.slots = slots
-        self.gone = gone
+        self.gone = ended or set()
+        self.only_freed = ended is not None
         self.desk = desk
         self.events: list[Any] = []
         self.count = 0
         self.size = 0
         self.asked: Counter[Name] = Counter()
-        self.busy = _busy_after(ledger, gone)
+        self.busy = _busy_after(ledger, self.gone)
         self.queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
 
     def play(self) -> list[Any]:
@@ -118,12 +122,12 @@ class _Round:
                 continue
             if where.needs and self.desk.obstacle(where.needs) is not None:
                 continue  # nobody in this line can go on now
+            if key not in self.gone and self._is_too_much(key, where):
+                break
             if key not in self.gone and not self._serve(key, where):
                 if where.name != ASKS and not self.slots.has_room() and not self.ledger.ask_lines:
                     break
                 continue
-            if self.size > MAX_CALLS_BYTES:
-                break
             following = next(self.queues[where], None)
             if following is not None:
                 heapq.heappush(heads, (self._held(where), *following, where))
@@ -135,16 +139,25 @@ class _Round:
     def _open_lines(self) -> None:
         for name in self.slots.lines_with_room(self.ledger.waiting):
             self._open(name, (), self.ledger.waiting[name])
-        for name in self.slots.lines_with_room(self.ledger.limited) if self.ledger.limited else ():
-            for needs, line in self.ledger.limited[name].items():
-                obstacle = self.desk.obstacle(needs)
-                if obstacle is None:
-                    self._open(name, needs, line)
-                else:
-                    self._say_why(line, obstacle)
+        for name, needs in self._limited():
+            line = self.ledger.limited[name][needs]
+            obstacle = self.desk.obstacle(needs)
+            if obstacle is None:
+                self._open(name, needs, line)
+            else:
+                self._say_why(line, obstacle)
         for needs, line in self.ledger.ask_lines.items():
             if self.desk.obstacle(needs) is None:
                 self._open(ASKS, needs, line)
+
+    def _limited(self) -> Iterable[tuple[Name, Leases]]:
+        if not self.ledger.limited:
+            return ()
+        with_room = self.slots.lines_with_room(self.ledger.limited)
+        if not self.only_freed:
+            return [(name, needs) for name in with_room for needs in self.ledger.limited[name]]
+        found = {where: None for lease in self.desk.freed for where in self.ledger.lines_of.get(lease, ())}
+        return [where for where in found if where[0] in with_room]
 
     def _open(self, name: Name, needs: Leases, line: Line) -> None:
         for root in line.roots():
@@ -157,6 +170,12 @@ class _Round:
             attempt = self.ledger.attempts[key]
             if not attempt.throttled and key not in self.gone and len(self.events) < MAX_NOTICES_PER_ENTRY:
                 self.events.append(leasing.throttled(key, attempt.account, obstacle, 0))
+
+    def _is_too_much(self, key: AttemptKey, where: _Where) -> bool:
+        """Count the call, which the entry repeats; tells whether the entry is full without it."""
+        attempt = None if where.name == ASKS else self.ledger.attempts[key]
+        self.size += 0 if attempt is None or attempt.call is None else len(attempt.call.arguments.encode())
+        return bool(self.events) and self.size > MAX_CALLS_BYTES
 
     def _serve(self, key: AttemptKey, where: _Where) -> bool:
         """Let an attempt go on; tells whether its line may go on too."""
@@ -183,7 +202,6 @@ class _Round:
         self.events.append(placed(key, attempt, executor, leases))
         self.count += 1
         self.busy[where.root] = self.busy.get(where.root, 0) + 1
-        self.size += 0 if attempt.call is None else len(attempt.call.arguments.encode())
         return True
 
     def _ask(self, question: ev.LeasesAsked, attempt: Attempt) -> bool:
@@ -261,7 +279,9 @@ def unserved(ledger: Ledger, slots: FreeSlots, now_ms: int) -> list[Any]:
 
 def scale_out(ledger: Ledger, desk: Desk, slots: FreeSlots) -> list[Any]:
     """Return what changed about queues that want more executors: work for which only a slot is missing waits for long."""
-    wanting = {queue for queue in ledger.depth if _wants_more(ledger, desk, slots, queue)}
+    wanting = {
+        queue for queue in ledger.depth if not slots.is_paused(queue) and _wants_more(ledger, desk, slots, queue)
+    }
     events: list[Any] = []
     for queue in sorted(wanting ^ set(ledger.scale_out)):
         wanted = queue in wanting

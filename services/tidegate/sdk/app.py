@@ -100,6 +100,10 @@ class Settings:
     backoff_max_s: float
     idempotent: bool
     cost_micros: int
+    provider: str = ""
+    model: str = ""
+    operation: str = ""
+    prefer: str = ""
     retry_on: tuple[str, ...] = ()
     no_retry_on: tuple[str, ...] = ()
     provider: str = ""

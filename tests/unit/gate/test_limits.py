@@ -4,32 +4,10 @@ from typing import Any
 
 import pytest
 
+from support.limits import apply, limit, one, pair
 from support.pure import Pair, chain, step
-from tidegate.domain import canonical
-from tidegate.domain.messages import PolicyPublished
+from tidegate.domain.messages import Control
 from tidegate.gate.limits import LimitError, parse
-
-
-def pair(slots: int = 100, **changes: Any) -> Pair:
-    return Pair(slots=slots, functions=("step:a", "step:b"), **changes)
-
-
-def apply(p: Pair, document: dict[str, Any] | None, name: str = "", offset: int = 1) -> None:
-    """Publish a document of the gate, or remove one."""
-    if document is not None:
-        kind = document["kind"]
-        name = f"{kind}:{document[kind]}"
-    row = document and PolicyPublished(policy_id=name, version="1", document=canonical.dumps(document), by="t", at_ms=0)
-    p.gate.table_changed("policies", name, row or None, offset)
-    p.settle_down()
-
-
-def limit(name: str = "l", **fields: Any) -> dict[str, Any]:
-    return {"kind": "limit", "limit": name, "version": "1", **fields}
-
-
-def one(**settings: Any) -> dict[str, Any]:
-    return chain("a", a=step(**settings))
 
 
 def later(p: Pair, ms: int, slots: int = 100) -> None:
@@ -439,6 +417,18 @@ def test_scale_out_is_wanted_once_and_taken_back_once() -> None:
     p.register("worker-1", 2, 8, ("step:a",))
     _, over = ledger_events(p, "ScaleOutWanted")
     assert (over.wanted, over.waiting) == (False, 0)
+
+
+@pytest.mark.feature("P6")
+def test_a_paused_queue_neither_wants_executors_nor_lacks_them() -> None:
+    p = pair()
+    p.gate.table_changed("controls", "*", Control(queue="*", paused=True, by="t", reason="", at_ms=0), 5)
+    p.start("r", one())
+    later(p, 20_000)
+    assert ledger_events(p, "ScaleOutWanted") + ledger_events(p, "AttemptThrottled") == []
+    p.gate.table_changed("controls", "*", None, 6)
+    later(p, 1)
+    assert running(p) == ["r"]
 
 
 @pytest.mark.feature("P6")

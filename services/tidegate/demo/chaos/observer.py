@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tidegate import codec
 from tidegate.demo.chaos.plan import Question, Wish, answer
@@ -21,6 +21,7 @@ from tidegate.domain.run_events import AttemptEnded
 from tidegate.eventlog.interface import Broker, EventLogError, Inbox, Message, Record, TopicPartition, Writer
 from tidegate.eventlog.validity import EpochTracker
 
+T = TypeVar("T")
 RUN_EVENTS: Final = "run-events"
 RUN_REQUESTS: Final = "run-requests"
 POLL_S: Final = 0.1
@@ -75,6 +76,11 @@ class Observer:
                 for step in run.open_approvals()
                 if not run.is_over
             ]
+
+    def look(self, at: Callable[[dict[str, RunState]], T]) -> T:
+        """Return what `at` makes of all runs, which stand still meanwhile: it must neither keep nor change them."""
+        with self._lock:
+            return at(self._runs)
 
     def seen(self) -> Counter[str]:
         """Return how many events of which type there are; of attempts that ended without success, by outcome."""
