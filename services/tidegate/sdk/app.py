@@ -106,10 +106,6 @@ class Settings:
     prefer: str = ""
     retry_on: tuple[str, ...] = ()
     no_retry_on: tuple[str, ...] = ()
-    provider: str = ""
-    model: str = ""
-    operation: str = ""
-    prefer: str = ""
 
     def to_definition(self) -> dict[str, Any]:
         """Return the settings as a definition names them. What was not said is left out: the hashes of older ones stay."""
