@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     )
     from tidegate.sdk.graph import Graph
     from tidegate.sdk.loading import load_app
-    from tidegate.sdk.plan import Observation, Plan, State, ToolCall, Turn
+    from tidegate.sdk.plan import Goto, Observation, Plan, State, ToolCall, Turn
 
 __all__ = [
     "App",
     "AppError",
     "Client",
+    "Goto",
     "Graph",
     "GraphError",
     "NonRetryable",
@@ -82,7 +83,7 @@ _MODULES: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(("Graph",), "graph"),
     **dict.fromkeys(("load_app",), "loading"),
-    **dict.fromkeys(("Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
+    **dict.fromkeys(("Goto", "Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
 }
 
 

@@ -153,12 +153,16 @@ class Cluster:
         self._send("run-commands", partition_of(run_id, RUN_PARTITIONS), f"{run_id}:{record.command_id}", record)
 
     def start_run(self, run_id: str, *functions: str, **fields: Any) -> None:
-        text = canonical.dumps(chain(*(functions or ("a", "b", "c"))))
+        self.start_definition(run_id, chain(*(functions or ("a", "b", "c"))), **fields)
+
+    def start_definition(self, run_id: str, definition: dict[str, Any], **fields: Any) -> None:
+        """Ask for a run of any definition whose functions are the steps a, b and c."""
+        text = canonical.dumps(definition)
         self.command(
             run_id,
             "start",
             account=fields.pop("account", "acme"),
-            workflow="chain@1",
+            workflow=f"{definition['name']}@{definition['version']}",
             definition=text,
             definition_hash=canonical.digest(text),
             input="1",

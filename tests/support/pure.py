@@ -242,7 +242,7 @@ class Pair:
         for tell in machine.tells(entry, lambda index: Position(0, offset, index)):
             if tell.topic == "gate-requests":
                 self._send(self.gate, tell.record)
-            elif tell.topic == "gate-decisions":
+            elif tell.topic in ("gate-decisions", "run-commands"):
                 self._send(self.scheduler, tell.record)
             elif tell.topic.startswith("step-tasks."):
                 self.dispatches.append((tell.record.step_id, tell.record.attempt))

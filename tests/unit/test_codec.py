@@ -34,6 +34,7 @@ RECORDS: list[type[msgspec.Struct]] = [
     messages.WorkflowPublished,
     messages.PolicyPublished,
     messages.Control,
+    messages.GateLeases,
     OwnerAnnounced,
     Snapshot,
     RunRequest,
@@ -141,6 +142,13 @@ def test_every_entry_comes_back_equal_and_is_written_as_fastavro_does(kind: str)
     check()
 
 
+def with_lists(value: Any) -> Any:
+    """Return a plain value with lists for tuples: Avro has arrays only."""
+    if isinstance(value, dict):
+        return {key: with_lists(item) for key, item in value.items()}
+    return [with_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 @pytest.mark.parametrize("kind", EVENTS)
 def test_raw_decoding_shows_the_same_values(kind: str) -> None:
     @given(entries(kind))
@@ -149,7 +157,7 @@ def test_raw_decoding_shows_the_same_values(kind: str) -> None:
         assert name == kind
         plain = msgspec.to_builtins(entry, builtin_types=(bytes,))
         plain["events"] = [(item.pop(TAG_FIELD), item) for item in plain["events"]]
-        assert msgspec.to_builtins(raw, builtin_types=(bytes,)) == msgspec.to_builtins(plain, builtin_types=(bytes,))
+        assert with_lists(raw) == with_lists(plain)
 
     check()
 

@@ -142,7 +142,15 @@ def time_line(event: Event, began_ms: int) -> Text:
 def describe(event: Event) -> str:
     """Return what of an event a person wants to see, on one line."""
     body = event.data
-    parts = [step_id] if (step_id := getattr(body, "step_id", "")) else []
+    parts = [name] if (name := getattr(body, "step_id", "") or getattr(body, "node_id", "")) else []
+    if getattr(body, "visit", 1) > 1:
+        parts.append(f"(visit {body.visit})")
+    if event.type == "PathsChosen":
+        parts.append(f"-> {', '.join(body.targets) or 'nothing'}" + (", back" if body.back_to else ""))
+    if event.type == "MapStarted":
+        parts.append(f"{len(body.items)} items")
+    if event.type in ("ChildStarted", "ChildEnded", "ChildCancelled"):
+        parts.append(f"run {body.child_run_id}")
     if getattr(body, "attempt", 0) > 1:
         parts.append(f"(attempt {body.attempt})")
     if event.type == "ApprovalResolved":

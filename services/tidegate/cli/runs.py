@@ -103,6 +103,10 @@ def start(
         int | None,
         typer.Option("--priority", min=0, max=9, help="More goes first among the account's runs. Default: 5."),
     ] = None,
+    failure_mode: Annotated[
+        str | None,
+        typer.Option("--failure-mode", help="`fail_fast` or `continue`, instead of what the workflow says."),
+    ] = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", "-w", help="Show its events until it is over or needs a human; see the exit codes."),
@@ -121,6 +125,7 @@ def start(
             "budget_micros": budget_micros,
             "tags": _tags(tag or ()),
             "priority": priority,
+            "failure_mode": failure_mode,
         }
         given = {name: value for name, value in wanted.items() if value is not None}
         validate({"type": "start", **given})

@@ -9,11 +9,11 @@ from tidegate.domain import run_events, states
 
 Transitions = Mapping[tuple[str, str], tuple[str, ...]]
 
-_INTRODUCTION: Final = """# States of runs and steps
+_INTRODUCTION: Final = """# States of runs, steps and nodes
 
 <!-- Written by `tidegate topics docs` from services/tidegate/domain/states.py. Changes belong there. -->
 
-A run and each of its steps are in one of these states; only an event in the log moves them. The fold raises on an event that is
+A run and each of its steps and nodes are in one of these states; only an event in the log moves them. The fold raises on an event that is
 not in its table: it never guesses.
 
 That a run is *paused* is no state but stands beside it: a paused run may be running or waiting, and comes to its end as any
@@ -29,6 +29,8 @@ def states_page() -> str:
             *_machine("Runs", states.RUN_MEANINGS, states.RUN_TRANSITIONS, states.RUN_TERMINAL),
             "",
             *_machine("Steps", states.STEP_MEANINGS, states.STEP_TRANSITIONS, states.STEP_TERMINAL),
+            "",
+            *_machine("Nodes, in each visit", states.NODE_MEANINGS, states.NODE_TRANSITIONS, states.NODE_SETTLED),
             "",
         ]
     )

@@ -1,10 +1,11 @@
-"""`tidegate workflow publish|list|show`: the definitions that runs are made of."""
+"""`tidegate workflow validate|publish|list|show|graph`: the definitions that runs are made of."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -14,22 +15,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.cli.endings import EXIT_REFUSED, WORKFLOW_EXIT_CODES, explained, usage
+from tidegate.cli import drawing
+from tidegate.cli.endings import EXIT_REFUSED, EXIT_USAGE, WORKFLOW_EXIT_CODES, explained, usage
 from tidegate.cli.run_output import moment
 from tidegate.domain import canonical
 from tidegate.domain.messages import WorkflowPublished
 from tidegate.domain.requests import parse_json
+from tidegate.domain.workflow import AGENT_PREFIX, validate_definition, with_children
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables
 from tidegate.sdk.app import App
+from tidegate.sdk.binding import AGENT
 from tidegate.sdk.client import WORKFLOWS, Client
+from tidegate.sdk.errors import GraphError
 from tidegate.sdk.loading import load_app
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Publish, list and show workflow definitions.",
+    help="Check, publish, list, show and draw workflow definitions.",
     epilog=WORKFLOW_EXIT_CODES,
     pretty_exceptions_show_locals=False,
 )
@@ -40,23 +45,48 @@ Definitions = App | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _YAML: Final = frozenset({".yaml", ".yml"})
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="An app, as `module:attribute` or `file.py:attribute`, or a file of definitions, JSON or YAML: one, or a list of "
+        "them."
+    ),
+]
+AppOption = Annotated[
+    str,
+    typer.Option(
+        "--app",
+        help="An app whose functions a file's nodes name, so that it need not hold them: `module:attribute` or "
+        "`file.py:attribute`.",
+    ),
+]
+
+
 @app.command(epilog=WORKFLOW_EXIT_CODES)
-def publish(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="An app, as `module:attribute` or `file.py:attribute`, or a file of definitions, JSON or YAML: one, or a "
-            "list of them."
-        ),
-    ],
-    as_json: Json = False,
-) -> None:
+def validate(source: Source, functions_of: AppOption = "", as_json: Json = False) -> None:
+    """Check definitions without publishing them: says everything that is wrong, each with its place."""
+    found: dict[str, list[str]] = {}
+    with explained("workflow validate"):
+        for definition in _definitions(_load("workflow validate", source, functions_of), found):
+            label = f"{definition.get('name')}@{definition.get('version')}"
+            found[label] = validate_definition(definition)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for label, problems in found.items():
+            print("\n".join([f"{label}: {'cannot run' if problems else 'can run'}", *(f"  - {p}" for p in problems)]))
+    if any(found.values()):
+        raise typer.Exit(EXIT_USAGE)
+
+
+@app.command(epilog=WORKFLOW_EXIT_CODES)
+def publish(source: Source, functions_of: AppOption = "", as_json: Json = False) -> None:
     """Check definitions and publish them; prints `name@version` of each. What is there already stays as it is.
 
     An app's graphs and its agents are published. The one published last is what a bare name means.
     """
     with explained("workflow publish"):
-        what = _load(source)
+        what = _load("workflow publish", source, functions_of)
         with Client() as client:
             labels = client.publish(what)
     print(json.dumps(labels) if as_json else "\n".join(labels))
@@ -93,18 +123,73 @@ def list_(as_json: Json = False) -> None:
 @app.command(epilog=WORKFLOW_EXIT_CODES)
 def show(name: Annotated[str, typer.Argument(help="`name`, for its latest version, or `name@version`.")]) -> None:
     """Print a definition as JSON."""
-    rows = _published("workflow show")
-    label = name if "@" in name else next((key for key in reversed(rows) if rows[key].name == name), name)
-    if label not in rows:
-        known = ", ".join(sorted({row.name for row in rows.values()})) or "none"
-        typer.echo(f"tidegate workflow show: there is no workflow {name!r}; published: {known}", err=True)
-        raise typer.Exit(EXIT_REFUSED)
-    json.dump(canonical.loads(rows[label].definition), sys.stdout, indent=2, ensure_ascii=False)
+    json.dump(_find("workflow show", name), sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
 
 
-def _load(source: str) -> Definitions:
-    """Return the app or the definitions that a user means. Raises AppError, NotJsonError."""
+class Picture(StrEnum):
+    """What pictures can be written as."""
+
+    MERMAID = "mermaid"
+    DOT = "dot"
+
+
+@app.command(epilog=WORKFLOW_EXIT_CODES)
+def graph(
+    name: Annotated[
+        str,
+        typer.Argument(help="A published workflow: `name` or `name@version`; or a file or an app, as for `validate`."),
+    ],
+    functions_of: AppOption = "",
+    picture: Annotated[Picture, typer.Option("--format", help="What to write it as.")] = Picture.MERMAID,
+) -> None:
+    """Draw a definition as Mermaid or DOT. Of a file or an app, each of its definitions is drawn."""
+    if _is_published_name(name):
+        definitions = [_find("workflow graph", name)]
+    else:
+        with explained("workflow graph"):
+            problems: dict[str, list[str]] = {}
+            definitions = _definitions(_load("workflow graph", name, functions_of), problems)
+            problems |= {str(d.get("name")): found for d in definitions if (found := validate_definition(d))}
+        if any(problems.values()):
+            lines = [f"{label}: {problem}" for label, found in problems.items() for problem in found]
+            usage("workflow graph", "\n".join(lines))
+    sys.stdout.write("\n".join(drawing.FORMATS[picture](definition) for definition in definitions))
+
+
+def _is_published_name(text: str) -> bool:
+    """Tell whether the text names a published workflow: it is no file, and has no colon but that of `agent:`."""
+    return Path(text).suffix not in {*_YAML, ".json", ".py"} and ":" not in text.removeprefix(AGENT_PREFIX)
+
+
+def _find(command: str, name: str) -> Any:
+    rows = _published(command)
+    label = name if "@" in name else next((key for key in reversed(rows) if rows[key].name == name), name)
+    if label not in rows:
+        known = ", ".join(sorted({row.name for row in rows.values()})) or "none"
+        typer.echo(f"tidegate {command}: there is no workflow {name!r}; published: {known}", err=True)
+        raise typer.Exit(EXIT_REFUSED)
+    return canonical.loads(rows[label].definition)
+
+
+def _definitions(what: Definitions, found: dict[str, list[str]]) -> list[Mapping[str, Any]]:
+    """Return the single definitions; of an app's graphs that cannot even be written down, `found` gets the problems."""
+    if isinstance(what, Mapping):
+        return [what]
+    if not isinstance(what, App):
+        return list(what)
+    definitions = []
+    for each in what.graphs:
+        try:
+            definitions.append(what.definition(each))
+        except GraphError as error:
+            found[error.label] = error.problems
+    agents = [function.name for function in what.functions.values() if function.kind == AGENT]
+    return [*definitions, *map(what.agent_definition, agents)]
+
+
+def _load(command: str, source: str, functions_of: str) -> Definitions:
+    """Return the app or the definitions that a user means, completed. Raises AppError, NotJsonError."""
     file = Path(source)
     is_yaml = file.suffix in _YAML
     if not is_yaml and file.suffix != ".json":
@@ -113,13 +198,16 @@ def _load(source: str) -> Definitions:
         data = file.read_bytes()
         found = yaml.safe_load(data) if is_yaml else parse_json(data)
     except OSError as error:
-        usage("workflow publish", f"{file} cannot be read: {error.strerror or error}")
+        usage(command, f"{file} cannot be read: {error.strerror or error}")
     except (yaml.YAMLError, canonical.NotJsonError) as error:
-        usage("workflow publish", f"{file}: {error}")
+        usage(command, f"{file}: {error}")
     definitions = found if isinstance(found, list) else [found]
     if not definitions or not all(isinstance(definition, dict) for definition in definitions):
-        usage("workflow publish", f"{file}: a definition is an object; the file holds one, or a list of them")
-    return definitions
+        usage(command, f"{file}: a definition is an object; the file holds one, or a list of them")
+    if functions_of:
+        known = load_app(functions_of)
+        definitions = [known.completed(definition) for definition in definitions]
+    return with_children(definitions)
 
 
 def _published(command: str) -> dict[str, WorkflowPublished]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,10 @@ MAX_EXPRESSION_LENGTH = 4096
 # Each macro over a list may multiply the work by the list's length, and an evaluation cannot be interrupted.
 MAX_MACROS = 3
 _MACRO = re.compile(r"\.\s*(all|exists|exists_one|map|filter)\s*\(")
+_TEXT = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+_READ = re.compile(
+    rf"(?<![\w.])nodes\b\s*(?:\[\s*(?P<quoted>{_TEXT})\s*\]|\.\s*(?P<name>[A-Za-z_]\w*)|(?P<all>))|{_TEXT}", re.DOTALL
+)
 
 
 class ExpressionError(ValueError):
@@ -84,6 +88,53 @@ def problems(template: Any, where: str) -> list[str]:
 
     visit(template, where)
     return found
+
+
+def source_of(text: str) -> str:
+    """Return the expression that a field which is always one holds, with `${ }` around it or without."""
+    found = _expression_in(text)
+    return text.strip() if found is None else found
+
+
+@lru_cache(maxsize=4096)
+def nodes_read(source: str) -> frozenset[str] | None:
+    """Return the nodes whose outputs an expression looks at; None if it looks at `nodes` as a whole, so at any of them."""
+    if "nodes" not in source:
+        return frozenset()
+    names: set[str] = set()
+    for found in _READ.finditer(source):
+        if found["all"] is not None:
+            return None
+        if found["quoted"] is not None:
+            names.add(found["quoted"][1:-1])
+        elif found["name"] is not None:
+            names.add(found["name"])
+    return frozenset(names)
+
+
+def nodes_read_by(template: Any) -> frozenset[str] | None:
+    """Return the same for all expressions of a template together."""
+    names: set[str] = set()
+    for source in sources(template):
+        read = nodes_read(source)
+        if read is None:
+            return None
+        names |= read
+    return frozenset(names)
+
+
+def sources(template: Any) -> Iterator[str]:
+    """Yield the expressions of a template."""
+    if isinstance(template, str):
+        source = _expression_in(template)
+        if source is not None:
+            yield source
+    elif isinstance(template, dict):
+        for item in template.values():
+            yield from sources(item)
+    elif isinstance(template, list):
+        for item in template:
+            yield from sources(item)
 
 
 def render(template: Any, variables: Callable[[], Mapping[str, Any]]) -> Any:

@@ -68,9 +68,29 @@ def idempotency_key(run_id: str, step_id: str) -> str:
     return hashlib.sha256(f"{run_id}\n{step_id}".encode()).hexdigest()[:32]
 
 
-def agent_turn_step(node_id: str, turn: int) -> str:
-    """Return the step id of an agent's n-th plan (from 1)."""
-    return f"{node_id}/{turn}"
+def visit_path(node_id: str, visit: int) -> str:
+    """Return what the step ids of a node begin with in its n-th visit (from 1): only loops lead to a node again."""
+    return node_id if visit == 1 else f"{node_id}/{visit}"
+
+
+def item_path(path: str, number: int) -> str:
+    """Return what the step ids of a map's item begin with; `number` counts from 0, `path` is the visit's."""
+    return f"{path}/#{number}"
+
+
+def item_number(step_id: str, path: str) -> int:
+    """Return the number of the item that a step of this visit of a map belongs to."""
+    return int(step_id[len(path) + 2 :].partition("/")[0])
+
+
+def child_run_id(run_id: str, step_id: str) -> str:
+    """Return the id of the run that does a step: readable as far as there is room, and different for any two steps."""
+    return f"{run_id[:80]}.{hashlib.sha256(f'{run_id}{chr(10)}{step_id}'.encode()).hexdigest()[:24]}"
+
+
+def agent_turn_step(path: str, turn: int) -> str:
+    """Return the step id of an agent's n-th plan (from 1); `path` is the visit's, or the item's."""
+    return f"{path}/{turn}"
 
 
 def tool_call_step(plan_step_id: str, tool: str, ordinal: int) -> str:

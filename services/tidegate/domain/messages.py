@@ -42,14 +42,16 @@ class Lease(msgspec.Struct, frozen=True, gc=False):
 
 
 class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A validated wish (`run-commands`), written by admission, one per request.
+    """A validated wish (`run-commands`), written by admission, one per request, or told by another run.
 
     type: `start`, `cancel`, `approve`, `reject`, `respond`, `signal`, `pause`, `resume`, or `refuse` (a start that admission
-    found wrong: `code` and `reason` say why). source: `topic:partition:offset` of the request. original: the request's bytes,
-    for the dead letter if it is refused (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated
-    start from another one with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name
-    them. value: canonical JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key
-    fits every wait of the name.
+    found wrong: `code` and `reason` say why). A run starts and cancels the runs that do its steps (such a start names
+    parent_run_id and parent_step_id), and they tell it `child_ended`, with status, output, code and reason. source:
+    `topic:partition:offset` of the request, or of the entry that tells it. original: the request's bytes, for the dead letter
+    if it is refused (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated start from another one
+    with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name them. value: canonical
+    JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait of
+    the name.
     """
 
     run_id: str
@@ -76,6 +78,11 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     event: str = ""
     key: str | None = None
     priority: int = 5
+    failure_mode: str = ""
+    parent_run_id: str = ""
+    parent_step_id: str = ""
+    status: str = ""
+    output: str = ""
 
 
 # --- scheduler to gate ---------------------------------------------------------------
@@ -324,7 +331,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
-    actual_micros: what it cost. usage: tokens and calls by name.
+    actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one.
     """
 
     run_id: str
@@ -342,6 +349,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     usage: dict[str, int] = {}
     started_ms: int = 0
     finished_ms: int = 0
+    goto: str = ""
 
 
 # --- everybody ---------------------------------------------------------------

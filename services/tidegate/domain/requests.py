@@ -81,6 +81,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     key: str | None = None
     payload: str | None = None
     priority: int = DEFAULT_PRIORITY
+    failure_mode: str | None = None
 
 
 def _none_if_empty(text: str | None) -> str | None:
@@ -164,6 +165,10 @@ class StartRequest(_Request):
         default=DEFAULT_PRIORITY,
         description="From 0 to 9. Where work waits for a slot or a limit, more goes first among the runs of the same account "
         "root; ten seconds of waiting make up for one level.",
+    )
+    failure_mode: Literal["fail_fast", "continue"] | None = Field(
+        default=None,
+        description="What a failed node means for the others in this run, instead of what the workflow says.",
     )
 
     @pydantic.field_validator("run_id")
@@ -293,6 +298,7 @@ _RULES: Final = {
     "budget_micros": f"must be a whole number of micro-dollars from 0 to {MAX_MICROS} (a dollar is 1000000)",
     "tags": f"must be an object of at most {MAX_TAGS} tags",
     "priority": "must be a whole number from 0 to 9",
+    "failure_mode": "must be `fail_fast` or `continue`",
     "step_id": "must be a step's id, such as `triage/2/tool:lookup_order`",
     "by": "must be a string of at most 256 characters",
     "reason": "must be a string of at most 4096 characters",

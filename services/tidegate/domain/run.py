@@ -6,10 +6,11 @@ from typing import Any
 
 import msgspec
 
-from tidegate.domain import canonical, states, waits
+from tidegate.domain import canonical, node_state, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import Call
-from tidegate.domain.workflow import Workflow, compile_definition
+from tidegate.domain.node_state import NodeState
+from tidegate.domain.workflow import Workflow, pinned_definition
 
 
 class KeptSignal(msgspec.Struct, frozen=True, array_like=True):
@@ -26,7 +27,8 @@ class StepState(msgspec.Struct, array_like=True):
 
     attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
-    doubled result is recognised. waits_for: why the gate lets it wait, while it does.
+    doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
+    it is a workflow.
     """
 
     step_id: str
@@ -46,10 +48,12 @@ class StepState(msgspec.Struct, array_like=True):
     reported: tuple[int, ...] = ()
     wait: ev.WaitStarted | None = None
     waits_for: str = ""
+    child_run_id: str = ""
 
 
 class RunState(msgspec.Struct, array_like=True):
-    """One run. `nodes` maps completed node ids to their output (canonical JSON) and final wave.
+    """One run. nodes: those that anything is known of; settled_nodes: how many of them are through. hops: routes taken.
+    failures: nodes that failed while the run went on, with code and reason, but for those that may.
 
     head: SHA-256 of its last entry. changed_ms: time of its last event. Both kinds of state are msgspec structs so that
     snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `scheduler/snapshots.py`.
@@ -68,7 +72,7 @@ class RunState(msgspec.Struct, array_like=True):
     tags: dict[str, str] = {}
     budget_micros: int | None = None
     steps: dict[str, StepState] = {}
-    nodes: dict[str, tuple[str, int]] = {}
+    nodes: dict[str, NodeState] = {}
     command_ids: set[str] = set()
     cancel: ev.RunCancelRequested | None = None
     output: str = ""
@@ -79,6 +83,13 @@ class RunState(msgspec.Struct, array_like=True):
     finished_ms: int = 0
     paused: ev.RunPaused | None = None
     signals: tuple[KeptSignal, ...] = ()
+    settled_nodes: int = 0
+    hops: int = 0
+    failures: dict[str, tuple[str, str]] = {}
+    failure_mode: str = ""
+    parent_run_id: str = ""
+    parent_step_id: str = ""
+    priority: int = 5
 
     @property
     def is_over(self) -> bool:
@@ -120,11 +131,13 @@ def _run_started(run: RunState, event: ev.RunStarted, now_ms: int) -> None:
     _move_run(run, "RunStarted", states.RUNNING)
     run.command_ids.add(event.command_id)
     run.content_hash = event.content_hash
-    run.workflow = compile_definition(event.definition)
+    run.workflow = pinned_definition(event.definition)
     run.workflow_label = event.workflow
     run.input = event.input
     run.tags = event.tags
     run.budget_micros = event.budget_micros
+    run.failure_mode, run.priority = event.failure_mode, event.priority
+    run.parent_run_id, run.parent_step_id = event.parent_run_id, event.parent_step_id
     run.started_ms = now_ms
 
 
@@ -147,6 +160,7 @@ def _step_ready(run: RunState, event: ev.StepReady, now_ms: int) -> None:
     if event.held:
         step.status, step.attempt = states.HELD, 0
     run.steps[event.step_id] = step
+    node_state.begin_step(run, step, "StepReady")
 
 
 def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -> None:
@@ -206,9 +220,10 @@ def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
     call = Call(
         kind=event.kind, function="", queue="", arguments=event.input, timeout_ms=0, reserve_micros=0, idempotent=True
     )
-    run.steps[event.step_id] = StepState(
+    step = run.steps[event.step_id] = StepState(
         event.step_id, event.node_id, event.wave, call, status=states.WAITING, attempt=0, wait=event
     )
+    node_state.begin_step(run, step, "WaitStarted")
     _move_run(run, "WaitStarted", states.WAITING)
 
 
@@ -252,13 +267,47 @@ def _step_succeeded(run: RunState, event: ev.StepSucceeded, now_ms: int) -> None
         _leave_waiting(run, "StepSucceeded")
     done = node_output(run, step)
     if done is not None:
-        run.nodes[step.node_id] = (done, step.wave)
+        node_state.take_output(run, step, "StepSucceeded", done)
 
 
 def _step_failed(run: RunState, event: ev.StepFailed, now_ms: int) -> None:
     step = run.steps[event.step_id]
     _move_step(step, "StepFailed", states.FAILED)
     step.error = event.reason
+    node_state.take_item_failure(run, step)
+
+
+def _child_started(run: RunState, event: ev.ChildStarted, now_ms: int) -> None:
+    call = Call(
+        kind="workflow",
+        function=event.workflow,
+        queue="",
+        arguments=event.input,
+        timeout_ms=0,
+        reserve_micros=0,
+        idempotent=True,
+    )
+    step = StepState(event.step_id, event.node_id, event.wave, call, status=states.ABSENT)
+    _move_step(step, "ChildStarted", states.IN_CHILD)
+    step.child_run_id = event.child_run_id
+    run.steps[event.step_id] = step
+    node_state.begin_step(run, step, "ChildStarted")
+
+
+def _child_ended(run: RunState, event: ev.ChildEnded, now_ms: int) -> None:
+    run.command_ids.add(event.command_id)
+    step = run.steps[event.step_id]
+    if event.status == states.SUCCEEDED:
+        _move_step(step, "ChildEnded", states.SUCCEEDED)
+        step.output = event.output
+        node_state.take_output(run, step, "ChildEnded", event.output)
+    else:
+        _move_step(step, "ChildEnded", states.FAILED)
+        step.error = event.reason
+
+
+def _told(run: RunState, event: ev.ChildCancelled | ev.EndReported, now_ms: int) -> None:
+    """Another run is told; here nothing changes."""
 
 
 def _step_cancelled(run: RunState, event: ev.StepCancelled, now_ms: int) -> None:
@@ -308,7 +357,7 @@ def node_output(run: RunState, step: StepState, output: str | None = None) -> st
     A plain step or a wait completes its node; an agent's plan does if it is final; a tool call never does.
     """
     text = step.output if output is None else output
-    if step.call.kind == "step" or step.call.kind in waits.KINDS:
+    if step.call.kind in ("step", "workflow") or step.call.kind in waits.KINDS:
         return text
     if step.call.kind == "tool" or text is None:
         return None
@@ -348,4 +397,9 @@ _HANDLERS: dict[type, Any] = {
     ev.RunPaused: _run_paused,
     ev.RunResumed: _run_resumed,
     ev.StepThrottled: _step_throttled,
+    ev.ChildStarted: _child_started,
+    ev.ChildEnded: _child_ended,
+    ev.ChildCancelled: _told,
+    ev.EndReported: _told,
+    **node_state.HANDLERS,
 }

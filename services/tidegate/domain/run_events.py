@@ -12,7 +12,11 @@ from tidegate.domain.messages import Call
 
 
 class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunStarted", tag_field=TAG_FIELD):
-    """The run exists. It carries its definition, so that nothing published later can change what it does."""
+    """The run exists. It carries its definition, so that nothing published later can change what it does.
+
+    failure_mode: instead of the definition's; empty for that. parent_run_id, parent_step_id: the step of another run that this
+    one is done for; empty if somebody asked for it.
+    """
 
     command_id: str
     content_hash: str
@@ -24,6 +28,9 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunSt
     budget_micros: int | None
     tags: dict[str, str]
     priority: int = 5
+    failure_mode: str = ""
+    parent_run_id: str = ""
+    parent_step_id: str = ""
 
 
 class RunRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunRefused", tag_field=TAG_FIELD):
@@ -239,6 +246,7 @@ class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="St
     """The step has its output, for good.
 
     attempt: 0 if no attempt gave it, because the step is a wait or a human gave the output. given_by: that human; else empty.
+    goto: the node that it wants to go on with, one of its node's routes; or empty.
     """
 
     step_id: str
@@ -251,6 +259,7 @@ class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="St
     started_ms: int
     finished_ms: int
     given_by: str = ""
+    goto: str = ""
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepFailed", tag_field=TAG_FIELD):
@@ -316,6 +325,122 @@ class RunFinished(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunF
     fingerprint: str
 
 
+class NodeJoined(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="NodeJoined", tag_field=TAG_FIELD):
+    """The node begins although not every edge that leads to it was taken, or is decided: its join needed no more.
+
+    used: the nodes that count, whose outputs it sees. What comes later is recorded and not used.
+    """
+
+    node_id: str
+    visit: int
+    used: tuple[str, ...]
+
+
+class NodeSkipped(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="NodeSkipped", tag_field=TAG_FIELD):
+    """No step will run for the node. reason: `not_taken` (nothing leads to it) or `upstream_failed`."""
+
+    node_id: str
+    visit: int
+    wave: int
+    reason: str
+
+
+class NodeSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="NodeSucceeded", tag_field=TAG_FIELD):
+    """A node that is no single step has its output: a router, or a map whose items are all done."""
+
+    node_id: str
+    visit: int
+    wave: int
+    output: str
+
+
+class NodeFailed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="NodeFailed", tag_field=TAG_FIELD):
+    """The node failed and the run goes on. tolerated: its definition says that this does not count against the run."""
+
+    node_id: str
+    visit: int
+    wave: int
+    code: str
+    reason: str
+    tolerated: bool
+
+
+class PathsChosen(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="PathsChosen", tag_field=TAG_FIELD):
+    """Which edges of the node are taken, of one that has conditions or routes. The others are not.
+
+    back_to: the node that its router goes back to, if it does; then nothing else is decided.
+    """
+
+    node_id: str
+    visit: int
+    targets: tuple[str, ...]
+    back_to: str
+
+
+class LoopEntered(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LoopEntered", tag_field=TAG_FIELD):
+    """What lies between a router and the node that it goes back to begins anew, in its next visit."""
+
+    node_id: str
+    router: str
+    visit: int
+
+
+class MapStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="MapStarted", tag_field=TAG_FIELD):
+    """The node runs its function for each of these items (canonical JSON), a few at a time, in this order."""
+
+    node_id: str
+    visit: int
+    wave: int
+    items: tuple[str, ...]
+
+
+class ChildStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildStarted", tag_field=TAG_FIELD):
+    """The step is another run, of a workflow that this run's definition holds. It is told to start."""
+
+    step_id: str
+    node_id: str
+    wave: int
+    child_run_id: str
+    workflow: str
+    definition_hash: str
+    definition: str
+    input: str
+    budget_micros: int | None
+    tags: dict[str, str]
+    failure_mode: str
+    priority: int
+
+
+class ChildEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildEnded", tag_field=TAG_FIELD):
+    """The run that does this step told that it is over. status: as of a run."""
+
+    command_id: str
+    step_id: str
+    child_run_id: str
+    status: str
+    output: str
+    code: str
+    reason: str
+
+
+class ChildCancelled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildCancelled", tag_field=TAG_FIELD):
+    """The run that does this step is told to cancel."""
+
+    step_id: str
+    child_run_id: str
+    reason: str
+
+
+class EndReported(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="EndReported", tag_field=TAG_FIELD):
+    """The run that this one was done for is told how it ended; the output is that of the `RunFinished` beside it."""
+
+    parent_run_id: str
+    parent_step_id: str
+    status: str
+    code: str
+    reason: str
+
+
 RunEvent = (
     RunStarted
     | RunRefused
@@ -340,4 +465,15 @@ RunEvent = (
     | RunPaused
     | RunResumed
     | StepThrottled
+    | NodeJoined
+    | NodeSkipped
+    | NodeSucceeded
+    | NodeFailed
+    | PathsChosen
+    | LoopEntered
+    | MapStarted
+    | ChildStarted
+    | ChildEnded
+    | ChildCancelled
+    | EndReported
 )

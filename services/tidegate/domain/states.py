@@ -22,7 +22,15 @@ AWAITING_APPROVAL: Final = "awaiting_approval"
 BACKING_OFF: Final = "backing_off"
 HELD: Final = "held"
 ENDED: Final = "ended"
+IN_CHILD: Final = "in_child"  # another run does the work
 STEP_TERMINAL: Final = frozenset({SUCCEEDED, FAILED, CANCELLED})
+
+# Of nodes. `looping`: a router has chosen to repeat what led to it, and waits until that has come to rest.
+PENDING: Final = "pending"
+ACTIVE: Final = "active"
+LOOPING: Final = "looping"
+SKIPPED: Final = "skipped"
+NODE_SETTLED: Final = frozenset({SUCCEEDED, FAILED, SKIPPED})
 
 RUN_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (ABSENT, "RunStarted"): (RUNNING,),
@@ -72,6 +80,28 @@ STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (AWAITING_APPROVAL, "StepCancelled"): (CANCELLED,),
     (BACKING_OFF, "StepCancelled"): (CANCELLED,),
     (ENDED, "StepCancelled"): (CANCELLED,),
+    (ABSENT, "ChildStarted"): (IN_CHILD,),
+    (IN_CHILD, "ChildEnded"): (SUCCEEDED, FAILED),
+    (IN_CHILD, "StepCancelled"): (CANCELLED,),
+}
+
+NODE_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
+    (PENDING, "StepReady"): (ACTIVE,),
+    (PENDING, "MapStarted"): (ACTIVE,),
+    (PENDING, "ChildStarted"): (ACTIVE,),
+    (PENDING, "WaitStarted"): (ACTIVE,),
+    (PENDING, "NodeSkipped"): (SKIPPED,),
+    (PENDING, "NodeSucceeded"): (SUCCEEDED,),  # a router, or a map over nothing: no step ever runs for it
+    (ACTIVE, "StepSucceeded"): (SUCCEEDED,),
+    (ACTIVE, "ChildEnded"): (SUCCEEDED,),
+    (ACTIVE, "NodeSucceeded"): (SUCCEEDED,),
+    (ACTIVE, "NodeFailed"): (FAILED,),
+    (SUCCEEDED, "PathsChosen"): (SUCCEEDED, LOOPING),
+    (PENDING, "LoopEntered"): (PENDING,),
+    (LOOPING, "LoopEntered"): (PENDING,),
+    (SUCCEEDED, "LoopEntered"): (PENDING,),
+    (FAILED, "LoopEntered"): (PENDING,),
+    (SKIPPED, "LoopEntered"): (PENDING,),
 }
 
 
@@ -93,10 +123,21 @@ STEP_MEANINGS: Final[dict[str, str]] = {
     BACKING_OFF: "an attempt ended without success; the next is asked for when its time comes",
     HELD: "the next attempt would be asked for if the run, its queue or everything were not paused",
     WAITING: "it runs nothing and waits for an event, a time or an answer",
+    IN_CHILD: "another run does it, and tells this one when it is over",
     ENDED: "its attempt, approval or wait is over; what follows stands in the same entry",
     SUCCEEDED: "it has its output, for good",
     FAILED: "it will not succeed; `code` and `reason` say why",
     CANCELLED: "it is not wanted any more",
+}
+
+
+NODE_MEANINGS: Final[dict[str, str]] = {
+    PENDING: "it waits until enough of the edges that lead to it are decided",
+    ACTIVE: "a step of it is open, or items of it are to come",
+    LOOPING: "its router goes back, as soon as what lies between has come to rest",
+    SUCCEEDED: "it has its output; which of its edges are taken may stand beside it",
+    FAILED: "it failed and the run goes on",
+    SKIPPED: "nothing leads to it, or something before it failed",
 }
 
 

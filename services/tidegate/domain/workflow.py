@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -12,7 +12,9 @@ import referencing
 from referencing.jsonschema import DRAFT202012
 
 from tidegate.domain import canonical, expressions, waits
+from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.routes import form_of
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
 DEFAULT_MAX_STEPS: Final = 50
@@ -21,6 +23,18 @@ _NOTHING_ELSEWHERE: Final[referencing.Registry[Any]] = referencing.Registry()
 _VALUES_NOT_SCHEMAS: Final = frozenset(("const", "default", "enum", "examples"))
 AGENT_PREFIX: Final = "agent:"
 
+FAIL_FAST: Final = "fail_fast"
+CONTINUE: Final = "continue"
+FAILURE_MODES: Final = (FAIL_FAST, CONTINUE)
+DEFAULT_MAX_HOPS: Final = 50
+MAX_NESTING: Final = 8  # of workflows in workflows
+ALL: Final = 0  # as `needs`: every edge that leads here
+
+_expression = {"type": "string", "minLength": 1}
+_workflow_label = {
+    "type": "string",
+    "pattern": r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}@[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+}
 _name = {"type": "string", "pattern": NAME_PATTERN}
 _label = {"type": "string", "maxLength": 128}
 _count = {"type": "integer", "minimum": 0, "maximum": 2**53}
@@ -45,17 +59,54 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                 "additionalProperties": False,
                 "required": ["kind"],
                 "properties": {
-                    "kind": {"enum": ["step", "agent", *sorted(waits.KINDS)]},
+                    "kind": {"enum": ["step", "agent", "map", "router", "workflow", *sorted(waits.KINDS)]},
                     "function": _name,
                     "input": {},
                     "wait": waits.SETTINGS_SCHEMA,
+                    "join": {
+                        "anyOf": [
+                            {"enum": ["all", "any"]},
+                            {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "required": ["need"],
+                                "properties": {"need": {"type": "integer", "minimum": 1, "maximum": 10_000}},
+                            },
+                        ]
+                    },
+                    "on_failure": {"enum": ["fail", "continue"]},
+                    "routes": {"type": "array", "items": _name, "minItems": 1, "uniqueItems": True},
+                    "choose": _expression,
+                    "over": _expression,
+                    "at_once": {"type": "integer", "minimum": 1, "maximum": 1000},
+                    "max_items": {"type": "integer", "minimum": 1, "maximum": 10_000},
+                    "on_item_failure": {"enum": ["fail", "continue"]},
+                    "results": {"enum": ["all", "success_only"]},
+                    "workflow": _workflow_label,
+                    "budget_micros": _count,
                 },
             },
         },
         "edges": {
             "type": "array",
-            "items": {"type": "array", "items": _name, "minItems": 2, "maxItems": 2},
+            "items": {
+                "anyOf": [
+                    {"type": "array", "items": _name, "minItems": 2, "maxItems": 2},
+                    {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["from", "to"],
+                        "properties": {"from": _name, "to": _name, "when": _expression},
+                    },
+                ]
+            },
         },
+        "start": {"type": "array", "items": _name, "minItems": 1, "uniqueItems": True},
+        "failure_mode": {"enum": list(FAILURE_MODES)},
+        "success": {"enum": ["all", "any"]},
+        "aggregate": {"enum": ["latest", "all", "success_only"]},
+        "max_hops": {"type": "integer", "minimum": 0, "maximum": 10_000},
+        "workflows": {"type": "object", "propertyNames": _workflow_label, "additionalProperties": {"type": "object"}},
         "output": {},
         "input_schema": {"type": ["object", "boolean"]},
         "functions": {
@@ -129,12 +180,31 @@ class Function(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A vertex. `input` is a template; UNSET for the default binding. function: of a step or agent. wait: of the others."""
+    """A vertex. `input` is a template; UNSET for the default binding. What the other fields mean: docs/authoring.md."""
 
     kind: str
     function: str = ""
     input: Any = msgspec.UNSET
     wait: waits.Settings = waits.Settings()
+    join: Any = "all"
+    on_failure: str = ""
+    routes: tuple[str, ...] = ()
+    choose: str = ""
+    over: str = ""
+    at_once: int = 10
+    max_items: int = 1000
+    on_item_failure: str = "fail"
+    results: str = "all"
+    workflow: str = ""
+    budget_micros: int | None = None
+
+
+class Edge(msgspec.Struct, frozen=True):
+    """An edge with a condition: CEL over `input`, `nodes` and `output`, the output of the node that it comes from."""
+
+    source: str = msgspec.field(name="from")
+    target: str = msgspec.field(name="to")
+    when: str = ""
 
 
 class _Document(msgspec.Struct, frozen=True):
@@ -142,23 +212,42 @@ class _Document(msgspec.Struct, frozen=True):
     version: str
     nodes: dict[str, Node]
     functions: dict[str, Function]
-    edges: tuple[tuple[str, str], ...] = ()
+    edges: tuple[tuple[str, str] | Edge, ...] = ()
+    start: tuple[str, ...] = ()
     output: Any = msgspec.UNSET
     input_schema: Any = True
     max_steps: int = DEFAULT_MAX_STEPS
+    max_hops: int = DEFAULT_MAX_HOPS
+    failure_mode: str = FAIL_FAST
+    success: str = "all"
+    aggregate: str = ""
+    workflows: dict[str, Any] = {}
 
 
 class Workflow:
-    """A compiled definition: immutable, shared by all runs of the same definition hash. `definition` is its text."""
+    """A compiled definition: immutable, shared by all runs of the same definition hash. `definition` is its text.
+
+    conditions: by node, (target, expression) of its edges that have one. needs: by node, how many of the edges that lead to it
+    must be taken; only of nodes that do not wait for all. is_straight: without conditions, routes and such nodes, so that
+    whatever comes before a node has led to it. reads: by node, what its input's expressions look at (None: at anything).
+    """
 
     __slots__ = (
+        "_children",
         "_input_validator",
         "_parameters",
+        "conditions",
         "definition",
         "definition_hash",
         "document",
+        "form",
+        "is_straight",
+        "needs",
+        "output_reads",
         "predecessors",
+        "reads",
         "roots",
+        "routes",
         "sinks",
         "successors",
     )
@@ -167,19 +256,42 @@ class Workflow:
         self.document = document
         self.definition = definition
         self.definition_hash = canonical.digest(definition)
-        self.predecessors: dict[str, tuple[str, ...]] = dict.fromkeys(document.nodes, ())
-        self.successors: dict[str, tuple[str, ...]] = dict.fromkeys(document.nodes, ())
-        before: dict[str, list[str]] = {node: [] for node in document.nodes}
-        after: dict[str, list[str]] = {node: [] for node in document.nodes}
-        for source, target in document.edges:
-            after[source].append(target)
-            before[target].append(source)
-        self.predecessors = {node: tuple(ids) for node, ids in before.items()}
-        self.successors = {node: tuple(ids) for node, ids in after.items()}
-        self.roots = tuple(node for node, ids in before.items() if not ids)
-        self.sinks = tuple(node for node, ids in after.items() if not ids)
+        edges: list[tuple[str, str]] = []
+        self.conditions: dict[str, tuple[tuple[str, str], ...]] = {}
+        for edge in document.edges:
+            if isinstance(edge, Edge):
+                edges.append((edge.source, edge.target))
+                if edge.when:
+                    known = self.conditions.get(edge.source, ())
+                    self.conditions[edge.source] = (*known, (edge.target, expressions.source_of(edge.when)))
+            else:
+                edges.append(edge)
+        self.routes = {node_id: node.routes for node_id, node in document.nodes.items() if node.routes}
+        self.form, _ = form_of(document.nodes, edges, self.routes, document.start)
+        self.predecessors, self.successors = self.form.predecessors, self.form.successors
+        self.roots = self.form.roots
+        self.sinks = tuple(node for node, ids in self.successors.items() if not ids)
+        self.needs = {
+            node_id: 1 if node.join == "any" else node.join["need"]
+            for node_id, node in document.nodes.items()
+            if node.join != "all"
+        }
+        self.is_straight = not (self.conditions or self.routes or self.needs)
+        self.reads = {
+            node_id: expressions.nodes_read_by([node.input, *msgspec.structs.astuple(node.wait)])
+            for node_id, node in document.nodes.items()
+            if node.input is not msgspec.UNSET or node.kind in waits.KINDS
+        }
+        self.output_reads = expressions.nodes_read_by(document.output)
         self._input_validator = _schema_validator(document.input_schema)
         self._parameters: dict[str, jsonschema.Draft202012Validator | None] = {}
+        self._children: dict[str, str] = {}
+
+    def child_definition(self, label: str) -> str:
+        """Return the canonical text of a workflow that this one holds and starts runs of."""
+        if label not in self._children:
+            self._children[label] = canonical.dumps(self.document.workflows[label])
+        return self._children[label]
 
     @property
     def label(self) -> str:
@@ -218,8 +330,11 @@ def _problem(validator: jsonschema.Draft202012Validator | None, value: Any, name
     return "; ".join(sorted(found)[:10]) or None
 
 
-def validate_definition(definition: Any) -> list[str]:
-    """Return everything that is wrong with a definition, in one go; an empty list means that it can run."""
+def validate_definition(definition: Any, nesting: int = 0) -> list[str]:
+    """Return everything that is wrong with a definition, in one go; an empty list means that it can run.
+
+    nesting: how many definitions this one lies in.
+    """
     shape = [
         f"{'.'.join(map(str, error.absolute_path)) or 'definition'}: {error.message[:300]}"
         for error in _validator.iter_errors(definition)
@@ -230,13 +345,11 @@ def validate_definition(definition: Any) -> list[str]:
     names = (definition["name"], definition["version"], *definition["nodes"], *definition["functions"])
     if broken := [name for name in names if name.endswith("\n")]:
         return [f"definition: {name!r} ends with a line feed" for name in sorted(broken)]
-    found = _schema_problems(definition) + _graph_problems(definition) + _function_problems(definition)
-    found += [
-        problem
-        for node_id, node in definition["nodes"].items()
-        for problem in expressions.problems(node.get("input"), f"nodes.{node_id}.input")
-    ]
-    found += expressions.problems(definition.get("output"), "output")
+    found = _schema_problems(definition) + node_problems(definition) + _function_problems(definition)
+    graph = graph_problems(definition)
+    found += graph + binding_problems(definition, is_graph=not graph)
+    found += _nested_problems(definition, nesting)
+    found = list(dict.fromkeys(found))  # the expressions of waits are looked at twice
     size = len(canonical.dumps(definition).encode())
     if size > MAX_DEFINITION_BYTES:
         found.append(f"definition: {size} bytes, at most {MAX_DEFINITION_BYTES}")
@@ -280,19 +393,16 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
     functions = definition["functions"]
     found = []
     for node_id, node in definition["nodes"].items():
-        if node["kind"] in waits.KINDS:
-            found += waits.definition_problems(node_id, node)
-            continue
-        if "wait" in node:
-            found.append(f"nodes.{node_id}.wait: a {node['kind']} does not wait")
         if "function" not in node:
-            found.append(f"nodes.{node_id}: a {node['kind']} must name its `function`")
             continue
         function = functions.get(node["function"])
         if function is None:
             found.append(
                 f"nodes.{node_id}: unknown function {node['function']!r} (known: {', '.join(functions) or 'none'})"
             )
+        elif node["kind"] == "map":
+            if function["kind"] == "tool":
+                found.append(f"nodes.{node_id}: {node['function']!r} is a tool, not a step or an agent")
         elif function["kind"] != node["kind"]:
             found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
     for name, function in functions.items():
@@ -302,30 +412,42 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _graph_problems(definition: Mapping[str, Any]) -> list[str]:
-    nodes = definition["nodes"]
-    edges = [tuple(edge) for edge in definition.get("edges", ())]
-    found = [f"edges: {a} -> {b} names an unknown node" for a, b in edges if a not in nodes or b not in nodes]
-    found += (
-        [f"edges: {a} -> {b} is there twice" for a, b in sorted({e for e in edges if edges.count(e) > 1})]
-        if len(set(edges)) != len(edges)
-        else []
-    )
-    if found:
-        return found
-    waiting_for = dict.fromkeys(nodes, 0)
-    after: dict[str, list[str]] = {node: [] for node in nodes}
-    for source, target in edges:
-        waiting_for[target] += 1
-        after[source].append(target)
-    free = [node for node, count in waiting_for.items() if count == 0]
-    while free:
-        for target in after[free.pop()]:
-            waiting_for[target] -= 1
-            if waiting_for[target] == 0:
-                free.append(target)
-    stuck = sorted(node for node, count in waiting_for.items() if count > 0)
-    return [f"edges: a cycle keeps these nodes from ever starting: {', '.join(stuck)}"] if stuck else []
+def with_children(definitions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return definitions that hold what their nodes of kind workflow name, as far as it is among them.
+
+    One that would hold itself is left as it is: that it lacks the workflow is what is then wrong with it.
+    """
+    known = {f"{definition.get('name')}@{definition.get('version')}": definition for definition in definitions}
+
+    def completed(definition: dict[str, Any], around: tuple[str, ...]) -> dict[str, Any]:
+        nodes = definition.get("nodes")
+        listed = nodes.values() if isinstance(nodes, dict) else ()
+        labels = [node.get("workflow") for node in listed if isinstance(node, dict)]
+        there = definition.get("workflows", {})
+        missing = [label for label in labels if isinstance(label, str) and label in known.keys() - {*there, *around}]
+        if not missing or len(around) > MAX_NESTING:
+            return definition
+        return definition | {
+            "workflows": {**there, **{label: completed(known[label], (*around, label)) for label in missing}}
+        }
+
+    return [
+        completed(definition, (f"{definition.get('name')}@{definition.get('version')}",)) for definition in definitions
+    ]
+
+
+def _nested_problems(definition: Mapping[str, Any], nesting: int) -> list[str]:
+    nested = definition.get("workflows", {})
+    if nested and nesting >= MAX_NESTING:
+        return [f"workflows: nested more than {MAX_NESTING} deep"]
+    found = []
+    for label, inner in nested.items():
+        where = f"workflows.{label}"
+        problems = validate_definition(inner, nesting + 1)
+        found += [f"{where}.{problem}" for problem in problems]
+        if not problems and label != f"{inner['name']}@{inner['version']}":
+            found.append(f"{where}: is {inner['name']}@{inner['version']}")
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -338,4 +460,10 @@ def compile_definition(definition: str) -> Workflow:
     problems = validate_definition(value)
     if problems:
         raise DefinitionError(problems)
-    return Workflow(msgspec.convert(value, _Document), definition)
+    return pinned_definition(definition)
+
+
+@lru_cache(maxsize=1024)
+def pinned_definition(definition: str) -> Workflow:
+    """Compile a definition that a log holds: it was judged when its run began, by the rules of that time."""
+    return Workflow(msgspec.json.decode(definition, type=_Document), definition)

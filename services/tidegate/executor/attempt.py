@@ -19,10 +19,10 @@ from tidegate.executor import results
 from tidegate.failpoints import failpoint
 from tidegate.sdk import json_form
 from tidegate.sdk.app import Function
-from tidegate.sdk.binding import AGENT, Bound
+from tidegate.sdk.binding import AGENT, STEP, Bound
 from tidegate.sdk.context import Meter, StepContext, running
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
-from tidegate.sdk.plan import plan_of
+from tidegate.sdk.plan import Goto, plan_of
 
 CANCEL_GRACE_S: Final = 5.0  # how long an async function may clean up after its deadline before the answer is given
 
@@ -150,6 +150,7 @@ class Attempt:
         failpoint("executor.after-function")
         if inspect.isawaitable(value):
             raise NotJsonError("output: an awaitable; declare the function with `async def`")
+        goto = ""
         if self._call.kind == AGENT:
             plan = plan_of(value)
             if plan.cost_micros is not None:
@@ -157,6 +158,8 @@ class Attempt:
             self._meter.add_usage(plan.usage)
             text = canonical.dumps(plan.to_json())
         else:
+            if isinstance(value, Goto) and self._call.kind == STEP:
+                goto, value = value.node, value.output
             text = json_form.to_text(value)
         size = len(text.encode())
         if size > self._output_max_bytes:
@@ -164,7 +167,7 @@ class Attempt:
                 f"the output has {size} bytes as JSON, at most {self._output_max_bytes} are taken "
                 "(TIDEGATE_EXECUTOR_OUTPUT_MAX_BYTES); keep it elsewhere and return where"
             )
-        return results.succeeded(self.task, text, self._spent())
+        return results.succeeded(self.task, text, self._spent(), goto)
 
     def _from_error(self, error: BaseException) -> StepResult:
         """Return the failure that an exception means. Once the function has returned, repeating it cannot help."""

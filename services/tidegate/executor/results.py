@@ -35,11 +35,11 @@ class Spent:
 NOTHING_SPENT: Final = Spent(None, {}, 0, 0)
 
 
-def succeeded(task: StepTask, output: str, spent: Spent) -> StepResult:
-    """The function returned. Without a report it is taken to have cost what was set aside for it."""
+def succeeded(task: StepTask, output: str, spent: Spent, goto: str = "") -> StepResult:
+    """The function returned, and perhaps chose the next node. Without a report it cost what was set aside for it."""
     declared = task.call.reserve_micros if task.call is not None else 0
     cost = declared if spent.cost_micros is None else spent.cost_micros
-    return _result(task, SUCCEEDED, spent, output=output, actual_micros=cost)
+    return _result(task, SUCCEEDED, spent, output=output, actual_micros=cost, goto=goto)
 
 
 def failed(

@@ -308,6 +308,19 @@ def _step_cancelled(row: RunRow, event: ev.StepCancelled, now_ms: int) -> None:
         _end_wait(row, event.step_id)
 
 
+def _child_started(row: RunRow, event: ev.ChildStarted, now_ms: int) -> None:
+    _add_step(row, event.step_id, StepLine(states.IN_CHILD))
+
+
+def _child_ended(row: RunRow, event: ev.ChildEnded, now_ms: int) -> None:
+    has_succeeded = event.status == states.SUCCEEDED
+    row.succeeded_count += has_succeeded
+    row.failed_count += not has_succeeded
+    line = _set_step(row, event.step_id, states.SUCCEEDED if has_succeeded else states.FAILED)
+    if line is not None:
+        line.error = _cut(event.reason)
+
+
 def _cancel_requested(row: RunRow, event: ev.RunCancelRequested, now_ms: int) -> None:
     row.cancel_requested = True
 
@@ -333,6 +346,8 @@ _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
     ev.StepSucceeded: _step_succeeded,
     ev.StepFailed: _step_failed,
     ev.StepCancelled: _step_cancelled,
+    ev.ChildStarted: _child_started,
+    ev.ChildEnded: _child_ended,
     ev.RunCancelRequested: _cancel_requested,
     ev.RunFinished: _run_finished,
     ev.WaitStarted: _wait_started,

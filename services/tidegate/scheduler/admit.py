@@ -131,6 +131,7 @@ def _start(message: Message, request: StartRequest, lookup: Lookup, now_ms: int)
         tags=request.tags,
         at_ms=now_ms,
         priority=request.priority,
+        failure_mode=request.failure_mode or "",
     )
 
 

@@ -8,14 +8,15 @@ from typing import Any, Final
 from tidegate.domain import canonical, progress, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import RunCommand
-from tidegate.domain.run import RunState, StepState
-from tidegate.domain.workflow import DefinitionError, compile_definition
+from tidegate.domain.run import RunState, StepState, apply
+from tidegate.domain.workflow import FAILURE_MODES, DefinitionError, compile_definition
 from tidegate.scheduler import waits as waiting
 from tidegate.scheduler.decide import failed, next_attempt, output_problem
 
 UNKNOWN: Final = "outcome_unknown"
 AGAIN, FAIL, DONE = "again", "fail", "done"
 MAX_LISTED: Final = 20
+MAX_REASON: Final = 4_000
 
 Events = list[Any]
 
@@ -31,14 +32,17 @@ def _start(run: RunState, command: RunCommand) -> Events:
     if run.status != states.ABSENT:
         if run.content_hash == command.content_hash:
             return []  # the same request again: it is already being done
-        return [_refused(command, "duplicate_run_id", f"run {run.run_id} exists already with other content")]
+        reason = f"run {run.run_id} exists already with other content"
+        return [_refused(command, "duplicate_run_id", reason), *_told_parent(command, "duplicate_run_id", reason)]
     try:
         workflow = compile_definition(command.definition)
     except DefinitionError as error:
-        return [_run_refused(command, "invalid_definition", str(error))]
+        return _not_started(command, "invalid_definition", str(error))
     problem = workflow.input_problem(canonical.loads(command.input))
     if problem is not None:
-        return [_run_refused(command, "invalid_input", problem)]
+        return _not_started(command, "invalid_input", problem)
+    if command.failure_mode not in ("", *FAILURE_MODES):
+        return _not_started(command, "invalid", f"there is no failure mode {command.failure_mode!r}")
     started = ev.RunStarted(
         command_id=command.command_id,
         content_hash=command.content_hash,
@@ -50,8 +54,60 @@ def _start(run: RunState, command: RunCommand) -> Events:
         budget_micros=command.budget_micros,
         tags=command.tags,
         priority=command.priority,
+        failure_mode=command.failure_mode,
+        parent_run_id=command.parent_run_id,
+        parent_step_id=command.parent_step_id,
     )
-    return [started, *progress.first_steps(run.run_id, workflow, command.input)]
+    begun = RunState(run.run_id)
+    apply(begun, started, 0)
+    return [started, *progress.first_steps(begun)]
+
+
+def _not_started(command: RunCommand, code: str, reason: str) -> Events:
+    return [_run_refused(command, code, reason), *_told_parent(command, code, reason)]
+
+
+def _told_parent(command: RunCommand, code: str, reason: str) -> Events:
+    """Return what tells the run that wanted this one that it gets none; nothing if it was not a run that wanted it."""
+    if not command.parent_run_id:
+        return []
+    return [
+        ev.EndReported(
+            parent_run_id=command.parent_run_id,
+            parent_step_id=command.parent_step_id,
+            status=states.REFUSED,
+            code=code,
+            reason=reason[:MAX_REASON],
+        )
+    ]
+
+
+def _child_ended(run: RunState, command: RunCommand) -> Events:
+    """Go on with the step that another run has done, or failed to do."""
+    problem = _not_open(run, command)
+    if problem is not None:
+        return [problem]
+    step = run.steps.get(command.step_id)
+    if step is None or step.status != states.IN_CHILD:
+        return [_refused(command, "no_such_child", f"no run is awaited for step {command.step_id!r}")]
+    if command.status == states.SUCCEEDED:
+        ended = _ended_child(step, command, states.SUCCEEDED, "")
+        return [ended, *progress.after_success(run, step, command.output)]
+    reason = f"run {step.child_run_id} ended as {command.status}: {command.reason or command.code}"
+    ended = _ended_child(step, command, command.status, reason)
+    return [ended, *progress.after_failure(run, step, f"child_{command.status}", reason)]
+
+
+def _ended_child(step: StepState, command: RunCommand, status: str, reason: str) -> ev.ChildEnded:
+    return ev.ChildEnded(
+        command_id=command.command_id,
+        step_id=step.step_id,
+        child_run_id=step.child_run_id,
+        status=status,
+        output=command.output if status == states.SUCCEEDED else "",
+        code=command.code,
+        reason=reason,
+    )
 
 
 def _refuse(run: RunState, command: RunCommand) -> Events:
@@ -245,13 +301,17 @@ _COMMANDS: Final[dict[str, Callable[[RunState, RunCommand], Events]]] = {
     "signal": _signal,
     "pause": _pause,
     "resume": _resume,
+    "child_ended": _child_ended,
 }
 
 
 def on_error(run: RunState, command: RunCommand, reason: str) -> Events:
     """Return the answer to a command that could not be decided on because of a defect of ours."""
     if run.status == states.ABSENT and command.type == "start":
-        return [_run_refused(command, "internal_error", reason)]
+        return _not_started(command, "internal_error", reason)
+    step = run.steps.get(command.step_id)
+    if command.type == "child_ended" and not run.is_over and step is not None and step.status == states.IN_CHILD:
+        return [_ended_child(step, command, "internal_error", reason), *progress.broken(run, step, reason)]
     return [_refused(command, "internal_error", reason)]
 
 

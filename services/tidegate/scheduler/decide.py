@@ -255,8 +255,9 @@ def _on_success(run: RunState, step: StepState, result: StepResult) -> Events:
         incarnation=result.incarnation,
         started_ms=result.started_ms,
         finished_ms=result.finished_ms,
+        goto=result.goto,
     )
-    return [succeeded, *progress.after_success(run, step, result.output)]
+    return [succeeded, *progress.after_success(run, step, result.output, result.goto)]
 
 
 def output_problem(step: StepState, output: str) -> str | None:
@@ -378,6 +379,7 @@ def _jitter(run_id: str, step: StepState) -> float:
 def _scratch(run: RunState) -> RunState:
     other = copy.copy(run)
     other.steps = {step_id: copy.copy(step) for step_id, step in run.steps.items()}
-    other.nodes = dict(run.nodes)
+    other.nodes = {node_id: copy.copy(node) for node_id, node in run.nodes.items()}
+    other.failures = dict(run.failures)
     other.command_ids = set(run.command_ids)
     return other

@@ -13,8 +13,8 @@ import msgspec
 
 from tidegate.domain import run_events as ev
 from tidegate.domain.controls import Controls
-from tidegate.domain.progress import MAX_CALLS_BYTES
 from tidegate.domain.run import RunState
+from tidegate.domain.stop import MAX_CALLS_BYTES
 
 RUN: Final = "run"
 QUEUE: Final = "queue"

@@ -256,7 +256,7 @@ class SchedulerMachine:
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry."""
-        return tells(entry, at, self._account_partitions)
+        return tells(entry, at, self._account_partitions, self._run_partitions)
 
     def tables_loaded(self) -> None:
         """What was paused before counts as what is paused from now on."""

@@ -10,11 +10,11 @@ import msgspec
 from tidegate.domain import states
 from tidegate.domain.messages import Call
 from tidegate.domain.run import RunState, StepState
-from tidegate.domain.workflow import Workflow, compile_definition
+from tidegate.domain.workflow import Workflow, pinned_definition
 from tidegate.scheduler import waits
 
 # Counts up with every change of the fields of RunState and StepState, or of what they mean.
-SNAPSHOT_FORMAT: Final = 3
+SNAPSHOT_FORMAT: Final = 4
 
 NO_CALL: Final = Call(
     kind="", function="", queue="", arguments="", timeout_ms=0, reserve_micros=0, idempotent=True
@@ -68,7 +68,7 @@ def load(data: bytes, definitions: Mapping[str, str]) -> RunState:
     """Return the run. Raises ValueError on another format, KeyError for an unknown definition, msgspec.DecodeError."""
 
     def compiled(_: type, definition_hash: Any) -> Workflow:
-        return compile_definition(definitions[definition_hash])
+        return pinned_definition(definitions[definition_hash])
 
     return msgspec.msgpack.decode(_parts(data)[2], type=RunState, dec_hook=compiled)
 

@@ -1,4 +1,7 @@
-"""What follows from a run entry: one message to the gate, dead letters for refusals. Pure; sending again is the same call."""
+"""What follows from a run entry: one message to the gate, commands to other runs, dead letters for refusals.
+
+Pure; sending again is the same call.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from tidegate.domain import run_events as ev
+from tidegate.domain.canonical import digest
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import account_root, entry_key, partition_of, source_of
 from tidegate.domain.messages import (
@@ -17,17 +21,21 @@ from tidegate.domain.messages import (
     GateRequest,
     OpenRun,
     Release,
+    RunCommand,
     Settle,
     Void,
 )
 from tidegate.eventlog.machine import Tell
 
 GATE_REQUESTS: Final = "gate-requests"
+RUN_COMMANDS: Final = "run-commands"
+RUN_EVENTS: Final = "run-events"
 DEAD_LETTERS: Final = "dead-letters"
+MAX_REASON: Final = 4_000  # what a command may hold of one
 _UNPAID: Final = frozenset({"busy", "released", "lost"})
 
 
-def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int) -> list[Tell]:
+def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `run-events` causes, in the order in which they must be sent."""
     items = [item for event in entry.events if (item := _gate_item(event)) is not None]
     letters = [
@@ -39,6 +47,11 @@ def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int) 
         partition = partition_of(account_root(entry.account), account_partitions)
         key = entry_key(entry.subject, entry.first_seq, entry.epoch)
         found.append(Tell(GATE_REQUESTS, partition, key, request))
+    found += [
+        _command(make(entry, event, at(0)), run_partitions)
+        for event in entry.events
+        if (make := _COMMANDS.get(type(event)))
+    ]
     found += [Tell(DEAD_LETTERS, 0, letter.source, _dead_letter(entry, letter)) for letter in letters]
     return found
 
@@ -113,6 +126,81 @@ _GATE_ITEMS: Final[dict[type, Callable[[Any], GateItem | None]]] = {
     ev.ResultIgnored: _end,
     ev.StepCancelled: _void,
     ev.RunFinished: _close,
+}
+
+
+# --- to other runs ---------------------------------------------------------------
+
+
+def _command(command: RunCommand, run_partitions: int) -> Tell:
+    """Address a command. It has one id for ever: however often it is told, the run takes it once (rule 7)."""
+    partition = partition_of(command.run_id, run_partitions)
+    return Tell(RUN_COMMANDS, partition, f"{command.run_id}:{command.command_id}", command)
+
+
+def _start_child(entry: Entry, event: ev.ChildStarted, at: Position) -> RunCommand:
+    return RunCommand(
+        run_id=event.child_run_id,
+        command_id=f"start:{event.child_run_id}",
+        type="start",
+        source=_source(at),
+        content_hash=digest("\n".join((entry.subject, event.step_id, event.definition_hash, event.input))),
+        original=b"",
+        account=entry.account,
+        workflow=event.workflow,
+        definition_hash=event.definition_hash,
+        definition=event.definition,
+        input=event.input,
+        budget_micros=event.budget_micros,
+        tags=event.tags,
+        at_ms=entry.now_ms,
+        failure_mode=event.failure_mode,
+        priority=event.priority,
+        parent_run_id=entry.subject,
+        parent_step_id=event.step_id,
+    )
+
+
+def _cancel_child(entry: Entry, event: ev.ChildCancelled, at: Position) -> RunCommand:
+    return RunCommand(
+        run_id=event.child_run_id,
+        command_id=f"cancel:{event.child_run_id}",
+        type="cancel",
+        source=_source(at),
+        content_hash="",
+        original=b"",
+        by=f"run {entry.subject}",
+        reason=event.reason[:MAX_REASON],
+        at_ms=entry.now_ms,
+    )
+
+
+def _tell_parent(entry: Entry, event: ev.EndReported, at: Position) -> RunCommand:
+    output = next((other.output for other in entry.events if isinstance(other, ev.RunFinished)), "")
+    return RunCommand(
+        run_id=event.parent_run_id,
+        command_id=f"ended:{entry.subject}",
+        type="child_ended",
+        source=_source(at),
+        content_hash="",
+        original=b"",
+        step_id=event.parent_step_id,
+        status=event.status,
+        output=output,
+        code=event.code,
+        reason=event.reason[:MAX_REASON],
+        at_ms=entry.now_ms,
+    )
+
+
+def _source(at: Position) -> str:
+    return f"{RUN_EVENTS}:{at.partition}:{at.offset}"
+
+
+_COMMANDS: Final[dict[type, Callable[[Entry, Any, Position], RunCommand]]] = {
+    ev.ChildStarted: _start_child,
+    ev.ChildCancelled: _cancel_child,
+    ev.EndReported: _tell_parent,
 }
 
 

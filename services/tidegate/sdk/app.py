@@ -15,7 +15,7 @@ from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, GraphError
-from tidegate.sdk.graph import Graph
+from tidegate.sdk.graph import Graph, GraphOptions
 
 DEFAULT_QUEUE: Final = "default"
 DEFAULT_TIMEOUT_S: Final = 30.0
@@ -258,9 +258,9 @@ class App:
         """Return the name under which a function is registered here, None if it is not."""
         return self._names.get(id(call))
 
-    def graph(self, name: str, version: str = "1", *, max_steps: int = DEFAULT_MAX_STEPS) -> Graph:
-        """Begin a graph of this app."""
-        return self.add(Graph(name, version, max_steps=max_steps))
+    def graph(self, name: str, version: str = "1", **options: Unpack[GraphOptions]) -> Graph:
+        """Begin a graph of this app; see `GraphOptions`."""
+        return self.add(Graph(name, version, **options))
 
     def add(self, graph: Graph) -> Graph:
         """Make a graph belong to this app, so that it is published with it."""
@@ -280,15 +280,45 @@ class App:
             raise AppError("\n".join(found))
 
     def definition(self, graph: Graph) -> dict[str, Any]:
-        """Return the graph's definition, functions included. Raises GraphError listing all that is wrong with it."""
-        definition, problems = graph.to_definition(self._resolve)
-        definition["functions"] = self._pinned(
-            node["function"] for node in definition["nodes"].values() if "function" in node
-        )
+        """Return the graph's definition, functions and workflows included.
+
+        Raises GraphError listing all that is wrong with it.
+        """
+        definition, problems = self._definition(graph, ())
         problems += validate_definition(definition)
         if problems:
             raise GraphError(graph.label, problems)
         return definition
+
+    def _definition(self, graph: Graph, around: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+        """Return what the graph says, with its children. around: the graphs that it is a child of."""
+        if graph.label in around:
+            return {}, [
+                f"workflows.{graph.label}: {' -> '.join((*around, graph.label))}: a workflow cannot hold itself"
+            ]
+        definition, problems = graph.to_definition(self._resolve)
+        definition = self.completed(definition)
+        for label, child in graph.children.items():
+            if isinstance(child, Graph):
+                inner, more = (child.app or self)._definition(child, (*around, graph.label))
+            else:
+                inner, more = dict(child), []
+            problems += more
+            definition.setdefault("workflows", {})[label] = inner
+        return definition, problems
+
+    def completed(self, definition: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a definition with the functions of this app that its nodes name and that it does not hold itself.
+
+        A node with a function and without a kind is what its function is. So a file can say the graph alone.
+        """
+        made = dict(definition)
+        nodes = {}
+        for node_id, node in made.get("nodes", {}).items():
+            function = self._functions.get(node.get("function", "")) if isinstance(node, Mapping) else None
+            nodes[node_id] = {"kind": function.kind, **node} if function is not None else node
+        used = [node["function"] for node in nodes.values() if isinstance(node, Mapping) and "function" in node]
+        return made | {"nodes": nodes, "functions": {**self._pinned(used), **made.get("functions", {})}}
 
     def agent_definition(self, agent: str) -> dict[str, Any]:
         """Return the implicit workflow of an agent: one node, so that a run can name the agent alone.

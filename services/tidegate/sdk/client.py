@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from tidegate import codec
 from tidegate.domain import canonical
@@ -120,11 +120,12 @@ class Client:
         budget_micros: int | None = None,
         tags: Mapping[str, str] | None = None,
         priority: int | None = None,
+        failure_mode: Literal["fail_fast", "continue"] | None = None,
     ) -> str:
         """Ask for a run of a published workflow (`name`, `name@version`, a graph), or of an agent alone; return its id.
 
         The request is in the log when this returns. Asking again with the same run id and content changes nothing.
-        priority (5): from 0 to 9, more goes first among the runs of the account root.
+        priority (5): from 0 to 9, more goes first among the runs of the account root. failure_mode: instead of the workflow's.
         Raises ValueError on a bad run id or if not exactly one of workflow and agent is given, NotJsonError.
         """
         if (workflow is None) == (agent is None):
@@ -143,6 +144,7 @@ class Client:
             "budget_micros": budget_micros,
             "tags": dict(tags or {}),
             "priority": priority,
+            "failure_mode": failure_mode,
         }
         history_s = float("inf") if is_new else GIVEN_ID_HISTORY_S
         self._follower.subscribe(run_id, self._partition(run_id), history_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypedDict, Unpack
 
 import pydantic
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Reference = str | Callable[..., Any]
 Resolve = Callable[[Reference], tuple[str, str] | None]
+Join = Literal["all", "any"] | int
 
 
 class _Unset:
@@ -27,22 +28,78 @@ class _Unset:
 UNSET: Final = _Unset()
 
 
+class GraphOptions(TypedDict, total=False):
+    """What a graph may say of its runs as a whole.
+
+    max_steps (50), max_hops (50): how many steps a run may have, and how many routes it may take. failure_mode (`fail_fast`):
+    with `continue`, what does not depend on a failed node goes on. success (`all`): with `any`, such a run has succeeded if one
+    of its last nodes has. aggregate: of which last nodes the run's output is made: `latest`, `all` or `success_only`.
+    """
+
+    max_steps: int
+    max_hops: int
+    failure_mode: Literal["fail_fast", "continue"]
+    success: Literal["all", "any"]
+    aggregate: Literal["latest", "all", "success_only"]
+
+
+class NodeOptions(TypedDict, total=False):
+    """What any node may say.
+
+    input: a template. join (`all`): how many of the edges that lead to it must be taken: `all`, `any` or a number. on_failure:
+    `continue` if its failure does not count against the run, `fail` if it ends the run even where others go on.
+    """
+
+    input: Any
+    join: Join
+    on_failure: Literal["fail", "continue"]
+
+
+class MapOptions(NodeOptions, total=False):
+    """What a map may say besides.
+
+    at_once (10): how many items are worked on at a time. max_items (1000): more are refused. on_item_failure (`fail`): with
+    `continue`, a failed item does not fail the map. results (`all`): failed ones are null in the output; `success_only`: they
+    are left out.
+    """
+
+    at_once: int
+    max_items: int
+    on_item_failure: Literal["fail", "continue"]
+    results: Literal["all", "success_only"]
+
+
+class ChildOptions(NodeOptions, total=False):
+    """What a node that is a workflow may say besides. budget_micros: the most that its run may cost, if less than this one's."""
+
+    budget_micros: int
+
+
+class _Node(NamedTuple):
+    kind: str  # empty for step or agent, as the function says
+    function: Reference | None
+    fields: dict[str, Any]
+
+
 class Graph:
-    """A graph of nodes and edges, without cycles. The methods return the graph, so that calls can be chained.
+    """A graph of nodes and edges. The methods return the graph, so that calls can be chained.
 
     A node without `input` gets the run's input if nothing comes before it, the output of the one node before it, or
     an object of the outputs of the several nodes before it. A string in a template that is wholly `${ CEL }` is
-    replaced by the value of the expression over `input` and `nodes`.
+    replaced by the value of the expression over `input` and `nodes`. docs/authoring.md shows everything with examples.
     """
 
-    def __init__(self, name: str, version: str = "1", *, max_steps: int = DEFAULT_MAX_STEPS) -> None:
+    def __init__(self, name: str, version: str = "1", **options: Unpack[GraphOptions]) -> None:
         self.name = name
         self.version = version
-        self.max_steps = max_steps
+        self.max_steps = options.get("max_steps", DEFAULT_MAX_STEPS)
         self.app: App | None = None  # set when it is added to one
-        self._nodes: dict[str, tuple[Reference, Any]] = {}
+        self.children: dict[str, Graph | Mapping[str, Any]] = {}  # by `name@version`
+        self._options: dict[str, Any] = {**options, "max_steps": self.max_steps}
+        self._nodes: dict[str, _Node] = {}
         self._waits: dict[str, dict[str, Any]] = {}
-        self._edges: list[tuple[str, str]] = []
+        self._edges: list[list[str] | dict[str, str]] = []
+        self._start: list[str] = []
         self._output: Any = UNSET
         self._input_schema: Any = UNSET
         self._problems: list[str] = []
@@ -52,11 +109,48 @@ class Graph:
         """Return `name@version`."""
         return f"{self.name}@{self.version}"
 
-    def node(self, node_id: str, function: Reference, *, input: Any = UNSET) -> Graph:  # noqa: A002 - the word of the definition
-        """Add a node that runs a step or an agent, given as a registered function or by name."""
-        self._notice_twice(node_id)
-        self._nodes[node_id] = (function, input)
-        return self
+    # -- nodes ---------------------------------------------------------------
+
+    def node(
+        self, node_id: str, function: Reference, *, routes: Sequence[str] = (), **options: Unpack[NodeOptions]
+    ) -> Graph:
+        """Add a node that runs a step or an agent, given as a registered function or by name.
+
+        routes: the nodes of which it may choose one to go on with, by returning `Goto` (an agent: `Plan(goto=…)`).
+        """
+        more = {"routes": list(routes)} if routes else {}
+        return self._add(node_id, _Node("", function, {**options, **more}))
+
+    def map(self, node_id: str, function: Reference, over: str, **options: Unpack[MapOptions]) -> Graph:
+        """Add a node that runs a step or an agent for each item of the list that `over` (CEL) gives.
+
+        Its output is the list of their outputs, in the same order. In the template `input`, `item` and `index` can be used;
+        without it the item is the input.
+        """
+        return self._add(node_id, _Node("map", function, {"over": over, **options}))
+
+    def router(
+        self,
+        node_id: str,
+        choose: str,
+        *,
+        routes: Sequence[str],
+        input: Any = UNSET,  # noqa: A002 - the word of the definition
+        join: Join | None = None,
+    ) -> Graph:
+        """Add a node that goes on with the one of `routes` that `choose` (CEL) names, or with none if that is null.
+
+        It runs nothing; its output is its input, which `choose` sees as `output`.
+        """
+        fields: dict[str, Any] = {"choose": choose, "routes": list(routes)}
+        fields |= {} if input is UNSET else {"input": input}
+        return self._add(node_id, _Node("router", None, fields | ({} if join is None else {"join": join})))
+
+    def workflow(self, node_id: str, child: Graph | Mapping[str, Any], **options: Unpack[ChildOptions]) -> Graph:
+        """Add a node that is a run of another workflow: a graph of this app, or a definition. Its output is that run's."""
+        label = child.label if isinstance(child, Graph) else f"{child.get('name')}@{child.get('version')}"
+        self.children[label] = child
+        return self._add(node_id, _Node("workflow", None, {"workflow": label, **options}))
 
     def sleep(self, node_id: str, seconds: float | str, *, input: Any = UNSET, **timeout: Any) -> Graph:  # noqa: A002
         """Add a node that waits for so many seconds (or an expression) and hands on its input. `timeout`: see `ask`."""
@@ -118,9 +212,16 @@ class Graph:
         if node_id in self._nodes or node_id in self._waits:
             self._problems.append(f"nodes.{node_id}: there twice")
 
-    def edge(self, source: str, target: str) -> Graph:
-        """Make `target` wait for `source`."""
-        self._edges.append((source, target))
+    def _add(self, node_id: str, node: _Node) -> Graph:
+        self._notice_twice(node_id)
+        self._nodes[node_id] = node
+        return self
+
+    # -- edges ---------------------------------------------------------------
+
+    def edge(self, source: str, target: str, *, when: str = "") -> Graph:
+        """Make `target` wait for `source`; with `when` (CEL over `input`, `nodes` and the source's `output`) only if true."""
+        self._edges.append({"from": source, "to": target, "when": when} if when else [source, target])
         return self
 
     def chain(self, *nodes: Reference) -> Graph:
@@ -131,8 +232,15 @@ class Graph:
             if not isinstance(node, str) and node_id not in self._nodes and node_id not in self._waits:
                 self.node(node_id, node)
             ids.append(node_id)
-        self._edges.extend(itertools.pairwise(ids))
+        self._edges.extend([a, b] for a, b in itertools.pairwise(ids))
         return self
+
+    def start(self, *node_ids: str) -> Graph:
+        """Say what a run begins with, where it cannot be seen because routes lead back to it."""
+        self._start.extend(node_ids)
+        return self
+
+    # -- the whole ---------------------------------------------------------------
 
     def output(self, template: Any) -> Graph:
         """Say what the run's output is; without it, it is the output of the node(s) that nothing waits for."""
@@ -146,37 +254,45 @@ class Graph:
         return self
 
     def to_definition(self, resolve: Resolve) -> tuple[dict[str, Any], list[str]]:
-        """Return the definition without `functions`, and what is wrong with it as far as it can be seen here.
+        """Return the definition without `functions` and `workflows`, and what is wrong with it as far as it is seen here.
 
         `resolve` maps a function to its kind and name, or to None if it has none.
         """
         problems = list(self._problems)
-        nodes = {node_id: self._node(node_id, *node, resolve, problems) for node_id, node in self._nodes.items()}
+        nodes = {node_id: _to_node(node_id, node, resolve, problems) for node_id, node in self._nodes.items()}
         nodes |= self._waits
         definition: dict[str, Any] = {
             "name": self.name,
             "version": self.version,
             "nodes": nodes,
-            "edges": [list(edge) for edge in self._edges],
-            "max_steps": self.max_steps,
+            "edges": [edge.copy() for edge in self._edges],
+            **self._options,
         }
+        if self._start:
+            definition["start"] = list(self._start)
         for key, value in (("output", self._output), ("input_schema", self._input_schema)):
             if value is not UNSET:
                 definition[key] = _template(value, key, problems)
         return definition, problems
 
-    def _node(
-        self, node_id: str, function: Reference, template: Any, resolve: Resolve, problems: list[str]
-    ) -> dict[str, Any]:
-        resolved = resolve(function)
+
+def _to_node(node_id: str, node: _Node, resolve: Resolve, problems: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": node.kind}
+    if node.function is not None:
+        resolved = resolve(node.function)
         if resolved is None:
-            name = getattr(function, "__name__", repr(function))
+            name = getattr(node.function, "__name__", repr(node.function))
             problems.append(f"nodes.{node_id}: function {name!r} is not registered: decorate it with @step or @agent")
             resolved = "step", name
-        node = {"kind": resolved[0], "function": resolved[1]}
-        if template is not UNSET:
-            node["input"] = _template(template, f"nodes.{node_id}.input", problems)
-        return node
+        found = {"kind": node.kind or resolved[0], "function": resolved[1]}
+    for name, value in node.fields.items():
+        if name == "input":
+            found[name] = _template(value, f"nodes.{node_id}.input", problems)
+        elif name == "join" and isinstance(value, int):
+            found[name] = {"need": value}
+        else:
+            found[name] = value
+    return found
 
 
 def _template(value: Any, where: str, problems: list[str]) -> Any:

@@ -19,13 +19,21 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Goto:
+    """What a step or agent returns to choose the next node, one of its node's `routes`. `output` is its output as usual."""
+
+    node: str
+    output: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """An agent's answer to a State.
 
     The tool calls run in parallel, and the agent is asked again with what came out of them. Without tool calls and
     without `final=False` the plan is final: the agent's output is `output`, or `content` if that is None.
     cost_micros: what making the plan cost, in micro-dollars; None if the declared cost is to count. usage: tokens by
-    name.
+    name. goto: the node to go on with, one of the agent's `routes`; only in a final plan.
     """
 
     content: str = ""
@@ -34,16 +42,19 @@ class Plan:
     output: Any = None
     cost_micros: int | None = None
     usage: Mapping[str, int] = field(default_factory=dict)
+    goto: str = ""
 
     def __post_init__(self) -> None:
         if not all(isinstance(call, ToolCall) for call in self.tool_calls):
             raise TypeError("tool_calls must be a list of ToolCall")
         if self.final not in (None, True, False):
             raise TypeError(f"final must be True, False or None, not {self.final!r:.80}; the answer goes into `output`")
+        if self.goto and (self.final is False or (self.final is None and self.tool_calls)):
+            raise TypeError("goto is for a final plan: this one goes on")
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as it is recorded. Raises NotJsonError."""
-        return {
+        recorded = {
             "content": json_form.to_json(self.content, "content"),
             "tool_calls": [
                 {
@@ -56,10 +67,13 @@ class Plan:
             "final": self.final,
             "output": json_form.to_json(self.output),
         }
+        return recorded | {"goto": self.goto} if self.goto else recorded
 
 
 def plan_of(returned: Any) -> Plan:
     """Return what an agent function returned as a Plan: any other value is its final output."""
+    if isinstance(returned, Goto):
+        return Plan(final=True, output=returned.output, goto=returned.node)
     return returned if isinstance(returned, Plan) else Plan(final=True, output=returned)
 
 

@@ -363,8 +363,8 @@ def test_an_approval_is_no_wait_to_respond_to() -> None:
         ({"kind": "ask", "wait": {"prompt": "?", "schema": {"type": "text"}}}, "not a JSON Schema"),
         ({"kind": "ask", "wait": {"prompt": "?", "on_timeout": "value"}}, "needs `timeout_s`"),
         ({"kind": "ask", "wait": {"prompt": "?", "timeout_s": 1, "timeout_value": 1}}, "on_timeout: value"),
-        ({"kind": "step", "function": "b", "wait": {"seconds": 1}}, "does not wait"),
-        ({"kind": "step"}, "must name its `function`"),
+        ({"kind": "step", "function": "b", "wait": {"seconds": 1}}, "has no `wait`"),
+        ({"kind": "step"}, "needs `function`"),
     ],
 )
 def test_a_definition_that_cannot_wait_is_refused(node: dict[str, Any], problem: str) -> None:

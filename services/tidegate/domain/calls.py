@@ -1,0 +1,34 @@
+"""What a decision hands out: calls of functions, and the step that the decided event has moved."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tidegate.domain.messages import Call
+from tidegate.domain.workflow import Workflow
+
+
+class Changed(NamedTuple):
+    """The step that the answered event has just moved, with its new status and output."""
+
+    step_id: str
+    status: str
+    output: str
+
+
+def call_of(workflow: Workflow, function: str, arguments: str) -> Call:
+    """Return the call of a function with its pinned settings. arguments: canonical JSON."""
+    settings = workflow.function(function)
+    return Call(
+        kind=settings.kind,
+        function=function,
+        queue=settings.queue,
+        arguments=arguments,
+        timeout_ms=settings.timeout_ms,
+        reserve_micros=settings.reserve_micros,
+        idempotent=settings.idempotent,
+        provider=settings.provider,
+        model=settings.model,
+        operation=settings.operation,
+        prefer=settings.prefer,
+    )

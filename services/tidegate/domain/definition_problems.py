@@ -1,0 +1,131 @@
+"""What can be wrong with a definition's nodes, edges and expressions, beyond its shape. Each problem says where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from tidegate.domain import expressions, waits
+from tidegate.domain.routes import Form, ancestors, form_of
+
+# By kind: fields that a node must have, and further ones that it may have. All may have those of `_ANY`.
+_ANY: Final = frozenset({"kind", "input", "join"})
+_FIELDS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
+    "step": (frozenset({"function"}), frozenset({"on_failure", "routes"})),
+    "agent": (frozenset({"function"}), frozenset({"on_failure", "routes"})),
+    "map": (
+        frozenset({"function", "over"}),
+        frozenset({"on_failure", "at_once", "max_items", "on_item_failure", "results"}),
+    ),
+    "router": (frozenset({"choose", "routes"}), frozenset()),
+    **dict.fromkeys(waits.KINDS, (frozenset[str](), frozenset({"on_failure", "wait", "function"}))),  # see `waits.py`
+    "workflow": (frozenset({"workflow"}), frozenset({"on_failure", "budget_micros"})),
+}
+
+
+def node_problems(definition: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the fields of nodes."""
+    found = []
+    for node_id, node in definition["nodes"].items():
+        where, kind = f"nodes.{node_id}", node["kind"]
+        needed, allowed = _FIELDS[kind]
+        found += [f"{where}: a node of kind {kind} needs `{name}`" for name in sorted(needed - node.keys())]
+        unknown = sorted(node.keys() - needed - allowed - _ANY)
+        found += [f"{where}: a node of kind {kind} has no `{name}`" for name in unknown]
+        if kind in waits.KINDS:
+            found += waits.definition_problems(node_id, node)
+        label = node.get("workflow")
+        if label is not None and label not in definition.get("workflows", {}):
+            found.append(f"{where}: workflow {label!r} is not among the `workflows` of this definition")
+    return found
+
+
+def graph_problems(definition: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the edges and routes."""
+    nodes, edges, routes = definition["nodes"], _edges(definition), _routes(definition)
+    named = [("edges", edge) for edge in edges]
+    named += [(f"nodes.{router}.routes", (router, target)) for router, targets in routes.items() for target in targets]
+    found = [f"start: there is no node {name!r}" for name in definition.get("start", ()) if name not in nodes]
+    found += [
+        f"{where}: {a} -> {b} names an unknown node" for where, (a, b) in named if a not in nodes or b not in nodes
+    ]
+    counts = Counter(edge for _, edge in named)
+    found += [f"edges: {a} -> {b} is there twice" for (a, b), count in sorted(counts.items()) if count > 1]
+    if found:
+        return found
+    found += [
+        f"edges: {a} -> {b}: a node with routes has no other edges: add {b} to its routes"
+        for a, b in edges
+        if a in routes
+    ]
+    form, problems = form_of(nodes, edges, routes, definition.get("start", ()))
+    led_to = sorted(name for name in definition.get("start", ()) if form.predecessors[name])
+    problems += [f"start: {name} comes after {', '.join(form.predecessors[name])}" for name in led_to]
+    for node_id, node in nodes.items():
+        join = node.get("join", "all")
+        count = len(form.predecessors[node_id])
+        if isinstance(join, dict) and join["need"] > count:
+            problems.append(f"nodes.{node_id}.join: needs {join['need']} of the {count} edges that lead there")
+    return found + problems
+
+
+def binding_problems(definition: Mapping[str, Any], *, is_graph: bool) -> list[str]:
+    """Return what is wrong with the expressions: those that do not compile, and those that read what cannot be there.
+
+    is_graph: whether edges and routes are right, so that there is a before and after.
+    """
+    form = None
+    if is_graph:
+        form, _ = form_of(definition["nodes"], _edges(definition), _routes(definition), definition.get("start", ()))
+    found = []
+    for where, node_id, template in _templates(definition):
+        problems = expressions.problems(template, where)
+        if form is not None and not problems:
+            problems = [f"{where}: {problem}" for problem in _unbound(definition, form, node_id, template)]
+        found += problems
+    return found
+
+
+def _templates(definition: Mapping[str, Any]) -> Iterator[tuple[str, str | None, Any]]:
+    """Yield the place, the node after whose predecessors it is evaluated (None: after everything), and a template."""
+    for node_id, node in definition["nodes"].items():
+        yield f"nodes.{node_id}.input", node_id, node.get("input")
+        if "wait" in node:
+            yield f"nodes.{node_id}.wait", node_id, {k: v for k, v in node["wait"].items() if k != "schema"}
+        for name in ("over", "choose"):
+            if name in node:
+                yield f"nodes.{node_id}.{name}", node_id, _as_template(node[name])
+    for edge in definition.get("edges", ()):
+        if isinstance(edge, dict) and "when" in edge:
+            # A condition sees what its target will see of this way: the node it comes from, and what was before that.
+            yield f"edges.{edge['from']} -> {edge['to']}.when", edge["to"], _as_template(edge["when"])
+    yield "output", None, definition.get("output")
+
+
+def _as_template(expression: str) -> str:
+    return f"${{ {expressions.source_of(expression)} }}"
+
+
+def _unbound(definition: Mapping[str, Any], form: Form, node_id: str | None, template: Any) -> Iterator[str]:
+    read = expressions.nodes_read_by(template)
+    if not read:
+        return
+    nodes = definition["nodes"]
+    before = nodes.keys() if node_id is None else ancestors(node_id, form.predecessors)
+    for name in sorted(read - before):
+        if name in nodes:
+            yield f"reads nodes.{name}, which does not come before {node_id}"
+        else:
+            yield f"reads nodes.{name}, and there is no such node"
+
+
+def _edges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (edge["from"], edge["to"]) if isinstance(edge, dict) else (edge[0], edge[1])
+        for edge in definition.get("edges", ())
+    ]
+
+
+def _routes(definition: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {node_id: node["routes"] for node_id, node in definition["nodes"].items() if node.get("routes")}

@@ -1,0 +1,122 @@
+"""Agents: what follows from a plan, and from what its tool calls came to. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tidegate.domain import canonical, states
+from tidegate.domain import run_events as ev
+from tidegate.domain.calls import Changed, call_of
+from tidegate.domain.identity import agent_turn_step, tool_call_step
+from tidegate.domain.run import RunState, StepState
+from tidegate.domain.workflow import Workflow
+
+
+def first_turn(workflow: Workflow, node_id: str, path: str, wave: int, value: str) -> ev.StepReady:
+    """Return the step of an agent's first plan; `path` is what the step ids of this visit, or item, begin with."""
+    return _turn(workflow, node_id, path, 1, wave, value, [])
+
+
+def after_plan(run: RunState, workflow: Workflow, step: StepState, changed: Changed, plan: dict[str, Any]) -> list[Any]:
+    """Return the steps of a plan's tool calls, or the next turn if it calls none that there is."""
+    agent = workflow.document.nodes[step.node_id].function
+    tools = [
+        ev.StepReady(
+            step_id=call.step_id,
+            node_id=step.node_id,
+            wave=step.wave + 1,
+            call=call_of(workflow, call.tool, canonical.dumps(call.arguments)),
+        )
+        for call in _calls_of(workflow, agent, step.step_id, plan)
+        if call.problem is None
+    ]
+    return tools or [_next_turn(run, workflow, step.node_id, step.step_id, step.wave + 1, changed, "")]
+
+
+def after_tool(run: RunState, workflow: Workflow, step: StepState, changed: Changed, error: str = "") -> list[Any]:
+    """Return the agent's next turn if this tool call was the last one of its plan."""
+    plan_step_id = step.step_id.rpartition("/tool:")[0]
+    if any(
+        other.status not in states.STEP_TERMINAL
+        for other_id, other in run.steps.items()
+        if other_id != step.step_id and other_id.startswith(plan_step_id + "/tool:")
+    ):
+        return []
+    return [_next_turn(run, workflow, step.node_id, plan_step_id, step.wave + 1, changed, error)]
+
+
+class _PlannedCall(NamedTuple):
+    step_id: str
+    call_id: str
+    tool: str
+    arguments: Any
+    problem: str | None
+
+
+def _calls_of(workflow: Workflow, agent: str, plan_step_id: str, plan: dict[str, Any]) -> list[_PlannedCall]:
+    """Return a plan's tool calls with the step each becomes, or why it becomes none (the model is told)."""
+    allowed = workflow.function(agent).tools
+    counts: dict[str, int] = {}
+    calls = []
+    for item in plan.get("tool_calls") or ():
+        tool, arguments = str(item.get("name", "")), item.get("arguments", {})
+        counts[tool] = counts.get(tool, 0) + 1
+        if tool not in allowed:
+            problem: str | None = f"unknown tool {tool!r}; this agent may call: {', '.join(allowed) or 'none'}"
+        else:
+            problem = workflow.arguments_problem(tool, arguments)
+        step_id = tool_call_step(plan_step_id, tool, counts[tool])
+        calls.append(_PlannedCall(step_id, str(item.get("id") or ""), tool, arguments, problem))
+    return calls
+
+
+def _turn(
+    workflow: Workflow, node_id: str, path: str, turn: int, wave: int, value: str, history: list[Any]
+) -> ev.StepReady:
+    state = f'{{"history":{canonical.dumps(history)},"input":{value},"turn":{turn}}}'
+    function = workflow.document.nodes[node_id].function
+    return ev.StepReady(
+        step_id=agent_turn_step(path, turn), node_id=node_id, wave=wave, call=call_of(workflow, function, state)
+    )
+
+
+def _next_turn(
+    run: RunState, workflow: Workflow, node_id: str, plan_step_id: str, wave: int, changed: Changed, error: str
+) -> ev.StepReady:
+    """Return the step of the next plan, whose State holds what the turns so far planned and observed."""
+    path, _, turn = plan_step_id.rpartition("/")
+    state = canonical.loads(run.steps[plan_step_id].call.arguments)
+    history = [*state["history"], _observed(run, workflow, node_id, plan_step_id, changed, error)]
+    return _turn(workflow, node_id, path, int(turn) + 1, wave, canonical.dumps(state["input"]), history)
+
+
+def _observed(
+    run: RunState, workflow: Workflow, node_id: str, plan_step_id: str, changed: Changed, error: str
+) -> dict[str, Any]:
+    """Return one turn as the agent sees it later: its content, and each call with what came of it."""
+    text = changed.output if changed.step_id == plan_step_id else run.steps[plan_step_id].output
+    plan = canonical.loads(text or "{}")
+    agent = workflow.document.nodes[node_id].function
+    calls = []
+    for call in _calls_of(workflow, agent, plan_step_id, plan):
+        output, problem = _outcome(run, call, changed, error)
+        calls.append(
+            {
+                "id": call.call_id,
+                "name": call.tool,
+                "arguments": call.arguments,
+                "ok": problem is None,
+                "output": output,
+                "error": problem,
+            }
+        )
+    return {"content": plan.get("content", ""), "calls": calls}
+
+
+def _outcome(run: RunState, call: _PlannedCall, changed: Changed, error: str) -> tuple[Any, str | None]:
+    if call.problem is not None:
+        return None, call.problem
+    if call.step_id == changed.step_id:
+        return (canonical.loads(changed.output), None) if changed.status == states.SUCCEEDED else (None, error)
+    step = run.steps[call.step_id]
+    return (canonical.loads(step.output or "null"), None) if step.status == states.SUCCEEDED else (None, step.error)
