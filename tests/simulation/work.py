@@ -131,7 +131,7 @@ def _plan(rng: Random, call: Call) -> str:
     return canonical.dumps({"content": "go on", "tool_calls": calls, "final": False})
 
 
-# A limit's numbers never change here: the judge holds every holder ever seen against them.
+# A limit's numbers never change here, and none is taken away: the judge holds every holder ever seen against them.
 LIMITS: dict[str, dict[str, Any]] = {
     "steps": {"where": {"kind": "step"}, "per": ["function"], "at_once": 2},
     "accounts": {"per": ["account"], "account_level": 1, "at_once": 3},
@@ -194,11 +194,11 @@ class Work:
         self.world.write("policies", 0, name, codec.encode(row))
 
     def publish_limit(self) -> None:
-        """Put a limit in force, again perhaps, or take it out."""
+        """Put a limit in force, again perhaps."""
         name = self.rng.choice(sorted(LIMITS))
         document = canonical.dumps({"kind": "limit", "limit": name, "version": "1", **LIMITS[name]})
         row = PolicyPublished(policy_id=f"limit:{name}", version="1", document=document, by="sim", at_ms=0)
-        self.world.write("policies", 0, f"limit:{name}", None if self.rng.random() < 0.3 else codec.encode(row))
+        self.world.write("policies", 0, f"limit:{name}", codec.encode(row))
 
     # -- users ----------------------------------------------------------------------------
 
