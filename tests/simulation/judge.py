@@ -12,15 +12,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from simulation.work import RULES
+from simulation.work import BOUNDS, RULES
 from tidegate import codec
+from tidegate.audit.limits import LimitBooks
 from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain import states
 from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import Call, DeadLetter, GateDecision, GateRequest, RunCommand, StepResult, StepTask
+from tidegate.domain.messages import (
+    Call,
+    DeadLetter,
+    GateDecision,
+    GateLeases,
+    GateRequest,
+    RunCommand,
+    StepResult,
+    StepTask,
+)
 from tidegate.domain.run import RunState
 from tidegate.eventlog.interface import Message, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
@@ -43,7 +53,7 @@ if TYPE_CHECKING:
 
 AttemptKey = tuple[str, str, int]  # run, step, attempt
 RUN_EVENTS, GATE_LEDGER = "run-events", "gate-ledger"
-TELLS = {"gate-requests": RUN_EVENTS, "gate-decisions": GATE_LEDGER}
+TELLS = {"gate-requests": RUN_EVENTS, "gate-decisions": GATE_LEDGER, "gate-leases": GATE_LEDGER}
 NEVER_ENTERED = frozenset({"busy", "released", "denied"})
 OF_COMMANDS = (re.RunStarted, re.RunRefused, re.CommandRefused, re.RunCancelRequested, re.ApprovalResolved)
 
@@ -98,6 +108,7 @@ class Judge:
         self.letters: dict[tuple[str, int, int], DeadLetter] = {}
         self.rubbish: set[tuple[str, int, int]] = set()
         self.books = Books()
+        self.limits = LimitBooks(BOUNDS)
         self.effects: Counter[tuple[str, str]] = Counter()
         self.commands: dict[tuple[str, str], RunCommand] = {}
         self.sources: set[str] = set()
@@ -174,7 +185,7 @@ class Judge:
             record = codec.decode(message.value)
         except codec.DecodeError:
             return
-        if isinstance(record, GateRequest | GateDecision | StepTask):
+        if isinstance(record, GateRequest | GateDecision | GateLeases | StepTask):
             self._told(message, record)
         elif isinstance(record, DeadLetter) and topic == "dead-letters":
             self._letter(record)
@@ -198,6 +209,8 @@ class Judge:
         if part.log == GATE_LEDGER:
             problems = self.books.read(message)
             self.require(not problems, f"(5) money: {problems[0] if problems else ''}")
+            self.limits.read(message)
+            self.require(not self.limits.problems, f"limits: {self.limits.problems[:1]}")
         if isinstance(record, OwnerAnnounced):
             if record.epoch == -1:
                 part.announced_by = self.world.running
@@ -311,7 +324,7 @@ class Judge:
         if missing:
             part.untold[offset] = missing
 
-    def _told(self, message: Message, record: GateRequest | GateDecision | StepTask) -> None:
+    def _told(self, message: Message, record: GateRequest | GateDecision | GateLeases | StepTask) -> None:
         log = RUN_EVENTS if isinstance(record, GateRequest) else GATE_LEDGER
         where = f"{message.topic}-{message.partition}@{message.offset}"
         known = self.expected.get((log, record.source))
@@ -355,7 +368,7 @@ class Judge:
         else:
             self.facts[part.partition, seq] = offset
             self._ledger_event(entry, event)
-            apply_ledger(part.state, event, seq)
+            apply_ledger(part.state, event, seq, entry.now_ms)
 
     def _run_event(self, entry: Entry, event: Any) -> None:
         run_id = entry.subject
@@ -417,6 +430,8 @@ class Judge:
         self._next_policy = (name, rules)
 
     def _policy_written(self, message: Message) -> None:
+        if (message.key or b"").startswith(b"limit:"):
+            return
         assert self._next_policy is not None
         self._policies.append((message.offset, *self._next_policy))
 
@@ -528,6 +543,8 @@ class Judge:
         self._nothing_is_lost()
         problem = next(iter(self.books.open_reservations()), None)
         self.require(problem is None, f"(5) {problem} is still reserved")
+        left_over = self.limits.problems_at_rest()
+        self.require(not left_over, f"limits: {left_over[:1]}")
         for part in self.logs.values():
             if part.log == GATE_LEDGER:
                 left = [key for key, attempt in part.state.attempts.items() if attempt.status != "held"]

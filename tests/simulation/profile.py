@@ -61,6 +61,7 @@ WORK = {
     "bad_request": 0.4,
     "publish_workflow": 0.1,
     "publish_policy": 0.15,
+    "publish_limit": 0.1,
 }
 
 
@@ -71,6 +72,7 @@ def draw(rng: Random) -> Profile:
         weights[name] = weight * rng.choice((0.0, 1.0, 1.0, 3.0))
     weights["damage_snapshots"] = rng.choice((0.0, 0.0, 0.0, 0.3))
     weights["publish_policy"] *= rng.choice((0, 1, 1))
+    weights["publish_limit"] *= rng.choice((0, 1, 3))
     return Profile(
         crash=rng.choice((0.0, 0.0001, 0.0003, 0.001)),
         stop=rng.choice((0.0, 0.0001, 0.0005)),

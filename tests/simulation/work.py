@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulation.executor import Outcome
 from tidegate import codec
+from tidegate.audit.limits import Bound
 from tidegate.domain import canonical, states
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import Call, PolicyPublished, RunCommand, StepResult, StepTask, WorkflowPublished
@@ -130,6 +131,21 @@ def _plan(rng: Random, call: Call) -> str:
     return canonical.dumps({"content": "go on", "tool_calls": calls, "final": False})
 
 
+# A limit's numbers never change here, and none is taken away: the judge holds every holder ever seen against them.
+LIMITS: dict[str, dict[str, Any]] = {
+    "steps": {"where": {"kind": "step"}, "per": ["function"], "at_once": 2},
+    "accounts": {"per": ["account"], "account_level": 1, "at_once": 3},
+    "all": {"at_once": 6},
+    "workers": {"per": ["instance"], "at_once": 2},
+    "pace": {"where": {"kind": "tool"}, "rate_per_s": 5, "burst": 3},
+    "flaky": {"where": {"name": "flaky"}, "breaker": {"failures": 3, "window_s": 5, "open_s": 1}},
+}
+BOUNDS = {
+    name: Bound(fields.get("at_once"), fields.get("rate_per_s"), fields.get("burst", 1))
+    for name, fields in LIMITS.items()
+}
+
+
 class Work:
     """Users, operators and intruders. Each method writes one thing, as somebody outside would."""
 
@@ -176,6 +192,13 @@ class Work:
             self.world.judge.policy(name, tuple(chosen))
         row = PolicyPublished(policy_id=name, version=str(version), document=document, by="sim", at_ms=0)
         self.world.write("policies", 0, name, codec.encode(row))
+
+    def publish_limit(self) -> None:
+        """Put a limit in force, again perhaps."""
+        name = self.rng.choice(sorted(LIMITS))
+        document = canonical.dumps({"kind": "limit", "limit": name, "version": "1", **LIMITS[name]})
+        row = PolicyPublished(policy_id=f"limit:{name}", version="1", document=document, by="sim", at_ms=0)
+        self.world.write("policies", 0, f"limit:{name}", codec.encode(row))
 
     # -- users ----------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ def topics(run_partitions: int, account_partitions: int, task_partitions: int) -
         "gate-decisions": run_partitions,
         "step-results": run_partitions,
         "gate-requests": account_partitions,
+        "gate-leases": account_partitions,
         "gate-ledger": account_partitions,
         "run-snapshots": run_partitions,
         "gate-snapshots": account_partitions,

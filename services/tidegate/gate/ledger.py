@@ -217,7 +217,6 @@ class Ledger:
         "held_by",
         "limited",
         "lines_of",
-        "now_ms",
         "partition",
         "runs",
         "scale_out",
@@ -239,11 +238,10 @@ class Ledger:
         self.limited: dict[Name, dict[Leases, Line]] = {}
         self.lines_of: dict[Lease, dict[tuple[Name, Leases], None]] = {}
         self.waiting_count = 0
-        self.now_ms = 0
         self.asks: dict[AttemptKey, Ask] = {}
         self.ask_lines: dict[Leases, Line] = {}
         self.held: dict[Lease, int] = {}
-        self.gauges: OrderedDict[tuple[str, str], Gauge] = OrderedDict()
+        self.gauges: dict[tuple[str, str], Gauge] = {}  # the one that changed last comes last
         self.asking: dict[Name, int] = {}
         self.granted: dict[AttemptKey, int] = {}
         self.unnoticed: dict[Name, dict[AttemptKey, None]] = {}
@@ -267,8 +265,11 @@ class Ledger:
 def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0) -> None:
     """Change the ledger by its `seq`-th event. Raises KeyError on an event that its state does not allow."""
     ledger.seq = seq
-    ledger.now_ms = now_ms
-    _HANDLERS[type(event)](ledger, event)
+    handler = _HANDLERS.get(type(event))
+    if handler is not None:
+        handler(ledger, event)
+    else:
+        _TIMED_HANDLERS[type(event)](ledger, event, now_ms)
 
 
 def derive(ledger: Ledger) -> None:
@@ -350,7 +351,7 @@ def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
     attempt.rule, attempt.policy = event.rule, event.policy
 
 
-def _queued(ledger: Ledger, event: ev.AttemptQueued) -> None:
+def _queued(ledger: Ledger, event: ev.AttemptQueued, now_ms: int) -> None:
     key = _key(event)
     attempt = ledger.attempts[key]
     if attempt.status == QUEUED:  # its limits changed: it keeps its place
@@ -358,7 +359,7 @@ def _queued(ledger: Ledger, event: ev.AttemptQueued) -> None:
     else:
         attempt.status = QUEUED
         attempt.call = event.call
-        attempt.turn, attempt.queued_ms = ledger.seq, ledger.now_ms
+        attempt.turn, attempt.queued_ms = ledger.seq, now_ms
         attempt.priority = ledger.runs[event.run_id].priority
     attempt.leases, attempt.limits_version = event.leases, event.limits_version
     _join_queue(ledger, key, attempt)
@@ -509,11 +510,11 @@ def _leases_asked(ledger: Ledger, event: ev.LeasesAsked) -> None:
     _join_queue(ledger, key, attempt)
 
 
-def _leases_granted(ledger: Ledger, event: ev.LeasesGranted) -> None:
+def _leases_granted(ledger: Ledger, event: ev.LeasesGranted, now_ms: int) -> None:
     key = _key(event)
     attempt = ledger.attempts[key]
     _leave_queue(ledger, key, attempt)
-    attempt.asked, attempt.granted_ms = -1, ledger.now_ms
+    attempt.asked, attempt.granted_ms = -1, now_ms
     attempt.granted = (*attempt.granted, event.partition)
     _join_queue(ledger, key, attempt)
 
@@ -539,8 +540,8 @@ def _leases_returned(ledger: Ledger, event: ev.LeasesReturned) -> None:
 # --- leases for other partitions ---------------------------------------------------------------
 
 
-def _lease_heard(ledger: Ledger, event: ev.LeaseHeard) -> None:
-    ask = Ask(event.account, event.partition, event.priority, event.leases, ledger.now_ms, ledger.seq)
+def _lease_heard(ledger: Ledger, event: ev.LeaseHeard, now_ms: int) -> None:
+    ask = Ask(event.account, event.partition, event.priority, event.leases, now_ms, ledger.seq)
     ledger.asks[_key(event)] = ask
     _join_asks(ledger, _key(event), ask)
 
@@ -586,19 +587,18 @@ def _lease_ended(ledger: Ledger, event: ev.LeaseEnded | ev.LeaseRefused) -> None
 def _gauge(ledger: Ledger, event: Any) -> Gauge:
     """Return the gauge that the event changes, as the latest one."""
     name = (event.limit, event.key)
-    gauge = ledger.gauges.setdefault(name, Gauge(failures_ms=[]))
-    ledger.gauges.move_to_end(name)
+    gauge = ledger.gauges[name] = ledger.gauges.pop(name, None) or Gauge(failures_ms=[])
     return gauge
 
 
-def _token_taken(ledger: Ledger, event: ev.TokenTaken) -> None:
+def _token_taken(ledger: Ledger, event: ev.TokenTaken, now_ms: int) -> None:
     gauge = _gauge(ledger, event)
-    gauge.until_us, gauge.taken_us = event.until_us, ledger.now_ms * 1000
+    gauge.until_us, gauge.taken_us = event.until_us, now_ms * 1000
 
 
-def _failure_counted(ledger: Ledger, event: ev.FailureCounted) -> None:
+def _failure_counted(ledger: Ledger, event: ev.FailureCounted, now_ms: int) -> None:
     gauge = _gauge(ledger, event)
-    gauge.failures_ms = [*gauge.failures_ms, ledger.now_ms][-event.keep :]
+    gauge.failures_ms = [*gauge.failures_ms, now_ms][-event.keep :]
 
 
 def _breaker_opened(ledger: Ledger, event: ev.BreakerOpened) -> None:
@@ -615,9 +615,9 @@ def _limit_forgotten(ledger: Ledger, event: ev.LimitForgotten) -> None:
     ledger.gauges.pop((event.limit, event.key), None)
 
 
-def _scale_out_wanted(ledger: Ledger, event: ev.ScaleOutWanted) -> None:
+def _scale_out_wanted(ledger: Ledger, event: ev.ScaleOutWanted, now_ms: int) -> None:
     if event.wanted:
-        ledger.scale_out[event.queue] = ledger.now_ms
+        ledger.scale_out[event.queue] = now_ms
     else:
         ledger.scale_out.pop(event.queue, None)
 
@@ -627,7 +627,6 @@ _HANDLERS: dict[type, Any] = {
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: _refused,
     ev.ApprovalHeld: _held,
-    ev.AttemptQueued: _queued,
     ev.AttemptPlaced: _placed,
     ev.AttemptSettled: _settled,
     ev.AttemptReleased: _released,
@@ -636,16 +635,21 @@ _HANDLERS: dict[type, Any] = {
     ev.RunClosed: _closed,
     ev.AttemptThrottled: _throttled,
     ev.LeasesAsked: _leases_asked,
-    ev.LeasesGranted: _leases_granted,
     ev.LeasesReturned: _leases_returned,
-    ev.LeaseHeard: _lease_heard,
     ev.LeaseGiven: _lease_given,
     ev.LeaseRefused: _lease_ended,
     ev.LeaseEnded: _lease_ended,
-    ev.TokenTaken: _token_taken,
-    ev.FailureCounted: _failure_counted,
     ev.BreakerOpened: _breaker_opened,
     ev.BreakerClosed: _breaker_closed,
     ev.LimitForgotten: _limit_forgotten,
+}
+
+# Those to whom the time of the entry matters.
+_TIMED_HANDLERS: dict[type, Any] = {
+    ev.AttemptQueued: _queued,
+    ev.LeasesGranted: _leases_granted,
+    ev.LeaseHeard: _lease_heard,
+    ev.TokenTaken: _token_taken,
+    ev.FailureCounted: _failure_counted,
     ev.ScaleOutWanted: _scale_out_wanted,
 }

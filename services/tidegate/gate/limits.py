@@ -266,17 +266,17 @@ class LimitSet:
         return own_partition if limit.is_local else partition_of(f"{limit.limit}:{value}", self.partitions)
 
     def on_instance(self, leases: tuple[Lease, ...], instance_id: str, own_partition: int) -> tuple[Lease, ...]:
-        """Return the leases with the executor put in where they name one."""
+        """Return the leases with the executor put in where they name one; without those of limits that are gone since."""
         if not any(INSTANCE_PLACE in lease.key for lease in leases):
             return leases
         found = []
         for lease in leases:
             limit = self.get(lease.limit)
-            if INSTANCE_PLACE in lease.key and limit is not None:
+            if INSTANCE_PLACE not in lease.key:
+                found.append(lease)
+            elif limit is not None:
                 value = lease.key.replace(INSTANCE_PLACE, instance_id)
                 found.append(Lease(self._partition(limit, value, own_partition), lease.limit, value))
-            else:
-                found.append(lease)
         return tuple(sorted(found, key=lambda lease: (lease.partition, lease.limit, lease.key)))
 
 

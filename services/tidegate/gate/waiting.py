@@ -153,7 +153,7 @@ class _Round:
     def _limited(self) -> Iterable[tuple[Name, Leases]]:
         if not self.ledger.limited:
             return ()
-        with_room = self.slots.lines_with_room(self.ledger.limited)
+        with_room = sorted(self.slots.lines_with_room(self.ledger.limited))
         if not self.only_freed:
             return [(name, needs) for name in with_room for needs in self.ledger.limited[name]]
         found = {where: None for lease in self.desk.freed for where in self.ledger.lines_of.get(lease, ())}
