@@ -18,8 +18,10 @@ from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import Control
-from tidegate.domain.run import RunState
+from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.gateway import view
+from tidegate.gateway.view import RunRow
 from tidegate.scheduler import snapshots
 from tidegate.sdk.reading import ValidEntries
 
@@ -179,7 +181,9 @@ def test_whatever_happens_to_waiting_runs_the_log_holds(seed: int) -> None:
     for entry in storm.entries("gate-ledger"):
         assert_nothing_paused_is_placed(storm, entry)
     for run_id in storm.run_ids:
-        assert_the_run_kept_the_rules([entry for entry in storm.entries("run-events") if entry.subject == run_id])
+        entries = [entry for entry in storm.entries("run-events") if entry.subject == run_id]
+        assert_the_run_kept_the_rules(entries)
+        assert_the_live_view_says_what_the_fold_says(entries)
     assert max(storm.cluster.entered.values(), default=1) == 1
 
 
@@ -216,6 +220,21 @@ def assert_nothing_paused_is_placed(storm: Storm, entry: Entry) -> None:
     controls = controls_at(storm, entry.tables["controls"])
     placed = [event for event in entry.events if isinstance(event, le.AttemptPlaced)]
     assert not any(controls.is_paused(event.call.queue) for event in placed)
+
+
+def assert_the_live_view_says_what_the_fold_says(entries: list[Entry]) -> None:
+    run, row = RunState(entries[0].subject), RunRow(run_id=entries[0].subject)
+    for entry in entries:
+        for event in entry.events:
+            apply(run, event, entry.now_ms)
+            view.apply_event(row, event, entry.now_ms)
+        assert (row.status, row.paused, row.seq) == (run.status, run.paused is not None, run.seq)
+        open_waits = {} if run.is_over else {step.step_id: step.wait for step in run.open_waits()}
+        assert set(row.waits) == set(open_waits)
+        assert row.waiting_count == len(open_waits)
+        assert {step_id: line.status for step_id, line in row.steps.items()} == {
+            step_id: state.status for step_id, state in run.steps.items()
+        }
 
 
 def assert_the_run_kept_the_rules(entries: list[Entry]) -> None:

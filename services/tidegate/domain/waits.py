@@ -120,13 +120,13 @@ def definition_problems(node_id: str, node: Mapping[str, Any]) -> list[str]:
     """Return everything that is wrong with a wait node whose form `SETTINGS_SCHEMA` has checked."""
     where, kind, given = f"nodes.{node_id}", node["kind"], node.get("wait", {})
     wanted, allowed = _OF_KIND[kind]
-    found = [f"{where}.wait: a {kind} must say `{name}`" for name in sorted(wanted - given.keys())]
+    found = [f"{where}.wait: {kind} must say `{name}`" for name in sorted(wanted - given.keys())]
     foreign = sorted(given.keys() - wanted - allowed - _OF_ALL)
-    found += [f"{where}.wait.{name}: a {kind} has no such setting" for name in foreign]
+    found += [f"{where}.wait.{name}: {kind} has no such setting" for name in foreign]
     if "function" in node:
-        found.append(f"{where}: a {kind} runs no function")
+        found.append(f"{where}: {kind} runs no function")
     if "input" in node and kind not in TIMES:
-        found.append(f"{where}: a {kind} has no input: its output is what it waits for")
+        found.append(f"{where}: {kind} has no input: its output is what it waits for")
     if given.get("on_timeout") == VALUE and "timeout_s" not in given:
         found.append(f"{where}.wait.on_timeout: it needs `timeout_s`")
     if "timeout_value" in given and given.get("on_timeout") != VALUE:

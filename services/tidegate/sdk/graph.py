@@ -193,7 +193,7 @@ class Graph:
     def _wait(self, node_id: str, kind: str, timeout: dict[str, Any], value: Any, **settings: Any) -> Graph:
         self._notice_twice(node_id)
         unknown = sorted(timeout.keys() - {"timeout_s", "timeout_value"})
-        self._problems += [f"nodes.{node_id}: a {kind} has no setting {name!r}" for name in unknown]
+        self._problems += [f"nodes.{node_id}: {kind} has no setting {name!r}" for name in unknown]
         where = f"nodes.{node_id}"
         given = {
             name: _template(item, f"{where}.wait.{name}", self._problems)

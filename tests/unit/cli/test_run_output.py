@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import typer
+from rich.console import Console
 
 from tidegate.cli import addresses, run_output
 from tidegate.cli.endings import exit_code, explained
@@ -20,7 +22,7 @@ from tidegate.domain import run_events as ev
 from tidegate.domain import states
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.gateway.view import OpenApproval, RunRow, StepLine
+from tidegate.gateway.view import OpenApproval, OpenWait, RunRow, StepLine
 from tidegate.gateway.web import run_body
 from tidegate.sdk.client import Event
 from tidegate.sdk.errors import GraphError, RunNotFinishedError, RunNotFoundError
@@ -72,6 +74,10 @@ def test_an_event_is_one_line_with_what_a_person_wants_to_see() -> None:
     assert shown == "s rejected why=policy by=ann - no"
 
 
+def _signal(step_id: str) -> ev.SignalReceived:
+    return ev.SignalReceived(command_id="c", event="paid", key=None, payload="1", by="", step_id=step_id)
+
+
 def body(status: str = "running", seq: int = 1, **fields: Any) -> dict[str, Any]:
     """Return what the live view answers, as it comes out of its JSON."""
     made: dict[str, Any] = msgspec.json.decode(
@@ -101,6 +107,63 @@ def test_only_what_changed_is_told_and_everything_the_first_time() -> None:
     last = body("cancelled", 4, cancel_requested=True, code="cancelled", error="enough", spent_micros=5)
     (line,) = run_output.changes(third, last)
     assert line.plain.endswith("run r was cancelled, $0.000005 spent: cancelled: enough")
+
+
+@pytest.mark.feature("D3")
+def test_what_a_run_waits_for_is_told_with_how_to_answer_it() -> None:
+    asked = OpenWait(
+        step_id="w",
+        kind="ask",
+        prompt="Ship it?",
+        choices=["yes", "no"],
+        event="",
+        key="",
+        due_ms=0,
+        timeout_at_ms=1,
+        since_ms=0,
+    )
+    event = OpenWait(
+        step_id="e",
+        kind="wait_event",
+        prompt="",
+        choices=[],
+        event="paid",
+        key="7",
+        due_ms=0,
+        timeout_at_ms=0,
+        since_ms=0,
+    )
+    shown = body("waiting", waits={"w": asked, "e": event}, waiting_count=2, paused=True)
+    told = [line.plain for line in run_output.changes(body(), shown)]
+    assert told[0] == "  w asks: Ship it? (yes, no)"
+    assert told[1].startswith("    given up 19")
+    assert "tidegate runs respond r w --text" in told[2]
+    assert told[3] == "  e waits for event paid with key 7"
+    assert "tidegate runs signal r e" not in told[4]
+    assert "tidegate runs signal r paid --key 7" in told[4]
+    assert told[5].endswith("run r is paused")
+    assert run_output.changes(shown, shown) == []
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(run_output.run_page(shown))
+    console.print(run_output.runs_table([shown]))
+    page = console.export_text()
+    assert "waiting, paused" in page
+    assert "2 open waits, paused" in page
+
+
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        (ev.WaitEnded(step_id="w", outcome="answered", command_id="c"), "answered: w of run r"),
+        (_signal("w"), "paid: ends the wait of w"),
+        (_signal(""), "paid: kept for what will wait for it"),
+        (ev.RunPaused(command_id="c", by="", reason=""), "run r is paused"),
+        (ev.RunResumed(command_id="c", by="", reason=""), "run r goes on"),
+        (ev.RunCancelRequested(command_id="c", by="", reason=""), "run r is being cancelled"),
+    ],
+)
+def test_what_came_of_a_command_is_a_line(event: Any, says: str) -> None:
+    assert run_output.answer("r", Event(seq=1, at_ms=0, type=type(event).__name__, data=event)) == says
 
 
 def second_steps(of: dict[str, Any]) -> dict[str, StepLine]:

@@ -351,7 +351,7 @@ def test_an_approval_is_no_wait_to_respond_to() -> None:
         ({"kind": "sleep"}, "must say `seconds`"),
         ({"kind": "sleep", "wait": {"seconds": "soon"}}, "must be an expression"),
         ({"kind": "sleep", "wait": {"seconds": -1}}, "minimum"),
-        ({"kind": "sleep", "wait": {"seconds": 1, "prompt": "?"}}, "a sleep has no such setting"),
+        ({"kind": "sleep", "wait": {"seconds": 1, "prompt": "?"}}, "sleep has no such setting"),
         ({"kind": "sleep", "function": "b", "wait": {"seconds": 1}}, "runs no function"),
         ({"kind": "wait_until", "wait": {"at": "tomorrow"}}, "must be a time such as"),
         ({"kind": "wait_until", "wait": {"at": "2030-01-01T00:00:00"}}, "with its offset"),

@@ -4,6 +4,7 @@ import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 
 from tidegate import App, Client, Graph, GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError, codec
@@ -15,6 +16,7 @@ from tidegate.domain.messages import Call, WorkflowPublished
 from tidegate.domain.requests import StartRequest, parse_request
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.memory import MemoryBroker, MemoryInbox
+from tidegate.sdk.errors import NotJsonError
 from tidegate.sdk.reading import GapError
 
 PARTITIONS = 4
@@ -23,7 +25,7 @@ PARTITIONS = 4
 @pytest.fixture
 def broker():
     broker = MemoryBroker()
-    for name, count in (("run-requests", 2), ("run-events", PARTITIONS), ("workflows", 1)):
+    for name, count in (("run-requests", 2), ("run-events", PARTITIONS), ("workflows", 1), ("controls", 1)):
         broker.create_topic(name, count)
     return broker
 
@@ -286,6 +288,71 @@ def test_answers_and_cancels(broker, client):
     ]
     assert requests[0].step_id == "pay"
     assert len({r.command_id for r in requests}) == 3
+
+
+@pytest.mark.feature("D3")
+def test_answers_that_name_their_question_events_and_pauses(broker, client):
+    client.approve("run-1", "pay", attempt=2, why="policy")
+    client.respond("run-1", {"a": 1}, "ask", reason="so")
+    client.respond("run-1", None)
+    client.signal("run-1", "paid", [1], key="")
+    client.signal("run-1", "paid")
+    client.pause("run-1", reason="look")
+    client.resume("run-1")
+    requests = [parse_request(value).model_dump(exclude_none=True) for _, value in requests_in(broker)]
+    assert [{k: v for k, v in r.items() if k not in {"command_id", "run_id", "by"}} for r in requests] == [
+        {"type": "approve", "step_id": "pay", "attempt": 2, "why": "policy"},
+        {"type": "respond", "step_id": "ask", "value": {"a": 1}, "reason": "so"},
+        {"type": "respond"},
+        {"type": "signal", "event": "paid", "key": "", "payload": [1]},
+        {"type": "signal", "event": "paid"},
+        {"type": "pause", "reason": "look"},
+        {"type": "resume"},
+    ]
+    with pytest.raises(NotJsonError):
+        client.respond("run-1", object())
+
+
+@pytest.mark.feature("D4")
+def test_queues_are_paused_by_rows_of_controls(broker, client):
+    client.pause_queue("gpu", reason="hot")
+    client.pause_queue("*")
+    assert list(client.paused_queues()) == ["*", "gpu"]
+    assert (client.paused_queues()["gpu"].by, client.paused_queues()["gpu"].reason) == ("ada", "hot")
+    client.resume_queue("*")
+    assert list(client.paused_queues()) == ["gpu"]
+    with pytest.raises(ValueError, match="or \\* for everything"):
+        client.pause_queue("no name")
+
+
+WAIT = ev.WaitStarted(
+    step_id="w", node_id="w", wave=0, kind="ask", input="null", prompt="Go?", choices=("yes",), timeout_at_ms=9
+)
+
+
+@pytest.mark.feature("D3")
+def test_what_a_run_waits_for_is_shown_and_only_a_question_needs_a_human(broker, client):
+    log = Log(broker, "run-1")
+    log.announce()
+    log.append(*started(), msgspec.structs.replace(WAIT, step_id="e", kind="wait_event", event="paid", key="7"))
+    with pytest.raises(RunNotFinishedError, match="it is waiting"):
+        client.wait("run-1", 0.01)
+    log.append(WAIT)
+    run = client.wait("run-1", 1)
+    assert run.needs_human
+    assert [(w.step_id, w.kind, w.event, w.key, w.prompt, w.choices, w.timeout_at_ms) for w in run.waits] == [
+        ("e", "wait_event", "paid", "7", "Go?", ("yes",), 9),
+        ("w", "ask", "", "", "Go?", ("yes",), 9),
+    ]
+    client.respond("run-1", "yes", "w")
+    with pytest.raises(RunNotFinishedError):
+        client.wait("run-1", 0.01)  # answered, but nobody has read it yet
+    (request,) = [parse_request(value) for _, value in requests_in(broker)]
+    log.append(ev.WaitEnded(step_id="w", outcome="answered", command_id=request.command_id))
+    assert client.answer("run-1", request.command_id, 1).type == "WaitEnded"
+    log.append(ev.RunPaused(command_id="p", by="", reason=""))
+    run = client.get("run-1")
+    assert (run.needs_human, run.paused, [wait.step_id for wait in run.waits]) == (False, True, ["e"])
 
 
 # --- reading ---
