@@ -51,8 +51,9 @@ imports: $(STAMP) ## Who may know whom (import-linter)
 features: $(STAMP) ## Each row of docs/features.md with the tests that show it
 	$(BIN)/python tests/features.py
 
-manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics
+manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics, and the dashboards from their panels
 	$(BIN)/python k8s/render.py
+	$(BIN)/python -m tidegate.projection.dashboards charts/tidegate/dashboards
 
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
