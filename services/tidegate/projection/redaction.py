@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-MARK: Final = "[redacted]"
+MARK: Final = "(redacted)"
 EVERY: Final = "*"
 
 

@@ -38,6 +38,7 @@ REBUILT_VIEWS: Final = (
     "ledger",
     "decisions",
     "budgets",
+    "account_budgets",
     "spend",
     "approvals",
     "waits",

@@ -129,7 +129,7 @@ GROUP BY instance_id
 ORDER BY attempts DESC, instance_id
 LIMIT 200
 """,
-            "Attempts that ended in this time. Seconds in functions: of attempts that succeeded.",
+            "Attempts that ended in this time. Seconds in functions: of attempts whose end told their times.",
         ),
         Panel(
             "Retries",

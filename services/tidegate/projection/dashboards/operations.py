@@ -129,7 +129,7 @@ SELECT
 FROM (
     SELECT run_id, step_id, account, entered_at, left_at
     FROM ${database}.attempts
-    WHERE $__timeFilter(left_at) AND :scope
+    WHERE outcome = 'succeeded' AND $__timeFilter(left_at) AND :scope
 ) AS a
 INNER JOIN ${database}.steps AS s ON s.run_id = a.run_id AND s.step_id = a.step_id
 GROUP BY function, kind

@@ -29,9 +29,9 @@ SELECT
     multiIf(
         NOT JSONHas(f.body, 'call', 'arguments') OR (run_id, step_id) NOT IN (SELECT run_id, step_id FROM redaction_state), f.body,
         replaceOne(
-            f.body, concat('"arguments":', JSONExtractRaw(f.body, 'call', 'arguments')), '"arguments":"[redacted]"'
+            f.body, concat('"arguments":', JSONExtractRaw(f.body, 'call', 'arguments')), '"arguments":"(redacted)"'
         ) AS cut != f.body, cut,
-        '"[redacted]"'
+        '"(redacted)"'
     ) AS body
 FROM event_facts AS f FINAL;
 
@@ -43,37 +43,8 @@ SELECT
         NOT JSONHas(f.body, 'call', 'arguments') OR JSONLength(f.body, 'redact') > 0
             OR (run_id, step_id) NOT IN (SELECT run_id, step_id FROM redaction_state), f.body,
         replaceOne(
-            f.body, concat('"arguments":', JSONExtractRaw(f.body, 'call', 'arguments')), '"arguments":"[redacted]"'
+            f.body, concat('"arguments":', JSONExtractRaw(f.body, 'call', 'arguments')), '"arguments":"(redacted)"'
         ) AS cut != f.body, cut,
-        '"[redacted]"'
+        '"(redacted)"'
     ) AS body
 FROM ledger_facts AS f FINAL;
-
-CREATE OR REPLACE VIEW steps AS
-SELECT
-    s.run_id AS run_id,
-    s.step_id AS step_id,
-    s.node_id AS node_id,
-    s.wave AS wave,
-    JSONExtractString(s.call, 'kind') AS kind,
-    JSONExtractString(s.call, 'function') AS function,
-    substring(s.status, 20) AS status,
-    s.attempts AS attempts,
-    arraySum(mapValues(s.costs)) AS spent_micros,
-    s.ready_at AS ready_at,
-    s.finished_at AS finished_at,
-    s.updated_at AS updated_at,
-    if(r.is_redacted, if(r.arguments = '', '[redacted]', r.arguments), JSONExtractString(s.call, 'arguments')) AS arguments,
-    s.output AS output,
-    s.code AS code,
-    s.reason AS reason,
-    JSONExtractString(s.call, 'queue') AS queue,
-    s.account AS account,
-    JSONExtractString(s.call, 'model') AS model
-FROM step_state AS s FINAL
-LEFT ANY JOIN (
-    SELECT run_id, step_id, max(r.arguments) AS arguments, true AS is_redacted
-    FROM redaction_state AS r
-    GROUP BY run_id, step_id
-) AS r ON r.run_id = s.run_id AND r.step_id = s.step_id
-WHERE s.status != '';
