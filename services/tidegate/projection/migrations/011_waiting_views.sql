@@ -1,3 +1,5 @@
+-- The views over what 010 has added.
+
 -- One row per step of a run, waits and runs that are steps included. `kind`: step, agent, tool, wait_event, wait_until, sleep, ask,
 -- workflow.
 CREATE OR REPLACE VIEW steps AS
