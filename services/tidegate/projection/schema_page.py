@@ -22,56 +22,63 @@ HEAD: Final = """# The tables in ClickHouse
 
 <!-- Written by `python -m tidegate.projection.schema_page` from the migrations (`make docs`). Changes belong there. -->
 
-What the projection makes of the topics, for people and dashboards. Never truth: every row can be made again from the logs. Query the
-**views**: they show each thing once, whatever was inserted twice, late or in another order, and whether ClickHouse has merged or not.
-[sql-cookbook.md](sql-cookbook.md) has the questions that people ask; `tidegate sql` asks them; Grafana's dashboards are in
-`charts/tidegate/dashboards`; `tidegate top` shows the present state in a terminal.
+What the projection makes of the topics, for people and dashboards. Never truth: every row can be made again from the logs.
+Query the **views**: they show each thing once, whatever was inserted twice, late or in another order, and whether ClickHouse
+has merged or not. [sql-cookbook.md](sql-cookbook.md) has the questions that people ask; `tidegate sql` asks them; Grafana's
+dashboards are in `charts/tidegate/dashboards`; `tidegate top` shows the present state in a terminal.
 
-Units: `_micros` is millionths of a dollar, `_ms` milliseconds since 1970, times are UTC. Columns of one name mean the same everywhere.
+Units: `_micros` is millionths of a dollar, `_ms` milliseconds since 1970, times are UTC. Columns of one name mean the same
+everywhere.
 
 ## How it works
 
-- The projection writes **facts** only: a row per event of the two logs, and per record of `instances` and `dead-letters`. A fact is a
-  function of its record, its identity is the table's sorting key, and `ReplacingMergeTree` keeps one of equal ones.
-- What changes with every event (runs, steps, attempts, questions) is **merged** from facts by ClickHouse itself, in the same insert, by
-  aggregates that know neither order nor number (`max`, `min`, `maxMap`). Money is summed when it is asked for, over
-  deduplicated facts. Nothing is ever a running sum.
+- The projection writes **facts** only: a row per event of the two logs, and per record of `instances` and `dead-letters`. A
+  fact is a function of its record, its identity is the table's sorting key, and `ReplacingMergeTree` keeps one of equal ones.
+- What changes with every event (runs, steps, attempts, questions) is **merged** from facts by ClickHouse itself, in the same
+  insert, by aggregates that know neither order nor number (`max`, `min`, `maxMap`). Money is summed when it is asked for,
+  over deduplicated facts. Nothing is ever a running sum.
 - Facts lie in a partition per month. `TIDEGATE_PROJECTION_TTL_DAYS` (0: never) says after how many days rows may go from
   {aged}. It has nothing to do with the retention of the logs: a rebuild brings back what they hold.
-- Where a policy's decision says `redact`, views show `(redacted)` instead of those arguments, and the ledger's facts are stored without
-  them. The facts of the run's own events were written before the decision: on a server, grant people the views, not the
-  tables.
-- Kinds of events that this version has not heard of are in `events` and `ledger` all the same, with all their fields in `body`.
+- Where a policy's decision says `redact`, views show `(redacted)` instead of those arguments, and the ledger's facts are
+  stored without them. The facts of the run's own events were written before the decision: on a server, grant people the
+  views, not the tables.
+- Kinds of events that this version has not heard of are in `events` and `ledger` all the same, with all their fields in
+  `body`.
 
 ## Migrations
 
-Numbered SQL files in `services/tidegate/projection/migrations`, applied in order, once each, when the projection starts, on an embedded
-engine or a server alike. `schema_migrations` says which were, with the checksum of each. A database that a newer version made,
-or a migration whose text has changed since, is refused before anything is touched. A file may be begun twice
-(a crash in its middle): every statement can be applied again.
+Numbered SQL files in `services/tidegate/projection/migrations`, applied in order, once each, when the projection starts, on
+an embedded engine or a server alike. `schema_migrations` says which were, with the checksum of each. A database that a newer
+version made, or a migration whose text has changed since, is refused before anything is touched. A file may be begun twice (a
+crash in its middle): every statement can be applied again.
 
 | number | name | what |
 | --- | --- | --- |
 """
 
 DESCRIPTIONS: Final = {
-    "runs": "One row per run. A run that is not over is `waiting` while a question is open or a step waits for an event, a time or an "
+    "runs": "One row per run. A run that is not over is `waiting` while a question is open or a step waits for "
+    "an event, a time or an "
     "answer. A run id that only ever saw refused commands is no run.",
     "steps": "One row per step of a run; waits, and runs that are steps of others, included.",
     "attempts": "One row per dispatch of a step.",
     "events": "The scheduler's log: one row per event of a run, as the log has it.",
     "ledger": "The gate's log: one row per event, as the log has it.",
-    "decisions": "What the gate answered about attempts. `allow` is counted when the attempt was placed; `throttle`: a limit lets it "
+    "decisions": "What the gate answered about attempts. `allow` is counted when the attempt was placed; `throttle`: "
+    "a limit lets it "
     "wait; `pause`: a budget does; `lapse`: nobody answered in time.",
     "budgets": "One row per run: its own limit, what is set aside for it and what it has spent.",
-    "account_budgets": "Budgets of accounts, one row per bucket: a budget, an account path and a window (or a run). Money only; tokens, "
+    "account_budgets": "Budgets of accounts, one row per bucket: a budget, an account path and a window (or a run). Money "
+    "only; tokens, "
     "calls and time are in the bodies of the ledger's events.",
     "spend": "What was settled, by day, account, workflow, function, model and run.",
-    "approvals": "Questions to humans about attempts: open until somebody answers, it lapses, or its step needs no answer any more.",
+    "approvals": "Questions to humans about attempts: open until somebody answers, it lapses, or its step needs no "
+    "answer any more.",
     "waits": "What every unfinished step waits for, and since when. `resume`: its run or queue is paused; `executor`: a free slot; "
     "`function`: it runs; `run`: another run does it; `gate`: its decision.",
     "instances": "The processes that are registered: the latest line of each.",
-    "dead_letters": "What could not be used, named by where its original lies. Text for people; the exact bytes are in `original_base64`.",
+    "dead_letters": "What could not be used, named by where its original lies. Text for people; the exact bytes are in "
+    "`original_base64`.",
     "unreadable": "Records of our own topics that gave no rows: nothing is skipped silently.",
     "freshness": "How far the projection is, per topic partition: the only rows that depend on when they were written.",
 }
