@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features sim sim-mutants bench bench-compare clean
+.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features sim sim-mutants bench dataset bench-compare clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ sim-mutants: $(STAMP) ## Take the rules out of the code one by one: the simulati
 
 bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, restart, rebuild (about three minutes)
 	$(BIN)/tidegate bench
+
+dataset: $(STAMP) ## A million events of real runs, kept in DIR=.tidegate/dataset for `tidegate bench --works W6 --dataset` (EVENTS=…)
+	$(BIN)/python -m tidegate.bench.dataset $(or $(DIR),.tidegate/dataset) --events $(or $(EVENTS),1000000)
 
 bench-compare: $(STAMP) ## The same works on BASE=ref and on this tree, turn by turn, with ratios (WORKS=W1,W2 ROUNDS=3)
 	$(BIN)/python tests/benchmarks/compare.py $(BASE) --works $(or $(WORKS),W1,W2) --rounds $(or $(ROUNDS),3)
