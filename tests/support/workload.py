@@ -15,8 +15,22 @@ from tidegate.embedded import sql
 ASKED, DENIED, OPEN, REJECTED = "day-asked", "day-denied", "day-open", "day-rejected"
 STUCK, CANCELLED, TOO_DEAR, AGENT = "day-stuck", "day-cancelled", "day-dear", "day-confused-0"
 HOPELESS, CHAIN = "day-fail-0", "day-chain-0"
-# Neither of these is over: one waits for a human, the other for an executor that does not exist.
-UNFINISHED = frozenset({STUCK})
+ASKS, ANSWERED, LISTENS = "day-asks", "day-answered", "day-listens"
+# Not over: one waits for an executor that does not exist, one for an answer, one for an event (and is paused).
+UNFINISHED = frozenset({STUCK, ASKS, LISTENS})
+WAITS = [
+    {
+        "name": name,
+        "version": "1",
+        "nodes": {"w": {"kind": kind, "wait": settings}, "one": {"kind": "step", "function": "one"}},
+        "edges": [["w", "one"]],
+        "functions": {"one": {"kind": "step"}},
+    }
+    for name, kind, settings in (
+        ("asks", "ask", {"prompt": "How many?", "schema": {"type": "integer"}}),
+        ("listens", "wait_event", {"event": "paid", "key": "${ string(input) }", "timeout_s": 3600}),
+    )
+]
 ACCOUNTS = ("shop/eu", "shop/us", "lab/ml")
 RUN_BUDGET_MICROS = 150
 POLICY = """
@@ -55,8 +69,11 @@ class Day(NamedTuple):
         return [fact for fact in (*self.runs, *self.ledger) if fact.name in names]
 
     def statuses(self) -> dict[str, str]:
-        """Return the run ids that were started or refused, and how they stand; `running` stands for `waiting`, too."""
+        """Return the run ids that were started or refused, and how they stand."""
         found = {fact.run_id: "running" for fact in self.of("RunStarted")}
+        waiting = {(fact.run_id, fact.event.step_id) for fact in self.of("ApprovalRequested", "WaitStarted")}
+        waiting -= {(fact.run_id, fact.event.step_id) for fact in self.of("ApprovalResolved", "WaitEnded")}
+        found |= {run_id: "waiting" for run_id, _ in waiting}
         found |= {fact.run_id: "refused" for fact in self.of("RunRefused")}
         return found | {fact.run_id: fact.event.status for fact in self.of("RunFinished")}
 
@@ -70,12 +87,16 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
     file = folder / "day.yaml"
     file.write_text(POLICY, encoding="utf-8")
     whole.cli("policy", "apply", str(file))
+    whole.client.publish(WAITS)
     start = whole.client.start
     start("chain", 1, run_id=ASKED, account="asked/desk")
     start("chain", 1, run_id=REJECTED, account="asked/desk")
     start("chain", 1, run_id=OPEN, account="asked/desk")
     start("chain", 1, run_id=DENIED, account="asked/interns")
     start("never", None, run_id=STUCK, account="shop/eu", budget_micros=1_000)
+    start("asks", 1, run_id=ASKS, account="lab/ml")
+    start("asks", 1, run_id=ANSWERED, account="lab/ml")
+    start("listens", 7, run_id=LISTENS, account="shop/eu")
     start("wait_here", 60.0, run_id=CANCELLED, account="shop/us")
     start("dear-twice", 200, run_id=TOO_DEAR, account="lab/ml", budget_micros=RUN_BUDGET_MICROS)
     names = [start("no-such-workflow", 1, run_id="day-refused", account="shop/eu")]
@@ -91,9 +112,15 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
         whole.until(run_id, "ApprovalRequested")
         getattr(whole.client, answer)(run_id, "two", reason="I looked")
     whole.until(OPEN, "ApprovalRequested")
+    whole.until(ASKS, "WaitStarted")
+    whole.until(ANSWERED, "WaitStarted")
+    whole.client.respond(ANSWERED, 3)
+    whole.until(LISTENS, "WaitStarted")
+    whole.client.pause(LISTENS, reason="not now")
+    whole.until(LISTENS, "RunPaused")
     whole.until(CANCELLED, "AttemptDispatched")
     whole.client.cancel(CANCELLED, reason="not today")
-    for run_id in (ASKED, REJECTED, DENIED, CANCELLED, TOO_DEAR, *names):
+    for run_id in (ASKED, REJECTED, DENIED, CANCELLED, TOO_DEAR, ANSWERED, *names):
         whole.wait(run_id)
     whole.letter(letter)
     eventually(

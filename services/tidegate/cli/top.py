@@ -56,10 +56,10 @@ QUERIES: Final = {
         LIMIT 50
     """,
     "approvals": """
-        SELECT run_id, step_id, function, question, dateDiff('second', requested_at, now()) AS waits_s
-        FROM approvals
-        WHERE status = 'open'
-        ORDER BY requested_at, run_id, step_id
+        SELECT run_id, step_id, waits_for, function, detail AS question, dateDiff('second', since, now()) AS waits_s
+        FROM waits
+        WHERE waits_for IN ('approval', 'answer')
+        ORDER BY since, run_id, step_id
         LIMIT 50
     """,
     "executors": """

@@ -17,11 +17,11 @@ APPROVALS: Final = Dashboard(
             """
 SELECT
     count() AS questions,
-    if(count() = 0, 0, dateDiff('second', min(requested_at), now())) AS "oldest"
-FROM ${database}.approvals
-WHERE status = 'open' AND :scope
+    if(count() = 0, 0, dateDiff('second', min(since), now())) AS "oldest"
+FROM ${database}.waits
+WHERE waits_for IN ('approval', 'answer') AND :scope
 """,
-            "Questions that nobody has answered, whatever time is looked at.",
+            "Approvals and questions that nobody has answered, whatever time is looked at.",
             height=4,
             units={"oldest": "s"},
         ),
@@ -45,14 +45,23 @@ WHERE $__timeFilter(resolved_at) AND :scope
             TABLE,
             """
 SELECT
-    run_id, step_id, account, function, question, rule, policy, arguments,
-    dateDiff('second', requested_at, now()) AS "waits for"
-FROM ${database}.approvals
-WHERE status = 'open' AND :scope
-ORDER BY requested_at, run_id, step_id
+    w.run_id AS run_id,
+    w.step_id AS step_id,
+    w.account AS account,
+    w.waits_for AS "an",
+    w.function AS function,
+    w.detail AS question,
+    a.rule AS rule,
+    a.policy AS policy,
+    a.arguments AS arguments,
+    w.due_at AS lapses,
+    dateDiff('second', w.since, now()) AS "waits for"
+FROM (SELECT * FROM ${database}.waits WHERE waits_for IN ('approval', 'answer') AND :scope) AS w
+LEFT ANY JOIN (SELECT * FROM ${database}.approvals WHERE status = 'open') AS a ON a.run_id = w.run_id AND a.step_id = w.step_id
+ORDER BY w.since, run_id, step_id
 LIMIT 200
 """,
-            "Oldest first. `tidegate runs approve RUN STEP` or `reject` answers.",
+            "Oldest first. `tidegate runs approve RUN STEP` or `reject` answers an approval, `respond` a question.",
             width=24,
             units={"waits for": "s"},
         ),
