@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features sim sim-mutants bench bench-compare clean
+.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features sim sim-mutants bench dataset bench-compare clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -51,11 +51,13 @@ imports: $(STAMP) ## Who may know whom (import-linter)
 features: $(STAMP) ## Each row of docs/features.md with the tests that show it
 	$(BIN)/python tests/features.py
 
-manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics
+manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics, and the dashboards from their panels
 	$(BIN)/python k8s/render.py
+	$(BIN)/python -m tidegate.projection.dashboards charts/tidegate/dashboards
 
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
+	$(BIN)/python -m tidegate.projection.schema_page docs/clickhouse.md
 
 sim: $(STAMP) ## Everything on a log in memory while everything goes wrong (SEED=1 STEPS=4000 MINUTES=0)
 	PYTHONPATH=tests $(BIN)/python -m simulation --seed $(or $(SEED),1) --steps $(or $(STEPS),4000) --minutes $(or $(MINUTES),0)
@@ -65,6 +67,9 @@ sim-mutants: $(STAMP) ## Take the rules out of the code one by one: the simulati
 
 bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, restart, rebuild (about three minutes)
 	$(BIN)/tidegate bench
+
+dataset: $(STAMP) ## A million events of real runs, kept in DIR=.tidegate/dataset for `tidegate bench --works W6 --dataset` (EVENTS=…)
+	$(BIN)/python -m tidegate.bench.dataset $(or $(DIR),.tidegate/dataset) --events $(or $(EVENTS),1000000)
 
 bench-compare: $(STAMP) ## The same works on BASE=ref and on this tree, turn by turn, with ratios (WORKS=W1,W2 ROUNDS=3)
 	$(BIN)/python tests/benchmarks/compare.py $(BASE) --works $(or $(WORKS),W1,W2) --rounds $(or $(ROUNDS),3)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tidegate.projection.dashboards.boards import BOARDS
+
 LIMIT_S = 300.0
 COMMON = {"work", "load_before", "processes", "target", "met"}
 KEYS = {
@@ -62,7 +64,39 @@ def test_small_works_print_a_json_line_per_figure(tmp_path: Path) -> None:
     assert "processor seconds" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("--works", "W9"), ("--works", ""), ("--runs", "0")])
+@pytest.mark.feature("O1")
+def test_a_dataset_is_made_by_real_runs_and_rebuilt_with_all_panels_timed(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    made = _run("-m", "tidegate.bench.dataset", str(folder), "--events", "1")
+    assert made.returncode == 0, made.stderr
+    note = json.loads(made.stdout)
+    assert {path.name for path in folder.iterdir()} == {"kafka", "dataset.json"}
+    assert note["events"] > 100 * 10
+    again = _run("-m", "tidegate.bench.dataset", str(folder))
+    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+
+    done = _run("-m", "tidegate.cli", "bench", "--works", "W6", "--dataset", str(folder))
+    assert done.returncode == 0, done.stderr
+    figure = json.loads(done.stdout)
+    assert set(figure) == COMMON | KEYS["W6"] | {"panels_ms", "slowest_panel"}
+    assert (figure["events"], figure["identical_count"]) == (note["events"], True)
+    assert len(figure["panels_ms"]) == sum(len(board.all_panels) for board in BOARDS)
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--works", "W9"),
+        ("--works", ""),
+        ("--runs", "0"),
+        ("--dataset", "x"),
+        ("--works", "W6", "--dataset", "/nowhere"),
+    ],
+)
 def test_wrong_usage_starts_nothing(words: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tidegate.cli", "bench", *words],

@@ -23,11 +23,12 @@ import pytest
 
 from support.clickhouse import StandIn
 from support.logs import POLICY, Decided, LogWriter, Story, dead_letter_record, instance_record
-from support.projections import VIEWS, ProjectionProcess, SqlFailedError, Topics, ask
+from support.projections import ProjectionProcess, SqlFailedError, Topics, ask
 from tidegate.domain.states import ABSENT
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.subscription import KafkaSubscription
 from tidegate.projection.service import TOPICS
+from tidegate.projection.tables import REBUILT_VIEWS as VIEWS
 
 pytestmark = pytest.mark.timeout(300)
 OTHER_LEDGER = "wayne/labs"  # an account whose ledger is another partition than `acme` and `umbrella`
@@ -149,7 +150,11 @@ def check_money(valid: list[Decided], projection: ProjectionProcess) -> None:
             settled[event.run_id] += getattr(event, "actual_micros", 0)
         if name in names:
             decisions.append(names[name])
-    rows = by_run(projection.rows("SELECT * FROM spend"))
+    rows = by_run(projection.rows("SELECT * FROM budgets"))
+    by_function: dict[str, int] = defaultdict(int)
+    for row in projection.rows("SELECT * FROM spend"):
+        by_function[row["run_id"]] += row["settled_micros"]
+    assert {run: micros for run, micros in by_function.items() if micros} == {r: m for r, m in settled.items() if m}
     assert {run: row["reserved_micros"] for run, row in rows.items() if row["reserved_micros"]} == {
         run: micros for run, micros in reserved.items() if micros
     }

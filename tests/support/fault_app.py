@@ -298,5 +298,5 @@ def confused(state: State) -> Plan:
             ToolCall("look", {"n": "many"}, id="same"),
             ToolCall("rm_rf", {}, id=""),
         ]
-        return Plan(content="trying", tool_calls=calls)
+        return Plan(content="trying", tool_calls=calls, usage={"input_tokens": 12, "output_tokens": 3})
     return Plan(content="", final=True, output=[[call.ok, call.error] for call in state.history[0].calls])

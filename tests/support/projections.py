@@ -25,23 +25,10 @@ from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.projection.service import TOPICS
+from tidegate.projection.tables import REBUILT_VIEWS
 
 GROUP = "tidegate-projection"
 WAIT_S = 60.0
-# What a rebuild must give again; `freshness` alone depends on when it was written.
-VIEWS = (
-    "runs",
-    "steps",
-    "attempts",
-    "events",
-    "ledger",
-    "decisions",
-    "spend",
-    "approvals",
-    "instances",
-    "dead_letters",
-    "unreadable",
-)
 
 
 class SqlFailedError(AssertionError):
@@ -202,7 +189,7 @@ class ProjectionProcess:
     def contents(self, *, but_instances: bool = True) -> dict[str, str]:
         """Return everything that every view shows, in a fixed order. Processes' own lines in `instances` come and go."""
         shown = {}
-        for view in VIEWS:
+        for view in REBUILT_VIEWS:
             where = "WHERE service = 'executor'" if view == "instances" and but_instances else ""
             shown[view] = ask(self.url, f"SELECT * FROM {view} {where} ORDER BY ALL FORMAT JSONEachRow").decode()
         return shown

@@ -1,11 +1,14 @@
 """The benchmark's app: steps that do nothing, in a graph of three and in a chain of a thousand, one that waits for an executor, and
-one that sleeps."""
+one that sleeps.
+
+For the dataset, which is to look like a day of real work, there are also some that fail, and an agent.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from tidegate import App
+from tidegate import App, NonRetryable, Plan, State, ToolCall, context
 
 STEPS_OF_THREE: Final = 3
 STEPS_OF_CHAIN: Final = 1000
@@ -38,3 +41,39 @@ thousand.chain(*_CHAIN_NODES)
 
 asleep = app.graph("asleep").wait_until("w", "${ input }")
 alive = app.graph("alive").node("a", parked)
+
+
+# --- for the dataset only -------------------------------------------------------------------------------------------------
+
+
+@app.step(cost_micros=COST_MICROS, retries=3, backoff_s=0.02)
+async def shaky(value: Any) -> Any:
+    """Fail in the first attempt."""
+    if context().attempt == 1:
+        raise OSError("not yet")
+    return value
+
+
+@app.step(cost_micros=COST_MICROS)
+async def hopeless(value: Any) -> Any:
+    """Fail for good."""
+    raise NonRetryable("of no use")
+
+
+@app.tool(cost_micros=COST_MICROS)
+def look_up(number: int) -> int:
+    """Look something up."""
+    return number
+
+
+@app.agent(tools=[look_up], cost_micros=5 * COST_MICROS)
+def helper(state: State) -> Plan:
+    """Look something up, then say so."""
+    usage = {"input_tokens": 100 * state.turn, "output_tokens": 20}
+    if state.turn == 1:
+        return Plan(content="I look it up.", tool_calls=[ToolCall("look_up", {"number": 7})], usage=usage)
+    return Plan(content="It is 7.", final=True, usage=usage)
+
+
+app.graph("shaky").node("a", nothing).node("b", shaky).chain("a", "b")
+app.graph("hopeless").node("a", nothing).node("b", hopeless).chain("a", "b")

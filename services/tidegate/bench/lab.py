@@ -55,13 +55,17 @@ class BenchStack(Stack):
 class Lab:
     """Kafka, the services and one executor, started when it is entered and gone when it is left; the folder stays."""
 
-    def __init__(self, data_dir: Path, *, slots: int, say: Say, profile_dir: Path | None = None) -> None:
+    def __init__(
+        self, data_dir: Path, *, slots: int, say: Say, profile_dir: Path | None = None, with_services: bool = True
+    ) -> None:
+        """with_services: False for Kafka alone, to look at what is there."""
         self.data_dir = data_dir
         self.say = say
         self.profile_dir = profile_dir
         # The start-up cache first, so that making it does not disturb what is measured.
         self.kafka = EmbeddedKafka(data_dir / "kafka", startup_cache="before", on_progress=say)
         self._slots = slots
+        self._with_services = with_services
         self._stack: BenchStack | None = None
         self._exit = ExitStack()
         self._services = ExitStack()
@@ -75,8 +79,9 @@ class Lab:
             self.settings = KafkaSettings(bootstrap=self.kafka.bootstrap)
             self.broker = KafkaBroker(self.settings)
             self._exit.callback(self.broker.close)
-            self.start_services()
-            self._publish()
+            if self._with_services:
+                self.start_services()
+                self._publish()
         except BaseException:
             self._close()
             raise
@@ -135,18 +140,20 @@ class Lab:
 
     # -- runs ---------------------------------------------------------------
 
-    def request(self, workflow: str, value: object = None) -> tuple[str, float]:
+    def request(self, workflow: str, value: object = None, account: str = "") -> tuple[str, float]:
         """Ask for a run through `run-requests`, as any producer would; return its id and when it was asked for.
 
-        value: its input; its number if it is None.
+        workflow: `agent:NAME` for an agent alone. value: its input; its number if it is None. account: one of ACCOUNTS if it is
+        empty.
         """
         number = next(self._names)
         run_id = f"bench-{self._lot}-{number}"
+        what = {"agent": workflow.removeprefix("agent:")} if workflow.startswith("agent:") else {"workflow": workflow}
         request = {
-            "workflow": workflow,
+            **what,
             "run_id": run_id,
             "input": number if value is None else value,
-            "account": ACCOUNTS[number % len(ACCOUNTS)],
+            "account": account or ACCOUNTS[number % len(ACCOUNTS)],
             "budget_micros": BUDGET_MICROS,
         }
         value = canonical.dumps(request).encode()
@@ -165,9 +172,9 @@ class Lab:
         """Block until all that was asked for is in the log."""
         self._writer.flush(FLUSH_S)
 
-    def wait(self, run_ids: Mapping[str, float], timeout_s: float) -> dict[str, float]:
+    def wait(self, run_ids: Mapping[str, float], timeout_s: float, *, may_fail: bool = False) -> dict[str, float]:
         """See `RunWatcher.wait`."""
-        return self._run_watcher.wait(run_ids.keys(), timeout_s)
+        return self._run_watcher.wait(run_ids.keys(), timeout_s, may_fail=may_fail)
 
     # -- processes ---------------------------------------------------------------
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from tidegate.bench import pauses, sleepers
 from tidegate.bench.app import STEPS_OF_CHAIN, STEPS_OF_THREE
+from tidegate.bench.dataset import EVENT_COUNT, Note, panel_times_ms
 from tidegate.bench.lab import EXECUTOR, Lab
 from tidegate.bench.processes import Cost
 from tidegate.embedded import sql
@@ -52,7 +56,6 @@ ALIVE_COUNT: Final = (
     "AND run_id IN (SELECT run_id FROM runs WHERE workflow = 'alive')"
 )
 ASLEEP_COUNT: Final = "SELECT uniqExact(run_id) AS n FROM events WHERE type = 'WaitStarted'"
-EVENT_COUNT: Final = "SELECT (SELECT count() FROM events) + (SELECT count() FROM ledger) AS n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,6 +454,40 @@ def w6_rebuild(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
         seconds=round(caught_up_s - registered_s, 2),
         seconds_with_start=round(caught_up_s - began_s, 2),
         events_per_s=round(events / (caught_up_s - registered_s)),
+    )
+
+
+def w6_dataset(lab: Lab, note: Note) -> Iterable[Figure]:
+    """What a dataset holds, projected from offset 0 into an empty ClickHouse; then every panel of the dashboards on it.
+
+    The lab has Kafka alone, and the dataset's folder is left as it was but for a consumer group.
+    """
+    ends = sql.log_ends(lab.broker)
+    with tempfile.TemporaryDirectory(prefix="tidegate-rebuild-") as folder:
+        lab.say(f"W6: a projection of {note.events:,} events from offset 0")
+        load = _load()
+        try:
+            with lab.meter() as meter:
+                began_s = time.monotonic()
+                lab.start_projection(Path(folder), f"bench-rebuild-{uuid.uuid4().hex[:8]}")
+                registered_s = time.monotonic()
+                caught_up_s = sql.wait_caught_up(Path(folder), ends, TIMEOUT_S)
+            events = int(sql.query(Path(folder), EVENT_COUNT)[0]["n"])
+            lab.say("W6: every panel of the dashboards")
+            panels_ms = panel_times_ms(Path(folder), note)
+        finally:
+            lab.stop_services()
+    yield _figure(
+        "W6",
+        load,
+        meter.costs(),
+        events=events,
+        identical_count=events == note.events,
+        seconds=round(caught_up_s - registered_s, 2),
+        seconds_with_start=round(caught_up_s - began_s, 2),
+        events_per_s=round(events / (caught_up_s - registered_s)),
+        panels_ms=panels_ms,
+        slowest_panel=max(panels_ms, key=lambda name: panels_ms[name]),
     )
 
 

@@ -22,6 +22,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "pause": ("tidegate.cli.controls:pause_app", "Pause a queue, everything, or a run; list what is paused."),
     "resume": ("tidegate.cli.controls:resume_app", "Resume a queue, everything, or a run."),
     "sql": ("tidegate.cli.sql:app", "Query the ClickHouse projections."),
+    "top": ("tidegate.cli.top:app", "Watch runs, money, questions and executors in the terminal."),
     "workflow": ("tidegate.cli.workflow:app", "Publish, list and show workflow definitions."),
     "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
     "instances": ("tidegate.cli.registry:instances_app", "List the processes that are registered, and their slots."),

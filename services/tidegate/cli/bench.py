@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 
 from tidegate.bench import report
+from tidegate.bench.dataset import Note, read_note
 from tidegate.bench.lab import DEFAULT_SLOTS, Lab, say_on_stderr
 from tidegate.bench.profiled import summary
 from tidegate.bench.watcher import RunFailedError
-from tidegate.bench.works import STANDARD, WORKS, Sizes, run_works
+from tidegate.bench.works import STANDARD, WORKS, Sizes, run_works, w6_dataset
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import StackError
 from tidegate.eventlog.interface import EventLogError
@@ -33,6 +34,12 @@ def bench(
     profile: Annotated[
         Path | None, typer.Option(help="Run the services under cProfile and write the profiles to this folder.")
     ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            help="With W6 alone: rebuild from this folder, which `make dataset` made, and time every dashboard panel."
+        ),
+    ] = None,
 ) -> None:
     """Measure throughput, latency, recovery and rebuild, with everything on one machine and nothing switched off.
 
@@ -40,11 +47,13 @@ def bench(
     measured; a target that is missed is shown and changes nothing.
     """
     names = _works(works)
+    note = None if dataset is None else _dataset(dataset, names)
     folder = Path(tempfile.mkdtemp(prefix="tidegate-bench-"))
     figures: list[report.Figure] = []
     try:
-        with Lab(folder, slots=slots, say=say_on_stderr, profile_dir=profile) as lab:
-            for figure in run_works(lab, names, Sizes.of(runs)):
+        home = folder if dataset is None else dataset.absolute()
+        with Lab(home, slots=slots, say=say_on_stderr, profile_dir=profile, with_services=note is None) as lab:
+            for figure in run_works(lab, names, Sizes.of(runs)) if note is None else w6_dataset(lab, note):
                 figures.append(figure)
                 typer.echo(report.json_line(figure))
                 if out is not None:
@@ -59,6 +68,17 @@ def bench(
     if profile is not None:
         (profile / "summary.txt").write_text(summary(profile), encoding="utf-8")
         typer.echo(f"profiles and their summary: {profile}", err=True)
+
+
+def _dataset(folder: Path, names: list[str]) -> Note:
+    if names != ["W6"]:
+        raise typer.BadParameter("a dataset is for `--works W6` alone", param_hint="--dataset")
+    try:
+        return read_note(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise typer.BadParameter(
+            f"{folder} holds no dataset ({error}): `make dataset` makes one", param_hint="--dataset"
+        ) from None
 
 
 def _works(text: str) -> list[str]:

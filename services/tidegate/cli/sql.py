@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import urllib.error
-import urllib.request
-from typing import Annotated, Any, Final, NamedTuple
-from urllib.parse import urlencode
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.cli.addresses import AddressError, address_file, read_address
+from tidegate.cli.sql_endpoint import URL_VARIABLE, SqlError, ask, find
 
-URL_VARIABLE: Final = "TIDEGATE_SQL_URL"
-ADDRESS_FILE: Final = "sql.json"
 TABLE_FORMAT: Final = "JSONCompact"
-ANSWER_TIMEOUT_S: Final = 120.0
 
 app = typer.Typer(help="Query the ClickHouse projections.", pretty_exceptions_show_locals=False)
-
-
-class _Address(NamedTuple):
-    url: str
-    database: str
-    source: str
-
-
-class _SqlError(RuntimeError):
-    """What to tell the user; no traceback helps."""
 
 
 @app.command()
@@ -48,13 +31,13 @@ def sql(
     ] = "",
     url: Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, help="Where SQL is served.")] = "",
 ) -> None:
-    """Run a query and print its result. Tables: runs, steps, attempts, events, ledger, decisions, spend, approvals, instances,
-    dead_letters, freshness, unreadable."""
+    """Run a query and print its result. Tables: runs, steps, attempts, events, ledger, decisions, budgets, spend, approvals, waits,
+    instances, dead_letters, freshness, unreadable."""
     try:
         text = sys.stdin.read() if query == "-" else query
-        address = _find(url)
-        answered_format, body = _ask(address, text, format_name or TABLE_FORMAT)
-    except _SqlError as error:
+        address = find(url)
+        answered_format, body = ask(address, text, format_name or TABLE_FORMAT)
+    except SqlError as error:
         typer.echo(f"tidegate sql: {error}", err=True)
         raise typer.Exit(1) from None
     if answered_format == TABLE_FORMAT and not format_name:
@@ -62,50 +45,6 @@ def sql(
     else:
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
-
-
-def _find(url: str) -> _Address:
-    """Return where to ask: what was said, a ClickHouse server that the projection fills, or what the projection wrote down."""
-    database = os.environ.get("TIDEGATE_CLICKHOUSE_DATABASE", "tidegate")
-    if url:
-        return _Address(url, database, URL_VARIABLE)
-    server = os.environ.get("TIDEGATE_CLICKHOUSE_URL", "")
-    if server.startswith(("http://", "https://")):
-        return _Address(server, database, "TIDEGATE_CLICKHOUSE_URL")
-    file = address_file(ADDRESS_FILE)
-    try:
-        found = read_address(file, "projection")
-        return _Address(found["url"], str(found.get("database", database)), str(file))
-    except AddressError as error:
-        raise _SqlError(
-            f"{error}. Start `tidegate dev`, or say where SQL is served with --url or {URL_VARIABLE}."
-        ) from None
-
-
-def _ask(address: _Address, query: str, default_format: str) -> tuple[str, bytes]:
-    """Return the format of the answer and the answer. Raises _SqlError."""
-    parameters = urlencode({"database": address.database, "default_format": default_format})
-    request = urllib.request.Request(  # noqa: S310 - the address is the user's own
-        f"{address.url.rstrip('/')}/?{parameters}", data=query.encode("utf-8", "replace"), headers=_credentials()
-    )
-    if not request.full_url.startswith(("http://", "https://")):
-        raise _SqlError(f"{address.url} ({address.source}) is no http:// address")
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:  # noqa: S310 - checked above
-            return response.headers.get("X-ClickHouse-Format", default_format), response.read()
-    except urllib.error.HTTPError as error:
-        raise _SqlError(error.read().decode("utf-8", "replace").strip() or str(error)) from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise _SqlError(
-            f"nothing answers at {address.url} (from {address.source}): {reason}. Is the projection running?"
-        ) from None
-
-
-def _credentials() -> dict[str, str]:
-    user = os.environ.get("TIDEGATE_CLICKHOUSE_USER")
-    password = os.environ.get("TIDEGATE_CLICKHOUSE_PASSWORD", "")
-    return {"X-ClickHouse-User": user, "X-ClickHouse-Key": password} if user else {}
 
 
 def _print_table(answer: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.eventlog.interface import Message
+from tidegate.projection.redaction import redact_call
 
 Row = tuple[Any, ...]
 Fields = dict[str, Any]
@@ -136,7 +137,7 @@ def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) 
 
 
 def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
-    """Append one row per event of a valid `LedgerEntry`."""
+    """Append one row per event of a valid `LedgerEntry`, without what a decision wants redacted."""
     epoch, at_ms, cause = entry["epoch"], _moment(entry["now_ms"]), entry["cause"]
     seq: int = entry["first_seq"]
     for name, event in entry["events"]:
@@ -158,7 +159,7 @@ def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: in
                 get("actual_micros", 0),
                 get("overshoot_micros", 0),
                 cause,
-                _json(event).decode(),
+                _json(redact_call(event) if "redact" in event else event).decode(),
             )
         )
         seq += 1

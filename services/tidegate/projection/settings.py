@@ -43,6 +43,13 @@ class ProjectionSettings(BaseSettings):
     projection_batch_bytes: int = Field(
         default=64 * 1024 * 1024, ge=1, description="Bytes of records whose rows are inserted together at most."
     )
+    projection_ttl_days: int = Field(
+        default=0,
+        ge=0,
+        le=36_500,
+        description="After how many days ClickHouse may forget runs, decisions and money; 0: never. The logs have retention of "
+        "their own, and a rebuild brings back what they still hold.",
+    )
     projection_sql_host: str = Field(
         default="127.0.0.1", description="Where read-only SQL is served when ClickHouse is embedded."
     )

@@ -13,6 +13,7 @@ from tidegate.failpoints import failpoint
 from tidegate.projection.migrations import pending
 from tidegate.projection.rows import COLUMNS, FRESHNESS, INSERT_FORMAT, Row, encode
 from tidegate.projection.settings import ProjectionSettings
+from tidegate.projection.tables import AGED_BY
 
 CONNECT_TIMEOUT_S: Final = 5
 ANSWER_TIMEOUT_S: Final = 120
@@ -50,6 +51,7 @@ class Store:
         store = cls(client, _ONE_THREAD if settings.embedded_path else None)
         try:
             store._migrate(settings.clickhouse_database)
+            store._age(settings.projection_ttl_days)
         except BaseException:
             store.close()
             raise
@@ -70,6 +72,21 @@ class Store:
                 f"{migration.version}, '{migration.name}', '{migration.checksum}', now64(3)"
             )
             _log.info("migration applied", version=migration.version, name=migration.name)
+
+    def _age(self, days: int) -> None:
+        """Have rows forgotten after so many days, 0 for never. Changes nothing where that is so already: a change is a rewrite."""
+        now = dict(
+            self.rows(
+                "SELECT name, extract(engine_full, 'TTL .*toIntervalDay\\\\((\\\\d+)\\\\)') FROM system.tables "
+                "WHERE database = currentDatabase()"
+            )
+        )
+        for table, moment in AGED_BY.items():
+            if now.get(table, "") == (str(days) if days else ""):
+                continue
+            ttl = f"MODIFY TTL toDateTime({moment}) + toIntervalDay({days})" if days else "REMOVE TTL"
+            self._command(f"ALTER TABLE {table} {ttl}")
+            _log.info("rows are kept", table=table, days=days or "for ever")
 
     def insert(self, tables: Mapping[str, list[Row]]) -> None:
         """Insert rows into their tables, `freshness` last, so that it never promises what is not there. Blocks.

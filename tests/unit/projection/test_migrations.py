@@ -1,8 +1,15 @@
-"""Migrations: numbered, applied once, never changed."""
+"""Migrations: numbered, applied once, never changed; and what they make in the real engine."""
+
+import re
+from pathlib import Path
 
 import pytest
 
+from tidegate.projection import migrations as module
 from tidegate.projection.migrations import MigrationError, migrations, pending
+from tidegate.projection.settings import ProjectionSettings
+from tidegate.projection.store import Store
+from tidegate.projection.tables import AGED_BY, FACTS, MERGED, MIGRATIONS, TABLES, VIEWS
 
 
 def test_they_are_numbered_from_one_without_gaps_and_named() -> None:
@@ -12,11 +19,18 @@ def test_they_are_numbered_from_one_without_gaps_and_named() -> None:
     assert all(migration.name and migration.statements for migration in found)
 
 
+AGAIN = re.compile(
+    r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW "
+    r"|ALTER TABLE \w+ (ADD COLUMN IF NOT EXISTS|MODIFY QUERY) "
+    # Facts, into the table that they are in: the same rows, twice.
+    r"|INSERT INTO (event|ledger)_facts \((?:.|\n)*\nFROM \3_facts FINAL\n"
+)
+
+
 def test_every_statement_can_be_applied_again_after_a_crash_in_the_middle() -> None:
     for migration in migrations():
         for statement in migration.statements:
-            assert statement.startswith("CREATE"), statement
-            assert "IF NOT EXISTS" in statement.splitlines()[0], statement
+            assert AGAIN.match(statement), statement
 
 
 def test_all_are_pending_in_an_empty_database_and_none_after_all_are_applied() -> None:
@@ -40,3 +54,83 @@ def test_a_migration_of_a_newer_version_is_refused() -> None:
 def test_a_changed_migration_is_refused() -> None:
     with pytest.raises(MigrationError, match="other content"):
         pending({1: "abc"})
+
+
+def open_store(folder: Path, **settings: int) -> Store:
+    return Store.open(ProjectionSettings(clickhouse_url=f"chdb://{folder}", **settings))
+
+
+def made(store: Store) -> dict[str, str]:
+    """Return what there is, by name."""
+    return dict(store.rows("SELECT name, engine FROM system.tables WHERE database = currentDatabase()"))
+
+
+def ttl_days(store: Store) -> dict[str, str]:
+    query = "SELECT name, extract(engine_full, 'toIntervalDay.([0-9]+)') FROM system.tables WHERE database = currentDatabase()"
+    return {name: days for name, days in store.rows(query) if days}
+
+
+def test_the_list_of_tables_is_what_the_migrations_make(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    try:
+        engines = made(store)
+        assert {name for name, engine in engines.items() if engine.endswith("MergeTree")} == {*TABLES, MIGRATIONS}
+        assert {name for name, engine in engines.items() if engine == "View"} == set(VIEWS)
+        sources = {merged.by: (merged.table, merged.source) for merged in MERGED}
+        assert {name for name, engine in engines.items() if engine == "MaterializedView"} == set(sources)
+        for name, (table, source) in sources.items():
+            ((text,),) = store.rows(f"SELECT create_table_query FROM system.tables WHERE name = '{name}'")
+            assert f".{table} " in text
+            assert f"FROM tidegate.{source}" in text
+        assert not any("Summing" in engine for engine in engines.values()), "a sum counts twice what comes twice"
+    finally:
+        store.close()
+
+
+@pytest.mark.feature("O1")
+def test_an_older_installation_is_brought_up_to_date_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = migrations()
+    monkeypatch.setattr(module, "migrations", lambda: everything[:7])
+    store = open_store(tmp_path)
+    store._command(
+        "INSERT INTO event_facts (run_id, seq, at, type, body) SELECT 'old', 1, now64(3), 'RunStarted', '{}'"
+    )
+    before = store.rows("SELECT run_id, status, last_seq FROM runs")
+    store.close()
+    monkeypatch.undo()
+
+    store = open_store(tmp_path)
+    try:
+        assert store.rows("SELECT run_id, status, last_seq FROM runs") == before != []
+        assert [row[0] for row in store.rows("SELECT version FROM schema_migrations FINAL ORDER BY version")] == [
+            migration.version for migration in everything
+        ]
+        assert {*FACTS, *VIEWS} <= made(store).keys()
+    finally:
+        store.close()
+
+
+def test_rows_are_kept_for_as_long_as_the_setting_says_whatever_it_said_before(tmp_path: Path) -> None:
+    for days in (0, 90, 90, 30, 0):
+        store = open_store(tmp_path, projection_ttl_days=days)
+        try:
+            assert ttl_days(store) == (dict.fromkeys(AGED_BY, str(days)) if days else {})
+        finally:
+            store.close()
+
+
+def test_rows_older_than_that_go_and_the_others_stay(tmp_path: Path) -> None:
+    store = open_store(tmp_path, projection_ttl_days=30)
+    try:
+        for run_id, age_days in (("old", 40), ("new", 20)):
+            store._command(
+                "INSERT INTO event_facts (run_id, seq, at, type, body) "
+                f"SELECT '{run_id}', 1, now64(3) - INTERVAL {age_days} DAY, 'RunStarted', '{{}}'"
+            )
+        for table in TABLES:
+            store._command(f"OPTIMIZE TABLE {table} FINAL")
+        assert store.rows("SELECT run_id FROM events") == store.rows("SELECT run_id FROM runs") == [("new",)]
+    finally:
+        store.close()

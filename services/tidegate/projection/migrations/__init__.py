@@ -14,6 +14,7 @@ class Migration(NamedTuple):
     name: str
     statements: tuple[str, ...]
     checksum: str
+    text: str
 
 
 class MigrationError(RuntimeError):
@@ -28,7 +29,7 @@ def migrations() -> list[Migration]:
             continue
         text = file.read_text(encoding="utf-8")
         number, _, name = file.name.removesuffix(".sql").partition("_")
-        found.append(Migration(int(number), name, _statements(text), hashlib.sha256(text.encode()).hexdigest()))
+        found.append(Migration(int(number), name, _statements(text), hashlib.sha256(text.encode()).hexdigest(), text))
     found.sort()
     if [migration.version for migration in found] != list(range(1, len(found) + 1)):
         raise MigrationError(f"migrations must be numbered from 1 without gaps: {[m.version for m in found]}")
