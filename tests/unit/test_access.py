@@ -142,9 +142,9 @@ def test_secrets_come_from_files_which_are_read_anew(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("hunter2\n")
     settings = scram(sasl_password_file=file)
-    assert settings.client_config()["sasl.password"] == "hunter2"  # noqa: S105 - a test's
+    assert settings.client_config()["sasl.password"] == "hunter2"
     file.write_text("hunter3")
-    assert settings.client_config()["sasl.password"] == "hunter3"  # noqa: S105
+    assert settings.client_config()["sasl.password"] == "hunter3"
     assert "hunter" not in repr(settings)
     assert "hunter" not in repr(settings.credentials())
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -128,6 +129,17 @@ class EmbeddedKafka:
         Raises EmbeddedKafkaError, whose message says what failed, what was logged last and what can be done.
         """
         self._start(choose_port)
+
+    def fetch(self) -> None:
+        """Have everything in the cache that a first start fetches or computes there, so that later it can be read-only.
+
+        Blocks for a download and for one run of Kafka's formatting tool. Raises EmbeddedKafkaError.
+        """
+        java = self._prepare()
+        with tempfile.TemporaryDirectory() as folder:
+            files = BrokerFiles(Path(folder))
+            files.write_config(plain_listeners(LOOPBACK, LOOPBACK, 9092, 9093), 9093, {})
+            format_if_needed(java, files, self._checkpoint_path)
 
     def stop(self) -> None:
         """Shut the broker down in order, or kill it after a bound. Blocks until it is gone. Idempotent."""

@@ -742,7 +742,7 @@ def _connection(settings: KafkaSettings) -> dict[str, Any]:
 
 
 def make_consumer(settings: KafkaSettings, config: Mapping[str, Any]) -> Consumer:
-    """Return a consumer that logs as we do and takes up a new password. Raises SecretFileError."""
+    """Return a consumer that logs as we do and fails when its password was replaced. Raises SecretFileError."""
     if not settings.has_credential_files:
         return Consumer(dict(config), logger=_client_log)
     return RenewingConsumer(dict(config), Renewal(settings, _log_trouble), logger=_client_log)

@@ -53,8 +53,8 @@ class KafkaSettings(BaseSettings):
     sasl_password: SecretStr | None = Field(default=None, description="Password, for PLAIN and SCRAM.")
     sasl_password_file: Path | None = Field(
         default=None,
-        description="File that holds the password, instead of it. Read again when the brokers refuse what it held, so "
-        "that a password is replaced without a restart.",
+        description="File that holds the password, instead of it. Looked at again when the brokers refuse what it held: if "
+        "it was replaced, the process ends, to be started with the new one.",
     )
     sasl_oauthbearer_token_endpoint_url: str | None = Field(
         default=None, description="Token endpoint, for OAUTHBEARER (OpenID Connect client credentials)."
