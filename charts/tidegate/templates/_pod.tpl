@@ -52,6 +52,9 @@ Argument: dict root, component, args (of the command `tidegate`), and optionally
   role       whose Kafka credentials it has: a key of `kafka.secrets`, or the name of an existing secret as `secret`
   data       name of the volume to be mounted at /var/lib/tidegate
   volumes    list of volumes besides /tmp
+  httpName   that port's name, if not `http`
+  tool       true for what is not one of our services: it has no health endpoint, and is ready when its port answers
+  noSecret   true for a pod that gets no Kafka credentials
   once       true for a pod that ends by itself
 */}}
 {{- define "tidegate.pod" -}}
@@ -121,7 +124,7 @@ containers:
       {{- end }}
     {{- end }}
     {{- $isService := not (or .once .tool) }}
-    {{- if or .http $isService }}
+    {{- if or .http (and $isService $values.health.enabled) }}
     ports:
       {{- with .http }}
       - name: {{ $.httpName | default "http" }}
@@ -131,6 +134,11 @@ containers:
       - name: health
         containerPort: {{ $values.health.port | int }}
       {{- end }}
+    {{- end }}
+    {{- if .tool }}
+    readinessProbe:
+      tcpSocket: {port: {{ .httpName }}}
+      periodSeconds: 2
     {{- end }}
     {{- if and $isService $values.health.enabled }}
     # A process that waits for its broker lives. Only a loop that hangs is a reason to kill it; that its state is not
