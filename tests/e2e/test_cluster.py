@@ -133,6 +133,7 @@ def test_a_node_is_drained(cluster: Cluster, load: Load, sql: Sql) -> None:
 def test_uninstall_and_install_again(cluster: Cluster, bootstrap: str, load: Load, sql: Sql) -> None:
     with disturbance("uninstall and install again", load, sql):
         cluster.uninstall()
+        cluster.kubectl("wait --for=delete pod --selector app.kubernetes.io/name=tidegate --timeout=2m")
         left = cluster.kubectl("get pods,statefulsets,services -o name --selector app.kubernetes.io/name=tidegate")
         assert left == ""
         cluster.install(values_of(bootstrap))
