@@ -57,8 +57,9 @@ def model_problems(value: Any, model: Any, path: str) -> Iterator[str]:
         else:
             yield from problems(item, model.openapi_types[names[key]], f"{path}.{key}")
     for name, field in model.model_fields.items():
-        if field.is_required() and (field.alias or name) not in value:
-            yield f"{path}.{field.alias or name}: is missing"
+        json_name = model.attribute_map.get(name, name)
+        if field.is_required() and json_name not in value:
+            yield f"{path}.{json_name}: is missing"
 
 
 @pytest.mark.feature("K1")
