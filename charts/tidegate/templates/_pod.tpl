@@ -48,9 +48,13 @@ Argument: dict root, component, args (of the command `tidegate`), and optionally
   grace      seconds, instead of the service's terminationGracePeriodSeconds
   stateful   true for a pod of a StatefulSet
   variables  list of entries for the container's environment
-  http       port of an HTTP server with /health (the process lives) and /ready (its state is restored)
+  http       port of an HTTP server of the service's own, besides that of health and metrics
+  role       whose Kafka credentials it has: a key of `kafka.secrets`, or the name of an existing secret as `secret`
   data       name of the volume to be mounted at /var/lib/tidegate
   volumes    list of volumes besides /tmp
+  httpName   that port's name, if not `http`
+  tool       true for what is not one of our services: it has no health endpoint, and is ready when its port answers
+  noSecret   true for a pod that gets no Kafka credentials
   once       true for a pod that ends by itself
 */}}
 {{- define "tidegate.pod" -}}
@@ -75,11 +79,26 @@ topologySpreadConstraints:
   {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
   - maxSkew: 1
     topologyKey: {{ . }}
-    whenUnsatisfiable: ScheduleAnyway
+    whenUnsatisfiable: {{ $values.scheduling.spread }}
     labelSelector:
       matchLabels:
         {{- include "tidegate.selector" $ | nindent 8 }}
   {{- end }}
+{{- end }}
+{{- with $values.scheduling.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $service.nodeSelector | default $values.scheduling.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $service.tolerations | default $values.scheduling.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.scheduling.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 securityContext:
   runAsNonRoot: true
@@ -104,23 +123,38 @@ containers:
           name: {{ . }}
       {{- end }}
     {{- end }}
-    {{- with .http }}
+    {{- $isService := not (or .once .tool) }}
+    {{- if or .http (and $isService $values.health.enabled) }}
     ports:
-      - name: http
+      {{- with .http }}
+      - name: {{ $.httpName | default "http" }}
         containerPort: {{ . }}
-    # A process that waits for the broker answers nothing yet, and ends by itself if that takes long.
+      {{- end }}
+      {{- if and $isService $values.health.enabled }}
+      - name: health
+        containerPort: {{ $values.health.port | int }}
+      {{- end }}
+    {{- end }}
+    {{- if .tool }}
+    readinessProbe:
+      tcpSocket: {port: {{ .httpName }}}
+      periodSeconds: 2
+    {{- end }}
+    {{- if and $isService $values.health.enabled }}
+    # A process that waits for its broker lives. Only a loop that hangs is a reason to kill it; that its state is not
+    # restored yet is one to wait.
     startupProbe:
-      httpGet: {path: /health, port: http}
-      periodSeconds: 3
+      httpGet: {path: /health/live, port: health}
+      periodSeconds: 2
       timeoutSeconds: 3
       failureThreshold: 60
     livenessProbe:
-      httpGet: {path: /health, port: http}
+      httpGet: {path: /health/live, port: health}
       periodSeconds: 10
       timeoutSeconds: 5
-      failureThreshold: 6
+      failureThreshold: 3
     readinessProbe:
-      httpGet: {path: /ready, port: http}
+      httpGet: {path: /health/ready, port: health}
       periodSeconds: 3
       timeoutSeconds: 3
     {{- end }}
@@ -139,6 +173,11 @@ containers:
         mountPath: /etc/tidegate/kafka-ca
         readOnly: true
       {{- end }}
+      {{- if include "tidegate.kafkaSecret" . }}
+      - name: kafka-credentials
+        mountPath: /etc/tidegate/kafka
+        readOnly: true
+      {{- end }}
       {{- with .data }}
       - name: {{ . }}
         mountPath: /var/lib/tidegate
@@ -153,6 +192,17 @@ volumes:
       items:
         - {key: {{ $values.kafka.caKey }}, path: ca.crt}
   {{- end }}
+  {{- with include "tidegate.kafkaSecret" . }}
+  # As files, not as variables: a variable is in every crash dump and every child process.
+  - name: kafka-credentials
+    secret:
+      secretName: {{ . }}
+      defaultMode: 0440
+      items:
+        {{- range $variable, $key := fromYaml (include "tidegate.secretKeys" $) }}
+        - {key: {{ $key }}, path: {{ $variable }}}
+        {{- end }}
+  {{- end }}
   {{- with .volumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -166,7 +216,7 @@ volumes:
 - name: TIDEGATE_DATA_DIR
   value: {{ ternary "/var/lib/tidegate" "/tmp/tidegate" (hasKey . "data") }}
 - name: TIDEGATE_KAFKA_BOOTSTRAP
-  value: {{ $values.kafka.bootstrap | quote }}
+  value: {{ include "tidegate.bootstrap" .root | quote }}
 - name: TIDEGATE_KAFKA_TOPIC_PREFIX
   value: {{ $values.kafka.topicPrefix | quote }}
 - name: TIDEGATE_KAFKA_SECURITY_PROTOCOL
@@ -175,11 +225,15 @@ volumes:
 - name: TIDEGATE_KAFKA_SASL_MECHANISM
   value: {{ . }}
 {{- end }}
-{{- if $values.kafka.existingSecret }}
-{{- range $variable, $key := $values.kafka.secretKeys }}
-- name: TIDEGATE_KAFKA_{{ $variable }}
-  valueFrom: {secretKeyRef: {name: {{ $values.kafka.existingSecret }}, key: {{ $key }}}}
+{{- if include "tidegate.kafkaSecret" . }}
+{{- range $variable, $_ := fromYaml (include "tidegate.secretKeys" .) }}
+- name: TIDEGATE_KAFKA_{{ $variable }}_{{ if has $variable (list "SSL_CERTIFICATE" "SSL_KEY") }}LOCATION{{ else }}FILE{{ end }}
+  value: /etc/tidegate/kafka/{{ $variable }}
 {{- end }}
+{{- end }}
+{{- if and (eq .root.Values.topics.mode "strimzi") .root.Values.topics.strimzi.users (eq .root.Values.topics.strimzi.authentication "scram-sha-512") }}
+- name: TIDEGATE_KAFKA_SASL_USERNAME
+  value: {{ include "tidegate.kafkaSecret" . }}
 {{- end }}
 {{- if $values.kafka.caSecret }}
 - name: TIDEGATE_KAFKA_SSL_CA_LOCATION
@@ -204,6 +258,12 @@ volumes:
 - name: TIDEGATE_STATEFUL_POD
   value: $(POD_NAMESPACE)/$(POD_NAME)
 {{- end }}
+{{- if and $values.health.enabled (not .once) }}
+- name: TIDEGATE_HTTP_HOST
+  value: {{ $values.health.host | quote }}
+- name: TIDEGATE_HTTP_PORT
+  value: {{ $values.health.port | int | quote }}
+{{- end }}
 {{- with .variables }}
 {{ toYaml . }}
 {{- end }}
@@ -217,5 +277,36 @@ volumes:
 {{- define "tidegate.queues" -}}
 {{- $queues := list }}
 {{- range .Values.executors }}{{ $queues = append $queues .queue }}{{ end }}
-{{- $queues | default (list "default") | uniq | sortAlpha | join "," }}
+{{- $queues = $queues | default (list "default") }}
+{{- if .Values.tests.run }}{{ $queues = append $queues .Values.tests.queue }}{{ end }}
+{{- $queues | uniq | sortAlpha | join "," }}
+{{- end }}
+
+{{/* Where Kafka is: the one that is named, or the small one of `dev.kafka`. Argument: the root. */}}
+{{- define "tidegate.bootstrap" -}}
+{{- if .Values.dev.kafka.enabled }}{{ include "tidegate.name" (dict "root" . "component" "kafka") }}:9092{{ else }}{{ .Values.kafka.bootstrap }}{{ end }}
+{{- end }}
+
+{{/* The secret with a role's Kafka credentials; nothing if there is none. Argument: that of `tidegate.pod`. */}}
+{{- define "tidegate.kafkaSecret" -}}
+{{- $kafka := .root.Values.kafka }}
+{{- $own := (.service | default dict).kafkaSecret | default (get $kafka.secrets (.role | default .component)) }}
+{{- if $own }}{{ $own }}
+{{- else if and (eq .root.Values.topics.mode "strimzi") .root.Values.topics.strimzi.users (not .noSecret) }}{{ include "tidegate.name" (dict "root" .root "component" (.role | default .component)) }}
+{{- else if not .noSecret }}{{ $kafka.existingSecret }}
+{{- end }}
+{{- end }}
+
+{{/* Which key of that secret is which setting, as YAML. Argument: that of `tidegate.pod`. */}}
+{{- define "tidegate.secretKeys" -}}
+{{- $topics := .root.Values.topics }}
+{{- if .root.Values.kafka.secretKeys }}{{ toYaml .root.Values.kafka.secretKeys }}
+{{- else if and (eq $topics.mode "strimzi") $topics.strimzi.users }}
+{{- if eq $topics.strimzi.authentication "tls" }}
+SSL_CERTIFICATE: user.crt
+SSL_KEY: user.key
+{{- else }}
+SASL_PASSWORD: password
+{{- end }}
+{{- end }}
 {{- end }}

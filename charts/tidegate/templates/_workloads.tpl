@@ -22,6 +22,10 @@ spec:
     metadata:
       labels:
         {{- include "tidegate.selector" . | nindent 8 }}
+      {{- with .root.Values.podAnnotations }}
+      annotations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
     spec:
       {{- include "tidegate.pod" (merge (dict "stateful" true) .) | nindent 6 }}
   {{- with .claims }}
@@ -52,6 +56,10 @@ spec:
     metadata:
       labels:
         {{- include "tidegate.selector" . | nindent 8 }}
+      {{- with .root.Values.podAnnotations }}
+      annotations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
     spec:
       {{- include "tidegate.pod" . | nindent 6 }}
 {{- end }}

@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "executor": ("tidegate.executor.__main__:app", "Run an executor of an app's functions."),
     "projection": ("tidegate.projection.__main__:main", "Run the projection into ClickHouse."),
     "gateway": ("tidegate.gateway.__main__:main", "Run the live view of runs."),
+    "smoke": ("tidegate.cli.smoke:app", "Show that an installation works: a run, from its request to its row."),
     "kafka": ("tidegate.cli.kafka:app", "Run an embedded Apache Kafka in the foreground."),
 }
 

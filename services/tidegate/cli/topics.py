@@ -1,4 +1,4 @@
-"""`tidegate topics apply|diff|list|docs`: the topics declared in schemas/topics, and the ones that Kafka has.
+"""`tidegate topics apply|diff|list|acls|docs`: the topics declared in schemas/topics, and the ones that Kafka has.
 
 Exit codes: 0 as declared (or made so; warnings do not count), 1 something differs that must not, 2 wrong usage, settings or
 declarations, 3 Kafka does not answer or refuses.
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tidegate import codec
+from tidegate.cli.acls import Format, Principal, acl_problems, apply_acls, printed, wanted_grants
 from tidegate.cli.states_page import states_page
 from tidegate.domain.requests import request_json_schema
 from tidegate.eventlog.interface import EventLogError
@@ -79,12 +80,15 @@ def apply(
             help="Set this config entry as declared where it differs; repeatable. Nothing else that exists is altered.",
         ),
     ] = None,
+    acls: Annotated[bool, typer.Option("--acls", help="Set the ACLs that are missing, too. Takes none away.")] = False,
+    principal: Principal = None,
     as_json: Json = False,
 ) -> None:
     """Create the topics that are missing and publish the schemas. Changes nothing if something else is wrong."""
     with _explained():
         declared, settings = _declared(queue, production)
         _check_alterations(declared, alter_config or [])
+        wanted = wanted_grants(declared, principal)
         broker = _kafka()
         done = apply_topics(
             broker,
@@ -94,6 +98,7 @@ def apply(
             on_progress=lambda text: _notes.print(text, markup=False),
         )
         published = publish_schemas(broker)
+        granted = apply_acls(broker, wanted) if acls else []
     for warning in done.warnings:
         _notes.print(f"warning: {warning}", markup=False)
     if as_json:
@@ -102,6 +107,7 @@ def apply(
                 "created": done.created,
                 "altered": [f"{difference.topic}:{difference.what}" for difference in done.altered],
                 "schemas_published": published,
+                "acls_set": [grant._asdict() for grant in granted],
                 "warnings": [dataclasses.asdict(difference) for difference in done.warnings],
             }
         )
@@ -109,22 +115,41 @@ def apply(
         print(
             f"{len(declared)} topics: {len(done.created)} created, {len(declared) - len(done.created)} were there; "
             f"{len(done.altered)} config entries altered; {len(published)} schemas published"
+            + (f"; {len(granted)} ACLs set, {len(wanted) - len(granted)} were there" if acls else "")
         )
 
 
 @app.command(epilog=EXIT_CODES)
-def diff(queue: Queues = None, production: Production = None, as_json: Json = False) -> None:
+def diff(
+    queue: Queues = None,
+    production: Production = None,
+    acls: Annotated[
+        bool, typer.Option("--acls", help="Compare the ACLs, too: what is missing, and who else may change a topic.")
+    ] = False,
+    principal: Principal = None,
+    as_json: Json = False,
+) -> None:
     """Say how the topics on Kafka differ from the declared ones. Changes nothing."""
     with _explained():
         declared, settings = _declared(queue, production)
-        differences = diff_topics(_kafka(), declared, production=settings.production)
+        wanted = wanted_grants(declared, principal)
+        broker = _kafka()
+        differences = diff_topics(broker, declared, production=settings.production)
+        problems = acl_problems(broker, wanted) if acls else []
     if as_json:
-        _print_json([dataclasses.asdict(difference) for difference in differences])
+        listed = [dataclasses.asdict(difference) for difference in differences]
+        grants = [{"kind": problem.kind, **problem.grant._asdict()} for problem in problems]
+        _print_json({"topics": listed, "acls": grants} if acls else listed)
     elif differences:
         _print_differences(differences)
     else:
         print(f"{len(declared)} topics, all as declared")
-    if any(difference.severity == "error" for difference in differences):
+    if acls and not as_json:
+        for problem in problems:
+            _notes.print(f"ACL: {problem}", markup=False)
+        if not problems:
+            print(f"{len(wanted)} ACLs, all as declared, and nobody else may change a topic")
+    if problems or any(difference.severity == "error" for difference in differences):
         raise typer.Exit(EXIT_DIFFERS)
 
 
@@ -148,6 +173,21 @@ def list_(queue: Queues = None, production: Production = None, as_json: Json = F
             ", ".join(file.value) or "JSON",
         )
     Console().print(table)
+
+
+@app.command(epilog=EXIT_CODES)
+def acls(
+    queue: Queues = None,
+    principal: Principal = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="A script of kafka-acls.sh, Strimzi's KafkaUsers, or JSON.")
+    ] = "kafka",
+) -> None:
+    """Print the ACLs that each role needs: who writes and who reads, as the topics declare it. Needs no Kafka."""
+    with _explained():
+        declared, _ = _declared(queue, None)
+        text = printed(wanted_grants(declared, principal), form)
+    sys.stdout.write(text)
 
 
 @app.command()

@@ -21,8 +21,6 @@ BROKER_CONFIG: dict[str, str] = {
     "process.roles": "broker,controller",
     "node.id": str(NODE_ID),
     "controller.listener.names": "CONTROLLER",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-    "inter.broker.listener.name": "PLAINTEXT",
     "default.replication.factor": "1",
     "min.insync.replicas": "1",
     "offsets.topic.replication.factor": "1",
@@ -119,12 +117,17 @@ class BrokerFiles:
     def is_formatted(self) -> bool:
         return self.meta.exists()
 
-    def write_config(self, port: int, controller_port: int, extra: Mapping[str, str]) -> None:
-        """Write the configuration for these ports."""
+    @property
+    def certificates(self) -> Path:
+        """Where a secure broker keeps its certificates and keys."""
+        return self.data_dir / "certificates"
+
+    def write_config(self, listeners: Mapping[str, str], controller_port: int, extra: Mapping[str, str]) -> None:
+        """Write the configuration. `listeners` are as `plain_listeners` or `secure.listener_config` return them."""
         self.storage.mkdir(parents=True, exist_ok=True)
-        config = BROKER_CONFIG | {
-            "listeners": f"PLAINTEXT://{LOOPBACK}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{LOOPBACK}:{port}",
+        config = {
+            **BROKER_CONFIG,
+            **listeners,
             "controller.quorum.voters": f"{NODE_ID}@{LOOPBACK}:{controller_port}",
             "log.dirs": str(self.storage),
         }
@@ -149,6 +152,16 @@ class BrokerFiles:
     def output_lines(self) -> list[str]:
         """The last lines that the Java process printed."""
         return _last_lines(self.output, 0)
+
+
+def plain_listeners(host: str, advertised: str, port: int, controller_port: int) -> dict[str, str]:
+    """Return the listeners of a broker that asks nobody anything. `advertised`: the host that clients are told."""
+    return {
+        "listeners": f"PLAINTEXT://{host}:{port},CONTROLLER://{LOOPBACK}:{controller_port}",
+        "advertised.listeners": f"PLAINTEXT://{advertised}:{port}",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "inter.broker.listener.name": "PLAINTEXT",
+    }
 
 
 def new_id() -> str:

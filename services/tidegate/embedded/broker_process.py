@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from confluent_kafka import KafkaException
@@ -44,10 +46,19 @@ class BrokerStartError(EmbeddedKafkaError):
 class BrokerProcess:
     """A broker that was launched. It is killed with us, and Ctrl-C in our terminal does not reach it."""
 
-    def __init__(self, child: Child, files: BrokerFiles, port: int, log_start: int, aot_cache: Path | None) -> None:
+    def __init__(
+        self,
+        child: Child,
+        files: BrokerFiles,
+        port: int,
+        log_start: int,
+        aot_cache: Path | None,
+        client_config: Mapping[str, str],
+    ) -> None:
         self._child = child
         self._files = files
         self._port = port
+        self._client_config = client_config
         self._log_start = log_start
         self._aot_cache = aot_cache
 
@@ -61,8 +72,12 @@ class BrokerProcess:
         heap_mb: int,
         record_to: Path | None = None,
         idle: bool = False,
+        client_config: Mapping[str, str] = MappingProxyType({}),
     ) -> Self:
-        """Start the process on files that are configured and formatted. Does not wait for it to answer."""
+        """Start the process on files that are configured and formatted. Does not wait for it to answer.
+
+        client_config: how to be let in at `port`, for `wait_ready`.
+        """
         aot_cache = java.aot_cache if record_to is None and java.aot_cache.exists() else None
         command = java.command(
             BROKER_CLASS,
@@ -75,7 +90,7 @@ class BrokerProcess:
         log_start = files.log.stat().st_size if files.log.exists() else 0
         with files.output.open("wb") as output:
             child = spawn(command, output=output, idle=idle)
-        return cls(child, files, port, log_start, aot_cache)
+        return cls(child, files, port, log_start, aot_cache, client_config)
 
     @property
     def pid(self) -> int:
@@ -92,7 +107,7 @@ class BrokerProcess:
         try:
             while self.is_running:
                 if client is None and _accepts_connections(self._port):
-                    client = _client(self._port)
+                    client = _client(self._port, self._client_config)
                 if client is not None and _answers_metadata(client):
                     self._drop_refused_cache()
                     return
@@ -214,10 +229,11 @@ def _accepts_connections(port: int) -> bool:
     return True
 
 
-def _client(port: int) -> AdminClient:
+def _client(port: int, client_config: Mapping[str, str]) -> AdminClient:
     # Silent, and quick to try again: what goes wrong here is said by the caller.
     return AdminClient(
         {
+            **client_config,
             "bootstrap.servers": f"{LOOPBACK}:{port}",
             "client.id": "tidegate-embedded-probe",
             "log_level": 0,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from tidegate.embedded import startup_cache
-from tidegate.embedded.broker_files import BrokerFiles
+from tidegate.embedded.broker_files import BrokerFiles, plain_listeners
 from tidegate.embedded.broker_process import (
     HINTS,
     BrokerProcess,
@@ -21,6 +22,7 @@ from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.jars import KAFKA_VERSION, kafka_jars
 from tidegate.embedded.java import Java, Profile, find_java
 from tidegate.embedded.ports import LOOPBACK, choose_port, is_free
+from tidegate.embedded.secure import ADMIN, Certificates, listener_config, security_config
 
 __all__ = ["EmbeddedKafka", "EmbeddedKafkaError", "default_cache_dir"]
 
@@ -48,6 +50,10 @@ class EmbeddedKafka:
 
     `port`: the wish; if it is taken a free one is used and `on_progress` is told. None and 0 ask for a free one.
     `profile`: `quick` starts and runs with the least processor time, for tests; `steady` compiles well, for long runs.
+    `secure`: it asks who one is and what one may do, as `secure.py` says; `bootstrap` is then for SCRAM, and
+    `certificate_bootstrap` for certificates, which `certificates` issues.
+    `host`, `advertised_host`: where it listens, and what clients are told; loopback if not given, as nothing but a container
+    of its own is a place for anything else.
     `startup_cache`: starts take less than half the time with the cache of `java.py`. `background` makes it, if it is
     missing, at the lowest priority while the broker runs; `before` makes it first (10 s, once), so that nothing
     disturbs what follows; `off` uses one but makes none.
@@ -65,6 +71,9 @@ class EmbeddedKafka:
         on_progress: Callable[[str], None] = _log.info,
         startup_cache: Literal["background", "before", "off"] = "background",
         start_timeout_s: float = START_TIMEOUT_S,
+        secure: bool = False,
+        host: str = LOOPBACK,
+        advertised_host: str = LOOPBACK,
     ) -> None:
         self._files = BrokerFiles(data_dir.absolute())
         self._port = port
@@ -75,14 +84,26 @@ class EmbeddedKafka:
         self._on_progress = on_progress
         self._startup_cache = startup_cache
         self._start_timeout_s = start_timeout_s
+        self._secure = secure
+        self._host = host
+        self._advertised_host = advertised_host
+        self._certificate_port: int | None = None
         self._broker: BrokerProcess | None = None
+        self.certificates = Certificates(self._files.certificates)
 
     @property
     def bootstrap(self) -> str:
         """The address for clients. Stays the same over `restart`. Raises EmbeddedKafkaError before the first start."""
         if self._port is None:
             raise EmbeddedKafkaError("The embedded Kafka has no address before it was started.")
-        return f"{LOOPBACK}:{self._port}"
+        return f"{self._advertised_host}:{self._port}"
+
+    @property
+    def certificate_bootstrap(self) -> str:
+        """The address for clients with certificates. Raises EmbeddedKafkaError if there is none (yet)."""
+        if self._certificate_port is None:
+            raise EmbeddedKafkaError("Only a secure embedded Kafka that was started has an address for certificates.")
+        return f"{self._advertised_host}:{self._certificate_port}"
 
     @property
     def pid(self) -> int | None:
@@ -108,6 +129,17 @@ class EmbeddedKafka:
         Raises EmbeddedKafkaError, whose message says what failed, what was logged last and what can be done.
         """
         self._start(choose_port)
+
+    def fetch(self) -> None:
+        """Have everything in the cache that a first start fetches or computes there, so that later it can be read-only.
+
+        Blocks for a download and for one run of Kafka's formatting tool. Raises EmbeddedKafkaError.
+        """
+        java = self._prepare()
+        with tempfile.TemporaryDirectory() as folder:
+            files = BrokerFiles(Path(folder))
+            files.write_config(plain_listeners(LOOPBACK, LOOPBACK, 9092, 9093), 9093, {})
+            format_if_needed(java, files, self._checkpoint_path)
 
     def stop(self) -> None:
         """Shut the broker down in order, or kill it after a bound. Blocks until it is gone. Idempotent."""
@@ -151,7 +183,7 @@ class EmbeddedKafka:
             port = self._claim_port(choose)
             format_if_needed(java, self._files, self._checkpoint_path)
             self._on_progress(f"Starting Apache Kafka {KAFKA_VERSION} on {self.bootstrap}")
-            self._broker = BrokerProcess.launch(java, self._files, port, heap_mb=self._heap_mb)
+            self._broker = self._launched(java, port)
             try:
                 self._broker.wait_ready(self._start_timeout_s)
                 break
@@ -161,6 +193,15 @@ class EmbeddedKafka:
                 self._on_progress("Kafka did not start: trying once more")
         if self._startup_cache == "background":
             startup_cache.train_in_background(java, self._training_dir, self._checkpoint_path)
+
+    def _launched(self, java: Java, port: int) -> BrokerProcess:
+        if self._certificate_port is None:
+            return BrokerProcess.launch(java, self._files, port, heap_mb=self._heap_mb)
+        admin = self.certificates.issue(ADMIN).config()
+        # Probed on this machine, whatever name others know it by.
+        return BrokerProcess.launch(
+            java, self._files, self._certificate_port, heap_mb=self._heap_mb, client_config=admin
+        )
 
     def _prepare(self) -> Java:
         """Have everything that a broker needs but its port. Blocks, possibly for a download."""
@@ -180,7 +221,18 @@ class EmbeddedKafka:
         self._port = choose(asked)
         if asked and asked != self._port:
             self._on_progress(f"Port {asked} is taken: Kafka gets {self._port}")
-        self._files.write_config(self._port, choose_port(avoid=frozenset({self._port})), self._extra_config)
+        controller_port = choose_port(avoid=frozenset({self._port}))
+        if not self._secure:
+            listeners = plain_listeners(self._host, self._advertised_host, self._port, controller_port)
+            self._files.write_config(listeners, controller_port, self._extra_config)
+            return self._port
+        self.certificates.make([LOOPBACK, "localhost", self._advertised_host])
+        taken = frozenset({self._port, controller_port})
+        self._certificate_port = choose_port(self._certificate_port, avoid=taken)
+        listeners = listener_config(
+            self._host, self._advertised_host, self._port, self._certificate_port, controller_port
+        )
+        self._files.write_config(listeners, controller_port, security_config(self.certificates) | self._extra_config)
         return self._port
 
     @property

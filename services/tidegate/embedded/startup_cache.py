@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from tidegate.embedded.broker_files import BrokerFiles
+from tidegate.embedded.broker_files import BrokerFiles, plain_listeners
 from tidegate.embedded.broker_process import BrokerProcess, format_if_needed
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.java import Java
@@ -80,7 +80,8 @@ def _record(java: Java, work_dir: Path, checkpoint_path: Path, *, idle: bool) ->
     files = BrokerFiles(work_dir / "broker")
     recorded = work_dir / java.aot_cache.name
     port = choose_port()
-    files.write_config(port, choose_port(avoid=frozenset({port})), {})
+    controller_port = choose_port(avoid=frozenset({port}))
+    files.write_config(plain_listeners(LOOPBACK, LOOPBACK, port, controller_port), controller_port, {})
     format_if_needed(java, files, checkpoint_path)
     broker = BrokerProcess.launch(java, files, port, heap_mb=TRAINING_HEAP_MB, record_to=recorded, idle=idle)
     broker.wait_ready(TRAINING_START_TIMEOUT_S)

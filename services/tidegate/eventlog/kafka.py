@@ -38,7 +38,8 @@ from tidegate.eventlog.interface import (
     UnknownTopicError,
     WriteFailedError,
 )
-from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.renewal import Renewal, RenewingConsumer, RenewingProducer
+from tidegate.eventlog.settings import Credentials, KafkaSettings
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 64 * 1024  # a record of the greatest size and what the protocol puts around it
@@ -65,6 +66,13 @@ _UNKNOWN_TOPIC = frozenset(
         KafkaError._UNKNOWN_TOPIC,
         KafkaError._UNKNOWN_PARTITION,
         KafkaError.UNKNOWN_TOPIC_ID,
+    }
+)
+_NOT_AUTHORIZED = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     }
 )
 _OUT_OF_RANGE = frozenset(
@@ -127,6 +135,7 @@ class KafkaBroker:
         self._lock = threading.Lock()
         self._idle_readers: list[_Reader] = []
         self._admin: AdminClient | None = None
+        self._admin_credentials: Credentials | None = None
         self._was_reached = False
         self._trouble = ""  # what the client said last of its tries to connect
 
@@ -135,11 +144,12 @@ class KafkaBroker:
         return self._settings.topic_prefix + topic
 
     def admin_client(self) -> AdminClient:
-        """Return the client for topic administration. It speaks physical names. Thread-safe, one per broker."""
+        """Return the client for topic administration. It speaks physical names. Thread-safe, one per broker and password."""
         with self._lock:
-            if self._admin is None:
+            if self._admin is None or self._admin_credentials != self._settings.credentials():
                 config = {**_connection(self._settings), "error_cb": self._note_trouble}
                 self._admin = AdminClient(config, logger=_client_log)
+                self._admin_credentials = self._settings.credentials()
             return self._admin
 
     def writer(self) -> KafkaWriter:
@@ -214,7 +224,7 @@ class KafkaBroker:
             "group.id": self._settings.topic_prefix + group,
             "enable.auto.commit": False,
         }
-        consumer = Consumer(config, logger=_client_log)
+        consumer = make_consumer(self._settings, config)
         try:
             with self._borrowed_reader() as reader:
                 wanted = [KafkaPartition(self.physical_name(topic), number) for number in reader.partitions(topic)]
@@ -253,6 +263,9 @@ class KafkaBroker:
     def _borrowed_reader(self) -> Iterator[_Reader]:
         with self._lock:
             reader = self._idle_readers.pop() if self._idle_readers else None
+        if reader is not None and reader.is_outdated:
+            reader.close()  # nobody polled it, so it was refused without knowing
+            reader = None
         reader = reader or _Reader(self._settings, tell_end=True)
         try:
             yield reader
@@ -279,7 +292,7 @@ class KafkaWriter:
     def __init__(self, settings: KafkaSettings) -> None:
         self._prefix = settings.topic_prefix
         self._failure: WriteFailedError | None = None
-        self._producer = Producer(_writer_config(settings), logger=_client_log)
+        self._producer = _make_producer(settings, _writer_config(settings))
         self._produce = self._producer.produce
         # The client asks for its producer id when metadata comes, but else only every 500 ms, which would make the
         # first write of every process so late. A thread asks, so that a process with several writers does not wait for one
@@ -512,7 +525,7 @@ class _Member:
             self._consumer.close()
 
     def _join(self) -> Consumer:
-        consumer = Consumer(_member_config(self._settings, self._group, self._instance_id), logger=_client_log)
+        consumer = make_consumer(self._settings, _member_config(self._settings, self._group, self._instance_id))
         consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke)
         return consumer
 
@@ -574,11 +587,16 @@ class _Reader:
         self._reading: set[TopicPartition] = set()
         self._failures: dict[TopicPartition | None, EventLogError] = {}
         self._end_seen = -1
-        self._consumer = Consumer(_reader_config(settings, tell_end=tell_end), logger=_client_log)
+        self._consumer = make_consumer(settings, _reader_config(settings, tell_end=tell_end))
 
     @property
     def is_reading(self) -> bool:
         return bool(self._reading)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the password has changed since this client took one up."""
+        return isinstance(self._consumer, RenewingConsumer) and self._consumer.renewal.is_outdated()
 
     def read_from(self, positions: Mapping[TopicPartition, int]) -> None:
         self._check_existence(positions)
@@ -723,6 +741,23 @@ def _connection(settings: KafkaSettings) -> dict[str, Any]:
     }
 
 
+def make_consumer(settings: KafkaSettings, config: Mapping[str, Any]) -> Consumer:
+    """Return a consumer that logs as we do and fails when its password was replaced. Raises SecretFileError."""
+    if not settings.has_credential_files:
+        return Consumer(dict(config), logger=_client_log)
+    return RenewingConsumer(dict(config), Renewal(settings, _log_trouble), logger=_client_log)
+
+
+def _make_producer(settings: KafkaSettings, config: Mapping[str, Any]) -> Producer:
+    if not settings.has_credential_files:
+        return Producer(dict(config), logger=_client_log)
+    return RenewingProducer(dict(config), Renewal(settings, _log_trouble), logger=_client_log)
+
+
+def _log_trouble(error: KafkaError) -> None:
+    _client_log.error("%s: %s", error.name(), error.str())  # as the client does when nobody else wants to know
+
+
 def _writer_config(settings: KafkaSettings) -> dict[str, Any]:
     return {
         **_connection(settings),
@@ -812,6 +847,8 @@ def _said(error: KafkaError) -> str:
     text = f"{error.name()}: {error.str()}"
     if error.code() in _UNKNOWN_TOPIC:
         return f"{text}: it does not exist (any more), or this user may not see it"
+    if error.code() in _NOT_AUTHORIZED:
+        return f"{text}: the brokers' ACLs do not let this user; `tidegate topics acls` lists what each service needs"
     if error.code() in _OUT_OF_RANGE:
         return f"{text}: records were deleted before they were read, or the topic was made again"
     return text
@@ -840,11 +877,11 @@ def _patiently(ask: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _as_log_errors() -> Iterator[None]:
+def _as_log_errors(where: str = "") -> Iterator[None]:
     try:
         yield
     except KafkaException as error:
-        raise _log_error(error.args[0]) from error
+        raise _log_error(error.args[0], where) from error
 
 
 def _existing(admin: AdminClient, topics: Mapping[str, str]) -> dict[str, Any]:
@@ -853,7 +890,7 @@ def _existing(admin: AdminClient, topics: Mapping[str, str]) -> dict[str, Any]:
     found = {}
     for physical, future in futures.items():
         try:
-            with _as_log_errors():
+            with _as_log_errors(f"{physical}: "):
                 found[topics[physical]] = future.result()
         except UnknownTopicError:
             continue
@@ -866,7 +903,7 @@ def _configs(admin: AdminClient, topics: Sequence[str]) -> dict[str, dict[str, s
     resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     configs = {}
     for resource, future in admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S).items():
-        with _as_log_errors():
+        with _as_log_errors(f"{resource.name}: "):
             configs[resource.name] = {
                 name: entry.value for name, entry in future.result().items() if entry.value is not None
             }

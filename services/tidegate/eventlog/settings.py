@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tidegate.eventlog.interface import EventLogError
+
 HEARTBEATS_PER_SESSION = 10
+SECRET_FILE_MAX_BYTES: Final = 64 * 1024
+
+
+class Credentials(NamedTuple):
+    """Who we are to the brokers, for PLAIN and SCRAM. Never printed: the password hides itself."""
+
+    username: str
+    password: SecretStr
+
+
+class SecretFileError(EventLogError):
+    """A file that is to hold a secret cannot be read or holds none; the message names the file, not what is in it."""
 
 
 class KafkaSettings(BaseSettings):
@@ -16,7 +31,9 @@ class KafkaSettings(BaseSettings):
     What the protocol rests on (acknowledgements, idempotence, no skipping) cannot be set: see `eventlog/kafka.py`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="TIDEGATE_KAFKA_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="TIDEGATE_KAFKA_", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     bootstrap: str = Field(default="127.0.0.1:9092", description="Addresses of brokers, `host:port`, comma-separated.")
     topic_prefix: str = Field(
@@ -32,13 +49,22 @@ class KafkaSettings(BaseSettings):
         default=None, description="How to authenticate when `security_protocol` is one of the `sasl_` ones."
     )
     sasl_username: str | None = Field(default=None, description="User name, for PLAIN and SCRAM.")
+    sasl_username_file: Path | None = Field(default=None, description="File that holds the user name, instead of it.")
     sasl_password: SecretStr | None = Field(default=None, description="Password, for PLAIN and SCRAM.")
+    sasl_password_file: Path | None = Field(
+        default=None,
+        description="File that holds the password, instead of it. Looked at again when the brokers refuse what it held: if "
+        "it was replaced, the process ends, to be started with the new one.",
+    )
     sasl_oauthbearer_token_endpoint_url: str | None = Field(
         default=None, description="Token endpoint, for OAUTHBEARER (OpenID Connect client credentials)."
     )
     sasl_oauthbearer_client_id: str | None = Field(default=None, description="Client id, for OAUTHBEARER.")
     sasl_oauthbearer_client_secret: SecretStr | None = Field(
         default=None, description="Client secret, for OAUTHBEARER."
+    )
+    sasl_oauthbearer_client_secret_file: Path | None = Field(
+        default=None, description="File that holds the client secret, instead of it. Read when a client is made."
     )
     sasl_oauthbearer_scope: str | None = Field(default=None, description="Scope asked for, for OAUTHBEARER.")
     ssl_ca_location: str | None = Field(
@@ -47,6 +73,9 @@ class KafkaSettings(BaseSettings):
     ssl_certificate_location: str | None = Field(default=None, description="File of the client's certificate (PEM).")
     ssl_key_location: str | None = Field(default=None, description="File of the client's private key (PEM).")
     ssl_key_password: SecretStr | None = Field(default=None, description="Passphrase of the private key.")
+    ssl_key_password_file: Path | None = Field(
+        default=None, description="File that holds the passphrase, instead of it. Read when a client is made."
+    )
     ssl_endpoint_identification_algorithm: Literal["https", "none"] = Field(
         default="https", description="`none` accepts brokers whose certificate names another host."
     )
@@ -66,8 +95,47 @@ class KafkaSettings(BaseSettings):
         description="What writers do to batches of records: lz4 saves disk and network, and costs 0.1 ms per write.",
     )
 
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        """Refuse what no broker could let in, before one is asked: its own answer would only say `authentication failed`."""
+        for name in ("sasl_username", "sasl_password", "sasl_oauthbearer_client_secret", "ssl_key_password"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"{name} and {name}_file are both set: which one counts? Set one")
+        if self.security_protocol.startswith("sasl_") and self.sasl_mechanism is None:
+            raise ValueError(f"security_protocol {self.security_protocol} needs sasl_mechanism")
+        if self.sasl_mechanism not in {None, "OAUTHBEARER"} and self.security_protocol.startswith("sasl_"):
+            for name in ("sasl_username", "sasl_password"):
+                if getattr(self, name) is None and getattr(self, f"{name}_file") is None:
+                    raise ValueError(f"sasl_mechanism {self.sasl_mechanism} needs {name} or {name}_file")
+        if (self.ssl_certificate_location is None) != (self.ssl_key_location is None):
+            raise ValueError("ssl_certificate_location and ssl_key_location belong together: set both or none")
+        return self
+
+    def credentials(self) -> Credentials | None:
+        """Return user name and password as they are now, files read anew; None if they are not set.
+
+        Raises SecretFileError.
+        """
+        username = _from_file(self.sasl_username_file) or self.sasl_username
+        password = _from_file(self.sasl_password_file) or _revealed(self.sasl_password)
+        if username is None or password is None:
+            return None
+        return Credentials(username, SecretStr(password))
+
+    @property
+    def has_credential_files(self) -> bool:
+        """Whether user name or password may change while we run."""
+        return self.sasl_username_file is not None or self.sasl_password_file is not None
+
+    def key_password(self) -> str | None:
+        """Return the private key's passphrase in the clear. Raises SecretFileError."""
+        return _from_file(self.ssl_key_password_file) or _revealed(self.ssl_key_password)
+
     def client_config(self) -> dict[str, str | int | float | bool]:
-        """Return what every librdkafka client needs to connect. It holds the secrets in the clear: never log it."""
+        """Return what every librdkafka client needs to connect. It holds the secrets in the clear: never log it.
+
+        Reads the files of secrets. Raises SecretFileError.
+        """
         config: dict[str, str | int | float | bool] = {
             "bootstrap.servers": self.bootstrap,
             "client.id": self.client_id,
@@ -83,18 +151,20 @@ class KafkaSettings(BaseSettings):
         return config
 
     def _optional(self) -> dict[str, str | None]:
+        credentials = self.credentials()
         return {
             "sasl.mechanism": self.sasl_mechanism,
-            "sasl.username": self.sasl_username,
-            "sasl.password": _revealed(self.sasl_password),
+            "sasl.username": credentials.username if credentials else None,
+            "sasl.password": credentials.password.get_secret_value() if credentials else None,
             "sasl.oauthbearer.token.endpoint.url": self.sasl_oauthbearer_token_endpoint_url,
             "sasl.oauthbearer.client.id": self.sasl_oauthbearer_client_id,
-            "sasl.oauthbearer.client.secret": _revealed(self.sasl_oauthbearer_client_secret),
+            "sasl.oauthbearer.client.secret": _from_file(self.sasl_oauthbearer_client_secret_file)
+            or _revealed(self.sasl_oauthbearer_client_secret),
             "sasl.oauthbearer.scope": self.sasl_oauthbearer_scope,
             "ssl.ca.location": self.ssl_ca_location,
             "ssl.certificate.location": self.ssl_certificate_location,
             "ssl.key.location": self.ssl_key_location,
-            "ssl.key.password": _revealed(self.ssl_key_password),
+            "ssl.key.password": self.key_password(),
         }
 
     @property
@@ -131,3 +201,19 @@ class CheckpointSettings(BaseSettings):
 
 def _revealed(secret: SecretStr | None) -> str | None:
     return None if secret is None else secret.get_secret_value()
+
+
+def _from_file(path: Path | None) -> str | None:
+    """Return a file's text without what ends its last line, which editors and `echo` add. Raises SecretFileError."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            text = file.read(SECRET_FILE_MAX_BYTES).decode("utf-8").rstrip("\r\n")
+    except OSError as error:
+        raise SecretFileError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SecretFileError(f"{path} does not hold text") from None
+    if not text:
+        raise SecretFileError(f"{path} is empty: it should hold a secret or a name")
+    return text

@@ -17,7 +17,7 @@ from confluent_kafka import TopicPartition as KafkaPartition
 
 from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
-from tidegate.eventlog.kafka import headers_of
+from tidegate.eventlog.kafka import headers_of, make_consumer
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
@@ -90,9 +90,8 @@ class KafkaSubscription:
         self._gained: frozenset[TopicPartition] = frozenset()
         self._lost: frozenset[TopicPartition] = frozenset()
         membership = {} if instance_id is None else {"group.instance.id": instance_id}
-        self._consumer = Consumer(
-            _consumer_config(settings, group, gather_ms, prefetch) | membership, logger=_client_log
-        )
+        config = _consumer_config(settings, group, gather_ms, prefetch) | membership
+        self._consumer = make_consumer(settings, config)
         self._consumer.subscribe(
             list(self._names), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
         )

@@ -46,7 +46,6 @@ def main() -> int:
         counts = prepare(
             broker,
             (
-                "run-events",
                 "gate-requests",
                 "gate-leases",
                 "gate-ledger",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import structlog
 
 from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
-from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.settings import KafkaSettings, SecretFileError
 from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, make_app, make_table
 from tidegate.gateway.service import Gateway
 from tidegate.gateway.settings import GatewaySettings
@@ -34,6 +35,7 @@ from tidegate.registry import Registration
 SERVICE: Final = "gateway"
 READY_POLL_S: Final = 0.05
 WATCH_EVERY_S: Final = 1.0
+PASSWORD_POLL_S: Final = 5.0
 ASSIGNMENT_TIMEOUT_S: Final = 120.0
 STOP_TIMEOUT_S: Final = 15.0
 _log = structlog.get_logger()
@@ -92,17 +94,35 @@ async def _serve(
     address = _Address(settings.address_file, url)
     stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
     running = asyncio.create_task(_run(app, gateway, registration, address))
+    outdated = asyncio.create_task(_password_replaced(kafka))
     try:
-        await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping, running, outdated}, return_when=asyncio.FIRST_COMPLETED)
+        if outdated.done():
+            outdated.result()
+            raise EventLogError("the password was replaced: beginning again with the new one")
         if running.done():
             running.result()
             raise EventLogError(f"the live view failed: {app.crash_reason!r}")
     finally:
         stop.set()
         running.cancel()
+        outdated.cancel()
         address.remove()
         await asyncio.to_thread(registration.stop)
         await _stop(app)
+
+
+async def _password_replaced(kafka: KafkaSettings) -> None:
+    """Return when the files hold other credentials than we began with; Faust cannot change those that it has.
+
+    It does not even tell when it is refused: it tries for ever.
+    """
+    in_use = kafka.credentials()
+    while True:
+        await asyncio.sleep(PASSWORD_POLL_S)
+        with contextlib.suppress(SecretFileError):
+            if kafka.credentials() != in_use:
+                return
 
 
 async def _run(app: GatewayApp, gateway: Gateway, registration: Registration, address: _Address) -> None:

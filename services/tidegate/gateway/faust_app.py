@@ -217,9 +217,13 @@ def _credentials(kafka: KafkaSettings) -> Any:
             f"the gateway cannot authenticate with {kafka.sasl_mechanism}: set TIDEGATE_KAFKA_SASL_MECHANISM to PLAIN, "
             "SCRAM-SHA-256 or SCRAM-SHA-512 for it"
         )
-    password = kafka.sasl_password.get_secret_value() if kafka.sasl_password else ""
+    credentials = kafka.credentials()
+    assert credentials is not None  # noqa: S101 - the settings refuse a mechanism without
     return faust.SASLCredentials(
-        username=kafka.sasl_username, password=password, mechanism=kafka.sasl_mechanism, ssl_context=context
+        username=credentials.username,
+        password=credentials.password.get_secret_value(),
+        mechanism=kafka.sasl_mechanism,
+        ssl_context=context,
     )
 
 
@@ -228,6 +232,5 @@ def _ssl_context(kafka: KafkaSettings) -> ssl.SSLContext:
     if kafka.ssl_endpoint_identification_algorithm == "none":
         context.check_hostname = False
     if kafka.ssl_certificate_location:
-        password = kafka.ssl_key_password.get_secret_value() if kafka.ssl_key_password else None
-        context.load_cert_chain(kafka.ssl_certificate_location, kafka.ssl_key_location, password)
+        context.load_cert_chain(kafka.ssl_certificate_location, kafka.ssl_key_location, kafka.key_password())
     return context

@@ -27,6 +27,9 @@ CLEANUP_CONFIG: Final = "cleanup.policy"
 Kind = Literal["log", "mailbox", "table"]
 Group = Literal["run", "account", "inbox", "tasks", "dead", "table"]
 GROUPS: Final[tuple[Group, ...]] = ("run", "account", "inbox", "tasks", "dead", "table")
+SERVICES: Final = ("scheduler", "gate", "executor", "projection", "gateway")
+# Who may write or read. `all`: every service and the command line. `any`: whoever has a part at all. The ACLs follow from it.
+Who = Literal["all", "any", "scheduler", "gate", "executor", "projection", "gateway", "cli", "topics", "user"]
 
 # What a file may say. Replicas are left to the settings; everything unknown is more likely a slip than a wish.
 CONFIG_KEYS: Final = frozenset(
@@ -68,8 +71,8 @@ class TopicFile(BaseModel):
     key: str = Field(min_length=1)
     partition_by: str = Field(min_length=1)
     partition_group: Group
-    writers: list[str] = Field(min_length=1)
-    readers: list[str] = Field(min_length=1)
+    writers: list[Who] = Field(min_length=1)
+    readers: list[Who] = Field(min_length=1)
     value: list[str]
     kind: Kind
     config: dict[str, Annotated[str, Field(min_length=1)]]
