@@ -56,6 +56,7 @@ manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics
 
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
+	$(BIN)/python -m tidegate.reference
 
 sim: $(STAMP) ## Everything on a log in memory while everything goes wrong (SEED=1 STEPS=4000 MINUTES=0)
 	PYTHONPATH=tests $(BIN)/python -m simulation --seed $(or $(SEED),1) --steps $(or $(STEPS),4000) --minutes $(or $(MINUTES),0)

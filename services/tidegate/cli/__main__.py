@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
@@ -91,8 +92,18 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; exits the process."""
-    app(prog_name="tidegate")
+    """Run the command line; exits the process. A TIDEGATE_ variable that makes no sense is a line, not a traceback."""
+    try:
+        app(prog_name="tidegate")
+    except ValueError as error:
+        # Only now: what tells it takes as long to import as a whole command.
+        from tidegate.process import EXIT_USAGE, ValidationError, settings_problems  # noqa: PLC0415
+
+        if not isinstance(error, ValidationError):
+            raise
+        for line in settings_problems(error):
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(EXIT_USAGE)
 
 
 if __name__ == "__main__":

@@ -419,6 +419,15 @@ class KafkaInbox:
         """Stop reading these partitions; messages of them that are buffered are dropped."""
         self._reader.remove(partitions)
 
+    @property
+    def has_joined(self) -> bool:
+        """Tell whether the group has given out its partitions, be it that none is ours."""
+        return self._member is None or self._member.is_settled
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""
+        return self._reader.ends()
+
     def commit(self, positions: Mapping[int, int]) -> None:
         """Note next offsets of lead partitions in the group, without waiting. Failure is harmless and silent."""
         if self._member is not None and positions:
@@ -465,6 +474,10 @@ class _Member:
     @property
     def serve_interval_s(self) -> float:
         return SETTLED_SERVE_INTERVAL_S if self._is_settled else JOINING_SERVE_INTERVAL_S
+
+    @property
+    def is_settled(self) -> bool:
+        return self._is_settled
 
     @property
     def has_changes(self) -> bool:
@@ -631,6 +644,17 @@ class _Reader:
                 heard_at = time.monotonic()
             elif time.monotonic() - heard_at > READ_SILENCE_S:
                 raise EventLogError(f"no answer from Kafka for {READ_SILENCE_S:.0f} s while reading {self._reading}")
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return what the last answers of the broker told of the ends of what is being read."""
+        found = {}
+        for at in self._reading:
+            with suppress(KafkaException):
+                physical = KafkaPartition(self._prefix + at.topic, at.partition)
+                _, end = self._consumer.get_watermark_offsets(physical, cached=True)
+                if end >= 0:
+                    found[at] = end
+        return found
 
     def offsets(self, topic: str, partition: int) -> Offsets:
         physical = KafkaPartition(self._prefix + topic, partition)

@@ -13,13 +13,14 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from tidegate import codec
+from tidegate import codec, metrics
 from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Snapshot, UnitState
 from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_before
 from tidegate.eventlog.interface import Broker, EventLogError, Message
 from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
+from tidegate.health import PULSE
 
 PROGRESS_EVERY: Final = 20_000
 LIVE, DONE, PART = "live", "done", "part"
@@ -164,6 +165,7 @@ def _read_snapshots(
     for count, message in enumerate(broker.read(topic, partition, start, end), 1):
         if count % PROGRESS_EVERY == 0:
             _log.info("reading snapshots", topic=topic, partition=partition, at=message.offset, of=end)
+            PULSE.beat()
         key = message.key or b""
         if message.value is None:
             present.pop(key, None)
@@ -304,6 +306,8 @@ def _fold(
             done = (offset - begin) / (stop - begin)
             left_s = (time.monotonic() - began_s) * (1 - done) / done
             _log.info("restoring", log=topic, partition=partition, at=offset, of=stop, seconds_left=round(left_s, 1))
+            metrics.restore_progress.labels(partition).set(done)
+            PULSE.beat()
             part.put_away_all_over()
         if isinstance(record, OwnerAnnounced):
             check(record)

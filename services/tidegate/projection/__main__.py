@@ -14,11 +14,14 @@ from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.subscription import KafkaSubscription
+from tidegate.health import PULSE, Health
 from tidegate.process import (
     EXIT_FAILED,
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    observed,
+    run_service,
     run_until_stopped,
     spare_the_collector,
     stop_on_signals,
@@ -46,7 +49,8 @@ def main() -> int:
     configure_logging(SERVICE, instance_id, process.log_level)
     stop = stop_on_signals()
     try:
-        _run(process, instance_id, stop)
+        with observed(process, SERVICE, instance_id) as health:
+            _run(process, instance_id, stop, health)
     except (EventLogError, MigrationError, QueryError) as error:
         if stop.is_set():
             return EXIT_OK
@@ -55,7 +59,7 @@ def main() -> int:
     return EXIT_OK
 
 
-def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> None:
+def _run(process: ProcessSettings, instance_id: str, stop: threading.Event, health: Health) -> None:
     settings, kafka = ProjectionSettings(), KafkaSettings()
     broker = KafkaBroker(kafka)
     wait_for_topics(broker, TOPICS, process.broker_wait_s, stop)
@@ -63,6 +67,7 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
         inserter = Inserter(lambda: _open_store(settings, stack))
         inserter.start()
         while not inserter.wait_opened(OPEN_POLL_S):
+            PULSE.beat()
             if stop.is_set():
                 inserter.stop(OPEN_POLL_S)
                 return
@@ -78,6 +83,7 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
             ),
         )
         stack.callback(projection.close)
+        health.ready_when(projection.why_not_ready)
         spare_the_collector()
         _log.info("ready")
         run_until_stopped(projection.run_once, stop)
@@ -121,4 +127,4 @@ def _serve_sql(settings: ProjectionSettings, path: Path) -> SqlServer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service(main))
