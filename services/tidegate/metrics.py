@@ -213,6 +213,12 @@ projection_failing = _gauge(
 projection_paused = _gauge(
     ("projection",), "tidegate_projection_paused", "1 while reading pauses because ClickHouse is slower than the log."
 )
+projection_replay = _gauge(
+    ("projection",),
+    "tidegate_projection_replay_progress_ratio",
+    "How much of the log a replay beside the projection has read; -1 if none is under way.",
+)
+
 # --- gateway ------------------------------------------------------------------------------------------------------------
 
 gateway_entries = _counter(("gateway",), "tidegate_gateway_entries_total", "Valid entries folded into the live view.")

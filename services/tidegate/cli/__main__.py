@@ -22,6 +22,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "policy": ("tidegate.cli.policy:app", "Apply, list and show policies of the gate."),
     "dead-letters": ("tidegate.cli.dead_letters:app", "List and show what could not be used; send requests again."),
     "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
+    "replay": ("tidegate.cli.replay:app", "Rebuild tables or states from the log, beside the running system."),
     "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),
     "audit": ("tidegate.cli.audit:app", "Recompute the money from the ledger alone."),
     "scheduler": ("tidegate.scheduler.__main__:main", "Run the scheduler service."),
@@ -97,7 +98,9 @@ def main() -> None:
         app(prog_name="tidegate")
     except ValueError as error:
         # Only now: what tells it takes as long to import as a whole command.
-        from tidegate.process import EXIT_USAGE, ValidationError, settings_problems  # noqa: PLC0415
+        from pydantic import ValidationError  # noqa: PLC0415
+
+        from tidegate.process import EXIT_USAGE, settings_problems  # noqa: PLC0415
 
         if not isinstance(error, ValidationError):
             raise

@@ -180,6 +180,15 @@ class KafkaBroker:
         with self._borrowed_reader() as reader:
             return reader.offsets(topic, partition)
 
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int:
+        """Return the offset of the first record that is not older than a time (Unix milliseconds); the end if none is.
+
+        Blocks for a round trip. Raises EventLogError.
+        """
+        with self._borrowed_reader() as reader:
+            found = reader.offset_at(topic, partition, timestamp_ms)
+            return reader.offsets(topic, partition).end if found is None else found
+
     def describe(self, topics: Sequence[str]) -> dict[str, TopicDescription]:
         """Return the descriptions of those of the topics that exist. Blocks for a round trip or two.
 
@@ -655,6 +664,14 @@ class _Reader:
                 if end >= 0:
                     found[at] = end
         return found
+
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int | None:
+        self._check_existence([TopicPartition(topic, partition)])
+        asked = [KafkaPartition(self._prefix + topic, partition, timestamp_ms)]
+        (found,) = _patiently(lambda: self._consumer.offsets_for_times(asked, REQUEST_TIMEOUT_S))
+        if found.error is not None:
+            raise _log_error(found.error, f"{topic} [{partition}]: ")
+        return found.offset if found.offset >= 0 else None
 
     def offsets(self, topic: str, partition: int) -> Offsets:
         physical = KafkaPartition(self._prefix + topic, partition)

@@ -352,3 +352,46 @@ def _record(message: Message) -> Entry | OwnerAnnounced:
         f"{message.topic}-{message.partition} at offset {message.offset}: {what} has no place in a log. Somebody else than its "
         "owner wrote there: look at it with `tidegate verify`, and let Kafka's ACLs keep others out."
     )
+
+
+# --- for those who check what owners certify ---------------------------------------------------------------
+
+
+class Certified(NamedTuple):
+    """What an owner has written of its state and certified in its log. states: by unit, each as of its own offset; empty
+    bytes for a unit that was gone by then."""
+
+    checkpoint: Checkpoint
+    states: dict[str, UnitState]
+
+
+def certified(broker: Broker, machine: Machine, partition: int) -> Certified | None:
+    """Return the last certified checkpoint of a partition; None if there is none. Blocks for reading.
+
+    Raises DoubtfulSnapshotError if what it certifies is not there; a newer one may have taken its place meanwhile.
+    """
+    start, end = broker.offsets(machine.log_topic, partition)
+    found = _last_announcement(broker, machine.log_topic, partition, start, end)
+    if found is None or found.checkpoint is None:
+        return None
+    snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, found.checkpoint, [])
+    if snapshots.broken:
+        raise DoubtfulSnapshotError(snapshots.broken)
+    states: dict[str, UnitState] = {}
+    for segment in found.checkpoint.segments:
+        for number in range(1, segment.count + 1):
+            units = snapshots.done.get(f"{segment.epoch}:{number}")
+            if units is None:
+                raise DoubtfulSnapshotError(f"segment {number} of epoch {segment.epoch} is missing")
+            states.update({unit.unit: unit for unit in units})
+    for name, live in snapshots.live.items():
+        if name not in states or states[name].as_of < live.as_of:
+            states[name] = UnitState(name, live.as_of, live.state())
+    return Certified(found.checkpoint, states)
+
+
+def log_records(
+    broker: Broker, topic: str, partition: int, begin: int, stop: int
+) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
+    """Yield offset, record and bytes of everything that a log holds. Raises CorruptLogError for what has no place there."""
+    return _records(broker, topic, partition, begin, stop)

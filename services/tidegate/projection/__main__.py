@@ -27,8 +27,10 @@ from tidegate.process import (
     stop_on_signals,
     wait_for_topics,
 )
+from tidegate.projection.control import Control, Replays
 from tidegate.projection.inserter import Inserter
 from tidegate.projection.migrations import MigrationError
+from tidegate.projection.replay import Parts
 from tidegate.projection.service import TOPICS, Limits, Projection
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.projection.sql_engine import QueryError, SqlEngine
@@ -83,11 +85,36 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event, heal
             ),
         )
         stack.callback(projection.close)
+        _serve_replays(settings, broker, instance_id, stack)
         health.ready_when(projection.why_not_ready)
         spare_the_collector()
         _log.info("ready")
         run_until_stopped(projection.run_once, stop)
     _log.info("ended", events=projection.counters.events, rows=projection.counters.rows)
+
+
+def _serve_replays(settings: ProjectionSettings, broker: KafkaBroker, instance_id: str, stack: ExitStack) -> None:
+    """Take requests for replays, and go on with one that this instance had begun."""
+    replays = Replays(
+        Parts(
+            broker,
+            lambda database: Store.open(settings.model_copy(update={"clickhouse_database": database})),
+            settings.clickhouse_database,
+            lambda at, time_ms: broker.offset_at(at.topic, at.partition, time_ms),
+            Limits(
+                settings.projection_flush_ms / 1000, settings.projection_batch_rows, settings.projection_batch_bytes
+            ),
+        ),
+        instance_id,
+    )
+    stack.callback(replays.close)
+    try:
+        control = Control(replays, settings.control_address_file)
+    except OSError as error:
+        _log.error("replays cannot be asked for", error=str(error), file=str(settings.control_address_file))
+    else:
+        stack.callback(control.close)
+    replays.resume()
 
 
 def _open_store(settings: ProjectionSettings, stack: ExitStack) -> Store:

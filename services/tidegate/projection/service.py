@@ -115,10 +115,13 @@ class Projection:
         inserter: Inserter,
         limits: Limits,
         *,
+        is_shadow: bool = False,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
+        """is_shadow: it fills tables beside another one, which alone writes `freshness` and is measured."""
+        self._is_shadow = is_shadow
         self._subscription = subscription
         self._broker = broker
         self._inserter = inserter
@@ -134,7 +137,7 @@ class Projection:
         self._last_event_ms: dict[TopicPartition, int] = {}
         self._paused = False
         self._schemas_seen: set[str] = set()
-        self._freshness_due_s = monotonic_s() + FRESHNESS_EVERY_S
+        self._freshness_due_s = float("inf") if is_shadow else monotonic_s() + FRESHNESS_EVERY_S
         self._progress_s = monotonic_s()
         self._progress_events = 0
         self.counters = Counters()
@@ -162,7 +165,7 @@ class Projection:
             messages = self._subscription.poll(MAX_POLL, self._patience_s())
             failpoint("projection.after-poll")
             self._take_all(messages)
-            if messages:
+            if messages and not self._is_shadow:
                 metrics.turn_seconds.observe(self._monotonic_s() - began_s)
                 metrics.turn_messages.observe(len(messages))
             if 0 < len(messages) < WORTH_A_TURN:
@@ -215,7 +218,8 @@ class Projection:
         failpoint("projection.before-commit")
         self._subscription.commit(done.positions)
         self._inserted.update(done.positions)
-        metrics.projection_insert_seconds.observe(now_s - self._submitted_s)
+        if not self._is_shadow:
+            metrics.projection_insert_seconds.observe(now_s - self._submitted_s)
         failpoint("projection.after-commit")
 
     # -- 2. poll, or wait ---------------------------------------------------------------
@@ -402,7 +406,8 @@ class Projection:
         every = self._monotonic_s() >= self._freshness_due_s
         if every:
             self._freshness_due_s = self._monotonic_s() + FRESHNESS_EVERY_S
-        self._add_freshness(batch, self._positions if every else batch.positions)
+        if not self._is_shadow:
+            self._add_freshness(batch, self._positions if every else batch.positions)
         self._submitted, self._submitted_s = batch, self._monotonic_s()
         self._inserter.submit(batch)
 
@@ -417,10 +422,15 @@ class Projection:
         """Return what is missing until records become rows; empty if nothing is. Any thread may ask."""
         return "" if self._has_joined else "the group has not given out its partitions yet"
 
+    @property
+    def has_pending(self) -> bool:
+        """Tell whether rows were made that are not inserted and committed yet."""
+        return bool(self._batch.positions) or not self._inserter.is_idle
+
     def _measure(self) -> None:
         """Hand over what was counted, once in a while."""
         now_s = self._monotonic_s()
-        if now_s < self._measure_due_s:
+        if now_s < self._measure_due_s or self._is_shadow:
             return
         self._measure_due_s = now_s + MEASURE_EVERY_S
         counters, seen = self.counters, self._counted
