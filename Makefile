@@ -65,6 +65,7 @@ lock: $(STAMP) ## Resolve the image's locks anew: what is pinned stays, unless p
 docs: $(STAMP) ## Write the generated pages of docs/ anew
 	$(BIN)/tidegate topics docs
 	$(BIN)/python -m tidegate.projection.schema_page docs/clickhouse.md
+	$(BIN)/python -m tidegate.reference
 
 sim: $(STAMP) ## Everything on a log in memory while everything goes wrong (SEED=1 STEPS=4000 MINUTES=0)
 	PYTHONPATH=tests $(BIN)/python -m simulation --seed $(or $(SEED),1) --steps $(or $(STEPS),4000) --minutes $(or $(MINUTES),0)

@@ -9,16 +9,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import structlog
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
 from tidegate.eventlog.schemas import SCHEMAS_TOPIC, load_schemas, publish_schemas
+from tidegate.health import MAIN_LOOP, PULSE, Health, served
 from tidegate.topics.administration import AdministeredBroker
 from tidegate.topics.apply import TopicsError, check_at_start
 from tidegate.topics.continuity import check_logs
@@ -50,10 +52,46 @@ class ProcessSettings(BaseSettings):
     broker_wait_s: float = Field(
         default=60.0, gt=0, description="How long to wait for the broker and the topics at start."
     )
+    http_host: str = Field(
+        default="127.0.0.1", description="Address that health and metrics are served on; 0.0.0.0 for everywhere."
+    )
+    http_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port of `/health/live`, `/health/ready` and `/metrics`, which every service has; 0 for a free one, which "
+        "the log names; not served if not set.",
+    )
+    http_stuck_after_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="`/health/live` fails when a loop of the process has not advanced for so long. Longer than any wait for "
+        "Kafka, which is no reason to kill a process.",
+    )
 
     def named(self, service: str) -> str:
         """Return the instance id, or the service's default one."""
         return self.instance_id or f"{service}-0"
+
+
+def settings_problems(error: ValidationError) -> list[str]:
+    """Return a line for each setting that makes no sense: the variable, what is wrong with it, and never its value."""
+    prefixes = {one.__name__: str(one.model_config.get("env_prefix", "")) for one in BaseSettings.__subclasses__()}
+    prefix = prefixes.get(error.title, "TIDEGATE_")
+    return [
+        f"{prefix}{'.'.join(map(str, problem['loc']))}".upper() + f": {problem['msg']}"
+        for problem in error.errors(include_url=False, include_input=False)
+    ]
+
+
+def run_service(main: Callable[[], int]) -> int:
+    """Run a service's `main`; settings that make no sense are lines on standard error and EXIT_USAGE, not a traceback."""
+    try:
+        return main()
+    except ValidationError as error:
+        for line in settings_problems(error):
+            sys.stderr.write(f"error: {line}\n")
+        return EXIT_USAGE
 
 
 def configure_logging(service: str, instance_id: str, level: str) -> None:
@@ -144,6 +182,7 @@ def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: 
         if not said:
             said = True
             _log.info("waiting", reason=reason)
+        PULSE.beat()
         stop.wait(0.2)
 
 
@@ -168,7 +207,19 @@ def log_the_end(error: EventLogError) -> None:
         _log.exception("ending: a restart takes over afresh", error=str(error))
 
 
-def run_until_stopped(turn: Callable[[], object], stop: threading.Event) -> None:
-    """Call `turn` until the event is set. What it raises ends the process: state in memory is never repaired."""
+@contextmanager
+def observed(process: ProcessSettings, service: str, instance_id: str) -> Iterator[Health]:
+    """Serve health and metrics, if a port is set, for as long as the block takes. Raises SystemExit if that cannot be."""
+    health = Health(service, process.http_stuck_after_s)
+    with served(health, instance_id, process.http_host, process.http_port):
+        yield health
+
+
+def run_until_stopped(turn: Callable[[], object], stop: threading.Event, loop: str = MAIN_LOOP) -> None:
+    """Call `turn` until the event is set. What it raises ends the process: state in memory is never repaired.
+
+    loop: under which name `/health/live` watches whether it advances.
+    """
     while not stop.is_set():
+        PULSE.beat(loop)
         turn()

@@ -138,6 +138,13 @@ class ProcessInbox:
     def remove(self, partitions: Sequence[TopicPartition]) -> None:
         self._inner.remove(partitions)
 
+    @property
+    def has_joined(self) -> bool:
+        return self._inner.has_joined
+
+    def ends(self) -> dict[TopicPartition, int]:
+        return self._inner.ends()
+
     def commit(self, positions: Mapping[int, int]) -> None:
         self._process.edge("inbox.commit")
         if not self._process.is_cut_off:

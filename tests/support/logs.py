@@ -304,6 +304,10 @@ class LogWriter:
             self.valid.append(one)
         return self._taken()
 
+    def others_wrote(self, log: str, partition: int, end: int) -> None:
+        """Take note that records of others (tombstones, say) lie in a partition now, up to its end."""
+        self._logs[log][partition].next_offset = end
+
     def _partition_of(self, decided: Decided) -> _Partition:
         parts = self._logs[decided.log]
         name = decided.subject if decided.log == "run-events" else account_root(decided.account)

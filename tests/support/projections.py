@@ -29,6 +29,12 @@ from tidegate.projection.tables import REBUILT_VIEWS
 
 GROUP = "tidegate-projection"
 WAIT_S = 60.0
+EAGER = {
+    "segment.ms": "200",
+    "min.cleanable.dirty.ratio": "0",
+    "delete.retention.ms": "0",
+    "min.compaction.lag.ms": "0",
+}
 
 
 class SqlFailedError(AssertionError):
@@ -44,12 +50,15 @@ class SqlFailedError(AssertionError):
 class Topics:
     """The projection's topics under a prefix of the test's own, and what is written to them."""
 
-    def __init__(self, bootstrap: str, prefix: str, *, run_partitions: int = 3, ledger_partitions: int = 2) -> None:
+    def __init__(
+        self, bootstrap: str, prefix: str, *, run_partitions: int = 3, ledger_partitions: int = 2, eager: bool = False
+    ) -> None:
+        """eager: Kafka compacts them as soon as there is something to compact."""
         self.settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=prefix, session_timeout_ms=6_000)
         self.broker = KafkaBroker(self.settings)
         self.counts = {"run-events": run_partitions, "gate-ledger": ledger_partitions}
         for topic in (*TOPICS, "schemas"):
-            config = {"cleanup.policy": "compact", "segment.ms": "604800000"}
+            config = {"cleanup.policy": "compact", "segment.ms": "604800000"} | (EAGER if eager else {})
             create_topic(bootstrap, prefix + topic, partitions=self.counts.get(topic, 1), config=config)
 
     def write(self, records: Iterable[Record]) -> None:
@@ -72,8 +81,12 @@ class Topics:
 
     def reset_to_earliest(self) -> subprocess.CompletedProcess[str]:
         """Do what an operator does: Kafka's own tool. What it says is for the caller to judge."""
+        return self.reset("--to-earliest --all-topics")
+
+    def reset(self, where: str) -> subprocess.CompletedProcess[str]:
+        """Reset the group with Kafka's own tool, with its options that say where to and which topics."""
         arguments = f"--bootstrap-server {self.settings.bootstrap} --group {self.settings.topic_prefix}{GROUP} "
-        arguments += "--reset-offsets --to-earliest --all-topics --execute"
+        arguments += f"--reset-offsets {where} --execute"
         command = tool_command("consumer-groups", arguments.split())
         return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
@@ -134,6 +147,12 @@ class ProjectionProcess:
     def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None
         return self._process
+
+    def replay(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `tidegate replay projection` as somebody on this machine would."""
+        environment = {**os.environ, "TIDEGATE_DATA_DIR": str(self.data_dir), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "tidegate.cli.__main__", "replay", "projection", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
     def stop(self) -> None:
         """End it in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
@@ -29,6 +30,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "functions": ("tidegate.cli.registry:functions_app", "List the functions that executors offer."),
     "dead-letters": ("tidegate.cli.dead_letters:app", "List and show what could not be used; send requests again."),
     "topics": ("tidegate.cli.topics:app", "Create and check the topics that are declared in schemas/topics."),
+    "replay": ("tidegate.cli.replay:app", "Rebuild tables or states from the log, beside the running system."),
     "verify": ("tidegate.cli.verify:app", "Check hash chain, contiguity and fold of a run, or of everything."),
     "audit": ("tidegate.cli.audit:app", "Recompute the money from the ledger alone."),
     "scheduler": ("tidegate.scheduler.__main__:main", "Run the scheduler service."),
@@ -100,8 +102,20 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; exits the process."""
-    app(prog_name="tidegate")
+    """Run the command line; exits the process. A TIDEGATE_ variable that makes no sense is a line, not a traceback."""
+    try:
+        app(prog_name="tidegate")
+    except ValueError as error:
+        # Only now: what tells it takes as long to import as a whole command.
+        from pydantic import ValidationError  # noqa: PLC0415
+
+        from tidegate.process import EXIT_USAGE, settings_problems  # noqa: PLC0415
+
+        if not isinstance(error, ValidationError):
+            raise
+        for line in settings_problems(error):
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(EXIT_USAGE)
 
 
 if __name__ == "__main__":

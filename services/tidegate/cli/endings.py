@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NoReturn
 
@@ -17,6 +17,7 @@ from tidegate.domain.requests import RequestError
 from tidegate.domain.workflow import DefinitionError
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.process import settings_problems
 from tidegate.sdk.errors import AppError, PublishConflictError, RunNotFinishedError, RunNotFoundError
 
 CLIENT_LINE_EVERY_S: Final = 15.0
@@ -80,7 +81,7 @@ def explained(command: str) -> Iterator[None]:
     except RunNotFinishedError as error:
         _fail(command, str(error), EXIT_TIMEOUT)
     except pydantic.ValidationError as error:
-        _fail(command, "\n".join(_settings_problems(error.errors())), EXIT_USAGE)
+        _fail(command, "\n".join(settings_problems(error)), EXIT_USAGE)
     except RequestError as error:
         _fail(command, error.reason, EXIT_USAGE)
     except (AppError, DefinitionError, NotJsonError) as error:
@@ -90,14 +91,6 @@ def explained(command: str) -> Iterator[None]:
 def usage(command: str, problem: str) -> NoReturn:
     """End with a problem that the user can mend on the command line."""
     _fail(command, problem, EXIT_USAGE)
-
-
-def _settings_problems(errors: Sequence[object]) -> list[str]:
-    return [
-        f"TIDEGATE_KAFKA_{'.'.join(map(str, problem['loc'])).upper()}: {problem['msg']}"
-        for problem in errors
-        if isinstance(problem, dict)
-    ]
 
 
 def _fail(command: str, text: str, code: int) -> NoReturn:

@@ -74,7 +74,10 @@ def smoke(
 def _has_row(run_id: str) -> bool:
     query = f"select status from runs where run_id = '{run_id}' and status = 'succeeded'"  # noqa: S608 - an id of ours
     asked = subprocess.run(
-        [sys.executable, "-m", "tidegate.cli", "sql", query, "--format", "TSV"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tidegate.cli", "sql", query, "--format", "TSV"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return asked.returncode == 0 and "succeeded" in asked.stdout
 

@@ -27,6 +27,7 @@ from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import publish_schemas
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.process import settings_problems
 from tidegate.topics.apply import TopicsError
 from tidegate.topics.apply import apply as apply_topics
 from tidegate.topics.apply import diff as diff_topics
@@ -255,8 +256,7 @@ def _explained() -> Iterator[None]:
     except EventLogError as error:
         _fail([f"Kafka at {KafkaSettings().bootstrap}: {error}"], EXIT_KAFKA)
     except pydantic.ValidationError as error:
-        prefix = "TIDEGATE_KAFKA_" if error.title == KafkaSettings.__name__ else "TIDEGATE_TOPICS_"
-        _fail([f"{prefix}{'.'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in error.errors()], EXIT_USAGE)
+        _fail(settings_problems(error), EXIT_USAGE)
     except ValueError as error:
         _fail(str(error).splitlines(), EXIT_USAGE)
 

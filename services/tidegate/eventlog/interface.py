@@ -129,6 +129,13 @@ class Inbox(Protocol):
     def remove(self, partitions: Sequence[TopicPartition]) -> None:
         """Stop reading these partitions; messages of them that are buffered are dropped."""
 
+    @property
+    def has_joined(self) -> bool:
+        """Tell whether the group has given out its partitions, be it that none is ours."""
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""
+
     def commit(self, positions: Mapping[int, int]) -> None:
         """Note next offsets of lead partitions in the group, without waiting. Failure is harmless and silent."""
 

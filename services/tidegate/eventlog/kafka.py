@@ -190,6 +190,15 @@ class KafkaBroker:
         with self._borrowed_reader() as reader:
             return reader.offsets(topic, partition)
 
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int:
+        """Return the offset of the first record that is not older than a time (Unix milliseconds); the end if none is.
+
+        Blocks for a round trip. Raises EventLogError.
+        """
+        with self._borrowed_reader() as reader:
+            found = reader.offset_at(topic, partition, timestamp_ms)
+            return reader.offsets(topic, partition).end if found is None else found
+
     def describe(self, topics: Sequence[str]) -> dict[str, TopicDescription]:
         """Return the descriptions of those of the topics that exist. Blocks for a round trip or two.
 
@@ -437,6 +446,15 @@ class KafkaInbox:
         """Stop reading these partitions; messages of them that are buffered are dropped."""
         self._reader.remove(partitions)
 
+    @property
+    def has_joined(self) -> bool:
+        """Tell whether the group has given out its partitions, be it that none is ours."""
+        return self._member is None or self._member.is_settled
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""
+        return self._reader.ends()
+
     def commit(self, positions: Mapping[int, int]) -> None:
         """Note next offsets of lead partitions in the group, without waiting. Failure is harmless and silent."""
         if self._member is not None and positions:
@@ -483,6 +501,10 @@ class _Member:
     @property
     def serve_interval_s(self) -> float:
         return SETTLED_SERVE_INTERVAL_S if self._is_settled else JOINING_SERVE_INTERVAL_S
+
+    @property
+    def is_settled(self) -> bool:
+        return self._is_settled
 
     @property
     def has_changes(self) -> bool:
@@ -654,6 +676,25 @@ class _Reader:
                 heard_at = time.monotonic()
             elif time.monotonic() - heard_at > READ_SILENCE_S:
                 raise EventLogError(f"no answer from Kafka for {READ_SILENCE_S:.0f} s while reading {self._reading}")
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return what the last answers of the broker told of the ends of what is being read."""
+        found = {}
+        for at in self._reading:
+            with suppress(KafkaException):
+                physical = KafkaPartition(self._prefix + at.topic, at.partition)
+                _, end = self._consumer.get_watermark_offsets(physical, cached=True)
+                if end >= 0:
+                    found[at] = end
+        return found
+
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int | None:
+        self._check_existence([TopicPartition(topic, partition)])
+        asked = [KafkaPartition(self._prefix + topic, partition, timestamp_ms)]
+        (found,) = _patiently(lambda: self._consumer.offsets_for_times(asked, REQUEST_TIMEOUT_S))
+        if found.error is not None:
+            raise _log_error(found.error, f"{topic} [{partition}]: ")
+        return found.offset if found.offset >= 0 else None
 
     def offsets(self, topic: str, partition: int) -> Offsets:
         physical = KafkaPartition(self._prefix + topic, partition)

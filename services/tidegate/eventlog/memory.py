@@ -392,6 +392,15 @@ class MemoryInbox:
         for at in partitions:
             self._positions.pop(at, None)
 
+    @property
+    def has_joined(self) -> bool:
+        """Tell whether the group has given out its partitions, be it that none is ours."""
+        return self._group is None or self._member.generation >= 0
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Return the next offset to be written of each partition being read. Does not block."""
+        return {at: self._broker.log(at).end for at in self._positions}
+
     def commit(self, positions: Mapping[int, int]) -> None:
         """Note next offsets of lead partitions in the group; ignored from a member that the group does not know."""
         if self._group is not None and self._broker.reachable:

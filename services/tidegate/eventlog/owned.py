@@ -27,6 +27,10 @@ class _Told:
         self.told = told
         self._waiting: deque[list[int]] = deque()
 
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     def expect(self, offset: int, count: int) -> list[int]:
         slot = [offset, count]
         self._waiting.append(slot)
@@ -221,6 +225,11 @@ class OwnedPartition:
             )
         self.next_offset = offset + 1
         slot.append(offset)
+
+    @property
+    def told_distance(self) -> int:
+        """Return how many entries at the end of the log have tells that are not acknowledged."""
+        return self.told.waiting
 
     def position(self, offset: int) -> Callable[[int], Position]:
         """Return the function that numbers the tells of the entry at `offset`."""

@@ -7,12 +7,12 @@ its `Machine`; how state survives is here, once for both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import structlog
 
-from tidegate import codec
+from tidegate import codec, metrics
 from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key
 from tidegate.eventlog.checkpoints import Checkpointer
@@ -30,6 +30,7 @@ from tidegate.eventlog.interface import (
     Writer,
 )
 from tidegate.eventlog.letters import dead_letter
+from tidegate.eventlog.loop_meter import LoopMeter
 from tidegate.eventlog.machine import Decision, EntryRefusedError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.restore import restore
@@ -62,7 +63,9 @@ class OwnerLoop:
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic_s: Callable[[], float] = time.monotonic,
         checkpoints: CheckpointSettings | None = None,
+        measure: Callable[[Iterable[Any]], None] | None = None,
     ) -> None:
+        """Nothing is read or written yet. measure: sets the service's own gauges from the owned partitions' states."""
         self._broker = broker
         self.machine = machine
         self._instance_id = instance_id
@@ -81,6 +84,9 @@ class OwnerLoop:
         self._log_identity: TopicDescription | None = None
         self.turns = 0
         self._schemas_sought: set[str] = set()
+        self._has_joined = False
+        self._missing = "the global tables are not read yet"
+        self.meter = LoopMeter(measure)
 
     # -- life ---------------------------------------------------------------
 
@@ -107,6 +113,10 @@ class OwnerLoop:
         for part in (self._inbox, self._log_writer, self._tell_writer):
             part.close()
 
+    def why_not_ready(self) -> str:
+        """Return what is missing until every partition that is ours is restored; empty if nothing is. Any thread may ask."""
+        return self._missing
+
     # -- the protocol ---------------------------------------------------------------
 
     def run_once(self, timeout_s: float = 0.2) -> int:
@@ -119,6 +129,7 @@ class OwnerLoop:
         """
         self.turns += 1
         messages = self._inbox.poll(MAX_BATCH, self._patience_s(timeout_s))
+        self.meter.polled(messages)
         failpoint("owner.after-poll")
         self._follow_changes()
         self._take_over_gained()
@@ -131,6 +142,7 @@ class OwnerLoop:
         self._make_checkpoints()
         self._commit()
         self._record_positions()
+        self.meter.turn_done(self._monotonic_s(), self.owned, self._inbox.ends)
         return logged
 
     def _patience_s(self, timeout_s: float) -> float:
@@ -151,6 +163,11 @@ class OwnerLoop:
         for partition in changes.lost:
             self._drop(partition, "the group gave it to another instance")
         self._to_take = (self._to_take - changes.lost) | changes.gained
+        self._has_joined = self._has_joined or self._inbox.has_joined
+        if self._to_take:
+            self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
+        else:
+            self._missing = "" if self._has_joined else f"the group of {self.machine.lead_topic} gave us no answer yet"
 
     def _drop(self, partition: int, reason: str) -> None:
         self._to_take.discard(partition)
@@ -158,6 +175,7 @@ class OwnerLoop:
         if part is not None:
             self.machine.dropped(partition)
             del self._checkpointers[partition]
+            metrics.partitions_dropped.labels("doubt" if part.doubt else "rebalance").inc()
             part.shelf.close()
             _log.info("partition dropped", log=self.machine.log_topic, partition=partition, reason=reason)
             self._inbox.remove([TopicPartition(topic, partition) for topic in self._input_topics])
@@ -233,6 +251,7 @@ class OwnerLoop:
 
     def _bury(self, message: Message, now_ms: int, code: str, reason: str) -> None:
         """Write a dead letter and wait for it: the input counts as read only once its letter is durable."""
+        metrics.dead_letters.labels(message.topic, code).inc()
         _log.warning("dead letter", topic=message.topic, partition=message.partition, offset=message.offset, code=code)
         letter = dead_letter(message, service=self.machine.service, code=code, reason=reason, run_id="", at_ms=now_ms)
         key = f"{message.topic}:{message.partition}:{message.offset}"
@@ -279,11 +298,12 @@ class OwnerLoop:
             logged += len(batch)
             for entry, slot in batch:
                 part.logged(entry, slot[0])
-                self._tell(part, entry, slot[0])
+                self.meter.logged(entry, self._tell(part, entry, slot[0]))
             failpoint("owner.after-tell")
         return logged
 
-    def _tell(self, part: OwnedPartition, entry: Entry, offset: int) -> None:
+    def _tell(self, part: OwnedPartition, entry: Entry, offset: int) -> int:
+        """Send what follows from an entry; returns how many messages that were."""
         tells = self.machine.tells(entry, part.position(offset))
         if len(tells) > MAX_TELLS_PER_ENTRY:
             raise EventLogError(f"an entry of {entry.subject} has {len(tells)} tells, more than {MAX_TELLS_PER_ENTRY}")
@@ -300,6 +320,7 @@ class OwnerLoop:
                 acked,
             )
             failpoint("owner.between-tells")
+        return len(tells)
 
     # -- 2. take over ---------------------------------------------------------------
 
@@ -307,8 +328,8 @@ class OwnerLoop:
         if not self._to_take:
             return
         partition = min(self._to_take)  # one a turn, so that the others are not kept waiting
-        self._to_take.discard(partition)
         self.owned[partition] = self._take_over(partition)
+        self._to_take.discard(partition)
 
     def _take_over(self, partition: int) -> OwnedPartition:
         """Announce, fold the log up to the announcement, tell again what may be untold, and read on from what it records."""
@@ -343,6 +364,9 @@ class OwnerLoop:
         )
         self._inbox.add(positions)
         failpoint("owner.after-take-over")
+        metrics.takeovers.inc()
+        metrics.takeover_seconds.observe(self._monotonic_s() - began)
+        metrics.restore_progress.labels(partition).set(1)
         _log.info(
             "partition taken over",
             log=self.machine.log_topic,

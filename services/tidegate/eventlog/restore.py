@@ -13,13 +13,14 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from tidegate import codec
+from tidegate import codec, metrics
 from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Snapshot, UnitState
 from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_before
 from tidegate.eventlog.interface import Broker, EventLogError, Message
 from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
+from tidegate.health import PULSE
 
 PROGRESS_EVERY: Final = 20_000
 LIVE, DONE, PART = "live", "done", "part"
@@ -164,6 +165,7 @@ def _read_snapshots(
     for count, message in enumerate(broker.read(topic, partition, start, end), 1):
         if count % PROGRESS_EVERY == 0:
             _log.info("reading snapshots", topic=topic, partition=partition, at=message.offset, of=end)
+            PULSE.beat()
         key = message.key or b""
         if message.value is None:
             present.pop(key, None)
@@ -305,6 +307,8 @@ def _fold(
             done = (offset - begin) / (stop - begin)
             left_s = (time.monotonic() - began_s) * (1 - done) / done
             _log.info("restoring", log=topic, partition=partition, at=offset, of=stop, seconds_left=round(left_s, 1))
+            metrics.restore_progress.labels(partition).set(done)
+            PULSE.beat()
             part.put_away_all_over()
         if isinstance(record, OwnerAnnounced):
             check(record)
@@ -349,3 +353,46 @@ def _record(message: Message) -> Entry | OwnerAnnounced:
         f"{message.topic}-{message.partition} at offset {message.offset}: {what} has no place in a log. Somebody else than its "
         "owner wrote there: look at it with `tidegate verify`, and let Kafka's ACLs keep others out."
     )
+
+
+# --- for those who check what owners certify ---------------------------------------------------------------
+
+
+class Certified(NamedTuple):
+    """What an owner has written of its state and certified in its log. states: by unit, each as of its own offset; empty
+    bytes for a unit that was gone by then."""
+
+    checkpoint: Checkpoint
+    states: dict[str, UnitState]
+
+
+def certified(broker: Broker, machine: Machine, partition: int) -> Certified | None:
+    """Return the last certified checkpoint of a partition; None if there is none. Blocks for reading.
+
+    Raises DoubtfulSnapshotError if what it certifies is not there; a newer one may have taken its place meanwhile.
+    """
+    start, end = broker.offsets(machine.log_topic, partition)
+    found = _last_announcement(broker, machine.log_topic, partition, start, end)
+    if found is None or found.checkpoint is None:
+        return None
+    snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, found.checkpoint, [])
+    if snapshots.broken:
+        raise DoubtfulSnapshotError(snapshots.broken)
+    states: dict[str, UnitState] = {}
+    for segment in found.checkpoint.segments:
+        for number in range(1, segment.count + 1):
+            units = snapshots.done.get(f"{segment.epoch}:{number}")
+            if units is None:
+                raise DoubtfulSnapshotError(f"segment {number} of epoch {segment.epoch} is missing")
+            states.update({unit.unit: unit for unit in units})
+    for name, live in snapshots.live.items():
+        if name not in states or states[name].as_of < live.as_of:
+            states[name] = UnitState(name, live.as_of, live.state())
+    return Certified(found.checkpoint, states)
+
+
+def log_records(
+    broker: Broker, topic: str, partition: int, begin: int, stop: int
+) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
+    """Yield offset, record and bytes of everything that a log holds. Raises CorruptLogError for what has no place there."""
+    return _records(broker, topic, partition, begin, stop)

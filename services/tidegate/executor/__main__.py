@@ -20,7 +20,15 @@ from tidegate.eventlog.settings import KafkaSettings
 from tidegate.executor.results import STEP_RESULTS
 from tidegate.executor.service import EXIT_LOG_FAILED, Executor
 from tidegate.executor.settings import ExecutorSettings
-from tidegate.process import EXIT_USAGE, ProcessSettings, configure_logging, wait_for_topics
+from tidegate.health import Health, beat_forever
+from tidegate.process import (
+    EXIT_USAGE,
+    ProcessSettings,
+    configure_logging,
+    observed,
+    settings_problems,
+    wait_for_topics,
+)
 from tidegate.registry import task_topic
 from tidegate.sdk.app import App
 from tidegate.sdk.errors import AppError
@@ -47,20 +55,30 @@ def executor(  # `tidegate executor` and `python -m tidegate.executor`
         settings = ExecutorSettings(**_given(queue=queue, slots=slots))
         kafka = KafkaSettings(**_given(bootstrap=bootstrap))
         loaded = load_app(target)
-    except (AppError, ValidationError) as error:
+    except AppError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    except ValidationError as error:
+        for line in settings_problems(error):
+            typer.echo(f"error: {line}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     name = process.instance_id or f"executor-{settings.queue}-{socket.gethostname()}"
     configure_logging("executor", name, process.log_level)
-    raise typer.Exit(asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, process.broker_wait_s)))
+    with observed(process, "executor", name) as health:
+        code = asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, process.broker_wait_s, health))
+    raise typer.Exit(code)
 
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-async def _run(broker: KafkaBroker, loaded: App, settings: ExecutorSettings, name: str, wait_s: float) -> int:
+async def _run(
+    broker: KafkaBroker, loaded: App, settings: ExecutorSettings, name: str, wait_s: float, health: Health
+) -> int:
     service = Executor(broker, loaded, settings, instance_id=name)
+    health.ready_when(service.why_not_ready)
+    beating = asyncio.create_task(beat_forever(service.measure))
     stop, loop = threading.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -73,6 +91,7 @@ async def _run(broker: KafkaBroker, loaded: App, settings: ExecutorSettings, nam
         needed = [task_topic(settings.queue), "instances", STEP_RESULTS]
         await asyncio.to_thread(wait_for_topics, broker, needed, wait_s, stop)
         code = await service.run()
+        beating.cancel()
     except EventLogError as error:
         _log.error("cannot work", error=str(error))
         return EXIT_LOG_FAILED

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from tidegate import metrics
 from tidegate.domain.messages import StepResult, StepTask
 from tidegate.eventlog.interface import Broker
 from tidegate.executor import results
@@ -23,7 +24,7 @@ from tidegate.executor.sender import ResultSender
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.executor.watchdog import Watchdog, overdue_s
 from tidegate.failpoints import failpoint
-from tidegate.registry import Registration
+from tidegate.registry import Registration, boottime_s
 from tidegate.registry import TaskFeed as RegisteredFeed
 from tidegate.registry.listing import bounded
 from tidegate.sdk.app import App, details_of, functions_of
@@ -109,6 +110,24 @@ class Executor:
                 self._last_resort.cancel()
         return self._exit_code
 
+    def why_not_ready(self) -> str:
+        """Return what is missing until tasks are taken; empty if nothing is. Any thread may ask."""
+        if self._holdings.incarnation < 0:
+            return "not registered yet"
+        if self._ending.is_set():
+            return "draining"
+        return "" if self.registration.lease_held() else "the lease has run out"
+
+    def measure(self) -> None:
+        """Set the gauges."""
+        load = self._holdings.load()
+        metrics.executor_slots.set(self._settings.slots if load.slots is None else load.slots)
+        metrics.executor_free_slots.set(load.free_slots)
+        metrics.executor_unanswered.set(len(load.running))
+        until_s = self.registration.lease.until_s
+        if until_s != float("inf"):
+            metrics.executor_lease.set(max(0.0, until_s - boottime_s()))
+
     @property
     def has_stuck_functions(self) -> bool:
         """Tell whether functions still run that cannot be aborted: nothing but the end of the process ends them."""
@@ -175,6 +194,10 @@ class Executor:
 
     def _send(self, task: StepTask, result: StepResult) -> None:
         key = key_of(task)
+        metrics.executor_attempts.labels(result.outcome).inc()
+        if result.started_ms:
+            seconds = max(0, result.finished_ms - result.started_ms) / 1000
+            metrics.executor_attempt_seconds.labels(result.outcome).observe(seconds)
         self._sender.send(results.to_record(task, result), lambda: self._holdings.answered(key))
 
     # --- ending ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 from functools import partial
 
@@ -13,16 +14,20 @@ from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.gate.measure import measure
 from tidegate.gate.placement import Executors
 from tidegate.gate.service import CONTROLS, INSTANCES, POLICIES, GateMachine
 from tidegate.gate.settings import GateSettings
+from tidegate.health import Health
 from tidegate.process import (
     EXIT_FAILED,
     EXIT_OK,
     ProcessSettings,
     configure_logging,
     log_the_end,
+    observed,
     prepare,
+    run_service,
     run_until_stopped,
     spare_the_collector,
     stop_on_signals,
@@ -30,6 +35,17 @@ from tidegate.process import (
 from tidegate.registry import Registration, task_topic
 
 SERVICE = "gate"
+TOPICS = (
+    "gate-requests",
+    "gate-leases",
+    "gate-ledger",
+    "gate-snapshots",
+    "gate-decisions",
+    "dead-letters",
+    INSTANCES,
+    POLICIES,
+    CONTROLS,
+)
 TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _log = structlog.get_logger()
 
@@ -40,47 +56,39 @@ def main() -> int:
     instance_id = process.named(SERVICE)
     configure_logging(SERVICE, instance_id, process.log_level)
     stop = stop_on_signals()
-    settings = GateSettings()
     broker = KafkaBroker(KafkaSettings())
     try:
-        counts = prepare(
-            broker,
-            (
-                "gate-requests",
-                "gate-leases",
-                "gate-ledger",
-                "gate-snapshots",
-                "gate-decisions",
-                "dead-letters",
-                INSTANCES,
-                POLICIES,
-                CONTROLS,
-            ),
-            process.broker_wait_s,
-            stop,
-        )
-        executors = Executors(
-            lease_ms=int(settings.lease_s * 1000),
-            monotonic_ms=lambda: time.monotonic_ns() // 1_000_000,
-            table_end=lambda: broker.offsets(INSTANCES, 0).end,
-            task_partitions=partial(_task_partitions, broker, {}),
-        )
-        machine = GateMachine(counts["gate-decisions"], counts["gate-ledger"], executors)
-        registration = Registration(broker, service=SERVICE, instance_id=instance_id)
-        registration.start()
-        loop = OwnerLoop(broker, machine, instance_id)
-        loop.start()
-        spare_the_collector()
-        _log.info("ready")
-        run_until_stopped(loop.run_once, stop)
-        loop.close()
-        registration.stop()
+        with observed(process, SERVICE, instance_id) as health:
+            _run(process, broker, instance_id, stop, health)
     except EventLogError as error:
         if stop.is_set():
             return EXIT_OK
         log_the_end(error)
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _run(
+    process: ProcessSettings, broker: KafkaBroker, instance_id: str, stop: threading.Event, health: Health
+) -> None:
+    counts = prepare(broker, TOPICS, process.broker_wait_s, stop)
+    executors = Executors(
+        lease_ms=int(GateSettings().lease_s * 1000),
+        monotonic_ms=lambda: time.monotonic_ns() // 1_000_000,
+        table_end=lambda: broker.offsets(INSTANCES, 0).end,
+        task_partitions=partial(_task_partitions, broker, {}),
+    )
+    machine = GateMachine(counts["gate-decisions"], counts["gate-ledger"], executors)
+    registration = Registration(broker, service=SERVICE, instance_id=instance_id)
+    registration.start()
+    loop = OwnerLoop(broker, machine, instance_id, measure=partial(measure, executors))
+    loop.start()
+    health.ready_when(loop.why_not_ready)
+    spare_the_collector()
+    _log.info("ready")
+    run_until_stopped(loop.run_once, stop)
+    loop.close()
+    registration.stop()
 
 
 def _task_partitions(broker: Broker, known: dict[str, int], queue: str) -> int:
@@ -95,4 +103,4 @@ def _task_partitions(broker: Broker, known: dict[str, int], queue: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service(main))

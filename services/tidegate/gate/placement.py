@@ -162,6 +162,10 @@ class Executors:
                     del self.by_id[life.instance_id]
                     self._sort()
 
+    def ready_by_queue(self) -> dict[str, int]:
+        """Return how many executors may be given work, by queue."""
+        return {queue: len(executors) for queue, executors in self._ready.items()}
+
     def free_slots(self, ledgers: Mapping[int, Ledger]) -> FreeSlots:
         """Return the free slots of everybody who is ready: slots, less what our ledgers placed there, less what others did."""
         return FreeSlots(self._ready, self._by_life, ledgers, self._offers, self._is_paused)
@@ -204,6 +208,10 @@ class FreeSlots:
         executor = self._by_life.get(life)
         if executor is not None:
             self._free[life] = self._of(executor) + 1
+
+    def by_queue(self) -> dict[str, int]:
+        """Return how many slots are free, by queue."""
+        return {queue: sum(max(0, self._of(one)) for one in ready) for queue, ready in self._ready.items()}
 
     def has_room(self) -> bool:
         """Tell whether any executor has a free slot."""

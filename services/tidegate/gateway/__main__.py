@@ -22,11 +22,14 @@ from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, mak
 from tidegate.gateway.service import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.web import Api
+from tidegate.health import Health, beat_forever
 from tidegate.process import (
     EXIT_FAILED,
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    observed,
+    run_service,
     stop_on_signals,
     wait_for_topics,
 )
@@ -50,12 +53,8 @@ def main() -> int:
     settings, kafka = GatewaySettings(), KafkaSettings()
     broker = KafkaBroker(kafka)
     try:
-        counts = wait_for_topics(
-            broker, (RUN_EVENTS, GATEWAY_RUNS, "instances", "schemas"), process.broker_wait_s, stop
-        )
-        group = _group(broker, counts)
-        with _listen(settings) as listening:
-            asyncio.run(_serve(settings, kafka, broker, group, instance_id, listening, counts[RUN_EVENTS], stop))
+        with observed(process, SERVICE, instance_id) as health:
+            _run_until(process, settings, kafka, broker, instance_id, stop, health)
     except (EventLogError, OSError) as error:
         if stop.is_set():
             return EXIT_OK
@@ -64,6 +63,22 @@ def main() -> int:
     finally:
         broker.close()
     return EXIT_OK
+
+
+def _run_until(
+    process: ProcessSettings,
+    settings: GatewaySettings,
+    kafka: KafkaSettings,
+    broker: KafkaBroker,
+    instance_id: str,
+    stop: threading.Event,
+    health: Health,
+) -> None:
+    topics = (RUN_EVENTS, GATEWAY_RUNS, "instances", "schemas")
+    counts = wait_for_topics(broker, topics, process.broker_wait_s, stop)
+    group = _group(broker, counts)
+    with _listen(settings) as listening:
+        asyncio.run(_serve(settings, kafka, broker, group, instance_id, listening, counts[RUN_EVENTS], stop, health))
 
 
 async def _serve(
@@ -75,6 +90,7 @@ async def _serve(
     listening: socket.socket,
     partition_count: int,
     stop: threading.Event,
+    health: Health,
 ) -> None:
     """Run until the event is set. Raises EventLogError if the app fails."""
     url = f"http://{settings.advertised_host}:{listening.getsockname()[1]}"
@@ -90,6 +106,8 @@ async def _serve(
         keep_minutes=settings.gateway_keep_h * 60,
     )
     Api(gateway, url)
+    health.ready_when(gateway.why_not_ready)
+    beating = asyncio.create_task(beat_forever(gateway.measure))
     registration = Registration(broker, service=SERVICE, instance_id=instance_id)
     address = _Address(settings.address_file, url)
     stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
@@ -107,6 +125,7 @@ async def _serve(
         stop.set()
         running.cancel()
         outdated.cancel()
+        beating.cancel()
         address.remove()
         await asyncio.to_thread(registration.stop)
         await _stop(app)
@@ -222,4 +241,4 @@ def _group(broker: Broker, counts: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service(main))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -13,7 +14,7 @@ import structlog
 from faust import Stream
 from faust.types import EventT, StreamT
 
-from tidegate import codec
+from tidegate import codec, metrics
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, Offsets
@@ -65,6 +66,7 @@ class Gateway:
         self.app = app
         self.view = LiveView(keep_minutes=keep_minutes)
         self.counters = Counters()
+        self._counted = Counters()
         self.owned: frozenset[int] = frozenset()
         self.partition_count = partition_count
         self._table = table
@@ -134,6 +136,24 @@ class Gateway:
         """Tell whether the view is complete as of the time when the partitions became ours."""
         self._has_caught_up = self._has_caught_up or self.lag() == 0
         return self._has_caught_up
+
+    def why_not_ready(self) -> str:
+        """Return what is missing until the view is complete; empty if nothing is. Any thread may ask."""
+        if self._has_caught_up:
+            return ""
+        return "the changelog is being read" if not self._is_restored else "the log is being read up to its end"
+
+    def measure(self) -> None:
+        """Set the gauges and hand over what was counted. Belongs to the event loop."""
+        counters, seen = self.counters, self._counted
+        metrics.gateway_entries.inc(counters.entries - seen.entries)
+        metrics.gateway_known.inc(counters.known - seen.known)
+        metrics.gateway_void.inc(counters.void - seen.void)
+        metrics.gateway_unreadable.inc(counters.unreadable - seen.unreadable)
+        self._counted = copy.copy(counters)
+        metrics.gateway_runs.set(len(self.view.rows))
+        metrics.gateway_partitions.set(len(self.owned))
+        metrics.gateway_restore_lag.set(self.lag() or 0)
 
     @property
     def unassigned_s(self) -> float | None:

@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 from faust.web import Request, Response, View
 
+from tidegate import metrics
 from tidegate.gateway.service import Gateway
 from tidegate.gateway.view import MINUTE_MS, RunRow
 
@@ -44,7 +45,7 @@ class Api:
             ("/v1/runs/{run_id}", self._when_ready(self._run)),
             ("/v1/spend", self._when_ready(self._spend)),
         ):
-            page(path, name=path)(_handler(handler))
+            page(path, name=path)(_handler(path, handler))
 
     # -- endpoints ---------------------------------------------------------------
 
@@ -172,14 +173,19 @@ class Api:
             return response.status, await response.read()
 
 
-def _handler(method: _Handler) -> Any:
-    """Return a handler as Faust wants it: a plain function of the view and the request."""
+def _handler(name: str, method: _Handler) -> Any:
+    """Return a handler as Faust wants it: a plain function of the view and the request. It is timed under its name."""
+    seconds = metrics.gateway_request_seconds.labels(name)
 
     async def answer(view: View, request: Request, **path: str) -> Response:
+        began_s = time.monotonic()
         try:
             return await method(view, request, **path)
         except BadRequestError as error:
             return _error(view, 400, "bad_request", str(error))
+        finally:
+            if "wait_ms" not in request.query:
+                seconds.observe(time.monotonic() - began_s)
 
     return answer
 

@@ -14,18 +14,23 @@ from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.subscription import KafkaSubscription
+from tidegate.health import PULSE, Health
 from tidegate.process import (
     EXIT_FAILED,
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    observed,
+    run_service,
     run_until_stopped,
     spare_the_collector,
     stop_on_signals,
     wait_for_topics,
 )
+from tidegate.projection.control import Control, Replays
 from tidegate.projection.inserter import Inserter
 from tidegate.projection.migrations import MigrationError
+from tidegate.projection.replay import Parts
 from tidegate.projection.service import TOPICS, Limits, Projection
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.projection.sql_engine import QueryError, SqlEngine
@@ -46,7 +51,8 @@ def main() -> int:
     configure_logging(SERVICE, instance_id, process.log_level)
     stop = stop_on_signals()
     try:
-        _run(process, instance_id, stop)
+        with observed(process, SERVICE, instance_id) as health:
+            _run(process, instance_id, stop, health)
     except (EventLogError, MigrationError, QueryError) as error:
         if stop.is_set():
             return EXIT_OK
@@ -55,7 +61,7 @@ def main() -> int:
     return EXIT_OK
 
 
-def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> None:
+def _run(process: ProcessSettings, instance_id: str, stop: threading.Event, health: Health) -> None:
     settings, kafka = ProjectionSettings(), KafkaSettings()
     broker = KafkaBroker(kafka)
     wait_for_topics(broker, TOPICS, process.broker_wait_s, stop)
@@ -63,6 +69,7 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
         inserter = Inserter(lambda: _open_store(settings, stack))
         inserter.start()
         while not inserter.wait_opened(OPEN_POLL_S):
+            PULSE.beat()
             if stop.is_set():
                 inserter.stop(OPEN_POLL_S)
                 return
@@ -78,10 +85,36 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event) -> N
             ),
         )
         stack.callback(projection.close)
+        _serve_replays(settings, broker, instance_id, stack)
+        health.ready_when(projection.why_not_ready)
         spare_the_collector()
         _log.info("ready")
         run_until_stopped(projection.run_once, stop)
     _log.info("ended", events=projection.counters.events, rows=projection.counters.rows)
+
+
+def _serve_replays(settings: ProjectionSettings, broker: KafkaBroker, instance_id: str, stack: ExitStack) -> None:
+    """Take requests for replays, and go on with one that this instance had begun."""
+    replays = Replays(
+        Parts(
+            broker,
+            lambda database: Store.open(settings.model_copy(update={"clickhouse_database": database})),
+            settings.clickhouse_database,
+            lambda at, time_ms: broker.offset_at(at.topic, at.partition, time_ms),
+            Limits(
+                settings.projection_flush_ms / 1000, settings.projection_batch_rows, settings.projection_batch_bytes
+            ),
+        ),
+        instance_id,
+    )
+    stack.callback(replays.close)
+    try:
+        control = Control(replays, settings.control_address_file)
+    except OSError as error:
+        _log.error("replays cannot be asked for", error=str(error), file=str(settings.control_address_file))
+    else:
+        stack.callback(control.close)
+    replays.resume()
 
 
 def _open_store(settings: ProjectionSettings, stack: ExitStack) -> Store:
@@ -121,4 +154,4 @@ def _serve_sql(settings: ProjectionSettings, path: Path) -> SqlServer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service(main))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
-from tidegate import codec
+from tidegate import codec, metrics
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
 from tidegate.eventlog.schemas import load_schemas
@@ -38,6 +39,7 @@ LONGEST_REST_S: Final = 1.0
 HEARTBEATS_WAIT_S: Final = 1.0
 FRESHNESS_EVERY_S: Final = 10.0
 PROGRESS_EVERY_S: Final = 10.0
+MEASURE_EVERY_S: Final = 2.0
 # A full batch waits so long for the one before it; then reading is paused, and the group hears from us so often.
 PATIENCE_S: Final = 1.0
 PAUSED_POLL_S: Final = 0.5
@@ -113,10 +115,13 @@ class Projection:
         inserter: Inserter,
         limits: Limits,
         *,
+        is_shadow: bool = False,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
+        """is_shadow: it fills tables beside another one, which alone writes `freshness` and is measured."""
+        self._is_shadow = is_shadow
         self._subscription = subscription
         self._broker = broker
         self._inserter = inserter
@@ -132,11 +137,15 @@ class Projection:
         self._last_event_ms: dict[TopicPartition, int] = {}
         self._paused = False
         self._schemas_seen: set[str] = set()
-        self._freshness_due_s = monotonic_s() + FRESHNESS_EVERY_S
+        self._freshness_due_s = float("inf") if is_shadow else monotonic_s() + FRESHNESS_EVERY_S
         self._progress_s = monotonic_s()
         self._progress_events = 0
         self.counters = Counters()
         self.turns = 0
+        self._has_joined = False
+        self._inserted: dict[TopicPartition, int] = {}  # and committed
+        self._counted = copy.copy(self.counters)
+        self._measure_due_s = monotonic_s()
 
     # -- the loop ---------------------------------------------------------------
 
@@ -148,6 +157,7 @@ class Projection:
         """
         self.turns += 1
         self._commit_done()
+        began_s = self._monotonic_s()
         if self._is_full():
             self._wait_for_inserter()
         else:
@@ -155,10 +165,14 @@ class Projection:
             messages = self._subscription.poll(MAX_POLL, self._patience_s())
             failpoint("projection.after-poll")
             self._take_all(messages)
+            if messages and not self._is_shadow:
+                metrics.turn_seconds.observe(self._monotonic_s() - began_s)
+                metrics.turn_messages.observe(len(messages))
             if 0 < len(messages) < WORTH_A_TURN:
                 self._sleep(min(NAP_S, max(0.0, self._due_s() - self._monotonic_s())))
         self._submit_if_due()
         self._tell_progress()
+        self._measure()
 
     def close(self) -> None:
         """Insert and commit what was read, if ClickHouse is there to take it; then leave the group."""
@@ -203,6 +217,9 @@ class Projection:
         self._rested_s = now_s + min(LONGEST_REST_S, REST_PER_INSERT * (now_s - self._submitted_s))
         failpoint("projection.before-commit")
         self._subscription.commit(done.positions)
+        self._inserted.update(done.positions)
+        if not self._is_shadow:
+            metrics.projection_insert_seconds.observe(now_s - self._submitted_s)
         failpoint("projection.after-commit")
 
     # -- 2. poll, or wait ---------------------------------------------------------------
@@ -243,6 +260,7 @@ class Projection:
 
     def _follow(self, changes: AssignmentChange) -> None:
         """Forget where we were: after a rebalance reading goes on at what was committed, by whomever."""
+        self._has_joined = True
         self._places.clear()
         for at in changes.lost:
             # What was read before is inserted, which is harmless, but not committed: another member may be further.
@@ -250,7 +268,11 @@ class Projection:
             self._submitted.positions.pop(at, None)
             self._positions.pop(at, None)
             self._last_event_ms.pop(at, None)
-        self._positions |= self._subscription.committed()
+            if self._inserted.pop(at, None) is not None:
+                metrics.projection_lag.remove(at.topic, str(at.partition))
+        committed = self._subscription.committed()
+        self._positions |= committed
+        self._inserted |= committed
         _log.info(
             "partitions assigned",
             partitions=[f"{at.topic}-{at.partition}" for at in sorted(self._subscription.assigned)],
@@ -384,7 +406,8 @@ class Projection:
         every = self._monotonic_s() >= self._freshness_due_s
         if every:
             self._freshness_due_s = self._monotonic_s() + FRESHNESS_EVERY_S
-        self._add_freshness(batch, self._positions if every else batch.positions)
+        if not self._is_shadow:
+            self._add_freshness(batch, self._positions if every else batch.positions)
         self._submitted, self._submitted_s = batch, self._monotonic_s()
         self._inserter.submit(batch)
 
@@ -394,6 +417,40 @@ class Projection:
             (at.topic, at.partition, offset, ends.get(at, offset), self._last_event_ms.get(at), now_ms)
             for at, offset in positions.items()
         ]
+
+    def why_not_ready(self) -> str:
+        """Return what is missing until records become rows; empty if nothing is. Any thread may ask."""
+        return "" if self._has_joined else "the group has not given out its partitions yet"
+
+    @property
+    def has_pending(self) -> bool:
+        """Tell whether rows were made that are not inserted and committed yet."""
+        return bool(self._batch.positions) or not self._inserter.is_idle
+
+    def _measure(self) -> None:
+        """Hand over what was counted, once in a while."""
+        now_s = self._monotonic_s()
+        if now_s < self._measure_due_s or self._is_shadow:
+            return
+        self._measure_due_s = now_s + MEASURE_EVERY_S
+        counters, seen = self.counters, self._counted
+        metrics.projection_messages.inc(counters.messages - seen.messages)
+        metrics.projection_events.inc(counters.events - seen.events)
+        metrics.projection_rows.inc(counters.rows - seen.rows)
+        metrics.projection_void.inc(counters.void - seen.void)
+        metrics.projection_unreadable.inc(counters.unreadable - seen.unreadable)
+        self._counted = copy.copy(counters)
+        metrics.projection_paused.set(self._paused)
+        metrics.projection_failing.set(bool(self._inserter.failing))
+        for at, end in self._subscription.ends().items():
+            position = self._inserted.get(at)
+            if position is not None:
+                metrics.projection_lag.labels(at.topic, at.partition).set(max(0, end - position))
+        latest: dict[str, int] = {}
+        for at, event_ms in self._last_event_ms.items():
+            latest[at.topic] = max(event_ms, latest.get(at.topic, 0))
+        for topic, event_ms in latest.items():
+            metrics.projection_age.labels(topic).set(event_ms / 1000)
 
     def _tell_progress(self) -> None:
         now_s = self._monotonic_s()

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SQL_ADDRESS_FILE: Final = "sql.json"
+CONTROL_ADDRESS_FILE: Final = "projection.json"
 
 
 class ProjectionSettings(BaseSettings):
@@ -73,6 +74,11 @@ class ProjectionSettings(BaseSettings):
         """The folder of the embedded ClickHouse; None if a server is used."""
         scheme, _, rest = self.effective_url.partition("://")
         return Path(rest).resolve() if scheme == "chdb" else None
+
+    @property
+    def control_address_file(self) -> Path:
+        """Where it is written how to ask for a replay."""
+        return self.data_dir / CONTROL_ADDRESS_FILE
 
     @property
     def sql_address_file(self) -> Path:

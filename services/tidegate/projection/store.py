@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
 import clickhouse_connect
@@ -20,6 +20,7 @@ ANSWER_TIMEOUT_S: Final = 120
 
 # The embedded engine shares its cores with everything else here; handing blocks between threads costs it a third more.
 _ONE_THREAD: Final = {"max_threads": 1, "max_insert_threads": 1, "input_format_parallel_parsing": 0}
+MIGRATIONS: Final = "schema_migrations"
 _MIGRATIONS_TABLE: Final = """
 CREATE TABLE IF NOT EXISTS schema_migrations
 (version Int32, name String, checksum String, applied_at DateTime64(3, 'UTC'))
@@ -104,6 +105,17 @@ class Store:
             except Exception as error:
                 raise StoreError(f"insert into {table}: {_first_line(error)}") from error
             failpoint("projection.between-tables")
+
+    def insert_one(self, table: str, columns: Sequence[str], row: Row) -> None:
+        """Insert a row of a table that is not made of the log. Blocks. Raises StoreError."""
+        try:
+            self._client.raw_insert(table, columns, encode([row]), fmt=INSERT_FORMAT, settings=self._insert_settings)
+        except Exception as error:
+            raise StoreError(f"insert into {table}: {_first_line(error)}") from error
+
+    def command(self, statement: str) -> None:
+        """Run a statement that returns nothing. Blocks. Raises StoreError."""
+        self._command(statement)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Return the rows of a query. Blocks. Raises StoreError."""

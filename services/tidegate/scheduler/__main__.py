@@ -12,23 +12,38 @@ from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.health import Health
 from tidegate.process import (
     EXIT_FAILED,
     EXIT_OK,
     ProcessSettings,
     configure_logging,
     log_the_end,
+    observed,
     prepare,
+    run_service,
     run_until_stopped,
     spare_the_collector,
     stop_on_signals,
 )
 from tidegate.registry import Registration
 from tidegate.scheduler.admission import Admission
+from tidegate.scheduler.measure import measure
 from tidegate.scheduler.service import SchedulerMachine
 from tidegate.scheduler.settings import SchedulerSettings
 
 SERVICE = "scheduler"
+TOPICS = (
+    "run-requests",
+    "run-commands",
+    "run-events",
+    "run-snapshots",
+    "gate-requests",
+    "gate-decisions",
+    "step-results",
+    "controls",
+    "dead-letters",
+)
 _log = structlog.get_logger()
 
 
@@ -41,34 +56,8 @@ def main() -> int:
     kafka = KafkaSettings()
     broker = KafkaBroker(kafka)
     try:
-        counts = prepare(
-            broker,
-            (
-                "run-requests",
-                "run-commands",
-                "run-events",
-                "run-snapshots",
-                "gate-requests",
-                "gate-decisions",
-                "step-results",
-                "controls",
-                "dead-letters",
-            ),
-            process.broker_wait_s,
-            stop,
-        )
-        machine = SchedulerMachine(counts["run-events"], counts["gate-requests"])
-        registration = Registration(broker, service=SERVICE, instance_id=instance_id)
-        registration.start()
-        loop = OwnerLoop(broker, machine, instance_id)
-        loop.start()
-        admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"], instance_id)
-        threading.Thread(target=_admit, args=(admission, stop), name="admission", daemon=True).start()
-        spare_the_collector()
-        _log.info("ready")
-        run_until_stopped(loop.run_once, stop)
-        loop.close()
-        registration.stop()
+        with observed(process, SERVICE, instance_id) as health:
+            _run(process, kafka, broker, instance_id, stop, health)
     except EventLogError as error:
         if stop.is_set():
             return EXIT_OK
@@ -77,10 +66,34 @@ def main() -> int:
     return EXIT_OK
 
 
+def _run(
+    process: ProcessSettings,
+    kafka: KafkaSettings,
+    broker: KafkaBroker,
+    instance_id: str,
+    stop: threading.Event,
+    health: Health,
+) -> None:
+    counts = prepare(broker, TOPICS, process.broker_wait_s, stop)
+    machine = SchedulerMachine(counts["run-events"], counts["gate-requests"])
+    registration = Registration(broker, service=SERVICE, instance_id=instance_id)
+    registration.start()
+    loop = OwnerLoop(broker, machine, instance_id, measure=measure)
+    loop.start()
+    health.ready_when(loop.why_not_ready)
+    admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"], instance_id)
+    threading.Thread(target=_admit, args=(admission, stop), name="admission", daemon=True).start()
+    spare_the_collector()
+    _log.info("ready")
+    run_until_stopped(loop.run_once, stop)
+    loop.close()
+    registration.stop()
+
+
 def _admit(admission: Admission, stop: threading.Event) -> None:
     """Run admission until the event is set; its failure ends the process, because half a scheduler helps nobody."""
     try:
-        run_until_stopped(admission.run_once, stop)
+        run_until_stopped(admission.run_once, stop, "admission")
         admission.close()
     except Exception:
         _log.exception("admission failed: ending")
@@ -88,4 +101,4 @@ def _admit(admission: Admission, stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service(main))

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from tidegate import codec
+from tidegate import codec, metrics
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.eventlog.interface import Broker, Message, Record, TopicPartition
@@ -54,6 +54,7 @@ class Admission:
             return
         failpoint("admission.after-poll")
         self._workflows.follow(messages[-1])
+        metrics.admitted.inc(len(messages))
         for message in messages:
             if message.value is not None:
                 self._admit(message)
@@ -77,6 +78,7 @@ class Admission:
             horizon_ms=int(self._settings.request_horizon_s * 1000),
         )
         if letter is not None:
+            metrics.admission_refused.labels(letter.code).inc()
             _log.warning(
                 "request refused", source=f"{message.partition}:{message.offset}", code=letter.code, run=letter.run_id
             )
