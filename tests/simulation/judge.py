@@ -55,7 +55,14 @@ AttemptKey = tuple[str, str, int]  # run, step, attempt
 RUN_EVENTS, GATE_LEDGER = "run-events", "gate-ledger"
 TELLS = {"gate-requests": RUN_EVENTS, "gate-decisions": GATE_LEDGER, "gate-leases": GATE_LEDGER}
 NEVER_ENTERED = frozenset({"busy", "released", "denied"})
-OF_COMMANDS = (re.RunStarted, re.RunRefused, re.CommandRefused, re.RunCancelRequested, re.ApprovalResolved)
+OF_COMMANDS = (
+    re.RunStarted,
+    re.RunRefused,
+    re.CommandRefused,
+    re.RunCancelRequested,
+    re.ApprovalResolved,
+    re.ChildEnded,
+)
 
 
 class Violation(BaseException):
@@ -111,6 +118,7 @@ class Judge:
         self.limits = LimitBooks(BOUNDS)
         self.effects: Counter[tuple[str, str]] = Counter()
         self.commands: dict[tuple[str, str], RunCommand] = {}
+        self.told_commands: dict[tuple[str, str], tuple[LogOfPartition, int]] = {}
         self.sources: set[str] = set()
         self.reserved: set[AttemptKey] = set()
         self.placed: dict[AttemptKey, tuple[str, int]] = {}
@@ -192,7 +200,11 @@ class Judge:
         elif isinstance(record, RunCommand) and topic == "run-commands":
             self.sources.add(record.source)
             if partition_of(record.run_id, self.world.run_partitions) == message.partition:
-                self.commands.setdefault((record.run_id, record.command_id), record)
+                name = (record.run_id, record.command_id)
+                self.commands.setdefault(name, record)
+                if name in self.told_commands:  # by another run, whose step this one does
+                    part, offset = self.told_commands[name]
+                    self._seen(part, offset, name)
         elif isinstance(record, StepResult) and topic == "step-results" and record.instance_id != "intruder":
             key = (record.run_id, record.step_id, record.attempt)
             if record.outcome not in NEVER_ENTERED and key in self.entered_at:
@@ -309,7 +321,7 @@ class Judge:
             return Position(part.partition, offset, index)
 
         if part.log == RUN_EVENTS:
-            tells = scheduler_tells(entry, at, self.world.account_partitions)
+            tells = scheduler_tells(entry, at, self.world.account_partitions, self.world.run_partitions)
         else:
             tells = gate_tells(entry, at, self.world.run_partitions)
         missing: set[Any] = set()
@@ -318,6 +330,11 @@ class Judge:
                 place = (tell.record.topic, tell.record.partition, tell.record.offset)
                 if place not in self.letters:
                     missing.add(place)
+            elif isinstance(tell.record, RunCommand):
+                name = (tell.record.run_id, tell.record.command_id)
+                self.told_commands[name] = (part, offset)
+                if self.commands.get(name) != tell.record:
+                    missing.add(name)
             else:
                 self.expected[part.log, tell.record.source] = (tell.topic, tell.partition, tell.key, tell.record)
                 missing.add(tell.record.source)
@@ -555,10 +572,13 @@ class Judge:
             )
 
     def _runs_are_over(self, waiting: set[tuple[str, str]]) -> None:
+        going_on = {run.run_id for run in self.runs() if not run.is_over}
         for run in self.runs():
             if run.is_over or run.status == states.ABSENT:
                 continue
             unanswered = [step.step_id for step in run.open_approvals() if (run.run_id, step.step_id) in waiting]
+            # A step that another run does waits with it; that one is judged by itself.
+            unanswered += [step.step_id for step in run.steps.values() if step.child_run_id in going_on]
             picture_of = {step.step_id: step.status for step in run.steps.values()}
             self.require(unanswered, f"(7) run {run.run_id} never ends: {run.status}, {picture_of}")
             others = {

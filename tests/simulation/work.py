@@ -27,6 +27,7 @@ AGENTS = ("a_plan", "a_wild")
 FUNCTIONS = tuple(f"step:{n}" for n in STEPS) + tuple(f"tool:{n}" for n in TOOLS) + tuple(f"agent:{n}" for n in AGENTS)
 ONCE = frozenset({"once", "once_flaky", "t_once"})
 ACCOUNTS = ("acme", "acme/support", "beta/x", "gamma")
+MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
 MAILBOXES = ("run-commands", "gate-requests", "gate-decisions", "step-results")
 
 
@@ -53,7 +54,7 @@ RULES = {
 
 
 def definition(rng: Random, name: str, version: int) -> dict[str, Any]:
-    """Return a random workflow that can be published: a graph of steps and agents."""
+    """Return a random workflow that can be published: a graph of steps, agents and maps, with conditions and joins."""
     names = [f"n{number}" for number in range(rng.randint(1, 5))]
     nodes: dict[str, Any] = {}
     for node in names:
@@ -66,7 +67,18 @@ def definition(rng: Random, name: str, version: int) -> dict[str, Any]:
         before = {"chain": [names[index - 1]], "wide": [names[0]]}.get(shape) or rng.sample(
             names[:index], rng.randint(0, min(2, index))
         )
-        edges += [[source, target] for source in before]
+        edges += [_edge(rng, source, target) for source in before]
+    for node in names:
+        if rng.random() < 0.15:
+            nodes[node] = {"kind": "map", "function": rng.choice(OFTEN), "over": rng.choice(MAPPED)}
+            nodes[node] |= {"at_once": rng.randint(1, 3), "on_item_failure": rng.choice(("fail", "continue"))}
+        if rng.random() < 0.2:
+            nodes[node]["join"] = "any"
+        if rng.random() < 0.1:
+            nodes[node]["on_failure"] = rng.choice(("fail", "continue"))
+    children = [node for node in names if rng.random() < 0.1]
+    for node in children:
+        nodes[node] = {"kind": "workflow", "workflow": "inner@1"}
     kinds = dict.fromkeys(STEPS, "step") | dict.fromkeys(TOOLS, "tool") | dict.fromkeys(AGENTS, "agent")
     return {
         "name": name,
@@ -75,6 +87,26 @@ def definition(rng: Random, name: str, version: int) -> dict[str, Any]:
         "edges": edges,
         "functions": {function: _settings(rng, function, kind) for function, kind in kinds.items()},
         "max_steps": rng.choice((6, 50, 50, 50)),
+        "failure_mode": rng.choice(("fail_fast", "continue")),
+        "workflows": {"inner@1": _inner(rng)} if children else {},
+    }
+
+
+def _inner(rng: Random) -> dict[str, Any]:
+    function = rng.choice(OFTEN)
+    nodes = {"x": {"kind": "step", "function": function}, "y": {"kind": "step", "function": "ok"}}
+    functions = {name: _settings(rng, name, "step") for name in (function, "ok")}
+    return {"name": "inner", "version": "1", "nodes": nodes, "edges": [["x", "y"]], "functions": functions}
+
+
+def _edge(rng: Random, source: str, target: str) -> Any:
+    """Return an edge, every fifth with a condition; one that fails on an output without `n` is meant to."""
+    if rng.random() < 0.8:
+        return [source, target]
+    return {
+        "from": source,
+        "to": target,
+        "when": rng.choice(("output.n > 4", "has(output.n) && output.n < 7", "false")),
     }
 
 
