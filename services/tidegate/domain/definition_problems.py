@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from tidegate.domain import expressions, waits
-from tidegate.domain.routes import Form, ancestors, form_of
+from tidegate.domain.routes import Ancestry, form_of
+
+MAX_ROUTES: Final = 500  # each is a walk through the graph when it is judged
 
 # By kind: fields that a node must have, and further ones that it may have. All may have those of `_ANY`.
 _ANY: Final = frozenset({"kind", "input", "join"})
@@ -50,6 +52,8 @@ def graph_problems(definition: Mapping[str, Any]) -> list[str]:
     found += [
         f"{where}: {a} -> {b} names an unknown node" for where, (a, b) in named if a not in nodes or b not in nodes
     ]
+    if sum(map(len, routes.values())) > MAX_ROUTES:
+        found.append(f"nodes: more than {MAX_ROUTES} routes in one definition")
     counts = Counter(edge for _, edge in named)
     found += [f"edges: {a} -> {b} is there twice" for (a, b), count in sorted(counts.items()) if count > 1]
     if found:
@@ -75,14 +79,15 @@ def binding_problems(definition: Mapping[str, Any], *, is_graph: bool) -> list[s
 
     is_graph: whether edges and routes are right, so that there is a before and after.
     """
-    form = None
+    ancestry = None
     if is_graph:
         form, _ = form_of(definition["nodes"], _edges(definition), _routes(definition), definition.get("start", ()))
+        ancestry = Ancestry(form)
     found = []
     for where, node_id, template in _templates(definition):
         problems = expressions.problems(template, where)
-        if form is not None and not problems:
-            problems = [f"{where}: {problem}" for problem in _unbound(definition, form, node_id, template)]
+        if ancestry is not None and not problems:
+            problems = [f"{where}: {problem}" for problem in _unbound(definition, ancestry, node_id, template)]
         found += problems
     return found
 
@@ -107,17 +112,12 @@ def _as_template(expression: str) -> str:
     return f"${{ {expressions.source_of(expression)} }}"
 
 
-def _unbound(definition: Mapping[str, Any], form: Form, node_id: str | None, template: Any) -> Iterator[str]:
-    read = expressions.nodes_read_by(template)
-    if not read:
-        return
-    nodes = definition["nodes"]
-    before = nodes.keys() if node_id is None else ancestors(node_id, form.predecessors)
-    for name in sorted(read - before):
-        if name in nodes:
-            yield f"reads nodes.{name}, which does not come before {node_id}"
-        else:
+def _unbound(definition: Mapping[str, Any], ancestry: Ancestry, node_id: str | None, template: Any) -> Iterator[str]:
+    for name in sorted(expressions.nodes_read_by(template) or ()):
+        if name not in definition["nodes"]:
             yield f"reads nodes.{name}, and there is no such node"
+        elif node_id is not None and not ancestry.is_before(name, node_id):
+            yield f"reads nodes.{name}, which does not come before {node_id}"
 
 
 def _edges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -71,16 +71,28 @@ def form_of(
     return form, problems
 
 
-def ancestors(node: str, predecessors: Mapping[str, Iterable[str]]) -> set[str]:
-    """Return all nodes that come before a node."""
-    found: set[str] = set()
-    ahead = list(predecessors[node])
-    while ahead:
-        other = ahead.pop()
-        if other not in found:
-            found.add(other)
-            ahead.extend(predecessors[other])
-    return found
+class Ancestry:
+    """Which nodes come before which: a bit for each node in an integer for each, so that large graphs stay affordable."""
+
+    def __init__(self, form: Form) -> None:
+        self._bits = {node: 1 << number for number, node in enumerate(form.predecessors)}
+        self._before: dict[str, int] = {}
+        waiting_for = {node: len(before) for node, before in form.predecessors.items()}
+        free = list(form.roots)
+        while free:
+            node = free.pop()
+            bits = 0
+            for other in form.predecessors[node]:
+                bits |= self._bits[other] | self._before[other]
+            self._before[node] = bits
+            for target in form.successors[node]:
+                waiting_for[target] -= 1
+                if waiting_for[target] == 0:
+                    free.append(target)
+
+    def is_before(self, node: str, other: str) -> bool:
+        """Tell whether `node` comes before `other`."""
+        return bool(self._before[other] & self._bits[node])
 
 
 def _successors(nodes: Iterable[str], edges: Iterable[Edge]) -> dict[str, list[str]]:
