@@ -91,6 +91,9 @@ def _child_ended(run: RunState, command: RunCommand) -> Events:
     if step is None or step.status != states.IN_CHILD:
         return [_refused(command, "no_such_child", f"no run is awaited for step {command.step_id!r}")]
     if command.status == states.SUCCEEDED:
+        problem_of = output_problem(step, command.output)
+        if problem_of is not None:
+            return [_ended_child(step, command, "bad_output", problem_of), *progress.broken(run, step, problem_of)]
         ended = _ended_child(step, command, states.SUCCEEDED, "")
         return [ended, *progress.after_success(run, step, command.output)]
     reason = f"run {step.child_run_id} ended as {command.status}: {command.reason or command.code}"

@@ -150,6 +150,18 @@ def test_a_childs_id_can_always_name_a_run() -> None:
     assert identity.child_run_id("x" * 128, "w") != identity.child_run_id("x" * 127, "w")
 
 
+@pytest.mark.parametrize("step_id", ["w", "a", "nothing"])
+def test_what_no_child_says_changes_nothing_or_ends_the_run_loudly(step_id: str) -> None:
+    p = started(parent())
+    p.command("r", "child_ended", step_id=step_id, status="succeeded", output="no JSON")
+    if step_id == "w":
+        assert (p.run("r").status, p.run("r").code) == ("failed", "internal_error")
+        assert "not JSON" in p.run("r").reason
+    else:
+        assert p.run("r").status == "running"
+        assert p.seen("r")[-1] == "CommandRefused"
+
+
 @pytest.mark.feature("P2")
 @pytest.mark.parametrize(
     ("of_parent", "of_node", "budget"), [(100, None, 100), (100, 70, 70), (50, 70, 50), (None, 70, 70)]
