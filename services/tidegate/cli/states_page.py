@@ -13,8 +13,8 @@ _INTRODUCTION: Final = """# States of runs, steps and nodes
 
 <!-- Written by `tidegate topics docs` from services/tidegate/domain/states.py. Changes belong there. -->
 
-A run and each of its steps and nodes are in one of these states; only an event in the log moves them. The fold raises on an event that is
-not in its table: it never guesses.
+A run and each of its steps and nodes are in one of these states; only an event in the log moves them. The fold raises on an event
+that is not in its table: it never guesses.
 
 That a run is *paused* is no state but stands beside it: a paused run may be running or waiting, and comes to its end as any
 other. It is from `RunPaused` to `RunResumed`.
