@@ -259,7 +259,7 @@ def test_tombstones_are_passed_over_everywhere(whole: WholeStack) -> None:
         whole.produce(topic, None, partition=whole.partition(run_id))
     whole.produce("gate-requests", None, partition=account_partition(whole))
     whole.produce("step-tasks.default", None, partition=tasks_partition(whole))
-    for table in ("workflows", "policies", "instances"):
+    for table in ("workflows", "policies", "instances", "controls"):
         whole.produce(table, None, key=b"never-there", partition=0)
     whole.request(start(run_id))
     assert whole.wait(run_id).status == "succeeded"
@@ -330,9 +330,9 @@ def test_garbage_among_the_tasks_does_not_stop_the_executor(whole: WholeStack) -
     assert run.status == "succeeded"
 
 
-@pytest.mark.parametrize("table", ["workflows", "policies", "instances"])
+@pytest.mark.parametrize("table", ["workflows", "policies", "instances", "controls"])
 def test_garbage_in_a_table_leaves_what_is_there_in_force(whole: WholeStack, table: str) -> None:
-    keys = {"workflows": b"chain@1", "policies": b"garbage", "instances": b"executor-default-0"}
+    keys = {"workflows": b"chain@1", "policies": b"garbage", "instances": b"executor-default-0", "controls": b"default"}
     for value in wrong_records("x").values():
         for key in (b"", b"\xff\xfe", keys[table], b"confused@9"):
             if table == "workflows" and codec_name(value) == "WorkflowPublished":

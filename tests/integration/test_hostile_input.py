@@ -24,7 +24,7 @@ from support.stack import WholeStack, eventually
 from tidegate import codec
 from tidegate.domain.entry import Position
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import PolicyPublished, StepTask
+from tidegate.domain.messages import Control, PolicyPublished, StepTask
 from tidegate.embedded import sql
 from tidegate.eventlog.interface import Record
 from tidegate.sdk.client import Client
@@ -83,6 +83,8 @@ def is_left_to_acls(topic: str, value: bytes | None) -> bool:
     source = getattr(record, "source", None)
     if isinstance(source, Position) and source != STALE:
         return topic in ("gate-requests", "gate-decisions") or isinstance(record, StepTask)
+    if topic == "controls":
+        return isinstance(record, Control)
     return topic == "policies" and isinstance(record, PolicyPublished)
 
 
@@ -164,7 +166,7 @@ def test_hostile_requests(whole: WholeStack) -> None:
 
 
 @pytest.mark.parametrize(
-    "topic", ["instances", "policies", "workflows", "schemas", "dead-letters", "step-tasks.default"]
+    "topic", ["instances", "policies", "controls", "workflows", "schemas", "dead-letters", "step-tasks.default"]
 )
 def test_hostile_records_in_the_other_topics(whole: WholeStack, topic: str) -> None:
     @given(batches(topic))

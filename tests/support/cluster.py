@@ -209,6 +209,8 @@ class Cluster:
         )
         self._send("policies", 0, "ask", row)
         self.turn()
+        while "ask" not in self.owners["gate"].tables.rows["policies"]:
+            self.turn()
 
     def turn(self) -> int:
         """Let everybody work once; returns how much moved. A Crash ends the owner that it happens in."""

@@ -6,6 +6,7 @@ The parent's definition holds those of its children, so nothing that is publishe
 from __future__ import annotations
 
 from tidegate.domain import run_events as ev
+from tidegate.domain import states
 from tidegate.domain.canonical import digest
 from tidegate.domain.identity import child_run_id
 from tidegate.domain.run import RunState, StepState
@@ -40,6 +41,15 @@ def started(run: RunState, workflow: Workflow, node_id: str, step_id: str, wave:
 def cancelled(step: StepState, reason: str) -> ev.ChildCancelled:
     """Return the event that has a child cancelled."""
     return ev.ChildCancelled(step_id=step.step_id, child_run_id=step.child_run_id, reason=reason)
+
+
+def paused(run: RunState, *, is_paused: bool) -> list[ev.ChildPaused]:
+    """Return the events that have the children that are under way paused, or resumed."""
+    return [
+        ev.ChildPaused(step_id=step.step_id, child_run_id=step.child_run_id, paused=is_paused)
+        for step in run.steps.values()
+        if step.status == states.IN_CHILD
+    ]
 
 
 def end_reported(run: RunState, status: str, code: str, reason: str) -> list[ev.EndReported]:

@@ -52,6 +52,7 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name them. value: canonical
     JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait of
     the name.
+    paused: whether the run that starts is paused from its beginning.
     """
 
     run_id: str
@@ -83,6 +84,7 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     parent_step_id: str = ""
     status: str = ""
     output: str = ""
+    paused: bool = False
 
 
 # --- scheduler to gate ---------------------------------------------------------------

@@ -330,6 +330,10 @@ def _cancel_requested(run: RunState, event: ev.RunCancelRequested, now_ms: int) 
     run.cancel = event
 
 
+def _nothing_else(run: RunState, event: ev.ChildPaused, now_ms: int) -> None:
+    """What it says is told to another run; this one is as it was."""
+
+
 def _run_paused(run: RunState, event: ev.RunPaused, now_ms: int) -> None:
     run.command_ids.add(event.command_id)
     run.paused = event
@@ -398,6 +402,7 @@ _HANDLERS: dict[type, Any] = {
     ev.RunResumed: _run_resumed,
     ev.StepThrottled: _step_throttled,
     ev.ChildStarted: _child_started,
+    ev.ChildPaused: _nothing_else,
     ev.ChildEnded: _child_ended,
     ev.ChildCancelled: _told,
     ev.EndReported: _told,

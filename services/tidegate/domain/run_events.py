@@ -395,7 +395,10 @@ class MapStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="MapSt
 
 
 class ChildStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildStarted", tag_field=TAG_FIELD):
-    """The step is another run, of a workflow that this run's definition holds. It is told to start."""
+    """The step is another run, of a workflow that this run's definition holds. It is told to start.
+
+    paused: it is told to start paused, because this run is.
+    """
 
     step_id: str
     node_id: str
@@ -409,6 +412,15 @@ class ChildStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Chi
     tags: dict[str, str]
     failure_mode: str
     priority: int
+    paused: bool = False
+
+
+class ChildPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildPaused", tag_field=TAG_FIELD):
+    """The run that does this step is told to pause, or to resume, because this run was."""
+
+    step_id: str
+    child_run_id: str
+    paused: bool
 
 
 class ChildEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildEnded", tag_field=TAG_FIELD):
@@ -473,6 +485,7 @@ RunEvent = (
     | LoopEntered
     | MapStarted
     | ChildStarted
+    | ChildPaused
     | ChildEnded
     | ChildCancelled
     | EndReported

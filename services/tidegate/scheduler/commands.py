@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from tidegate.domain import canonical, progress, states, waits
+from tidegate.domain import canonical, children, progress, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import RunCommand
 from tidegate.domain.run import RunState, StepState, apply
@@ -60,7 +60,8 @@ def _start(run: RunState, command: RunCommand) -> Events:
     )
     begun = RunState(run.run_id)
     apply(begun, started, 0)
-    return [started, *progress.first_steps(begun)]
+    pause = [_paused(command)] if command.paused else []
+    return [started, *pause, *progress.first_steps(begun)]
 
 
 def _not_started(command: RunCommand, code: str, reason: str) -> Events:
@@ -278,7 +279,11 @@ def _pause(run: RunState, command: RunCommand) -> Events:
         return [problem]
     if run.paused is not None:
         return [_refused(command, "already_paused", f"run {run.run_id} is paused already")]
-    return [ev.RunPaused(command_id=command.command_id, by=command.by, reason=command.reason)]
+    return [_paused(command), *children.paused(run, is_paused=True)]
+
+
+def _paused(command: RunCommand) -> ev.RunPaused:
+    return ev.RunPaused(command_id=command.command_id, by=command.by, reason=command.reason)
 
 
 def _resume(run: RunState, command: RunCommand) -> Events:
@@ -288,7 +293,8 @@ def _resume(run: RunState, command: RunCommand) -> Events:
         return [problem]
     if run.paused is None:
         return [_refused(command, "not_paused", f"run {run.run_id} is not paused")]
-    return [ev.RunResumed(command_id=command.command_id, by=command.by, reason=command.reason)]
+    resumed = ev.RunResumed(command_id=command.command_id, by=command.by, reason=command.reason)
+    return [resumed, *children.paused(run, is_paused=False)]
 
 
 # --- all of them ---------------------------------------------------------------

@@ -32,6 +32,8 @@ def finished(run: RunState, events: Events, controls: Controls, now_ms: int) -> 
             is_paused = isinstance(event, ev.RunPaused)
         if isinstance(event, ev.WaitStarted):
             made.append(_reckoned(event, now_ms))
+        elif isinstance(event, ev.ChildStarted) and is_paused:
+            made.append(msgspec.structs.replace(event, paused=True))
         elif isinstance(event, ev.StepReady | ev.AttemptRequested):
             made.append(_held(event, RUN if is_paused else QUEUE if controls.is_paused(event.call.queue) else ""))
         else:

@@ -35,9 +35,11 @@ class RunsOfPartition:
     Runs that are over, or that wait for long, lie on the shelf. What may wake those that wait is in memory for all of them:
     timers: (due ms, run, step, attempt), a heap. held: queue -> the runs with steps that were held back, in that order. Both
     may name what is of no interest any more. definitions: by hash, what runs of this partition pinned.
+
+    The run that was read from the shelf last is kept: whoever decides on it asks for it several times.
     """
 
-    __slots__ = ("definitions", "held", "partition", "runs", "shelf", "timers")
+    __slots__ = ("_read", "definitions", "held", "partition", "runs", "shelf", "timers")
 
     def __init__(self, partition: int, shelf: Shelf) -> None:
         self.partition = partition
@@ -45,6 +47,7 @@ class RunsOfPartition:
         self.runs: dict[str, RunState] = {}
         self.timers: list[tuple[int, str, str, int]] = []
         self.held: dict[str, dict[str, None]] = {}
+        self._read: RunState | None = None
         self.definitions: dict[str, str] = {}
 
     def find(self, run_id: str) -> RunState | None:
@@ -52,22 +55,29 @@ class RunsOfPartition:
         run = self.runs.get(run_id)
         if run is not None:
             return run
-        shelved = self.shelf.get(run_id)
-        return None if shelved is None else snapshots.load(shelved.state, self.definitions)
+        if self._read is None or self._read.run_id != run_id:
+            shelved = self.shelf.get(run_id)
+            self._read = None if shelved is None else snapshots.load(shelved.state, self.definitions)
+        return self._read
 
     def take(self, run_id: str) -> RunState:
         """Return a run that changes, in memory from now on: the one there, the one on the shelf, or a new one."""
         run = self.runs.get(run_id)
         if run is not None:
             return run
-        shelved = self.shelf.get(run_id)
-        if shelved is None:
+        run = self.find(run_id)
+        if run is None:
             run = RunState(run_id)
         else:
-            run = snapshots.load(shelved.state, self.definitions)
             self.shelf.forget_resting(run_id)
+            self._read = None  # it is about to change
         self.runs[run_id] = run
         return run
+
+    def leave(self, run_id: str) -> None:
+        """Forget a run that was put on the shelf."""
+        del self.runs[run_id]
+        self._read = None
 
     def watch(self, run_id: str, times: Iterable[tuple[int, str, int]], queues: Iterable[str]) -> None:
         """Note when a run is to be looked at, and which queues it has held steps for."""
@@ -244,7 +254,7 @@ class SchedulerMachine:
 
     def unload(self, state: RunsOfPartition, unit: str) -> None:
         """Forget a run that lies on the shelf now. Its timers stay."""
-        del state.runs[unit]
+        state.leave(unit)
 
     def parts(self, state: RunsOfPartition) -> Mapping[str, str]:
         """Return the definitions, which many runs share."""

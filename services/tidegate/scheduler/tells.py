@@ -158,6 +158,21 @@ def _start_child(entry: Entry, event: ev.ChildStarted, at: Position) -> RunComma
         priority=event.priority,
         parent_run_id=entry.subject,
         parent_step_id=event.step_id,
+        paused=event.paused,
+    )
+
+
+def _pause_child(entry: Entry, event: ev.ChildPaused, at: Position) -> RunCommand:
+    kind = "pause" if event.paused else "resume"
+    return RunCommand(
+        run_id=event.child_run_id,
+        command_id=f"{kind}:{_source(at)}",
+        type=kind,
+        source=_source(at),
+        content_hash="",
+        original=b"",
+        by=f"run {entry.subject}",
+        at_ms=entry.now_ms,
     )
 
 
@@ -200,6 +215,7 @@ def _source(at: Position) -> str:
 _COMMANDS: Final[dict[type, Callable[[Entry, Any, Position], RunCommand]]] = {
     ev.ChildStarted: _start_child,
     ev.ChildCancelled: _cancel_child,
+    ev.ChildPaused: _pause_child,
     ev.EndReported: _tell_parent,
 }
 

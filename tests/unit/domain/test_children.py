@@ -177,3 +177,29 @@ def test_a_child_has_its_parents_budget_or_the_smaller_one_of_its_node(
     assert (p.run(CHILD_ID).budget_micros, p.run(CHILD_ID).code) == (budget, "denied")
     assert "budget" in p.run("r").reason
     assert p.money() == (0, 1)
+
+
+@pytest.mark.feature("D4")
+def test_a_pause_reaches_children_that_run_and_children_that_are_yet_to_start() -> None:
+    p = started(parent())
+    before = list(p.tasks)
+    p.command("r", "pause", by="ann")
+    assert p.run(CHILD_ID).paused is not None
+    p.answer(p.tasks.popleft(), value=1)
+    assert p.run(CHILD_ID).steps["c"].status == "held"
+    p.command("r", "resume")
+    assert p.run(CHILD_ID).paused is None
+    p.work(SAID)
+    assert p.run("r").status == "succeeded"
+    assert len(before) == 1
+
+    q = Pair(functions=STEPS)
+    q.start("r", parent())
+    q.command("r", "pause")
+    q.answer(q.tasks.popleft(), value=10)
+    assert q.run(CHILD_ID).steps["b"].status == "held", "it starts paused: nothing of it is asked of the gate"
+    assert not q.tasks
+    q.command("r", "resume")
+    q.work(SAID)
+    assert q.run("r").status == "succeeded"
+    assert not q.letters
