@@ -208,9 +208,11 @@ class Cluster:
             policy_id="ask", version="1", document=canonical.dumps(document), by="", at_ms=self.now_ms
         )
         self._send("policies", 0, "ask", row)
-        self.turn()
-        while "ask" not in self.owners["gate"].tables.rows["policies"]:
+        for _ in range(100):  # a poll may bring something else first
             self.turn()
+            if "ask" in self.owners["gate"].tables.rows["policies"]:
+                return
+        raise AssertionError("the gate does not read its policies")
 
     def turn(self) -> int:
         """Let everybody work once; returns how much moved. A Crash ends the owner that it happens in."""

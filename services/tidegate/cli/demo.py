@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from tidegate.cli.keys import Keys
 from tidegate.cli.storm_screen import StormScreen
 from tidegate.cli.throttling_screen import ThrottlingScreen
 from tidegate.demo.chaos.demo import SIZES, ChaosDemo, Size
@@ -109,13 +110,16 @@ def throttling_100(
     """Run 100 runs of four accounts against one provider limit of 5; show that it holds and is shared fairly.
 
     Starts Kafka, a scheduler, two gates and two executors in a temporary folder. The account with the most runs asks first.
-    When all is over: the ledger's bytes and the step's own clock say how many calls were ever under way at once.
+    When all is over: the ledger's bytes and the step's own clock say how many calls were ever under way at once. In a
+    terminal, p pauses the queue, r resumes it, and c cancels what is left.
     """
     data_dir = Path(tempfile.mkdtemp(prefix="tidegate-throttling-"))
-    with ThrottlingScreen(to_stderr=as_json) as screen:
+    with Keys() as keys, ThrottlingScreen(to_stderr=as_json) as screen:
+        if keys.are_there:
+            screen.say("keys: p pauses, r resumes, c cancels what is left")
         try:
             with make_throttling_stack(data_dir, screen.say) as stack:
-                summary = ThrottlingDemo(stack, runs, screen.show).run()
+                summary = ThrottlingDemo(stack, runs, screen.show, keys.pressed).run()
         except FAILURES as error:
             screen.close()
             _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)

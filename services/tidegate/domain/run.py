@@ -125,6 +125,7 @@ def _move_run(run: RunState, event: str, to: str) -> None:
 
 def _move_step(step: StepState, event: str, to: str) -> None:
     step.status = states.move(states.STEP_TRANSITIONS, step.status, event, to)
+    step.waits_for = ""  # whatever comes next, it is not waiting for that any more
 
 
 def _run_started(run: RunState, event: ev.RunStarted, now_ms: int) -> None:

@@ -29,6 +29,7 @@ _log = structlog.get_logger()
 INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
+QUEUES_EVERY_MS: Final = 500
 LIMIT_KINDS: Final = ("limit", "queue")
 
 
@@ -58,6 +59,7 @@ class GateMachine:
         self._limit_documents: dict[str, Limit | Queue] = {}
         self._limits = LimitSet(partitions=account_partitions)
         self._soonest_ms: dict[int, int] = {}
+        self._look_at_queues_ms: dict[int, int] = {}
         self._ledgers: dict[int, Ledger] = {}
 
     def new_state(self, partition: int, shelf: Shelf) -> Ledger:
@@ -102,7 +104,13 @@ class GateMachine:
                 if desk.soonest_ms:
                     self._soonest_ms[state.partition] = desk.soonest_ms
                 events = leasing.idle(state, now_ms) or waiting.unserved(state, slots, now_ms)
-        if not events and (state.depth or state.scale_out):
+        if (
+            not events
+            and (state.depth or state.scale_out)
+            and now_ms >= self._look_at_queues_ms.get(state.partition, 0)
+        ):
+            # All lines are walked for this, so not in every turn.
+            self._look_at_queues_ms[state.partition] = now_ms + QUEUES_EVERY_MS
             events = waiting.scale_out(state, desk, self.executors.free_slots(self._ledgers))
         return (cause, Decision(state.subject, "", events)) if events else None
 

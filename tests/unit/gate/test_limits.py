@@ -415,6 +415,7 @@ def test_scale_out_is_wanted_once_and_taken_back_once() -> None:
     (wanted,) = ledger_events(p, "ScaleOutWanted")
     assert (wanted.queue, wanted.wanted, wanted.waiting, wanted.slots) == ("default", True, 3, 1)
     p.register("worker-1", 2, 8, ("step:a",))
+    p.pass_time(500)
     _, over = ledger_events(p, "ScaleOutWanted")
     assert (over.wanted, over.waiting) == (False, 0)
 
