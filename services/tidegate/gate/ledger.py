@@ -798,7 +798,7 @@ def _lease_ended(ledger: Ledger, event: ev.LeaseEnded | ev.LeaseRefused) -> None
 def _gauge(ledger: Ledger, event: Any) -> Gauge:
     """Return the gauge that the event changes, as the latest one."""
     name = (event.limit, event.key)
-    gauge = ledger.gauges[name] = ledger.gauges.pop(name, None) or Gauge(failures_ms=[])
+    gauge = ledger.gauges[name] = ledger.gauges.pop(name, Gauge(failures_ms=[]))
     return gauge
 
 
