@@ -309,7 +309,7 @@ class Judge:
             return Position(part.partition, offset, index)
 
         if part.log == RUN_EVENTS:
-            tells = scheduler_tells(entry, at, self.world.account_partitions)
+            tells = scheduler_tells(entry, at, self.world.account_partitions, self.world.run_partitions)
         else:
             tells = gate_tells(entry, at, self.world.run_partitions)
         missing: set[Any] = set()
