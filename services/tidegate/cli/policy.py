@@ -75,7 +75,11 @@ def diff(files: Files) -> None:
             continue
         is_different = True
         lines = difflib.unified_diff(
-            old.splitlines(), new.splitlines(), f"{document.topic_key} in force", f"{document.topic_key} given", lineterm=""
+            old.splitlines(),
+            new.splitlines(),
+            f"{document.topic_key} in force",
+            f"{document.topic_key} given",
+            lineterm="",
         )
         typer.echo("\n".join(lines))
     if is_different:
