@@ -61,7 +61,7 @@ class Pair:
         self.runs = self.scheduler.new_state(0, Shelf())
         self.ledger = self.gate.new_state(0, Shelf())
         self.tables = Tables(())
-        self.tables.versions["instances"] = 10**9
+        self.tables.versions |= {"instances": 10**9, "policies": 0}
         self.tasks: deque[StepTask] = deque()
         self.letters: list[Any] = []
         self.events: list[Any] = []
@@ -93,14 +93,14 @@ class Pair:
         self.settle_down()
 
     def policy(self, document: dict[str, Any]) -> None:
+        """Put a document of any kind in force."""
+        kind = document.get("kind", "policy")
+        key = document[kind] if kind == "policy" else f"{kind}:{document[kind]}"
         row = PolicyPublished(
-            policy_id=document["policy"],
-            version=document["version"],
-            document=canonical.dumps(document),
-            by="t",
-            at_ms=0,
+            policy_id=key, version=document.get("version", "1"), document=canonical.dumps(document), by="t", at_ms=0
         )
-        self.gate.table_changed("policies", document["policy"], row, 0)
+        self.gate.table_changed("policies", key, row, 0)
+        self.settle_down()
 
     def control(self, queue: str, *, paused: bool) -> None:
         """Pause or resume a queue, or everything (`*`); both services read it before anything else happens."""

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import fastavro
 
 from tidegate import codec
+from tidegate.audit.budgets import BUDGET_EVENTS, BudgetBooks
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.validity import EpochTracker
 
@@ -26,15 +27,24 @@ BODY: Final = 10
 LARGEST_MICROS: Final = 2**63 - 1  # what a field can hold: sums stop there
 
 HELD, REFUSED, RESERVED, QUEUED, PLACED, LOST = "held", "refused", "reserved", "queued", "placed", "lost"
-SETTLED, RELEASED = "settled", "released"
-ENDED: Final = frozenset({REFUSED, SETTLED, RELEASED})
+SETTLED, RELEASED, PAUSED, LAPSED = "settled", "released", "paused", "lapsed"
+ENDED: Final = frozenset({REFUSED, SETTLED, RELEASED, LAPSED})
 
 # (what became of an attempt so far, event) -> what becomes of it. What is not here breaks the rules of the ledger.
 ATTEMPTS: Final[dict[tuple[str, str], str]] = {
     ("", "AttemptReserved"): RESERVED,
     ("", "AttemptRefused"): REFUSED,
     ("", "ApprovalHeld"): HELD,
+    ("", "AttemptPaused"): PAUSED,
     (HELD, "AttemptReserved"): RESERVED,
+    (HELD, "ApprovalHeld"): HELD,  # a rule's question was answered, now a budget has one
+    (HELD, "AttemptPaused"): PAUSED,
+    (HELD, "ApprovalLapsed"): LAPSED,
+    (PAUSED, "AttemptPaused"): PAUSED,
+    (PAUSED, "ApprovalHeld"): HELD,
+    (PAUSED, "AttemptReserved"): RESERVED,
+    (PAUSED, "AttemptRefused"): REFUSED,
+    (PAUSED, "AttemptReleased"): RELEASED,
     (HELD, "AttemptRefused"): REFUSED,
     (HELD, "AttemptReleased"): RELEASED,
     (HELD, "AttemptSettled"): SETTLED,
@@ -121,6 +131,7 @@ class AttemptBooks:
     status: str = ""
     reserved_micros: int | None = None
     placement: Placement | None = None
+    is_declared: bool = True  # whether what is set aside is what its call says
 
 
 @dataclass(slots=True)
@@ -148,6 +159,7 @@ class Books:
 
     runs: dict[str, RunBooks] = field(default_factory=dict)
     attempts: dict[AttemptName, AttemptBooks] = field(default_factory=dict)
+    budgets: BudgetBooks = field(default_factory=BudgetBooks)
     entries: int = 0
     void_entries: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -196,6 +208,12 @@ class Books:
             (name.run_id, f"{_said(name)}: {left} still set aside") for name, left in self.open_reservations().items()
         ]
         left += [(name.run_id, f"{_said(name)}: still held for approval") for name in self.open_holds()]
+        left += [
+            (name.run_id, f"{_said(name)}: still waits for a budget")
+            for name, attempt in self.attempts.items()
+            if attempt.status == PAUSED
+        ]
+        left += [(name[0], text) for name, text in self.budgets.left_open()]
         left += [(run_id, f"{run_id}: never closed") for run_id, run in self.runs.items() if not run.closed]
         return [Problem("at the end", run_id, text) for run_id, text in left]
 
@@ -257,8 +275,14 @@ class _Page:
         self._partition.next_seq = seq + len(fields["events"])
         for kind, event in fields["events"]:
             name = kind.rpartition(".")[2]
+            if name in BUDGET_EVENTS:
+                for problem in self._books.budgets.post(name, event):
+                    self._note(event.get("run_id", ""), problem)
+                continue
             post = _RUNS.get(name, _Page._attempt)
             post(self, name, event)
+        for run_id, problem in self._books.budgets.end_of_entry():
+            self._note(run_id, problem)
 
     def _note(self, run_id: str, text: str) -> None:
         self._books.problems.append(Problem(self._where, run_id, text))
@@ -316,6 +340,11 @@ class _Page:
                 self._note(name.run_id, f"{_said(name)}: {problem}")
         attempt.status = becomes
         self._books.attempts[name] = attempt
+        if kind == "AttemptReserved":
+            for problem in self._books.budgets.reserved_for(name, event):
+                self._note(name.run_id, f"{_said(name)}: {problem}")
+        elif becomes in ENDED:
+            self._books.budgets.ended(name)
 
 
 _RUNS: Final[dict[str, Callable[[_Page, str, dict[str, Any]], None]]] = {
@@ -342,6 +371,7 @@ def _reserved(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> It
     if attempt.status == HELD and not event["approved_by"]:
         yield "reserved although nobody approved it"
     attempt.reserved_micros = micros
+    attempt.is_declared = event.get("basis", "") in ("", "declared")
     run.reserved_micros += micros
     if run.budget_micros is not None and run.reserved_micros + run.settled_micros > run.budget_micros:
         yield (
@@ -352,7 +382,7 @@ def _reserved(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> It
 
 def _queued(_run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
     micros = event["call"]["reserve_micros"]
-    if micros != attempt.reserved_micros:
+    if attempt.is_declared and micros != attempt.reserved_micros:
         yield f"{attempt.reserved_micros} reserved, its call asks for {micros}"
 
 

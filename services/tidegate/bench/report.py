@@ -31,6 +31,7 @@ TARGETS: Final[dict[str, Target]] = {
     "W4": Target("≤ 1.5 s", lambda figure: figure["recovery_s"] <= 1.5),
     "W5": Target("≤ 5 s", lambda figure: figure["ready_s"] <= 5),
     "W6": Target("≥ 60,000 events/s", lambda figure: figure["events_per_s"] >= 60_000),
+    "W8": Target("≥ 8,000 decisions/s", lambda figure: figure["decisions_per_s"] >= 8_000),
     "W7": Target(
         "≤ 1 KiB of memory a run, ready in ≤ 15 s, none early, p99 ≤ 1 s late",
         lambda figure: (
@@ -56,6 +57,7 @@ _SUMMARIES: Final[dict[str, str]] = {
     "W4": "kill -9 {killed}: {recovery_s} s at worst, {recovery_median_s} s in the middle ({undisturbed_s} s undisturbed)",
     "W5": "kill -9 {killed}: ready after {ready_s} s at worst, {ready_median_s} s in the middle",
     "W6": "{events_per_s:,} events/s: {events:,} events in {seconds} s",
+    "W8": "{decisions_per_s:,} decisions/s of one gate alone ({us_per_decision} us; {plain_us_per_decision} us with no document)",
     "W7": "scheduler {scheduler_before_mib:.0f} MiB before, {scheduler_asleep_mib:.0f} asleep, "
     "{scheduler_restored_mib:.0f} restored; "
     "ready {ready_s} s after kill -9; late p50 {late_p50_ms} ms, p99 {late_p99_ms} ms, most {late_max_ms} ms",
@@ -70,6 +72,7 @@ _SIZES: Final[dict[str, str]] = {
     "W5": "{live_runs:,} live runs",
     "W6": "",
     "W7": "{runs:,} runs",
+    "W8": "{rules} rules, {budgets} budgets",
     "HO": "{runs:,} runs",
     "MEM": "{runs:,} runs",
 }

@@ -43,7 +43,7 @@ def money(
     """
     settings = KafkaSettings()
     try:
-        books = _read(KafkaBroker(settings))
+        books = read_books(KafkaBroker(settings))
     except EventLogError as error:
         typer.echo(f"cannot read the ledger of Kafka at {settings.bootstrap}: {error}", err=True)
         raise typer.Exit(2) from None
@@ -58,7 +58,7 @@ def money(
     raise typer.Exit(1 if problems else 0)
 
 
-def _read(broker: Broker) -> Books:
+def read_books(broker: Broker) -> Books:
     """Read the whole ledger. Raises EventLogError."""
     described = broker.describe([LEDGER]).get(LEDGER)
     if described is None:

@@ -1,120 +1,173 @@
-"""`tidegate policy apply|list|show|remove`: the gate's policies."""
+"""`tidegate policy …`: the documents that the gate decides by: policies, and whatever else lies beside them."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from tidegate import codec
+from tidegate.cli.documents import EXIT_WRONG, in_force, kind_of, publish, read_files, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
 from tidegate.cli.wording import counted
-from tidegate.domain import canonical
 from tidegate.domain.messages import PolicyPublished
-from tidegate.eventlog.interface import Record
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.eventlog.tables import Tables
-from tidegate.eventlog.validity import TYPE_HEADER
-from tidegate.gate import limits
-from tidegate.gate.limits import LimitError
-from tidegate.gate.policy import Policy, PolicyError, parse
-from tidegate.sdk.client import user_name
+from tidegate.gate.documents import Document, DocumentError, read_values
+from tidegate.gate.policy import Policy
+from tidegate.gate.policy_cases import checked, tried
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Apply, list, show and remove policies of the gate. Exit codes: 0 done; 2 wrong usage, or a document that is no "
-    "policy; 3 Kafka does not answer; 4 there is no such policy.",
+    help="Check, try out, apply, compare, list, show and remove the gate's documents: policies, budgets and more. Exit codes: "
+    "0 done; 1 a case failed, or there are differences; 2 wrong usage, or a document that is none; 3 Kafka does not answer; "
+    "4 there is no such document.",
 )
-POLICIES = "policies"
+EXIT_DIFFERENT = 1
+
+Files = Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)]
+Key = Annotated[str, typer.Argument(metavar="DOCUMENT", help="A policy's name, or `kind:name`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
-def _in_force(broker: KafkaBroker) -> dict[str, PolicyPublished]:
-    tables = Tables((POLICIES,))
-    tables.load(broker)
-    return tables.rows[POLICIES]
+@app.command()
+@explained("policy validate")
+def validate(files: Files) -> None:
+    """Check documents and report every problem with its line. Needs no Kafka."""
+    typer.echo(f"{counted(len(read_files(files)), 'document')}, nothing wrong")
 
 
 @app.command()
 @explained("policy apply")
-def apply(
-    files: Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)],
-) -> None:
-    """Check policy documents, all of them first, and publish them: gates take them up as they run."""
-    policies = []
-    for file in files:
-        try:
-            policies += [_parsed(document) for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
-        except (PolicyError, LimitError, yaml.YAMLError) as error:
-            problems = [str(error)] if isinstance(error, yaml.YAMLError) else error.problems
-            for problem in problems:
-                typer.echo(f"{file}: {problem}", err=True)
-            raise typer.Exit(2) from None
-    broker = KafkaBroker(KafkaSettings())
-    writer = broker.writer()
-    for policy in policies:
-        row = PolicyPublished(
-            policy_id=_key(policy),
-            version=policy.version,
-            document=canonical.dumps(policy.model_dump(mode="json", exclude_unset=True)),
-            by=user_name(),
-            at_ms=time.time_ns() // 1_000_000,
+def apply(files: Files) -> None:
+    """Check documents, all of them first, and publish them: gates take them up as they run."""
+    documents = read_files(files)
+    publish(KafkaBroker(KafkaSettings()), documents)
+    for document in documents:
+        typer.echo(f"published {_summary(document)} (gates take it up within a second)")
+
+
+def _summary(document: Document) -> str:
+    if isinstance(document, Policy):
+        return f"{document.label}: {counted(len(document.rules), 'rule')}"
+    return f"{document.KIND} {document.label}"
+
+
+@app.command()
+@explained("policy diff")
+def diff(files: Files) -> None:
+    """Show what applying documents would change; exit code 1 if anything."""
+    there = in_force(KafkaBroker(KafkaSettings()))
+    is_different = False
+    for document in read_files(files):
+        row = there.get(document.topic_key)
+        old = "" if row is None else _as_yaml(value_of(row))
+        new = _as_yaml(json.loads(document.to_json()))
+        if old == new:
+            continue
+        is_different = True
+        lines = difflib.unified_diff(
+            old.splitlines(),
+            new.splitlines(),
+            f"{document.topic_key} in force",
+            f"{document.topic_key} given",
+            lineterm="",
         )
-        writer.send(Record(POLICIES, 0, _key(policy).encode(), codec.encode(row), ((TYPE_HEADER, b"PolicyPublished"),)))
-    writer.flush(30.0)
-    for policy in policies:
-        what = counted(len(policy.rules), "rule") if isinstance(policy, Policy) else f"a {policy.kind}"
-        typer.echo(f"published {_key(policy)}@{policy.version}: {what} (gates take it up within a second)")
+        typer.echo("\n".join(lines))
+    if is_different:
+        raise typer.Exit(EXIT_DIFFERENT)
+    typer.echo("no differences")
 
 
-def _parsed(document: Any) -> Policy | limits.Limit | limits.Queue:
-    is_limit = isinstance(document, dict) and document.get("kind", "policy") != "policy"
-    return limits.parse(document) if is_limit else parse(document)
+def _as_yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, sort_keys=True, allow_unicode=True))
 
 
-def _key(document: Policy | limits.Limit | limits.Queue) -> str:
-    return document.policy if isinstance(document, Policy) else document.topic_key
+@app.command("test")
+@explained("policy test")
+def try_out(
+    file: Annotated[Path, typer.Argument(help="A file of cases; see docs/policy.md.", exists=True)],
+    as_json: Json = False,
+) -> None:
+    """Try policies out on the cases of a file. Needs no Kafka; exit code 1 if one fails."""
+    try:
+        values = read_values(file.read_text(encoding="utf-8"))
+        cases = checked(values[0] if len(values) == 1 else values)
+    except DocumentError as error:
+        for problem in error.problems:
+            typer.echo(f"{file}:{problem.line or 1}: {problem.text}", err=True)
+        raise typer.Exit(EXIT_WRONG) from None
+    documents = read_files(file.parent / name for name in cases.policies)
+    policies = [document for document in documents if isinstance(document, Policy)]
+    failed = 0
+    found = []
+    for outcome in tried(cases, policies):
+        failed += bool(outcome.problem)
+        verdict = outcome.verdict
+        if as_json:
+            found.append({"case": outcome.case.name, "ok": not outcome.problem, **verdict._asdict()})
+            continue
+        by = f"{verdict.policy}/{verdict.rule}" if verdict.policy else verdict.rule
+        said = "FAILED" if outcome.problem else "ok"
+        typer.echo(f"{said:<7} {outcome.case.name}: {verdict.effect} by {by}")
+        if outcome.problem:
+            typer.echo(f"        {outcome.problem}; it looked at {verdict.values or 'nothing'}")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo(f"{counted(len(cases.cases), 'case')}, {failed} failed")
+    if failed:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @app.command()
 @explained("policy remove")
-def remove(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -> None:
-    """Take a policy out of force."""
+def remove(key: Key) -> None:
+    """Take a document out of force."""
     broker = KafkaBroker(KafkaSettings())
-    if policy_id not in _in_force(broker):
-        typer.echo(f"there is no policy {policy_id!r}", err=True)
-        raise typer.Exit(EXIT_REFUSED)
-    writer = broker.writer()
-    writer.send(Record(POLICIES, 0, policy_id.encode(), None))
-    writer.flush(30.0)
-    typer.echo(f"removed {policy_id} (gates let go of it within a second)")
+    _found(in_force(broker), key)
+    publish(broker, (), [key])
+    typer.echo(f"removed {key} (gates let go of it within a second)")
 
 
 @app.command("list")
 @explained("policy list")
-def list_() -> None:
-    """List the policies in force."""
-    table = Table("policy", "version", "rules", "by")
-    for policy_id, row in sorted(_in_force(KafkaBroker(KafkaSettings())).items()):
-        table.add_row(policy_id, row.version, str(len(canonical.loads(row.document).get("rules", ()))), row.by)
+def list_(as_json: Json = False) -> None:
+    """List the documents in force."""
+    rows = sorted(in_force(KafkaBroker(KafkaSettings())).items())
+    if as_json:
+        found = [
+            {"key": key, "kind": kind_of(row), "version": row.version, "by": row.by, "at_ms": row.at_ms}
+            for key, row in rows
+        ]
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table("document", "kind", "version", "rules", "by")
+    for key, row in rows:
+        rules = value_of(row).get("rules") if kind_of(row) == "policy" else None
+        table.add_row(escape(key), kind_of(row), row.version, "" if rules is None else str(len(rules)), escape(row.by))
     Console().print(table)
 
 
 @app.command()
 @explained("policy show")
-def show(policy_id: Annotated[str, typer.Argument(help="The policy's id.")]) -> None:
-    """Print a policy in force as JSON."""
-    row = _in_force(KafkaBroker(KafkaSettings())).get(policy_id)
-    if row is None:
-        typer.echo(f"there is no policy {policy_id!r}", err=True)
-        raise typer.Exit(EXIT_REFUSED)
-    json.dump(canonical.loads(row.document), sys.stdout, indent=2)
+def show(key: Key) -> None:
+    """Print a document in force as JSON."""
+    row = _found(in_force(KafkaBroker(KafkaSettings())), key)
+    json.dump(value_of(row), sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def _found(rows: dict[str, PolicyPublished], key: str) -> PolicyPublished:
+    if key not in rows:
+        typer.echo(f"there is no document {key!r}; there are: {', '.join(sorted(rows)) or 'none'}", err=True)
+        raise typer.Exit(EXIT_REFUSED)
+    return rows[key]

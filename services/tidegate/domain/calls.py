@@ -16,8 +16,8 @@ class Changed(NamedTuple):
     output: str
 
 
-def call_of(workflow: Workflow, function: str, arguments: str) -> Call:
-    """Return the call of a function with its pinned settings. arguments: canonical JSON."""
+def call_of(workflow: Workflow, function: str, arguments: str, agent: str = "") -> Call:
+    """Return the call of a function with its pinned settings. arguments: canonical JSON. agent: whose turn, or tool, it is."""
     settings = workflow.function(function)
     return Call(
         kind=settings.kind,
@@ -31,4 +31,7 @@ def call_of(workflow: Workflow, function: str, arguments: str) -> Call:
         model=settings.model,
         operation=settings.operation,
         prefer=settings.prefer,
+        agent=agent,
+        max_input_tokens=settings.max_input_tokens,
+        max_output_tokens=settings.max_output_tokens,
     )

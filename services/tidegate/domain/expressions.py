@@ -69,6 +69,22 @@ def evaluate(source: str, variables: Mapping[str, Any]) -> Any:
         raise ExpressionError(f"{source!r} failed: {_one_line(error)}") from None
 
 
+def lazy_context(value_of: Callable[[str], Any]) -> cel.Context:
+    """Return a context whose variables are asked for when an expression first needs them; None means there is none."""
+    context = cel.Context()
+    context.set_variable_resolver(value_of)
+    return context
+
+
+def evaluate_in(source: str, context: cel.Context) -> Any:
+    """Evaluate a CEL expression in a context. Raises ExpressionError."""
+    program = compile_expression(source)
+    try:
+        return program.execute(context)
+    except Exception as error:
+        raise ExpressionError(f"{source!r} failed: {_one_line(error)}") from None
+
+
 def problems(template: Any, where: str) -> list[str]:
     """Return what is wrong with the expressions of a template, each with its place."""
     found: list[str] = []

@@ -1,6 +1,6 @@
 """Facts about decisions, money and placements: what `gate-ledger` holds. Written by the gate only.
 
-Every record here has an Avro schema of the same name inside `schemas/avro/LedgerEntry.v2.avsc`.
+Every record here has an Avro schema of the same name inside the newest `schemas/avro/LedgerEntry.v*.avsc`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from tidegate.domain.entry import TAG_FIELD
-from tidegate.domain.messages import Call, Lease
+from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
 
 
 class RunOpened(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunOpened", tag_field=TAG_FIELD):
@@ -24,7 +24,13 @@ class RunOpened(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunOpe
 
 
 class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptReserved", tag_field=TAG_FIELD):
-    """Policy allowed the attempt and its money is set aside. approved_by: who approved it, empty if nobody had to."""
+    """Policy allowed the attempt and its money is set aside. approved_by: who approved it, empty if nobody had to.
+
+    amounts: all that is set aside in its budgets, nothing if it has none. basis: where the amount of money comes from:
+    `declared`, `price:…` (with the version of the price table), `history`, or empty (there is none). buckets: the budget
+    buckets that it is set aside in. redact, isolation: what the rules demand. values: what the deciding
+    rule looked at, canonical JSON; empty if none matched.
+    """
 
     account: str
     run_id: str
@@ -34,10 +40,19 @@ class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
     rule: str
     policy: str
     approved_by: str
+    amounts: Amounts = NOTHING
+    basis: str = ""
+    buckets: tuple[str, ...] = ()
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
+    values: str = ""
 
 
 class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptRefused", tag_field=TAG_FIELD):
-    """Policy, budget, limit or a full queue denied the attempt (the decision `deny`)."""
+    """Policy, budget, limit or a full queue denied the attempt (the decision `deny`).
+
+    values: what the rule looked at, canonical JSON or empty.
+    """
 
     account: str
     run_id: str
@@ -47,10 +62,15 @@ class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     policy: str
     reason: str
     retry_after_ms: int = 0
+    values: str = ""
 
 
 class ApprovalHeld(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalHeld", tag_field=TAG_FIELD):
-    """The attempt is held until a human approves exactly these arguments (the decision `require_approval`)."""
+    """The attempt is held until a human approves exactly these arguments (the decision `require_approval`).
+
+    expires_at_ms: when the question lapses, 0 for never. exceeds: the buckets that an approval lets this attempt exceed; empty
+    if it was a rule that asked. approved_by: who has answered a rule's question about it before; empty if nobody.
+    """
 
     account: str
     run_id: str
@@ -61,6 +81,11 @@ class ApprovalHeld(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="App
     reason: str
     arguments_hash: str
     call: Call
+    values: str = ""
+    expires_at_ms: int = 0
+    exceeds: tuple[str, ...] = ()
+    redact: tuple[str, ...] = ()
+    approved_by: str = ""
 
 
 class AttemptQueued(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptQueued", tag_field=TAG_FIELD):
@@ -98,10 +123,16 @@ class AttemptPlaced(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="At
     call: Call
     leases: tuple[Lease, ...] = ()
     queued_ms: int = 0
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
 
 
 class AttemptSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptSettled", tag_field=TAG_FIELD):
-    """The reservation ended with what was spent. overshoot_micros: what it cost beyond the reservation."""
+    """The reservation ended with what was spent. overshoot_micros: what it cost beyond the reservation.
+
+    used: the rest of what was used; its `micros` are `actual_micros`. basis: empty if the executor reported the amount,
+    `price:…` if it reported tokens only and the price table says what they cost.
+    """
 
     account: str
     run_id: str
@@ -110,6 +141,8 @@ class AttemptSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     reserved_micros: int
     actual_micros: int
     overshoot_micros: int
+    used: Amounts = NOTHING
+    basis: str = ""
 
 
 class AttemptReleased(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptReleased", tag_field=TAG_FIELD):
@@ -322,6 +355,121 @@ class ScaleOutWanted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="S
     slots: int
 
 
+class ApprovalLapsed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalLapsed", tag_field=TAG_FIELD):
+    """Nobody answered in time: the hold ends. Not a denial, and it does not come back."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+
+
+class AttemptPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptPaused", tag_field=TAG_FIELD):
+    """A budget has no room for the attempt now: it waits, first come first served, with nothing set aside.
+
+    bucket: the one that has no room. until_ms: when its window turns, 0 for never. approved_by: who has answered a rule's
+    question about it before; empty if nobody.
+    """
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+    bucket: str
+    until_ms: int
+    call: Call
+    values: str = ""
+    approved_by: str = ""
+
+
+class Ceilings(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The most that a bucket may hold of each; null for no limit."""
+
+    micros: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    calls: int | None = None
+    wall_ms: int | None = None
+
+
+class BudgetSet(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetSet", tag_field=TAG_FIELD):
+    """A bucket of a budget begins, or its limits are others from here on: another version, or a top-up.
+
+    bucket: `budget|account|window`. account: the path that it counts for, below it everything. from_ms, until_ms: its window;
+    until 0 for no end. run_id: the only run that it counts, empty for all. top_ups: the ids of those that are in the limits.
+    """
+
+    account: str
+    bucket: str
+    budget: str
+    version: str
+    limits: Ceilings
+    on_exceed: str
+    from_ms: int
+    until_ms: int
+    run_id: str = ""
+    top_ups: tuple[str, ...] = ()
+
+
+class BudgetReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetReserved", tag_field=TAG_FIELD):
+    """An attempt's amounts are set aside in a bucket. exceeds: whether a human let it go beyond the limits."""
+
+    account: str
+    bucket: str
+    run_id: str
+    step_id: str
+    attempt: int
+    amounts: Amounts
+    exceeds: bool = False
+
+
+class BudgetSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetSettled", tag_field=TAG_FIELD):
+    """An attempt's reservation in a bucket ended: `reserved` is no longer set aside, `used` is spent (nothing if released)."""
+
+    account: str
+    bucket: str
+    run_id: str
+    step_id: str
+    attempt: int
+    reserved: Amounts
+    used: Amounts
+
+
+class BudgetAlerted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetAlerted", tag_field=TAG_FIELD):
+    """What a bucket spent reached a threshold, for the first time. meter: which of the amounts; percent: of its limit."""
+
+    account: str
+    bucket: str
+    budget: str
+    meter: str
+    percent: int
+    spent: int
+    limit: int
+
+
+class BudgetClosed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetClosed", tag_field=TAG_FIELD):
+    """The bucket's window (or its run) is over and nothing is set aside in it: it is forgotten. spent: all that it came to."""
+
+    account: str
+    bucket: str
+    spent: Amounts
+
+
+class UsageLearned(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="UsageLearned", tag_field=TAG_FIELD):
+    """What attempts of a function used on average so far, for the next estimate. function: `|kind:name`."""
+
+    account: str
+    function: str
+    count: int
+    mean: Amounts
+
+
 LedgerEvent = (
     RunOpened
     | AttemptReserved
@@ -348,4 +496,12 @@ LedgerEvent = (
     | BreakerClosed
     | LimitForgotten
     | ScaleOutWanted
+    | ApprovalLapsed
+    | AttemptPaused
+    | BudgetSet
+    | BudgetReserved
+    | BudgetSettled
+    | BudgetAlerted
+    | BudgetClosed
+    | UsageLearned
 )

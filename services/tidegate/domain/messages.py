@@ -16,8 +16,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     kind: `step`, `agent` or `tool`. arguments: canonical JSON; for a step its input, for an agent its State, for a tool an
     object of arguments. reserve_micros: what to set aside before it runs. idempotent: whether it may be repeated when the
-    outcome of an attempt is unknown. provider, model, operation: what it uses, as declared; limits and rules look at them.
-    prefer: the instance that should run it if it has a free slot.
+    outcome of an attempt is unknown. provider, model, operation: what it uses, as declared; limits, rules and prices look at
+    them. prefer: the instance that should run it if it has a free slot. agent: whose turn it is, or who called the tool; empty
+    for a step. max_input_tokens, max_output_tokens: the most that one attempt uses; 0 if not said.
     """
 
     kind: str
@@ -31,6 +32,22 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     model: str = ""
     operation: str = ""
     prefer: str = ""
+    agent: str = ""
+    max_input_tokens: int = 0
+    max_output_tokens: int = 0
+
+
+class Amounts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How much of everything that budgets count: money, tokens, calls, time that functions ran."""
+
+    micros: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    calls: int = 0
+    wall_ms: int = 0
+
+
+NOTHING = Amounts()
 
 
 class Lease(msgspec.Struct, frozen=True, gc=False):
@@ -121,12 +138,16 @@ class Approve(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Approve"
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Settle", tag_field=TAG_FIELD):
-    """The attempt ended and cost this much. outcome: as in `StepResult`; circuit breakers count it."""
+    """The attempt ended and cost this much. outcome: as in `StepResult`; circuit breakers count it.
+
+    used: the rest of what it used; its `micros` are `actual_micros`, not said twice.
+    """
 
     step_id: str
     attempt: int
     actual_micros: int
     outcome: str = ""
+    used: Amounts = NOTHING
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Release", tag_field=TAG_FIELD):
@@ -164,7 +185,10 @@ class GateRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Allowed", tag_field=TAG_FIELD):
-    """The attempt was placed on this executor incarnation, which alone may run it."""
+    """The attempt was placed on this executor incarnation, which alone may run it.
+
+    redact: paths of arguments that projections must not show. isolation: how it must be run; empty for as usual.
+    """
 
     step_id: str
     attempt: int
@@ -173,11 +197,13 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Allowed"
     policy: str
     instance_id: str
     incarnation: int
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
 
 
 class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Denied", tag_field=TAG_FIELD):
     """The attempt must not run. rule: the policy rule, `budget`, `limit` or `queue_full`. retry_after_ms: when asking again
-    may help; 0 if that is not known."""
+    may help; 0 if that is not known. values: what the rule looked at, canonical JSON or empty."""
 
     step_id: str
     attempt: int
@@ -185,6 +211,7 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Denied", 
     policy: str
     reason: str
     retry_after_ms: int = 0
+    values: str = ""
 
 
 class ApprovalRequired(
@@ -199,6 +226,7 @@ class ApprovalRequired(
     reason: str
     arguments_hash: str
     expires_at_ms: int = 0
+    values: str = ""
 
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Lost", tag_field=TAG_FIELD):
@@ -228,7 +256,31 @@ class Throttled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Thrott
     retry_at_ms: int
 
 
-DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled
+class BudgetPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetPaused", tag_field=TAG_FIELD):
+    """The attempt waits for room in a budget: for a top-up, for what others give back, or for the window to turn.
+
+    until_ms: when the window turns, 0 if it does not.
+    """
+
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+    until_ms: int
+
+
+class Unanswered(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Unanswered", tag_field=TAG_FIELD):
+    """Nobody answered the question about the attempt in time. It will not run; nobody said no either."""
+
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+
+
+DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled | BudgetPaused | Unanswered
 
 
 class GateDecision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -313,6 +365,7 @@ class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Authorised work for one executor incarnation (`step-tasks.QUEUE`). type: `run` or `cancel`.
 
     result_partition: where the result goes in `step-results`. idempotency_key: the same for all attempts of the step.
+    isolation: how it must be run; empty for as usual. An executor that does not know the word refuses the task.
     """
 
     type: str
@@ -326,6 +379,7 @@ class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     result_partition: int
     idempotency_key: str
     call: Call | None
+    isolation: str = ""
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -457,7 +511,10 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class PolicyPublished(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A policy document (`policies`), keyed by policy id. document: canonical JSON."""
+    """A document of the gate (`policies`): a policy, a budget and so on. document: canonical JSON.
+
+    policy_id: its key, a policy's name or `kind:name`.
+    """
 
     policy_id: str
     version: str

@@ -378,7 +378,12 @@ def plan_is_final(plan: dict[str, Any]) -> bool:
     return bool(final) if final is not None else not plan.get("tool_calls")
 
 
+def _awaits_budget(run: RunState, event: ev.AttemptAwaitsBudget, now_ms: int) -> None:
+    _move_step(run.steps[event.step_id], "AttemptAwaitsBudget", states.REQUESTED)
+
+
 _HANDLERS: dict[type, Any] = {
+    ev.AttemptAwaitsBudget: _awaits_budget,
     ev.RunStarted: _run_started,
     ev.RunRefused: _run_refused,
     ev.CommandRefused: _command_refused,

@@ -104,6 +104,8 @@ class AttemptDispatched(
     policy: str
     instance_id: str
     incarnation: int
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
 
 
 class StepThrottled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepThrottled", tag_field=TAG_FIELD):
@@ -119,12 +121,25 @@ class StepThrottled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="St
     retry_at_ms: int
 
 
+class AttemptAwaitsBudget(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptAwaitsBudget", tag_field=TAG_FIELD
+):
+    """A budget has no room for the attempt now; the gate holds it until it has. until_ms: when its window turns, 0 for never."""
+
+    step_id: str
+    attempt: int
+    rule: str
+    policy: str
+    reason: str
+    until_ms: int
+
+
 class ApprovalRequested(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalRequested", tag_field=TAG_FIELD
 ):
     """A human is asked. why: `policy` (the gate holds the attempt) or `outcome_unknown` (it may already have had its effect).
 
-    expires_at_ms: when the question lapses, 0 for never.
+    values: what the rule looked at, canonical JSON or empty. expires_at_ms: when the question lapses, 0 for never.
     """
 
     step_id: str
@@ -135,6 +150,7 @@ class ApprovalRequested(
     reason: str
     arguments_hash: str
     expires_at_ms: int = 0
+    values: str = ""
 
 
 class ApprovalResolved(
@@ -226,8 +242,9 @@ class SignalReceived(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="S
 class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptEnded", tag_field=TAG_FIELD):
     """An attempt ended without success.
 
-    outcome: `failed`, `timed_out`, `released`, `busy`, `lost` or `denied`. placed: whether an executor held it, so that the
-    gate has something to settle. retry_at_ms: when the next attempt is due; null if there is none (yet).
+    outcome: `failed`, `timed_out`, `released`, `busy`, `lost`, `denied` or `expired` (its approval; the answer crossed the
+    gate's clock). retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran,
+    0 if it did not. rule, policy, values: of a denial.
     """
 
     step_id: str
@@ -240,6 +257,11 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     retry_at_ms: int | None
     instance_id: str
     incarnation: int
+    started_ms: int = 0
+    finished_ms: int = 0
+    rule: str = ""
+    policy: str = ""
+    values: str = ""
 
 
 class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):
@@ -287,6 +309,9 @@ class ResultIgnored(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Re
     reason: str
     instance_id: str
     incarnation: int
+    usage: dict[str, int] = {}
+    started_ms: int = 0
+    finished_ms: int = 0
 
 
 class RunCancelRequested(
@@ -489,4 +514,5 @@ RunEvent = (
     | ChildEnded
     | ChildCancelled
     | EndReported
+    | AttemptAwaitsBudget
 )

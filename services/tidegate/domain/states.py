@@ -52,6 +52,7 @@ STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (ABSENT, "WaitStarted"): (WAITING,),
     (REQUESTED, "AttemptDispatched"): (DISPATCHED,),
     (REQUESTED, "ApprovalRequested"): (AWAITING_APPROVAL,),
+    (REQUESTED, "AttemptAwaitsBudget"): (REQUESTED,),
     # A result may overtake the decision that allowed it: it implies the allow.
     (REQUESTED, "StepSucceeded"): (SUCCEEDED,),
     (REQUESTED, "AttemptEnded"): (BACKING_OFF, ENDED),

@@ -25,7 +25,7 @@ def after_plan(run: RunState, workflow: Workflow, step: StepState, changed: Chan
             step_id=call.step_id,
             node_id=step.node_id,
             wave=step.wave + 1,
-            call=call_of(workflow, call.tool, canonical.dumps(call.arguments)),
+            call=call_of(workflow, call.tool, canonical.dumps(call.arguments), agent),
         )
         for call in _calls_of(workflow, agent, step.step_id, plan)
         if call.problem is None
@@ -76,7 +76,10 @@ def _turn(
     state = f'{{"history":{canonical.dumps(history)},"input":{value},"turn":{turn}}}'
     function = workflow.document.nodes[node_id].function
     return ev.StepReady(
-        step_id=agent_turn_step(path, turn), node_id=node_id, wave=wave, call=call_of(workflow, function, state)
+        step_id=agent_turn_step(path, turn),
+        node_id=node_id,
+        wave=wave,
+        call=call_of(workflow, function, state, function),
     )
 
 

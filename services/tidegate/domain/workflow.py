@@ -132,6 +132,8 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "model": _label,
                     "operation": _label,
                     "prefer": _label,
+                    "max_input_tokens": _count,
+                    "max_output_tokens": _count,
                     "description": {"type": "string"},
                     "parameters": {"type": ["object", "boolean"]},
                     "tools": {"type": "array", "items": _name},
@@ -174,6 +176,8 @@ class Function(msgspec.Struct, frozen=True):
     model: str = ""
     operation: str = ""
     prefer: str = ""
+    max_input_tokens: int = 0
+    max_output_tokens: int = 0
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()

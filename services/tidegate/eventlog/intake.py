@@ -16,9 +16,11 @@ from tidegate.domain.entry import MAX_OFFSET, MAX_SOURCE_PARTITIONS, MAX_TELLS_P
 from tidegate.domain.identity import MAX_MICROS, NAME_PATTERN, NOWHERE, is_account, is_run_id, source_of
 from tidegate.domain.messages import (
     Allowed,
+    Amounts,
     ApprovalRequired,
     Approve,
     Authorise,
+    BudgetPaused,
     Call,
     CloseRun,
     Denied,
@@ -38,6 +40,7 @@ from tidegate.domain.messages import (
     StepResult,
     StepTask,
     Throttled,
+    Unanswered,
     Void,
 )
 from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS
@@ -47,6 +50,7 @@ MAX_TAGS: Final = 100
 MAX_LABEL: Final = 128
 MAX_PRIORITY: Final = 9
 MAX_LEASES: Final = 16  # of one attempt
+MAX_REDACTED: Final = 1_000
 MAX_ARGUMENTS: Final = 8 * 1024 * 1024
 MAX_TIMEOUT_MS: Final = 7 * 24 * 3_600_000
 KINDS: Final = frozenset(("step", "agent", "tool"))
@@ -169,7 +173,16 @@ def _call(call: Call) -> str:
         return "provider, model, operation or prefer of the call"
     if not 0 < call.timeout_ms <= MAX_TIMEOUT_MS:
         return "timeout_ms"
+    if len(call.agent) > MAX_NAME:
+        return "agent of the call"
+    if not (0 <= call.max_input_tokens <= MAX_MICROS and 0 <= call.max_output_tokens <= MAX_MICROS):
+        return "a number of tokens"
     return "arguments" if len(call.arguments) > MAX_ARGUMENTS else _money(call.reserve_micros)
+
+
+def _used(used: Amounts) -> str:
+    counts = (used.micros, used.input_tokens, used.output_tokens, used.calls, used.wall_ms)
+    return "" if min(counts) >= 0 and max(counts) <= MAX_MICROS else "an amount of what was used"
 
 
 def _open(item: OpenRun) -> str:
@@ -189,7 +202,9 @@ def _approve(item: Approve) -> str:
 
 
 def _settle(item: Settle) -> str:
-    return _attempt(item) or _money(item.actual_micros) or ("outcome" if len(item.outcome) > MAX_NAME else "")
+    if len(item.outcome) > MAX_NAME:
+        return "outcome"
+    return _attempt(item) or _money(item.actual_micros) or _used(item.used)
 
 
 def _release(item: Release) -> str:
@@ -199,12 +214,20 @@ def _release(item: Release) -> str:
 def _allowed(item: Allowed) -> str:
     if max(len(item.rule), len(item.policy), len(item.instance_id)) > MAX_NAME:
         return "a name of more than 512 characters"
+    if len(item.redact) > MAX_REDACTED or any(len(path) > MAX_NAME for path in item.redact):
+        return "redact"
+    if len(item.isolation) > MAX_NAME:
+        return "isolation"
     return _attempt(item) or _money(item.reserved_micros)
 
 
-def _answer(item: Denied | ApprovalRequired) -> str:
+def _answer(item: Denied | ApprovalRequired | BudgetPaused | Unanswered) -> str:
     if isinstance(item, ApprovalRequired) and not 0 <= item.expires_at_ms <= MAX_OFFSET:
         return "expires_at_ms"
+    if isinstance(item, BudgetPaused) and not 0 <= item.until_ms <= MAX_OFFSET:
+        return "until_ms"
+    if isinstance(item, Denied | ApprovalRequired) and len(item.values) > MAX_REASON_CHARACTERS:
+        return "values"
     if max(len(item.rule), len(item.policy)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
         return "rule, policy or reason is too long"
     return _attempt(item) or _moment(getattr(item, "retry_after_ms", 0))
@@ -263,6 +286,8 @@ _ITEMS: Final[dict[type, Callable[[Any], str]]] = {
     Allowed: _allowed,
     Denied: _answer,
     ApprovalRequired: _answer,
+    BudgetPaused: _answer,
+    Unanswered: _answer,
     Lost: _lost,
     Throttled: _throttled,
     LeaseAsk: _lease_ask,

@@ -24,6 +24,7 @@ from tidegate.sdk.context import Meter, StepContext, running
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
 from tidegate.sdk.plan import Goto, plan_of
 
+ISOLATIONS: Final = frozenset(("",))  # how functions can be run here; empty: in this process
 CANCEL_GRACE_S: Final = 5.0  # how long an async function may clean up after its deadline before the answer is given
 
 _log = structlog.get_logger()
@@ -103,6 +104,10 @@ class Attempt:
     def _bind(self, function: Function | None) -> Bound:
         if function is None or function.kind != self._call.kind:
             raise UnknownFunctionError(f"this executor has no {self._call.kind} {self._call.function!r}")
+        if self.task.isolation not in ISOLATIONS:
+            raise UnsupportedIsolationError(
+                f"a policy demands isolation {self.task.isolation!r}, which this executor does not have: it was not run"
+            )
         return function.binder.bind(self._call.arguments)
 
     async def _run_async(self, function: Function, bound: Bound) -> StepResult:
@@ -238,6 +243,10 @@ class UnknownFunctionError(LookupError):
     """The app has no function of that kind and name."""
 
 
+class UnsupportedIsolationError(RuntimeError):
+    """A policy demands that the function be run in a way that this executor does not know."""
+
+
 class OutputTooLargeError(ValueError):
     """What the function returned is larger than what a result may hold."""
 
@@ -245,6 +254,7 @@ class OutputTooLargeError(ValueError):
 # What repeating cannot mend. The names are part of the results, and so of the log.
 _ERROR_CLASSES: Final[dict[type[BaseException], str]] = {
     UnknownFunctionError: "UnknownFunction",
+    UnsupportedIsolationError: "UnsupportedIsolation",
     BadArgumentsError: "BadArguments",
     NotJsonError: "NotJson",
     canonical.NotJsonError: "NotJson",

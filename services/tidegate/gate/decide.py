@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
+from tidegate.domain.entry import Position
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import (
+    NOTHING,
+    Amounts,
     Approve,
     Authorise,
     Call,
@@ -22,6 +29,19 @@ from tidegate.domain.messages import (
     Void,
 )
 from tidegate.gate import leasing
+from tidegate.gate.budgets import (
+    MAX_LEARNED,
+    NO_BUDGETS,
+    Budget,
+    Budgets,
+    Estimate,
+    Lack,
+    Tally,
+    amounts_of,
+    estimate,
+    learn,
+    learned_key,
+)
 from tidegate.gate.leasing import LIMIT_RULE
 from tidegate.gate.ledger import (
     HELD,
@@ -30,19 +50,26 @@ from tidegate.gate.ledger import (
     RESERVED,
     Attempt,
     AttemptKey,
+    Bucket,
     Incarnation,
     Ledger,
     RunMoney,
+    meters_of,
 )
 from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import FreeSlots
-from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
-from tidegate.gate.variables import step_variables
+from tidegate.gate.policy import MAX_REASON, PolicySet, Variables, Verdict
+from tidegate.gate.prices import price
+from tidegate.gate.variables import MAKERS, Subject, step_variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 
 BUDGET_RULE: Final = "budget"
 QUEUE_FULL_RULE: Final = "queue_full"
 MAX_LOSSES_PER_ENTRY: Final = 500
+MAX_LAPSES_PER_ENTRY: Final = 100
+MAX_PAUSED_TRIED: Final = 500  # a turn looks at no more of them
+NO_POLICY: Final = Verdict("allow", "default", "", "no policy is in force")
+NO_POSITION: Final = Position(0, 0, 0)
 
 
 class _Money:
@@ -66,15 +93,23 @@ class Draft:
     """The events of one decision as they come, and what they change, so that later items see what earlier ones did."""
 
     def __init__(
-        self, ledger: Ledger, request: GateRequest, policies: PolicySet, slots: FreeSlots, desk: Desk | None = None
+        self,
+        ledger: Ledger,
+        request: GateRequest,
+        policies: PolicySet,
+        slots: FreeSlots,
+        desk: Desk | None = None,
+        budgets: Budgets = NO_BUDGETS,
     ) -> None:
         self.ledger = ledger
         self.request = request
         self.policies = policies
         self.slots = slots
         self.desk = desk or Desk(ledger, LimitSet(), 0)
+        self.now_ms = self.desk.now_ms
         self.joined: Counter[str] = Counter()  # by queue: who began to wait in this decision
         self.events: list[Any] = []
+        self.tally = Tally(ledger, budgets, self.now_ms, self.events)
         self.begun: set[AttemptKey] = set()
         self.ended: set[AttemptKey] = set()
         known = ledger.runs.get(request.run_id)
@@ -90,9 +125,12 @@ class Draft:
         key = self.key(item)
         return None if key in self.ended else self.ledger.attempts.get(key)
 
-    def end(self, item: Any, attempt: Attempt, outcome: str = "") -> None:
-        """Note that the attempt ends here: its money, its slot and its leases are free for what follows."""
+    def end(self, item: Any, attempt: Attempt, used: Amounts, outcome: str = "") -> None:
+        """Note that the attempt ends here: what it did not use, its slot and its leases are free for what follows."""
         self.ended.add(self.key(item))
+        is_run_over = self.money is None or self.money.closed
+        for bucket in attempt.buckets:
+            self.tally.settle(bucket, self.names(item), attempt.amounts, used, is_run_over=is_run_over)
         self.events += leasing.given_back(self.desk, self.key(item), attempt, outcome)
         if self.money is not None:
             self.money.reserved_micros -= attempt.reserved_micros
@@ -114,8 +152,36 @@ def on_request(draft: Draft) -> list[Any]:
     for item in draft.request.items:
         _ITEMS[type(item)](draft, item)
     if draft.ended:  # otherwise nothing became free
-        draft.events += place_waiting(draft.ledger, draft.slots, draft.ended, draft.desk)
+        placements = place_waiting(draft.ledger, draft.slots, draft.ended, draft.desk)
+        draft.events += placements
+        _free_budgets(draft.tally, draft.ledger, placements)
     return draft.events
+
+
+def with_budgets_freed(ledger: Ledger, events: list[Any], budgets: Budgets, now_ms: int) -> list[Any]:
+    """Return events with the ends of what those of the attempts that they refuse had set aside in budgets."""
+    tally = Tally(ledger, budgets, now_ms, events)
+    _free_budgets(tally, ledger, list(events))
+    return events
+
+
+def _free_budgets(tally: Tally, ledger: Ledger, events: list[Any]) -> None:
+    """An attempt that waits for a slot or a limit may still be refused; its reservation ends with that."""
+    for event in events:
+        if type(event) is not ev.AttemptRefused:
+            continue
+        attempt = ledger.attempts.get(AttemptKey(event.run_id, event.step_id, event.attempt))
+        if attempt is None or not attempt.buckets:
+            continue
+        names = {
+            "account": event.account,
+            "run_id": event.run_id,
+            "step_id": event.step_id,
+            "attempt": event.attempt,
+        }
+        run = ledger.runs.get(event.run_id)
+        for bucket in attempt.buckets:
+            tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run is None or run.closed)
 
 
 def _open_run(draft: Draft, item: OpenRun) -> None:
@@ -144,6 +210,7 @@ def _close_run(draft: Draft, item: CloseRun) -> None:
             account=draft.request.account, run_id=draft.request.run_id, settled_micros=draft.money.settled_micros
         )
     )
+    draft.tally.close_run(draft.request.run_id)
 
 
 # --- authorise ---------------------------------------------------------------
@@ -153,80 +220,178 @@ def _authorise(draft: Draft, item: Authorise) -> None:
     if draft.key(item) in draft.begun or draft.key(item) in draft.ledger.attempts:
         return  # its place, its money or its question is there already; a second one would be entered twice
     draft.begun.add(draft.key(item))
-    money = draft.money
-    if money is None or money.closed:
+    if draft.money is None or draft.money.closed:
         _refuse(draft, item, "unknown_run", "", "the run is not open at the gate")
         return
-    verdict = _verdict(draft, item, item.call, money)
+    _judge_and_reserve(draft, item, item.call, draft.money)
+
+
+def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> None:
+    """Ask the rules, then the budgets, then for a place."""
+    verdict = _verdict(draft, item, call, money)
     approved_by = ""
     if verdict.effect == "require_approval":
         arguments, approved_by = draft.approved.get(item.step_id, ("", ""))
-        if not approved_by or arguments != item.call.arguments:
-            draft.events.append(
-                ev.ApprovalHeld(
-                    **draft.names(item),
-                    rule=verdict.rule,
-                    policy=verdict.policy,
-                    reason=verdict.reason,
-                    arguments_hash=canonical.digest(item.call.arguments),
-                    call=item.call,
-                )
-            )
+        if not approved_by or arguments != call.arguments:
+            expires_at_ms = draft.now_ms + verdict.expires_s * 1000 if verdict.expires_s else 0
+            _ask(draft, item, call, verdict, expires_at_ms)
             return
     if verdict.effect == "deny":
-        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason)
+        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values)
         return
-    _reserve_and_place(draft, item, item.call, verdict.rule, verdict.policy, approved_by)
+    _reserve_and_place(draft, item, call, verdict, approved_by)
+
+
+def _ask(draft: Draft, item: Any, call: Call, verdict: Verdict, expires_at_ms: int, **more: Any) -> None:
+    draft.events.append(
+        ev.ApprovalHeld(
+            **draft.names(item),
+            rule=verdict.rule,
+            policy=verdict.policy,
+            reason=verdict.reason,
+            arguments_hash=canonical.digest(call.arguments),
+            call=call,
+            values=verdict.values,
+            expires_at_ms=expires_at_ms,
+            redact=verdict.redact,
+            **more,
+        )
+    )
 
 
 def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
     if not draft.policies:
-        return Verdict("allow", "default", "", "no policy is in force")
-    return draft.policies.judge(_variables(draft, item, call, money))
+        return NO_POLICY
+    subject = Subject(draft.key(item), draft.request.account, call, money, lambda: _counted(draft, money))
+    return draft.policies.judge(Variables(MAKERS, subject))
 
 
 def _variables(draft: Draft, item: Any, call: Call, money: _Money) -> dict[str, Any]:
     return step_variables(draft.key(item), draft.request.account, call, money)
 
 
-def _refuse(draft: Draft, item: Any, rule: str, policy: str, reason: str, retry_after_ms: int = 0) -> None:
+def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
+    request = draft.request
+    return draft.tally.seen(request.account, request.run_id, money.workflow.partition("@")[0], money.tags)
+
+
+def _refuse(
+    draft: Draft, item: Any, rule: str, policy: str, reason: str, retry_after_ms: int = 0, values: str = ""
+) -> None:
     draft.events.append(
         ev.AttemptRefused(
-            **draft.names(item), rule=rule, policy=policy, reason=reason[:MAX_REASON], retry_after_ms=retry_after_ms
+            **draft.names(item),
+            rule=rule,
+            policy=policy,
+            reason=reason[:MAX_REASON],
+            retry_after_ms=retry_after_ms,
+            values=values,
         )
     )
+    if draft.key(item) in draft.ledger.attempts:  # it was held, or paused
+        draft.ended.add(draft.key(item))
 
 
-def _reserve_and_place(draft: Draft, item: Any, call: Call, rule: str, policy: str, approved_by: str) -> None:
+def _reserve_and_place(
+    draft: Draft, item: Any, call: Call, verdict: Verdict, approved_by: str, exceeds: tuple[str, ...] = ()
+) -> None:
     money = draft.money
-    if money is None or not money.has_room_for(call.reserve_micros):
-        _refuse(draft, item, BUDGET_RULE, policy, _no_room(money, call.reserve_micros))
+    if money is None:
+        _refuse(draft, item, "unknown_run", verdict.policy, "the run is not open at the gate")
+        return
+    opened = _opened(draft, money)
+    wanted = _estimate(draft, call, is_counted=bool(opened))
+    micros = wanted.amounts[0]
+    if not money.has_room_for(micros):
+        _refuse(draft, item, BUDGET_RULE, verdict.policy, _no_room(money, micros))
+        return
+    lacks = draft.tally.lacks(opened, wanted.amounts) if opened else []
+    if any(lack.key not in exceeds for lack in lacks):
+        # Who let it exceed other budgets answered no rule's question.
+        _without_room(draft, item, call, lacks, verdict, "" if exceeds else approved_by)
         return
     entrance = _entrance(draft, item, call)
     if entrance is None:
         return
-    money.reserved_micros += call.reserve_micros
+    money.reserved_micros += micros
+    names, without_room = draft.names(item), {lack.key for lack in lacks}
+    amounts = amounts_of(wanted.amounts) if opened else NOTHING
+    for key, _, _ in opened:
+        draft.tally.reserve(key, names, amounts, exceeds=key in without_room)
     draft.events.append(
         ev.AttemptReserved(
-            **draft.names(item),
-            reserved_micros=call.reserve_micros,
-            rule=rule,
-            policy=policy,
+            **names,
+            reserved_micros=micros,
+            rule=verdict.rule,
+            policy=verdict.policy,
             approved_by=approved_by,
+            amounts=amounts,
+            basis=wanted.basis,
+            buckets=tuple(key for key, _, _ in opened),
+            redact=verdict.redact,
+            isolation=verdict.isolation,
+            values=verdict.values,
         )
     )
-    waiting = Attempt(draft.request.account, call, RESERVED, call.reserve_micros, rule, policy, leases=entrance.leases)
+    waiting = Attempt(
+        draft.request.account,
+        call,
+        RESERVED,
+        micros,
+        verdict.rule,
+        verdict.policy,
+        leases=entrance.leases,
+        redact=verdict.redact,
+        isolation=verdict.isolation,
+    )
     if _place_at_once(draft, draft.key(item), waiting):
         return
     draft.joined[call.queue] += 1
     draft.events.append(
-        ev.AttemptQueued(
-            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
-        )
+        ev.AttemptQueued(**names, call=call, leases=entrance.leases, limits_version=draft.desk.limits.version)
     )
     if entrance.obstacle is not None:
         ahead = position(draft.ledger, waiting.line, entrance.leases, account_root(draft.request.account))
         draft.events.append(leasing.throttled(draft.key(item), draft.request.account, entrance.obstacle, ahead))
+
+
+def _opened(draft: Draft, money: _Money) -> list[tuple[str, Bucket, Budget]]:
+    """Return the buckets that count the run now, with the limits that are in force."""
+    account, run_id = draft.request.account, draft.request.run_id
+    counted = draft.tally.of_run(account, run_id, money.workflow.partition("@")[0], money.tags)
+    return [(key, draft.tally.current(key, scope, run_id), scope.budget) for key, scope in counted]
+
+
+def _estimate(draft: Draft, call: Call, *, is_counted: bool) -> Estimate:
+    learned = draft.ledger.learned.get(learned_key(call.kind, call.function)) if is_counted else None
+    return estimate(call, learned, draft.now_ms)
+
+
+def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdict: Verdict, approved_by: str) -> None:
+    """Do what the strictest of the budgets without room says."""
+    lack = lacks[0]
+    reason, values = lack.said(), canonical.dumps(lack.values())
+    if lack.budget.on_exceed == "deny":
+        _refuse(draft, item, lack.rule, lack.budget.label, reason, values=values)
+    elif lack.budget.on_exceed == "ask":
+        expires_at_ms = draft.now_ms + lack.budget.expires_s * 1000 if lack.budget.expires_s else 0
+        question = Verdict("require_approval", lack.rule, lack.budget.label, reason, values, verdict.redact)
+        exceeds = tuple(other.key for other in lacks)
+        _ask(draft, item, call, question, expires_at_ms, exceeds=exceeds, approved_by=approved_by)
+    else:
+        draft.events.append(
+            ev.AttemptPaused(
+                **draft.names(item),
+                rule=lack.rule,
+                policy=lack.budget.label,
+                reason=reason,
+                bucket=lack.key,
+                until_ms=lack.bucket.until_ms,
+                call=call,
+                values=values,
+                approved_by=approved_by,
+            )
+        )
 
 
 class _Entrance(NamedTuple):
@@ -284,9 +449,7 @@ def _place_at_once(draft: Draft, key: AttemptKey, attempt: Attempt) -> bool:
     return True
 
 
-def _no_room(money: _Money | None, micros: int) -> str:
-    if money is None or money.budget_micros is None:
-        return "the run is not open at the gate"
+def _no_room(money: _Money, micros: int) -> str:
     return (
         f"needs {micros} micro-dollars; of the run's {money.budget_micros}, {money.settled_micros} are spent "
         f"and {money.reserved_micros} reserved"
@@ -300,15 +463,20 @@ def _approve(draft: Draft, item: Approve) -> None:
     draft.begun.add(draft.key(item))
     if canonical.digest(attempt.call.arguments) != item.arguments_hash:
         _refuse(draft, item, attempt.rule, attempt.policy, "the approval was given for other arguments")
-        draft.ended.add(draft.key(item))
         return
-    if draft.money is not None:
-        verdict = _verdict(draft, item, attempt.call, draft.money)
-        if verdict.effect == "deny":  # somebody said yes, but what is in force now says no
-            _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason)
-            draft.ended.add(draft.key(item))
-            return
-    _reserve_and_place(draft, item, attempt.call, attempt.rule, attempt.policy, item.by or "unnamed")
+    if draft.money is None or draft.money.closed:
+        _refuse(draft, item, "unknown_run", "", "the run is not open at the gate")
+        return
+    verdict = _verdict(draft, item, attempt.call, draft.money)
+    if verdict.effect == "deny":  # somebody said yes, but what is in force now says no
+        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values)
+        return
+    if verdict.effect == "require_approval" and attempt.exceeds and item.step_id not in draft.approved:
+        # Somebody let it exceed a budget; a rule that came into force meanwhile asks another question.
+        _judge_and_reserve(draft, item, attempt.call, draft.money)
+        return
+    verdict = verdict._replace(rule=attempt.rule, policy=attempt.policy)
+    _reserve_and_place(draft, item, attempt.call, verdict, item.by or "unnamed", attempt.exceeds)
 
 
 # --- endings ---------------------------------------------------------------
@@ -316,21 +484,58 @@ def _approve(draft: Draft, item: Approve) -> None:
 
 def _settle(draft: Draft, item: Settle) -> None:
     attempt = draft.open_attempt(item)
-    reserved_micros = 0 if attempt is None else attempt.reserved_micros
-    if attempt is None and not item.actual_micros:
+    if attempt is None and not (item.actual_micros or item.used.input_tokens or item.used.output_tokens):
         return
+    reserved_micros = 0 if attempt is None else attempt.reserved_micros
+    call = None if attempt is None else attempt.call
+    actual_micros, basis = _cost(item, call, draft.now_ms)
     draft.events.append(
         ev.AttemptSettled(
             **draft.names(item),
             reserved_micros=reserved_micros,
-            actual_micros=item.actual_micros,
-            overshoot_micros=max(0, item.actual_micros - reserved_micros),
+            actual_micros=actual_micros,
+            overshoot_micros=max(0, actual_micros - reserved_micros),
+            used=item.used,
+            basis=basis,
         )
     )
     if draft.money is not None:
-        draft.money.settled_micros = min(draft.money.settled_micros + item.actual_micros, MAX_SETTLED_MICROS)
-    if attempt is not None:
-        draft.end(item, attempt, item.outcome)
+        draft.money.settled_micros = min(draft.money.settled_micros + actual_micros, MAX_SETTLED_MICROS)
+    if attempt is None:
+        _count_late(draft, item, msgspec.structs.replace(item.used, micros=actual_micros))
+        return
+    used = msgspec.structs.replace(item.used, micros=actual_micros) if attempt.buckets else item.used
+    draft.end(item, attempt, used, item.outcome)
+    if attempt.buckets and call is not None and attempt.basis != "declared":
+        _learn(draft, call, meters_of(used))
+
+
+def _cost(item: Settle, call: Call | None, now_ms: int) -> tuple[int, str]:
+    """Return what an attempt cost: as reported, else by the price of the tokens that were."""
+    used = item.used
+    if item.actual_micros or call is None or not call.model or not (used.input_tokens or used.output_tokens):
+        return item.actual_micros, ""
+    priced = price(call.provider, call.model, used.input_tokens, used.output_tokens, now_ms)
+    return (0, "") if priced is None else priced
+
+
+def _count_late(draft: Draft, item: Settle, used: Amounts) -> None:
+    """Count what an attempt cost that was given up before: in what counts now, for its own buckets may be over."""
+    if draft.money is None:
+        return  # nothing is known of the run any more but its account; its cost stays in the ledger
+    for key, _, _ in _opened(draft, draft.money):
+        draft.tally.settle(key, draft.names(item), NOTHING, used, is_run_over=draft.money.closed)
+
+
+def _learn(draft: Draft, call: Call, used: tuple[int, ...]) -> None:
+    key = learned_key(call.kind, call.function)
+    known = draft.ledger.learned
+    if key not in known and len(known) >= MAX_LEARNED:
+        return
+    now = learn(known.get(key), used)
+    draft.events.append(
+        ev.UsageLearned(account=draft.request.account, function=key, count=now.count, mean=amounts_of(now.mean))
+    )
 
 
 def _release(draft: Draft, item: Release) -> None:
@@ -341,7 +546,7 @@ def _release(draft: Draft, item: Release) -> None:
 
 def _released(draft: Draft, item: Any, attempt: Attempt, reason: str) -> None:
     draft.events.append(ev.AttemptReleased(**draft.names(item), reserved_micros=attempt.reserved_micros, reason=reason))
-    draft.end(item, attempt)
+    draft.end(item, attempt, NOTHING)
 
 
 def _void(draft: Draft, item: Void) -> None:
@@ -374,15 +579,100 @@ _ITEMS: Final[dict[type, Callable[[Draft, Any], None]]] = {
 }
 
 
+# --- what time, or another document, causes ---------------------------------------------------------------
+
+
+class Waiter(NamedTuple):
+    """Names an attempt that the gate holds, as an item of a request would."""
+
+    step_id: str
+    attempt: int
+
+
+def lapses(ledger: Ledger, now_ms: int) -> list[Any]:
+    """Return the ends of questions that nobody answered in time, as many as an entry may hold."""
+    if not ledger.questions or ledger.questions[0][0] > now_ms:
+        return []
+    due = sorted(question for question in ledger.questions if question[0] <= now_ms)
+    events: list[Any] = []
+    for expires_at_ms, key in due[:MAX_LAPSES_PER_ENTRY]:
+        attempt = ledger.attempts.get(key)
+        if attempt is None or attempt.status != HELD or attempt.expires_at_ms != expires_at_ms:
+            continue
+        events.append(
+            ev.ApprovalLapsed(
+                account=attempt.account,
+                run_id=key.run_id,
+                step_id=key.step_id,
+                attempt=key.attempt,
+                rule=attempt.rule,
+                policy=attempt.policy,
+                reason="nobody answered in time",
+            )
+        )
+    return events
+
+
+def closings(ledger: Ledger, now_ms: int) -> list[Any]:
+    """Return the ends of buckets whose window is over and that nothing is set aside in; the others end with what is."""
+    if not ledger.window_ends or ledger.window_ends[0][0] > now_ms:
+        return []
+    events: list[Any] = []
+    tally = Tally(ledger, NO_BUDGETS, now_ms, events)
+    for until_ms, key in heapq.nsmallest(MAX_LAPSES_PER_ENTRY, ledger.window_ends):
+        if until_ms <= now_ms:
+            tally.close(key)
+    return events
+
+
+def resumption(ledger: Ledger, policies: PolicySet, budgets: Budgets, slots: FreeSlots, desk: Desk) -> list[Any]:
+    """Return what becomes of the first paused attempt for which there is room now; empty if there is room for none."""
+    tried = 0
+    for line in ledger.paused.values():
+        for key in itertools.islice(line, MAX_PAUSED_TRIED):
+            tried += 1
+            attempt, run = ledger.attempts[key], ledger.runs[key.run_id]
+            request = GateRequest(run_id=key.run_id, account=attempt.account, source=NO_POSITION, items=())
+            if attempt.call is None or not _has_room(
+                Draft(ledger, request, policies, slots, desk, budgets), attempt.call
+            ):
+                continue
+            draft = Draft(ledger, request, policies, slots, desk, budgets)
+            _judge_and_reserve(draft, Waiter(key.step_id, key.attempt), attempt.call, _Money(run))
+            return draft.events
+        if tried >= MAX_PAUSED_TRIED:
+            break
+    return []
+
+
+def _has_room(draft: Draft, call: Call) -> bool:
+    """Tell whether no budget would pause this any more. The draft is thrown away."""
+    if draft.money is None:
+        return True
+    opened = _opened(draft, draft.money)
+    wanted = _estimate(draft, call, is_counted=bool(opened))
+    lacks = draft.tally.lacks(opened, wanted.amounts)
+    return not lacks or lacks[0].budget.on_exceed != "pause"
+
+
+def look_again_ms(ledger: Ledger, now_ms: int) -> int:
+    """Return when the next window turns that somebody waits for; 0 if none does."""
+    ends = (ledger.buckets[key].until_ms for key in ledger.paused if key in ledger.buckets)
+    return min((until_ms for until_ms in ends if until_ms > now_ms), default=0)
+
+
 # --- losing ---------------------------------------------------------------
 
 
-def losses(ledger: Ledger, ended: Mapping[Incarnation, str], desk: Desk | None = None) -> list[Any]:
+def losses(
+    ledger: Ledger, ended: Mapping[Incarnation, str], desk: Desk | None = None, budgets: Budgets = NO_BUDGETS
+) -> list[Any]:
     """Return the losses of attempts whose executor life has ended, as many as an entry may hold.
 
     Their money is given back when the run answers. A run that is over does not answer any more: there it ends here.
     """
     events: list[Any] = []
+    tally = Tally(ledger, budgets, 0 if desk is None else desk.now_ms, events)
     size = 0
     for life, keys in ledger.held_by.items():
         reason = ended.get(life)
@@ -405,4 +695,6 @@ def losses(ledger: Ledger, ended: Mapping[Incarnation, str], desk: Desk | None =
             events += leasing.given_back(desk or Desk(ledger, LimitSet(), 0), key, attempt, "lost", "lost")
             if ledger.runs[key.run_id].closed:
                 events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason="lost"))
+                for bucket in attempt.buckets:
+                    tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=True)
     return events

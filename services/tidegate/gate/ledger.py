@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 from collections import OrderedDict
@@ -12,11 +13,13 @@ import msgspec
 
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
-from tidegate.domain.messages import Call, Lease
+from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
 
 K = TypeVar("K")
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
-HELD, QUEUED, RESERVED, PLACED = "held", "queued", "reserved", "placed"
+HELD, PAUSED, QUEUED, RESERVED, PLACED = "held", "paused", "queued", "reserved", "placed"
+METERS = ("micros", "input_tokens", "output_tokens", "calls", "wall_ms")
+_NONE = (0, 0, 0, 0, 0)
 # What one level of priority is worth in waiting time: with it, nobody waits for ever behind those of more.
 PRIORITY_MS = 10_000
 MAX_PRIORITY = 9
@@ -63,6 +66,9 @@ class Attempt(msgspec.Struct, array_like=True):
     limits_version: of the limits that this follows from. asked: partition that it has asked for leases, -1 for none; granted:
     partitions that gave theirs, the latest at granted_ms; until it is placed, pinned names the executor that they are for.
     throttled: it was told why it waits.
+
+    buckets, amounts: what is set aside where. exceeds: the buckets that an approval lets it exceed. paused_on: the bucket that
+    it waits for. expires_at_ms: when its question lapses, 0 for never. The others: as in the events of the same names.
     """
 
     account: str
@@ -85,6 +91,14 @@ class Attempt(msgspec.Struct, array_like=True):
     needs: tuple[Lease, ...] = ()
     pinned: str = ""
     throttled: bool = False
+    buckets: tuple[str, ...] = ()
+    amounts: Amounts = NOTHING
+    basis: str = ""
+    exceeds: tuple[str, ...] = ()
+    paused_on: str = ""
+    expires_at_ms: int = 0
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
 
     @property
     def rank(self) -> int:
@@ -127,6 +141,112 @@ class Gauge(msgspec.Struct, array_like=True):
     open_until_ms: int = 0
     why: str = ""
     taken_us: int = 0
+
+
+class Bucket(msgspec.Struct, array_like=True):
+    """What a budget counted for one account (or run) in one window. reserved, spent: in the order of METERS.
+
+    open: how many reservations have not ended. alerted: meter -> the highest percent that was told.
+    """
+
+    account: str
+    budget: str
+    version: str
+    limits: ev.Ceilings
+    on_exceed: str
+    from_ms: int
+    until_ms: int
+    run_id: str
+    top_ups: tuple[str, ...]
+    reserved: tuple[int, ...] = _NONE
+    spent: tuple[int, ...] = _NONE
+    open: int = 0
+    alerted: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, event: ev.BudgetSet) -> Bucket:
+        """Return a bucket that has counted nothing yet."""
+        return cls(
+            event.account,
+            event.budget,
+            event.version,
+            event.limits,
+            event.on_exceed,
+            event.from_ms,
+            event.until_ms,
+            event.run_id,
+            event.top_ups,
+        )
+
+    def copy(self) -> Bucket:
+        """Return one that may be changed apart from this one."""
+        other = copy.copy(self)
+        other.alerted = dict(self.alerted)
+        return other
+
+    def set(self, event: ev.BudgetSet) -> None:
+        """Take other limits."""
+        self.version, self.limits, self.on_exceed = event.version, event.limits, event.on_exceed
+        self.top_ups = event.top_ups
+
+    def lacking(self, amounts: tuple[int, ...]) -> int | None:
+        """Return the first meter that has no room for `amounts`, as its place in METERS; None if all have."""
+        for at, limit in enumerate(_ceilings(self.limits)):
+            # Also where nothing is needed: a budget that was overshot is closed, whatever the next attempt says it needs.
+            if limit is not None and self.reserved[at] + self.spent[at] + amounts[at] > limit:
+                return at
+        return None
+
+    def reserve(self, event: ev.BudgetReserved) -> None:
+        """Set aside."""
+        self.reserved = _plus(self.reserved, event.amounts)
+        self.open += 1
+
+    def settle(self, event: ev.BudgetSettled) -> None:
+        """End a reservation, if there was one: who never reserved settles against nothing."""
+        if event.reserved.calls:
+            self.open -= 1
+        reserved = event.reserved
+        micros, input_tokens, output_tokens, calls, wall_ms = self.reserved
+        self.reserved = (
+            micros - reserved.micros,
+            input_tokens - reserved.input_tokens,
+            output_tokens - reserved.output_tokens,
+            calls - reserved.calls,
+            wall_ms - reserved.wall_ms,
+        )
+        self.spent = _plus(self.spent, event.used)
+
+    def alert(self, event: ev.BudgetAlerted) -> None:
+        """Note that a threshold was told."""
+        self.alerted[event.meter] = max(self.alerted.get(event.meter, 0), event.percent)
+
+
+class Learned(msgspec.Struct, array_like=True, frozen=True):
+    """What `count` attempts of a function used on average, in the order of METERS."""
+
+    count: int
+    mean: tuple[int, ...]
+
+
+def _ceilings(limits: ev.Ceilings) -> tuple[int | None, ...]:
+    return (limits.micros, limits.input_tokens, limits.output_tokens, limits.calls, limits.wall_ms)
+
+
+def _plus(values: tuple[int, ...], more: Amounts) -> tuple[int, ...]:
+    micros, input_tokens, output_tokens, calls, wall_ms = values
+    return (
+        min(micros + more.micros, MAX_SETTLED_MICROS),
+        min(input_tokens + more.input_tokens, MAX_SETTLED_MICROS),
+        min(output_tokens + more.output_tokens, MAX_SETTLED_MICROS),
+        min(calls + more.calls, MAX_SETTLED_MICROS),
+        min(wall_ms + more.wall_ms, MAX_SETTLED_MICROS),
+    )
+
+
+def meters_of(amounts: Amounts) -> tuple[int, ...]:
+    """Return amounts in the order of METERS."""
+    return (amounts.micros, amounts.input_tokens, amounts.output_tokens, amounts.calls, amounts.wall_ms)
 
 
 class Line:
@@ -201,6 +321,11 @@ class Ledger:
     a lease of ours. gauges: by limit and key. asking: how many of a line are on their way to leases of others; granted:
     those that have them all and are not placed, by when. unnoticed: queued attempts that were not told why they wait.
     scale_out: queues that want more executors. depth: how many wait for a queue.
+
+    paused: attempts that wait for room in a budget, by bucket, the first one first. questions, window_ends: heaps of (when,
+    what): questions that lapse and buckets whose window ends; what does not stand any more may still be in them. stirred:
+    whether there may be room that paused attempts were not offered yet; look_again_ms: when time alone may make some, 0 for
+    never. of_run: buckets of single runs.
     """
 
     __slots__ = (
@@ -208,6 +333,7 @@ class Ledger:
         "asking",
         "asks",
         "attempts",
+        "buckets",
         "busy",
         "depth",
         "gauges",
@@ -215,15 +341,22 @@ class Ledger:
         "head",
         "held",
         "held_by",
+        "learned",
         "limited",
         "lines_of",
+        "look_again_ms",
+        "of_run",
         "partition",
+        "paused",
+        "questions",
         "runs",
         "scale_out",
         "seq",
+        "stirred",
         "unnoticed",
         "waiting",
         "waiting_count",
+        "window_ends",
     )
 
     def __init__(self, partition: int) -> None:
@@ -247,6 +380,14 @@ class Ledger:
         self.unnoticed: dict[Name, dict[AttemptKey, None]] = {}
         self.scale_out: dict[str, int] = {}
         self.depth: dict[str, int] = {}
+        self.buckets: dict[str, Bucket] = {}
+        self.learned: dict[str, Learned] = {}
+        self.of_run: dict[str, dict[str, None]] = {}
+        self.paused: dict[str, dict[AttemptKey, int]] = {}
+        self.questions: list[tuple[int, AttemptKey]] = []
+        self.window_ends: list[tuple[int, str]] = []
+        self.stirred = True
+        self.look_again_ms = 0
 
     @property
     def subject(self) -> str:
@@ -277,6 +418,10 @@ def derive(ledger: Ledger) -> None:
     for key, attempt in sorted(ledger.attempts.items(), key=lambda item: item[1].turn):
         if attempt.status == QUEUED:
             _join_queue(ledger, key, attempt)
+        elif attempt.status == PAUSED:
+            ledger.paused.setdefault(attempt.paused_on, {})[key] = attempt.turn
+        elif attempt.status == HELD:
+            _note_question(ledger, key, attempt)
         elif attempt.incarnation is not None and not attempt.lost:
             _hold(ledger, attempt.incarnation, key, attempt)
     for key, ask in sorted(ledger.asks.items(), key=lambda item: item[1].turn):
@@ -284,6 +429,30 @@ def derive(ledger: Ledger) -> None:
             _count_ask(ledger, ask, 1)
         else:
             _join_asks(ledger, key, ask)
+    for name, bucket in ledger.buckets.items():
+        _note_bucket(ledger, name, bucket)
+
+
+def _note_question(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    if attempt.expires_at_ms:
+        heapq.heappush(ledger.questions, (attempt.expires_at_ms, key))
+
+
+def _note_bucket(ledger: Ledger, name: str, bucket: Bucket) -> None:
+    if bucket.until_ms:
+        heapq.heappush(ledger.window_ends, (bucket.until_ms, name))
+    elif bucket.run_id:
+        ledger.of_run.setdefault(bucket.run_id, {})[name] = None
+
+
+def _forget_answered(ledger: Ledger) -> None:
+    """Take questions that were answered from the top of the heap, so that its top is the next one to lapse."""
+    while ledger.questions:
+        expires_at_ms, key = ledger.questions[0]
+        attempt = ledger.attempts.get(key)
+        if attempt is not None and attempt.status == HELD and attempt.expires_at_ms == expires_at_ms:
+            return
+        heapq.heappop(ledger.questions)
 
 
 def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
@@ -333,13 +502,27 @@ def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | Non
 def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, None, RESERVED)
+    _leave_pause(ledger, key, attempt)
     attempt.status = RESERVED
     attempt.reserved_micros = event.reserved_micros
     attempt.rule, attempt.policy = event.rule, event.policy
+    attempt.buckets, attempt.amounts, attempt.basis = event.buckets, event.amounts, event.basis
+    attempt.redact, attempt.isolation = event.redact, event.isolation
     run = ledger.runs[event.run_id]
     run.reserved_micros += event.reserved_micros
-    if event.approved_by and attempt.call is not None:
+    # What was approved beyond a budget was approved for this attempt; what a rule asked for, for the step.
+    if event.approved_by and attempt.call is not None and not attempt.exceeds:
         run.approved[event.step_id] = (attempt.call.arguments, event.approved_by)
+    _forget_answered(ledger)
+
+
+def _leave_pause(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    if attempt.status != PAUSED:
+        return
+    line = ledger.paused[attempt.paused_on]
+    del line[key]
+    if not line:
+        del ledger.paused[attempt.paused_on]
 
 
 def _refused(ledger: Ledger, event: ev.AttemptRefused) -> None:
@@ -347,8 +530,33 @@ def _refused(ledger: Ledger, event: ev.AttemptRefused) -> None:
 
 
 def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
-    attempt = _new_attempt(ledger, _key(event), event.account, event.call, HELD)
+    key = _key(event)
+    attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, event.call, HELD)
+    _leave_pause(ledger, key, attempt)
+    attempt.status = HELD
     attempt.rule, attempt.policy = event.rule, event.policy
+    attempt.exceeds, attempt.expires_at_ms, attempt.redact = event.exceeds, event.expires_at_ms, event.redact
+    _note_approval(ledger, event)
+    _note_question(ledger, key, attempt)
+    _forget_answered(ledger)
+
+
+def _paused(ledger: Ledger, event: ev.AttemptPaused) -> None:
+    key = _key(event)
+    attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, event.call, RESERVED)
+    _leave_pause(ledger, key, attempt)
+    attempt.status, attempt.paused_on, attempt.turn = PAUSED, event.bucket, ledger.seq
+    attempt.rule, attempt.policy = event.rule, event.policy
+    attempt.expires_at_ms, attempt.exceeds = 0, ()
+    ledger.paused.setdefault(event.bucket, {})[key] = attempt.turn
+    _note_approval(ledger, event)
+    _forget_answered(ledger)
+
+
+def _note_approval(ledger: Ledger, event: ev.ApprovalHeld | ev.AttemptPaused) -> None:
+    """A rule's question was answered, and now it is a budget that holds the attempt: nobody is asked twice."""
+    if event.approved_by:
+        ledger.runs[event.run_id].approved[event.step_id] = (event.call.arguments, event.approved_by)
 
 
 def _queued(ledger: Ledger, event: ev.AttemptQueued, now_ms: int) -> None:
@@ -469,10 +677,13 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
         return
     if attempt.status == QUEUED and attempt.call is not None:
         _leave_queue(ledger, key, attempt)
+    _leave_pause(ledger, key, attempt)
+    _forget_answered(ledger)
     if attempt.incarnation is not None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
+    ledger.stirred = True
     del run.open[key]
     _forget_if_done(ledger, key.run_id)
 
@@ -587,8 +798,7 @@ def _lease_ended(ledger: Ledger, event: ev.LeaseEnded | ev.LeaseRefused) -> None
 def _gauge(ledger: Ledger, event: Any) -> Gauge:
     """Return the gauge that the event changes, as the latest one."""
     name = (event.limit, event.key)
-    gauge = ledger.gauges.pop(name) if name in ledger.gauges else Gauge(failures_ms=[])
-    ledger.gauges[name] = gauge
+    gauge = ledger.gauges[name] = ledger.gauges.pop(name, Gauge(failures_ms=[]))
     return gauge
 
 
@@ -623,7 +833,58 @@ def _scale_out_wanted(ledger: Ledger, event: ev.ScaleOutWanted, now_ms: int) -> 
         ledger.scale_out.pop(event.queue, None)
 
 
+def _lapsed(ledger: Ledger, event: ev.ApprovalLapsed) -> None:
+    _end(ledger, _key(event))
+
+
+# --- budgets ---------------------------------------------------------------
+
+
+def _budget_set(ledger: Ledger, event: ev.BudgetSet) -> None:
+    bucket = ledger.buckets.get(event.bucket)
+    if bucket is None:
+        bucket = ledger.buckets[event.bucket] = Bucket.of(event)
+        _note_bucket(ledger, event.bucket, bucket)
+    bucket.set(event)
+    ledger.stirred = True
+
+
+def _budget_reserved(ledger: Ledger, event: ev.BudgetReserved) -> None:
+    ledger.buckets[event.bucket].reserve(event)
+
+
+def _budget_settled(ledger: Ledger, event: ev.BudgetSettled) -> None:
+    ledger.buckets[event.bucket].settle(event)
+    ledger.stirred = True
+
+
+def _budget_alerted(ledger: Ledger, event: ev.BudgetAlerted) -> None:
+    ledger.buckets[event.bucket].alert(event)
+
+
+def _budget_closed(ledger: Ledger, event: ev.BudgetClosed) -> None:
+    bucket = ledger.buckets.pop(event.bucket)
+    if bucket.run_id and event.bucket in ledger.of_run.get(bucket.run_id, ()):
+        del ledger.of_run[bucket.run_id][event.bucket]
+        if not ledger.of_run[bucket.run_id]:
+            del ledger.of_run[bucket.run_id]
+    while ledger.window_ends and ledger.window_ends[0][1] not in ledger.buckets:
+        heapq.heappop(ledger.window_ends)
+
+
+def _usage_learned(ledger: Ledger, event: ev.UsageLearned) -> None:
+    ledger.learned[event.function] = Learned(event.count, meters_of(event.mean))
+
+
 _HANDLERS: dict[type, Any] = {
+    ev.ApprovalLapsed: _lapsed,
+    ev.AttemptPaused: _paused,
+    ev.BudgetSet: _budget_set,
+    ev.BudgetReserved: _budget_reserved,
+    ev.BudgetSettled: _budget_settled,
+    ev.BudgetAlerted: _budget_alerted,
+    ev.BudgetClosed: _budget_closed,
+    ev.UsageLearned: _usage_learned,
     ev.RunOpened: _run_opened,
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: _refused,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from tidegate.domain import expressions
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import NAME_PATTERN, partition_of
 from tidegate.domain.messages import Lease
+from tidegate.gate.documents import Document
 from tidegate.gate.ledger import Gauge, Ledger
 
 INSTANCE_PLACE: Final = "{instance}"  # in a key: the executor, which is known only when one was found
@@ -43,11 +44,8 @@ class LimitError(ValueError):
         self.problems = problems
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    description: str = ""
+class _Document(Document):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Breaker(BaseModel):
@@ -70,6 +68,9 @@ class Limit(_Document):
     a step does not have (no provider was declared) exempts it. key: CEL, a text to count by besides `per`. account_level: how
     many names of the account path count, 0 for all.
     """
+
+    KIND: ClassVar[str] = "limit"
+    NAME_FIELD: ClassVar[str] = "limit"
 
     kind: Literal["limit"]
     limit: str = Field(pattern=NAME_PATTERN)
@@ -106,11 +107,6 @@ class Limit(_Document):
         if self.account_level and "account" not in self.per:
             raise ValueError("account_level means something only with `account` in `per`")
         return self
-
-    @property
-    def topic_key(self) -> str:
-        """Return its key in the topic `policies`."""
-        return f"limit:{self.limit}"
 
     @property
     def interval_us(self) -> int:
@@ -194,6 +190,9 @@ class Queue(_Document):
     denies with `queue_full` and when to come again; `wait` lets wait all the same, and says so.
     """
 
+    KIND: ClassVar[str] = "queue"
+    NAME_FIELD: ClassVar[str] = "queue"
+
     kind: Literal["queue"]
     queue: str = Field(pattern=NAME_PATTERN)
     depth: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -206,11 +205,6 @@ class Queue(_Document):
         if self.depth is None and self.rate_per_s is None:
             raise ValueError("it limits nothing: give depth or rate_per_s")
         return self
-
-    @property
-    def topic_key(self) -> str:
-        """Return its key in the topic `policies`."""
-        return f"queue:{self.queue}"
 
     @property
     def interval_us(self) -> int:

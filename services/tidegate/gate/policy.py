@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tidegate.domain import expressions
-from tidegate.domain.identity import NAME_PATTERN
+from tidegate.gate.documents import DEFAULT_KIND, Document, name_field
+from tidegate.gate.rule_index import RuleIndex
+from tidegate.gate.variables import MAKERS
 
 Effect = Literal["allow", "deny", "require_approval"]
+Isolation = Literal["subprocess", "job"]
 _STRENGTH: Final[dict[str, int]] = {"allow": 0, "require_approval": 1, "deny": 2}
+_ISOLATIONS: Final = ("", "subprocess", "job")  # each stronger than the one before
 DEFAULT_RULE: Final = "default"
 MAX_REASON: Final = 500  # it is repeated with every attempt that the rule decides on
-
-
-class PolicyError(ValueError):
-    """The policy document is wrong; `problems` lists everything."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
+MAX_VALUES: Final = 2_000  # as is what the rule looked at
+MAX_EXPIRES_S: Final = 366 * 24 * 3600
+REDACTED: Final = "(redacted)"
+ARGUMENT_PATH: Final = re.compile(r"[^.\[\]]+(\.[^.\[\]]+)*")
 
 
 class Rule(BaseModel):
-    """When `when` (CEL, a boolean) holds, `then` is the effect. `reason` is shown to people."""
+    """When `when` (CEL, a boolean) holds, `then` is the effect. `reason` is shown to people.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    expires_s: how long an approval may take. redact: paths of arguments (`card.number`) that projections hide. isolation: how
+    the function must be run at least.
+    """
 
-    name: str = Field(pattern=NAME_PATTERN)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = name_field()
     when: str
     then: Effect
     reason: str = Field(default="", max_length=MAX_REASON)
+    expires_s: int | None = Field(default=None, ge=1, le=MAX_EXPIRES_S)
+    redact: list[str] = Field(default_factory=list, max_length=50)
+    isolation: Isolation | Literal[""] = ""
 
     @field_validator("when")
     @classmethod
@@ -40,16 +50,30 @@ class Rule(BaseModel):
         expressions.compile_expression(value)
         return value
 
+    @field_validator("redact")
+    @classmethod
+    def _are_paths(cls, value: list[str]) -> list[str]:
+        for path in value:
+            if len(path) > 200 or not ARGUMENT_PATH.fullmatch(path):
+                raise ValueError(f"{path!r} is no path of an argument, such as `card.number`")
+        return value
 
-class Policy(BaseModel):
-    """A named, versioned list of rules."""
+    @model_validator(mode="after")
+    def _fits_together(self) -> Rule:
+        if self.expires_s is not None and self.then != "require_approval":
+            raise ValueError("expires_s belongs to `then: require_approval`: nothing else waits for an answer")
+        return self
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    policy: str = Field(pattern=NAME_PATTERN)
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    description: str = ""
-    rules: list[Rule] = Field(min_length=1, max_length=1000)
+class Policy(Document):
+    """A named, versioned list of rules. `default`: what happens to a step that no rule of any policy matches."""
+
+    KIND = DEFAULT_KIND
+    NAME_FIELD = "policy"
+
+    policy: str = name_field()
+    default: Effect | None = None
+    rules: list[Rule] = Field(default_factory=list, max_length=1000)
 
     @field_validator("rules")
     @classmethod
@@ -59,62 +83,216 @@ class Policy(BaseModel):
             raise ValueError(f"rule names must differ; there twice: {', '.join(twice)}")
         return value
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Policy:
+        if not self.rules and self.default is None:
+            raise ValueError("a policy needs rules or a default")
+        return self
+
+    def misgivings(self) -> list[tuple[tuple[int | str, ...], str]]:
+        """Return the rules that look at what there is not: they could not be evaluated, and would deny everything."""
+        return [
+            (("rules", index, "when"), f"unknown: {', '.join(unknown)}; there are {', '.join(sorted(VARIABLES))}")
+            for index, rule in enumerate(self.rules)
+            if (unknown := unknown_variables(rule.when))
+        ]
+
+
+VARIABLES: Final = frozenset(MAKERS)
+_LOCAL: Final = re.compile(r"\.\s*(?:all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_][A-Za-z0-9_]*)\s*,")
+
+
+def unknown_variables(source: str) -> list[str]:
+    """Return the variables of an expression that there are not, but for those that its macros bind."""
+    names = set(expressions.compile_expression(source).variables())
+    return sorted(names - VARIABLES - set(_LOCAL.findall(source)))
+
 
 class Verdict(NamedTuple):
-    """An effect and the rule (`policy@version/rule`) that brought it about."""
+    """An effect and the rule (of `policy@version`) that brought it about.
+
+    values: what the rule looked at, canonical JSON, empty if none matched. redact, isolation: what the matching rules demand
+    together. expires_s: how long an approval may take, 0 for ever.
+    """
 
     effect: Effect
     rule: str
     policy: str
     reason: str
+    values: str = ""
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
+    expires_s: int = 0
 
 
-def parse(document: Any) -> Policy:
-    """Check a policy document. Raises PolicyError with all problems."""
-    try:
-        return Policy.model_validate(document)
-    except ValidationError as error:
-        raise PolicyError(
-            [f"{'.'.join(map(str, item['loc'])) or 'policy'}: {item['msg']}" for item in error.errors()]
-        ) from None
+class _Bound(NamedTuple):
+    """A rule with all that judging by it needs."""
+
+    rule: Rule
+    label: str
+    references: tuple[str, ...]
 
 
 class PolicySet:
     """All policies in force. The strongest effect wins (deny, then require_approval, then allow); of equals, the first by
-    policy id and place in the document. If no rule matches, the answer is allow. A rule that cannot be evaluated denies."""
+    policy id and place in the document. If no rule matches, the strongest `default` of any policy does, else allow. A rule
+    that cannot be evaluated denies."""
 
-    __slots__ = ("_policies",)
+    __slots__ = ("_default", "_index", "_is_empty")
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
-        self._policies = tuple(policies[key] for key in sorted(policies))
+        bound: list[_Bound] = []
+        self._default = Verdict("allow", DEFAULT_RULE, "", "no rule matched")
+        for key in sorted(policies):
+            policy = policies[key]
+            bound += [_Bound(rule, policy.label, _references(rule.when)) for rule in policy.rules]
+            if policy.default is not None and (
+                not self._default.policy or _STRENGTH[policy.default] > _STRENGTH[self._default.effect]
+            ):
+                self._default = Verdict(policy.default, DEFAULT_RULE, policy.label, "no rule matched")
+        self._index: RuleIndex[_Bound] = RuleIndex((item.rule.when, item) for item in bound)
+        self._is_empty = not policies
 
     def __bool__(self) -> bool:
-        return bool(self._policies)
+        return not self._is_empty
 
-    def judge(self, variables: Mapping[str, Any]) -> Verdict:
+    def judge(self, variables: Variables) -> Verdict:
         """Return the verdict on a step described by `variables` (see docs/policy.md)."""
-        best = Verdict("allow", DEFAULT_RULE, "", "no rule matched")
-        matched = False
-        for policy in self._policies:
-            label = f"{policy.policy}@{policy.version}"
-            for rule in policy.rules:
-                verdict = _judge_rule(rule, label, variables)
-                if verdict is None:
-                    continue
-                if not matched or _STRENGTH[verdict.effect] > _STRENGTH[best.effect]:
-                    best, matched = verdict, True
-                if verdict.effect == "deny":
-                    return verdict
+        best: Verdict | None = None
+        redact: tuple[str, ...] = ()
+        isolation = ""
+        for bound in self._index.candidates(variables.get):
+            verdict = _judge_rule(bound, variables)
+            if verdict is None:
+                continue
+            redact += tuple(path for path in verdict.redact if path not in redact)
+            isolation = max(isolation, verdict.isolation, key=_ISOLATIONS.index)
+            if best is None or _STRENGTH[verdict.effect] > _STRENGTH[best.effect]:
+                best = verdict
+            if verdict.effect == "deny":
+                break
+        best = best or self._default
+        if redact or isolation:
+            best = best._replace(values=_without(best.values, redact), redact=redact, isolation=isolation)
         return best
 
 
-def _judge_rule(rule: Rule, label: str, variables: Mapping[str, Any]) -> Verdict | None:
+class Variables:
+    """What rules look at, made when it is first looked at: most rules look at little."""
+
+    __slots__ = ("_made", "_makers", "_subject", "context")
+
+    def __init__(self, makers: Mapping[str, Callable[[Any], Any]], subject: Any) -> None:
+        """`makers`: name -> what makes its value of the subject."""
+        self._makers = makers
+        self._subject = subject
+        self._made: dict[str, Any] = {}
+        self.context = expressions.lazy_context(self.get)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Variables:
+        """Return variables that are all there already; what is not given is empty."""
+        return cls({name: partial(_value_of, name) for name in VARIABLES}, values)
+
+    def get(self, name: str) -> Any:
+        """Return a variable's value; None if there is none of that name."""
+        value = self._made.get(name)
+        if value is None and (maker := self._makers.get(name)) is not None:
+            value = self._made[name] = maker(self._subject)
+        return value
+
+
+def _value_of(name: str, values: Mapping[str, Any]) -> Any:
+    return values.get(name, "")
+
+
+def _judge_rule(bound: _Bound, variables: Variables) -> Verdict | None:
+    rule = bound.rule
     try:
-        holds = expressions.evaluate(rule.when, variables)
+        holds = expressions.evaluate_in(rule.when, variables.context)
     except expressions.ExpressionError as error:
         reason = f"the rule could not be evaluated, which denies: {error}"
-        return Verdict("deny", rule.name, label, reason[:MAX_REASON])
-    if not isinstance(holds, bool):
+        return Verdict("deny", rule.name, bound.label, reason[:MAX_REASON], _values(bound, variables))
+    if holds is False:
+        return None
+    if holds is not True:
         reason = f"the rule gave {holds!r} instead of true or false, which denies"
-        return Verdict("deny", rule.name, label, reason[:MAX_REASON])
-    return Verdict(rule.then, rule.name, label, (rule.reason or rule.when)[:MAX_REASON]) if holds else None
+        return Verdict("deny", rule.name, bound.label, reason[:MAX_REASON], _values(bound, variables))
+    return Verdict(
+        rule.then,
+        rule.name,
+        bound.label,
+        (rule.reason or rule.when)[:MAX_REASON],
+        _values(bound, variables),
+        tuple(rule.redact),
+        rule.isolation,
+        rule.expires_s or 0,
+    )
+
+
+# --- what a rule looked at ---------------------------------------------------------------
+
+_REFERENCE: Final = re.compile(r"(?<![A-Za-z0-9_.\"'])([a-z_]+(?:\.[A-Za-z_][A-Za-z0-9_]*(?![A-Za-z0-9_]*\s*\())*)")
+_STRING: Final = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'")
+_ABSENT: Final = object()
+_encode: Final = msgspec.json.Encoder(order="sorted").encode
+
+
+def _references(source: str) -> tuple[str, ...]:
+    """Return the paths (`args.amount`) of variables in an expression, each once, in order."""
+    known = set(expressions.compile_expression(source).variables())
+    found = dict.fromkeys(match[1] for match in _REFERENCE.finditer(_STRING.sub('""', source)))
+    return tuple(path for path in found if path.partition(".")[0] in known)
+
+
+def _values(bound: _Bound, variables: Variables) -> str:
+    """Return the values of all that a rule refers to, JSON of bounded size."""
+    found: dict[str, Any] = {}
+    for path in bound.references:
+        name, _, rest = path.partition(".")
+        value = _at(variables.get(name), rest.split(".") if rest else ())
+        if value is not _ABSENT:
+            found[path] = value
+    for path in _hidden_paths(found, bound.rule.redact):
+        found[path] = REDACTED
+    text = _encode(found)
+    if len(text) > MAX_VALUES:
+        text = _encode(_shortened(found))
+    return text.decode()
+
+
+def _shortened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return as much of the values as there is room for; what is left out is shown as cut off."""
+    left, found = MAX_VALUES, {}
+    for path, value in values.items():
+        size = len(path) + len(_encode(value)) + 4
+        found[path] = value if size <= left else "…"
+        left -= size if size <= left else len(path) + 7
+        if left < 100:
+            break
+    return found
+
+
+def _at(value: Any, path: Iterable[str]) -> Any:
+    for part in path:
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _hidden_paths(values: Mapping[str, Any], redact: Iterable[str]) -> list[str]:
+    """Return the paths among `values` that lie in, or hold, an argument that is to be hidden."""
+    if not redact:
+        return []
+    hidden = [f"args.{path}." for path in redact]
+    return [path for path in values if any(f"{path}.".startswith(h) or h.startswith(f"{path}.") for h in hidden)]
+
+
+def _without(values: str, redact: tuple[str, ...]) -> str:
+    """Return the values without what other rules that match want hidden."""
+    if not values or not redact:
+        return values
+    known: dict[str, Any] = msgspec.json.decode(values)
+    hidden = _hidden_paths(known, redact)
+    return _encode(known | dict.fromkeys(hidden, REDACTED)).decode() if hidden else values

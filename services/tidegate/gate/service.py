@@ -17,11 +17,13 @@ from tidegate.eventlog.machine import Decision, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
 from tidegate.gate import decide, leasing, snapshots, waiting
+from tidegate.gate.budgets import Budget, Budgets, TopUp
+from tidegate.gate.kinds import Document, DocumentError, parse
 from tidegate.gate.ledger import Ledger, apply, derive
 from tidegate.gate.limits import Desk, Limit, LimitError, LimitSet, Queue
 from tidegate.gate.limits import parse as parse_limit
 from tidegate.gate.placement import Executors
-from tidegate.gate.policy import MAX_REASON, Policy, PolicyError, PolicySet, Rule, parse
+from tidegate.gate.policy import MAX_REASON, Policy, PolicySet, Rule
 from tidegate.gate.tells import tells
 
 _log = structlog.get_logger()
@@ -54,8 +56,9 @@ class GateMachine:
         self._account_partitions = account_partitions
         self.executors = executors
         self._controls = Controls()
-        self._documents: dict[str, Policy] = {}
+        self._documents: dict[str, Document] = {}
         self._policies = PolicySet({})
+        self._budgets = Budgets(())
         self._limit_documents: dict[str, Limit | Queue] = {}
         self._limits = LimitSet(partitions=account_partitions)
         self._soonest_ms: dict[int, int] = {}
@@ -75,13 +78,14 @@ class GateMachine:
         """Return what an input causes. Raises MisroutedError for a request of another partition's account."""
         desk = Desk(state, self._limits, now_ms)
         if isinstance(record, GateLeases):
-            answers = leasing.on_leases(desk, record)
+            answers = decide.with_budgets_freed(state, leasing.on_leases(desk, record), self._budgets, now_ms)
             return Decision(state.subject, "", answers) if answers else None
         if not isinstance(record, GateRequest):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
         if partition_of(account_root(record.account), self._account_partitions) != state.partition:
             raise MisroutedError(f"account {record.account} belongs to another partition than {state.partition}")
-        draft = decide.Draft(state, record, self._policies, self.executors.free_slots(self._ledgers), desk)
+        slots = self.executors.free_slots(self._ledgers)
+        draft = decide.Draft(state, record, self._policies, slots, desk, self._budgets)
         events = decide.on_request(draft)
         return Decision(state.subject, "", events) if events else None
 
@@ -92,14 +96,24 @@ class GateMachine:
         if state.held_by:
             self.executors.watch(state.held_by)
             self.executors.expire(tables.versions[INSTANCES])
-            lost = decide.losses(state, self.executors.ended, desk)
+            lost = decide.losses(state, self.executors.ended, desk, self._budgets)
             if lost:
                 return cause, Decision(state.subject, "", lost)
+        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms)
+        if timely:
+            return f"timer:{now_ms}", Decision(state.subject, "", timely)
+        if state.paused and (state.stirred or 0 < state.look_again_ms <= now_ms):
+            slots = self.executors.free_slots(self._ledgers)
+            resumed = decide.resumption(state, self._policies, self._budgets, slots, desk)
+            if resumed:
+                return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", resumed)
+            state.stirred, state.look_again_ms = False, decide.look_again_ms(state, now_ms)
         self._soonest_ms.pop(state.partition, None)
         events: list[Any] = []
         if state.has_waiting():
             slots = self.executors.free_slots(self._ledgers)
             events = waiting.place_waiting(state, slots, desk=desk)
+            events = decide.with_budgets_freed(state, events, self._budgets, now_ms)
             if not events:
                 if desk.soonest_ms:
                     self._soonest_ms[state.partition] = desk.soonest_ms
@@ -214,21 +228,27 @@ class GateMachine:
         _log.info("limits in force", limits=sorted(self._limit_documents))
 
     def _policy_changed(self, key: str, row: PolicyPublished | None) -> None:
-        """Put a policy in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
+        """Put a document in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
 
-        After a restart the one of before is not known any more. Then everything is denied, and says which policy is broken.
+        After a restart the one of before is not known any more. Then everything is denied, and says which document is broken.
         """
         if row is None:
             self._documents.pop(key, None)
         else:
             try:
                 self._documents[key] = parse(canonical.loads(row.document))
-            except (PolicyError, canonical.NotJsonError) as error:
-                _log.error("policy ignored, the one of before stays in force", policy=key, error=str(error))
+            except (DocumentError, canonical.NotJsonError) as error:
+                _log.error("document ignored, the one of before stays in force", document=key, error=str(error))
                 if key not in self._documents:
                     self._documents[key] = _unreadable(key)
-        self._policies = PolicySet(self._documents)
-        _log.info("policies in force", policies=sorted(f"{p.policy}@{p.version}" for p in self._documents.values()))
+        self._policies = PolicySet({k: d for k, d in self._documents.items() if isinstance(d, Policy)})
+        self._budgets = Budgets(
+            [d for d in self._documents.values() if isinstance(d, Budget)],
+            [d for d in self._documents.values() if isinstance(d, TopUp)],
+        )
+        for ledger in self._ledgers.values():
+            ledger.stirred = True  # there may be room that was not there before
+        _log.info("documents in force", changed=key, documents=len(self._documents))
 
 
 def _kind_of(row: PolicyPublished) -> str:
@@ -240,7 +260,7 @@ def _kind_of(row: PolicyPublished) -> str:
 
 
 def _unreadable(key: str) -> Policy:
-    """Return what stands in for a policy that this version cannot read and whose earlier text is not known."""
-    reason = f"policy {key!r} cannot be read by this gate; apply it again, or remove it"
+    """Return what stands in for a document that this version cannot read and whose earlier text is not known."""
+    reason = f"document {key!r} cannot be read by this gate; apply it again, or remove it"
     rule = Rule(name="unreadable", when="true", then="deny", reason=reason[:MAX_REASON])
     return Policy(policy="unreadable", version="0", rules=[rule])

@@ -1,7 +1,7 @@
 """The units of a ledger as bytes and back. Disposable: a format that changed only means to fold the ledger.
 
 A run's money and open attempts; an attempt of another partition that asks for leases; what a limit knows of one value of
-its key; a queue that wants executors.
+its key; a queue that wants executors; a bucket of a budget; what was learned of a function.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.domain import ledger_events as ev
-from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Gauge, Ledger, RunMoney
+from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Bucket, Gauge, Learned, Ledger, RunMoney
 
 # Counts up with every change of the fields of RunMoney and Attempt, or of what they mean.
-SNAPSHOT_FORMAT: Final = 2
+SNAPSHOT_FORMAT: Final = 3
 
 _State = tuple[RunMoney, list[Attempt]]
 
@@ -28,11 +28,17 @@ _OF_LIMITS: Final = (
     ev.BreakerClosed,
     ev.LimitForgotten,
 )
+# Buckets of budgets, and what was learned of functions, have a bar in their names, and no colon before it.
+_OF_BUCKETS: Final = (ev.BudgetSet, ev.BudgetReserved, ev.BudgetSettled, ev.BudgetAlerted, ev.BudgetClosed)
 _OF_ASKS: Final = (ev.LeaseHeard, ev.LeaseGiven, ev.LeaseRefused, ev.LeaseEnded)
 
 
 def unit_of(event: Any) -> str:
     """Return the unit that an event changes."""
+    if isinstance(event, _OF_BUCKETS):
+        return event.bucket
+    if isinstance(event, ev.UsageLearned):
+        return event.function
     if isinstance(event, _OF_LIMITS):
         return f"{_LIMIT}{event.limit}\n{event.key}"
     if isinstance(event, _OF_ASKS):
@@ -44,10 +50,17 @@ def unit_of(event: Any) -> str:
 
 def is_there(ledger: Ledger, unit: str) -> bool:
     """Tell whether the ledger holds anything of a unit."""
+    if _is_of_budgets(unit):
+        return unit in ledger.buckets or unit in ledger.learned
     kind, _, name = unit.partition(":")
     if not name:
         return unit in ledger.runs
     return name in ledger.scale_out if kind == _SCALE_OUT[:-1] else _named(ledger, unit) is not None
+
+
+def _is_of_budgets(unit: str) -> bool:
+    head, bar, _ = unit.partition("|")
+    return bool(bar) and ":" not in head
 
 
 def _named(ledger: Ledger, unit: str) -> Ask | Gauge | None:
@@ -64,6 +77,8 @@ def _ask_key(parts: list[str]) -> AttemptKey:
 
 def dump(ledger: Ledger, unit: str) -> bytes:
     """Return a unit's state."""
+    if _is_of_budgets(unit):
+        return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.buckets.get(unit) or ledger.learned[unit]))
     if ":" not in unit:
         return _dump_run(ledger, unit)
     if unit.startswith(_SCALE_OUT):
@@ -73,7 +88,7 @@ def dump(ledger: Ledger, unit: str) -> bytes:
 
 def load(ledger: Ledger, unit: str, data: bytes) -> None:
     """Put a unit into a ledger. Raises ValueError on another format, msgspec.DecodeError."""
-    if ":" not in unit:
+    if ":" not in unit and not _is_of_budgets(unit):
         _load_run(ledger, unit, data)
         return
     kind, _, name = unit.partition(":")
@@ -81,7 +96,12 @@ def load(ledger: Ledger, unit: str, data: bytes) -> None:
     if version != SNAPSHOT_FORMAT:
         raise ValueError(f"a snapshot of format {version}, not {SNAPSHOT_FORMAT}")
     parts = name.split("\n")
-    if kind == _SCALE_OUT[:-1]:
+    if _is_of_budgets(unit):
+        if unit.startswith("|"):
+            ledger.learned[unit] = msgspec.msgpack.decode(raw, type=Learned)
+        else:
+            ledger.buckets[unit] = msgspec.msgpack.decode(raw, type=Bucket)
+    elif kind == _SCALE_OUT[:-1]:
         ledger.scale_out[name] = msgspec.msgpack.decode(raw, type=int)
     elif kind == _ASK[:-1]:
         ledger.asks[_ask_key(parts)] = msgspec.msgpack.decode(raw, type=Ask)

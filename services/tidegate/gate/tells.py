@@ -11,6 +11,7 @@ from tidegate.domain.identity import entry_key, idempotency_key, partition_of
 from tidegate.domain.messages import (
     Allowed,
     ApprovalRequired,
+    BudgetPaused,
     DecisionItem,
     Denied,
     GateDecision,
@@ -24,6 +25,7 @@ from tidegate.domain.messages import (
     Lost,
     StepTask,
     Throttled,
+    Unanswered,
 )
 from tidegate.eventlog.machine import Tell
 
@@ -76,6 +78,7 @@ def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, ru
         result_partition=partition_of(event.run_id, run_partitions),
         idempotency_key=idempotency_key(event.run_id, event.step_id),
         call=call,
+        isolation=event.isolation if isinstance(event, ev.AttemptPlaced) else "",
     )
     key = f"{event.run_id}:{event.step_id}:{event.attempt}:{kind}"
     return Tell(f"{STEP_TASKS}.{queue}", event.task_partition, key, task)
@@ -90,6 +93,8 @@ def _allowed(event: ev.AttemptPlaced) -> DecisionItem:
         policy=event.policy,
         instance_id=event.instance_id,
         incarnation=event.incarnation,
+        redact=event.redact,
+        isolation=event.isolation,
     )
 
 
@@ -101,6 +106,7 @@ def _denied(event: ev.AttemptRefused) -> DecisionItem:
         policy=event.policy,
         reason=event.reason,
         retry_after_ms=event.retry_after_ms,
+        values=event.values,
     )
 
 
@@ -112,6 +118,25 @@ def _approval(event: ev.ApprovalHeld) -> DecisionItem:
         policy=event.policy,
         reason=event.reason,
         arguments_hash=event.arguments_hash,
+        values=event.values,
+        expires_at_ms=event.expires_at_ms,
+    )
+
+
+def _unanswered(event: ev.ApprovalLapsed) -> DecisionItem:
+    return Unanswered(
+        step_id=event.step_id, attempt=event.attempt, rule=event.rule, policy=event.policy, reason=event.reason
+    )
+
+
+def _budget_paused(event: ev.AttemptPaused) -> DecisionItem:
+    return BudgetPaused(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        rule=event.rule,
+        policy=event.policy,
+        reason=event.reason,
+        until_ms=event.until_ms,
     )
 
 
@@ -143,6 +168,8 @@ _DECISIONS: Final[dict[type, Callable[[Any], DecisionItem]]] = {
     ev.AttemptRefused: _denied,
     ev.ApprovalHeld: _approval,
     ev.PlacementLost: _lost,
+    ev.ApprovalLapsed: _unanswered,
+    ev.AttemptPaused: _budget_paused,
     ev.AttemptThrottled: _throttled,
 }
 

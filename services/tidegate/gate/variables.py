@@ -3,7 +3,8 @@ their meaning."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, Protocol
 
 from tidegate.domain import canonical
 from tidegate.domain.messages import Call
@@ -20,30 +21,45 @@ class Money(Protocol):
     tags: dict[str, str]
 
 
+class Subject(NamedTuple):
+    """An attempt of a run. spent: returns what budgets counted for the run, by name."""
+
+    key: AttemptKey
+    account: str
+    call: Call
+    run: Money
+    spent: Callable[[], dict[str, Any]] = dict
+
+
+MAKERS: Final[dict[str, Callable[[Subject], Any]]] = {
+    "kind": lambda step: step.call.kind,
+    "name": lambda step: step.call.function,
+    "tool": lambda step: step.call.function if step.call.kind == "tool" else "",
+    "agent": lambda step: step.call.agent,
+    "args": lambda step: canonical.loads(step.call.arguments),
+    "queue": lambda step: step.call.queue,
+    "provider": lambda step: step.call.provider,
+    "model": lambda step: step.call.model,
+    "operation": lambda step: step.call.operation,
+    "step": lambda step: step.key.step_id,
+    "node": lambda step: step.key.step_id.partition("/")[0],
+    "attempt": lambda step: step.key.attempt,
+    "reserve_micros": lambda step: step.call.reserve_micros,
+    "account": lambda step: step.account,
+    "workflow": lambda step: step.run.workflow.partition("@")[0],
+    "version": lambda step: step.run.workflow.partition("@")[2],
+    "tags": lambda step: step.run.tags,
+    "run": lambda step: {
+        "id": step.key.run_id,
+        "settled_micros": step.run.settled_micros,
+        "reserved_micros": step.run.reserved_micros,
+        "budget_micros": -1 if step.run.budget_micros is None else step.run.budget_micros,
+    },
+    "spent": lambda step: {"run_micros": step.run.settled_micros, "budgets": step.spent()},
+}
+
+
 def step_variables(key: AttemptKey, account: str, call: Call, run: Money) -> dict[str, Any]:
-    """Return the variables of an attempt of a run."""
-    workflow, _, version = run.workflow.partition("@")
-    return {
-        "kind": call.kind,
-        "name": call.function,
-        "tool": call.function if call.kind == "tool" else "",
-        "args": canonical.loads(call.arguments),
-        "queue": call.queue,
-        "provider": call.provider,
-        "model": call.model,
-        "operation": call.operation,
-        "step": key.step_id,
-        "node": key.step_id.partition("/")[0],
-        "attempt": key.attempt,
-        "reserve_micros": call.reserve_micros,
-        "account": account,
-        "workflow": workflow,
-        "version": version,
-        "tags": run.tags,
-        "run": {
-            "id": key.run_id,
-            "settled_micros": run.settled_micros,
-            "reserved_micros": run.reserved_micros,
-            "budget_micros": -1 if run.budget_micros is None else run.budget_micros,
-        },
-    }
+    """Return all variables of an attempt of a run; to limits, budgets have counted nothing."""
+    subject = Subject(key, account, call, run)
+    return {name: make(subject) for name, make in MAKERS.items()}

@@ -44,6 +44,8 @@ def placed(key: AttemptKey, attempt: Attempt, executor: Executor, leases: Leases
         call=attempt.call,
         leases=leases,
         queued_ms=attempt.queued_ms,
+        redact=attempt.redact,
+        isolation=attempt.isolation,
     )
 
 

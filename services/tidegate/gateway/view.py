@@ -37,7 +37,7 @@ class StepLine(msgspec.Struct, array_like=True):
 
 
 class OpenApproval(msgspec.Struct, kw_only=True):
-    """A question that waits for a human, since `since_ms` (Unix milliseconds)."""
+    """A question that waits for a human, since `since_ms` (Unix milliseconds), until `expires_at_ms` (0: whenever)."""
 
     step_id: str
     attempt: int
@@ -46,6 +46,7 @@ class OpenApproval(msgspec.Struct, kw_only=True):
     policy: str
     reason: str
     since_ms: int
+    expires_at_ms: int = 0
 
 
 class OpenWait(msgspec.Struct, kw_only=True):
@@ -267,6 +268,7 @@ def _approval_requested(row: RunRow, event: ev.ApprovalRequested, now_ms: int) -
         policy=event.policy,
         reason=_cut(event.reason),
         since_ms=now_ms,
+        expires_at_ms=event.expires_at_ms,
     )
     row.status = states.WAITING
 

@@ -14,7 +14,17 @@ import msgspec
 from tidegate.domain import canonical, progress, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS
-from tidegate.domain.messages import Allowed, ApprovalRequired, Denied, GateDecision, Lost, StepResult, Throttled
+from tidegate.domain.messages import (
+    Allowed,
+    ApprovalRequired,
+    BudgetPaused,
+    Denied,
+    GateDecision,
+    Lost,
+    StepResult,
+    Throttled,
+    Unanswered,
+)
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.domain.workflow import Function
 from tidegate.scheduler import waits
@@ -55,6 +65,8 @@ def _on_item(run: RunState, item: Any) -> Events:
         return []
     if isinstance(item, Lost):
         return _on_lost(run, step, item)
+    if isinstance(item, Unanswered):
+        return _on_unanswered(run, step, item)
     if step.status != states.REQUESTED:
         return []
     if isinstance(item, Allowed):
@@ -67,6 +79,19 @@ def _on_item(run: RunState, item: Any) -> Events:
                 policy=item.policy,
                 instance_id=item.instance_id,
                 incarnation=item.incarnation,
+                redact=item.redact,
+                isolation=item.isolation,
+            )
+        ]
+    if isinstance(item, BudgetPaused):
+        return [
+            ev.AttemptAwaitsBudget(
+                step_id=step.step_id,
+                attempt=item.attempt,
+                rule=item.rule,
+                policy=item.policy,
+                reason=item.reason,
+                until_ms=item.until_ms,
             )
         ]
     if isinstance(item, Denied):
@@ -95,8 +120,19 @@ def _on_item(run: RunState, item: Any) -> Events:
             reason=item.reason,
             arguments_hash=item.arguments_hash,
             expires_at_ms=item.expires_at_ms,
+            values=item.values,
         )
     ]
+
+
+def _on_unanswered(run: RunState, step: StepState, item: Unanswered) -> Events:
+    """The gate's question lapsed. An answer that crossed this on its way came too late: the gate holds nothing any more."""
+    if step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy":
+        return _expired(run, step, step.approval)
+    if step.status != states.REQUESTED:
+        return []
+    ended = _ended(step, item.attempt, "expired", "ApprovalExpired", item.reason)
+    return [ended, *failed(run, step, "approval_expired", item.reason)]
 
 
 def _on_denied(run: RunState, step: StepState, item: Denied) -> Events:
@@ -105,6 +141,7 @@ def _on_denied(run: RunState, step: StepState, item: Denied) -> Events:
     later = f"; try again in {item.retry_after_ms} ms" if item.retry_after_ms else ""
     reason = f"{item.reason}{later}"
     ended = _ended(step, item.attempt, "denied", "QueueFull" if code == "queue_full" else "Denied", reason)
+    ended = msgspec.structs.replace(ended, rule=item.rule, policy=item.policy, values=item.values)
     return [ended, *failed(run, step, code, f"denied by {item.rule}: {reason}")]
 
 
@@ -237,6 +274,9 @@ def _ignored(run: RunState, step: StepState, result: StepResult) -> ev.ResultIgn
         reason=why,
         instance_id=result.instance_id,
         incarnation=result.incarnation,
+        usage=result.usage,
+        started_ms=result.started_ms,
+        finished_ms=result.finished_ms,
     )
 
 
@@ -360,6 +400,8 @@ def _ended(
         retry_at_ms=retry_at_ms,
         instance_id="" if result is None else result.instance_id,
         incarnation=-1 if result is None else result.incarnation,
+        started_ms=0 if result is None else result.started_ms,
+        finished_ms=0 if result is None else result.finished_ms,
     )
 
 

@@ -13,6 +13,7 @@ from tidegate.domain.canonical import digest
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import account_root, entry_key, partition_of, source_of
 from tidegate.domain.messages import (
+    Amounts,
     Approve,
     Authorise,
     CloseRun,
@@ -33,6 +34,7 @@ RUN_EVENTS: Final = "run-events"
 DEAD_LETTERS: Final = "dead-letters"
 MAX_REASON: Final = 4_000  # what a command may hold of one
 _UNPAID: Final = frozenset({"busy", "released", "lost"})
+_NEVER_RESERVED: Final = frozenset({"denied", "expired"})
 
 
 def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
@@ -94,17 +96,33 @@ def _expire(event: ev.ApprovalExpired) -> GateItem:
 def _settle(event: ev.StepSucceeded) -> GateItem | None:
     if not event.attempt:
         return None  # a wait, or an output that a human gave: no attempt of it is to be paid
-    return Settle(step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros, outcome="succeeded")
+    return _settlement(event, "succeeded")
+
+
+def _settlement(event: ev.StepSucceeded | ev.AttemptEnded | ev.ResultIgnored, outcome: str) -> Settle:
+    """Return what an attempt that ran cost and used. One call, if the executor counted none."""
+    usage = event.usage
+    used = Amounts(
+        input_tokens=usage.get("input_tokens", 0),
+        output_tokens=usage.get("output_tokens", 0),
+        calls=max(1, usage.get("calls", 1)),
+        wall_ms=max(0, event.finished_ms - event.started_ms),
+    )
+    return Settle(
+        step_id=event.step_id,
+        attempt=event.attempt,
+        actual_micros=event.actual_micros,
+        outcome=outcome,
+        used=used,
+    )
 
 
 def _end(event: ev.AttemptEnded | ev.ResultIgnored) -> GateItem | None:
-    if event.outcome == "denied":
-        return None  # nothing was reserved
+    if event.outcome in _NEVER_RESERVED:
+        return None
     if event.outcome in _UNPAID and not event.actual_micros:
         return Release(step_id=event.step_id, attempt=event.attempt, reason=event.outcome)
-    return Settle(
-        step_id=event.step_id, attempt=event.attempt, actual_micros=event.actual_micros, outcome=event.outcome
-    )
+    return _settlement(event, event.outcome)
 
 
 def _void(event: ev.StepCancelled) -> GateItem | None:

@@ -42,6 +42,8 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "model": "",
     "operation": "",
     "prefer": "",
+    "max_input_tokens": 0,
+    "max_output_tokens": 0,
 }
 
 
@@ -58,7 +60,8 @@ class Options(TypedDict, total=False):
     it is repeated; a subclass must be named itself. idempotent (True): if False, an attempt of unknown outcome is not repeated
     unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it;
     the app's if not given. provider, model, operation: what it uses, for rules and limits to look at. prefer: an instance that
-    should run it if it has a free slot.
+    should run it if it has a free slot. max_input_tokens, max_output_tokens (0): the most that one attempt uses of its model;
+    with them, and without cost_micros, the price table says what is set aside.
     """
 
     name: str
@@ -76,6 +79,8 @@ class Options(TypedDict, total=False):
     model: str
     operation: str
     prefer: str
+    max_input_tokens: int
+    max_output_tokens: int
 
 
 class AgentOptions(Options, total=False):
@@ -104,6 +109,8 @@ class Settings:
     model: str = ""
     operation: str = ""
     prefer: str = ""
+    max_input_tokens: int = 0
+    max_output_tokens: int = 0
     retry_on: tuple[str, ...] = ()
     no_retry_on: tuple[str, ...] = ()
 
@@ -381,6 +388,8 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
             (not settings.backoff_factor >= 1, "backoff_factor must be at least 1"),
             (not settings.backoff_max_s >= settings.backoff_s, "backoff_max_s must be at least backoff_s"),
             (not settings.cost_micros >= 0, "cost_micros must be at least 0"),
+            (not settings.max_input_tokens >= 0, "max_input_tokens must be at least 0"),
+            (not settings.max_output_tokens >= 0, "max_output_tokens must be at least 0"),
             *(
                 (
                     not isinstance(text, str) or len(text) > _MAX_LABEL,

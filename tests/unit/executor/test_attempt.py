@@ -6,9 +6,11 @@ import asyncio
 import concurrent.futures
 import threading
 
+import msgspec
 import pytest
 
 from tidegate import App
+from tidegate.domain.messages import StepResult
 from tidegate.executor.attempt import Attempt
 from unit.executor.test_taking_tasks import task
 
@@ -48,3 +50,32 @@ def test_a_function_that_waits_for_a_thread_is_not_entered_after_its_attempt_was
 
     asyncio.run(main())
     assert entered == ([] if gives_up else [1])
+
+
+@pytest.mark.feature("P1")
+def test_an_isolation_that_nobody_here_can_give_is_refused_and_the_function_not_entered() -> None:
+    app = App("isolated")
+    entered: list[int] = []
+    answers: list[StepResult] = []
+
+    @app.tool
+    async def f() -> None:
+        entered.append(1)
+
+    async def main() -> None:
+        wanted = msgspec.structs.replace(task(), isolation="job")
+        assert wanted.call is not None
+        attempt = Attempt(
+            wanted,
+            wanted.call,
+            lease_held=lambda: True,
+            output_max_bytes=1000,
+            answer=lambda attempt, result: answers.append(result),
+            release=lambda attempt: None,
+        )
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            attempt.begin(app.functions["f"], threads)
+
+    asyncio.run(main())
+    assert entered == []
+    assert [(r.outcome, r.error_class, r.retryable) for r in answers] == [("failed", "UnsupportedIsolation", False)]

@@ -1,0 +1,79 @@
+"""`tidegate approvals list|approve|reject`: the questions that wait for a human."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tidegate.cli import runs
+from tidegate.cli.endings import RUN_EXIT_CODES, explained
+from tidegate.cli.live_view import LiveView, UnknownRunError
+from tidegate.domain import states
+
+MAX_RUNS: Final = 1000
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="List, approve and reject what waits for a human.",
+    epilog=RUN_EXIT_CODES,
+    pretty_exceptions_show_locals=False,
+)
+app.command(epilog=RUN_EXIT_CODES)(runs.approve)
+app.command(epilog=RUN_EXIT_CODES)(runs.reject)
+
+
+@app.command("list", epilog=RUN_EXIT_CODES)
+def list_(
+    account: Annotated[str, typer.Option("--account", help="This account and all below it.")] = "",
+    as_json: runs.Json = False,
+    url: runs.Url = "",
+) -> None:
+    """List open questions, the oldest first: who asks, why, since when, until when."""
+    with explained("approvals list"):
+        found, is_cut = _open(LiveView(url), account)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    table = Table("run", "step", "attempt", "account", "asked by", "reason", "since", "until")
+    for question in found:
+        by = f"{question['policy']}/{question['rule']}" if question["policy"] else question["rule"] or question["why"]
+        table.add_row(
+            *(escape(str(question[name])) for name in ("run_id", "step_id", "attempt", "account")),
+            escape(by),
+            escape(question["reason"]),
+            _time(question["since_ms"]),
+            _time(question["expires_at_ms"]) if question["expires_at_ms"] else "-",
+        )
+    Console(highlight=False).print(table)
+    if is_cut:
+        typer.echo(f"only the questions of the {MAX_RUNS} runs started last; --account narrows it down", err=True)
+
+
+def _open(view: LiveView, account: str) -> tuple[list[dict[str, Any]], bool]:
+    """Return the open questions, and whether there may be more of them. Raises LiveViewError."""
+    query = {"status": states.WAITING, "limit": MAX_RUNS} | ({"account": account} if account else {})
+    waiting = view.runs(query)["runs"]
+    found: list[dict[str, Any]] = []
+    for row in waiting:
+        if not row["open_approvals"]:
+            continue
+        try:
+            body = view.run(row["run_id"])
+        except UnknownRunError:
+            continue  # answered and put away meanwhile
+        found += [
+            {"run_id": row["run_id"], "account": row["account"], "expires_at_ms": 0} | question
+            for question in body["approvals"]
+        ]
+    return sorted(found, key=lambda question: question["since_ms"]), len(waiting) == MAX_RUNS
+
+
+def _time(at_ms: int) -> str:
+    return datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")

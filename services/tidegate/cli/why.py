@@ -1,0 +1,151 @@
+"""`tidegate why RUN [STEP]`: what the gate decided about a step, by which rule or budget, and on which values."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Final, NamedTuple
+
+import typer
+from rich.console import Console
+
+from tidegate import codec
+from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.domain import ledger_events as ev
+from tidegate.domain.identity import account_root, partition_of
+from tidegate.eventlog.interface import Broker, Message, UnknownTopicError
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.schemas import load_schemas
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.sdk.client import Client
+from tidegate.sdk.reading import ValidEntries
+
+app = typer.Typer(add_completion=False)
+LEDGER: Final = "gate-ledger"
+
+
+class Line(NamedTuple):
+    """What the ledger says of an attempt at one moment. values: what was looked at, JSON or empty."""
+
+    at_ms: int
+    step_id: str
+    attempt: int
+    said: str
+    rule: str
+    policy: str
+    values: str
+
+
+@app.command()
+@explained("why")
+def why(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")],
+    step_id: Annotated[
+        str | None, typer.Argument(metavar="[STEP]", help="A step; all that the gate knows if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object per line.")] = False,
+) -> None:
+    """Say why the gate allowed, denied, asked about, paused or keeps waiting a step: rule, version, values, budget numbers.
+
+    Read from the log itself. Exit codes: 0 done; 3 Kafka does not answer; 4 there is no such run, or the gate was never asked.
+    """
+    broker = KafkaBroker(KafkaSettings())
+    with Client(broker) as client:
+        run = client.get(run_id)
+    with Console(stderr=True).status(f"reading {LEDGER} …"):
+        lines = list(story(_ledger_of(broker, run.account), run_id, step_id))
+    if not lines:
+        asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
+        typer.echo(f"the gate was never asked about {asked}; the run is {run.status} {run.reason}".rstrip(), err=True)
+        raise typer.Exit(EXIT_REFUSED)
+    for line in lines:
+        typer.echo(json.dumps(line._asdict(), ensure_ascii=False) if as_json else shown(line))
+
+
+def _ledger_of(broker: Broker, account: str) -> Iterator[Message]:
+    """Return the ledger partition of an account. Raises EventLogError."""
+    described = broker.describe([LEDGER]).get(LEDGER)
+    if described is None:
+        raise UnknownTopicError(f"there is no topic {LEDGER}")
+    load_schemas(broker)
+    partition = partition_of(account_root(account), described.partition_count)
+    start, end = broker.offsets(LEDGER, partition)
+    return broker.read(LEDGER, partition, start, end)
+
+
+def story(messages: Iterable[Message], run_id: str, step_id: str | None) -> Iterator[Line]:
+    """Yield what a ledger partition says of a run's attempts, in order; void entries are left out."""
+    valid = ValidEntries()
+    for message in messages:
+        if not valid.admits(message):
+            continue
+        entry = codec.decode(message.value)
+        for event in entry.events:
+            say = _SAYINGS.get(type(event))
+            if say is None or event.run_id != run_id or step_id not in (None, event.step_id):
+                continue
+            get = vars_of(event)
+            yield Line(
+                entry.now_ms,
+                event.step_id,
+                event.attempt,
+                say(event),
+                get("rule"),
+                get("policy"),
+                get("values"),
+            )
+
+
+def vars_of(event: Any) -> Callable[[str], str]:
+    """Return what looks a field of an event up: empty if it has none."""
+    return lambda name: str(getattr(event, name, ""))
+
+
+def shown(line: Line) -> str:
+    """Return a line for people."""
+    at = datetime.datetime.fromtimestamp(line.at_ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+    by = f" by {line.policy}/{line.rule}" if line.policy else f" by {line.rule}" if line.rule else ""
+    looked = f"\n    it looked at {line.values}" if line.values else ""
+    return f"{at}  {line.step_id}#{line.attempt}  {line.said}{by}{looked}"
+
+
+def _time(at_ms: int) -> str:
+    return datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC).isoformat(timespec="seconds")
+
+
+def _reserved(event: ev.AttemptReserved) -> str:
+    basis = f" ({event.basis})" if event.basis else ""
+    counted = f", counted in {', '.join(event.buckets)}" if event.buckets else ""
+    approved = f", approved by {event.approved_by}" if event.approved_by else ""
+    return f"allowed: {event.reserved_micros} micro-dollars set aside{basis}{counted}{approved}"
+
+
+def _held(event: ev.ApprovalHeld) -> str:
+    until = f", until {_time(event.expires_at_ms)}" if event.expires_at_ms else ""
+    return f"held for approval{until}: {event.reason};"
+
+
+def _paused(event: ev.AttemptPaused) -> str:
+    until = f", at the latest until {_time(event.until_ms)}" if event.until_ms else ""
+    return f"paused for lack of budget{until}: {event.reason};"
+
+
+def _settled(event: ev.AttemptSettled) -> str:
+    basis = f" ({event.basis})" if event.basis else ""
+    return f"settled: {event.actual_micros} micro-dollars{basis}, {event.overshoot_micros} of it more than set aside"
+
+
+_SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
+    ev.AttemptReserved: _reserved,
+    ev.AttemptRefused: lambda event: f"denied: {event.reason};",
+    ev.ApprovalHeld: _held,
+    ev.ApprovalLapsed: lambda event: f"the approval expired: {event.reason};",
+    ev.AttemptPaused: _paused,
+    ev.AttemptQueued: lambda event: f"waits for a free slot of an executor of queue {event.call.queue}",
+    ev.AttemptPlaced: lambda event: f"placed on {event.instance_id} (incarnation {event.incarnation})",
+    ev.PlacementLost: lambda event: f"lost with {event.instance_id}: {event.reason}",
+    ev.AttemptCancelTold: lambda event: f"{event.instance_id} was told to abort it",
+    ev.AttemptSettled: _settled,
+    ev.AttemptReleased: lambda event: f"released: {event.reason}",
+}

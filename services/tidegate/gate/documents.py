@@ -1,0 +1,211 @@
+"""Documents of the gate: one envelope, many kinds. Pure: text in, checked models or all problems with their lines out.
+
+A document is an object with a `kind` (none means `policy`: so were the first ones written), the name of the document under its
+kind's own field, a `version`, and what the kind asks for. Kinds register themselves here; whoever adds one need touch nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Final, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tidegate.domain import canonical
+from tidegate.domain.identity import NAME_PATTERN
+
+MAX_DOCUMENT_BYTES: Final = 1024 * 1024
+DEFAULT_KIND: Final = "policy"
+VERSION_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Problem(NamedTuple):
+    """What is wrong with a document, and the line it stands in (from 1; 0 if there is none to name)."""
+
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.text}" if self.line else self.text
+
+
+class DocumentError(ValueError):
+    """Documents are wrong; `problems` lists everything, in the order of lines."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = sorted(problems)
+        super().__init__("; ".join(map(str, self.problems)))
+
+
+class Document(BaseModel):
+    """What every document has. `KIND` names a kind; `NAME_FIELD` the field that holds a document's name.
+
+    Subclasses register by being defined. What they accept must go on being accepted, for old ones lie in the topic for ever.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    KIND: ClassVar[str] = ""
+    NAME_FIELD: ClassVar[str] = ""
+
+    kind: str = ""
+    version: str = Field(pattern=VERSION_PATTERN)
+    description: str = Field(default="", max_length=4000)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Register the kind. Raises TypeError if there is another of that name."""
+        if cls.KIND and _KINDS.setdefault(cls.KIND, cls) is not cls:
+            raise TypeError(f"two kinds of documents are named {cls.KIND}")
+
+    @property
+    def name(self) -> str:
+        """Return the document's name among those of its kind."""
+        return str(getattr(self, self.NAME_FIELD))
+
+    @property
+    def topic_key(self) -> str:
+        """Return its key in the topic. Policies have theirs without a kind, as they always had."""
+        return self.name if self.KIND == DEFAULT_KIND else f"{self.KIND}:{self.name}"
+
+    @property
+    def label(self) -> str:
+        """Return `name@version`, as decisions name it."""
+        return f"{self.name}@{self.version}"
+
+    def to_json(self) -> str:
+        """Return what is published: canonical JSON without what was not said."""
+        return canonical.dumps(self.model_dump(mode="json", exclude_unset=True))
+
+    def misgivings(self) -> list[tuple[tuple[int | str, ...], str]]:
+        """Return (path, text) of what an author surely did not mean. Only authors are told: what was published stays good."""
+        return []
+
+    @classmethod
+    def checked(cls, value: Any) -> Self:
+        """Return the document. Raises ValidationError."""
+        return cls.model_validate(value)
+
+
+_KINDS: Final[dict[str, type[Document]]] = {}
+
+
+def name_field() -> Any:
+    """Return how documents, and rules inside them, are named."""
+    return Field(pattern=NAME_PATTERN)
+
+
+def kinds() -> Mapping[str, type[Document]]:
+    """Return the kinds that are known: those of the modules that were imported."""
+    return _KINDS
+
+
+def parse(value: Any) -> Document:
+    """Check a document that was read from JSON. Raises DocumentError with all problems."""
+    try:
+        return _model_of(value).checked(value)
+    except ValidationError as error:
+        raise DocumentError([Problem(0, _said(item)) for item in error.errors()]) from None
+
+
+def _model_of(value: Any) -> type[Document]:
+    if not isinstance(value, dict):
+        raise DocumentError([Problem(0, "a document must be an object")])
+    kind = value.get("kind", DEFAULT_KIND)
+    model = _KINDS.get(kind) if isinstance(kind, str) else None
+    if model is None:
+        raise DocumentError([Problem(0, f"kind: {kind!r} is none of {', '.join(sorted(_KINDS))}")])
+    return model
+
+
+def read(text: str) -> list[Document]:
+    """Check all documents of a YAML or JSON text, several separated by `---`. Raises DocumentError with lines."""
+    found: list[Document] = []
+    problems: list[Problem] = []
+    for value, node in _values(text):
+        try:
+            document = _model_of(value).checked(value)
+            found.append(document)
+            problems += [
+                Problem(_line(node, path), f"{'.'.join(map(str, path))}: {text}")
+                for path, text in document.misgivings()
+            ]
+        except DocumentError as error:
+            problems += [Problem(_line(node, ("kind",)), problem.text) for problem in error.problems]
+        except ValidationError as error:
+            problems += [Problem(_line(node, item["loc"]), _said(item)) for item in error.errors()]
+    keys = [document.topic_key for document in found]
+    problems += [Problem(0, f"{key} is there twice") for key in sorted({key for key in keys if keys.count(key) > 1})]
+    if not found and not problems:
+        problems.append(Problem(0, "there is no document"))
+    if problems:
+        raise DocumentError(problems)
+    return found
+
+
+def read_values(text: str) -> list[Any]:
+    """Return the plain values of a YAML or JSON text. Raises DocumentError on what is neither."""
+    return [value for value, _ in _values(text)]
+
+
+def _values(text: str) -> Iterator[tuple[Any, yaml.Node]]:
+    if len(text.encode("utf-8", "replace")) > MAX_DOCUMENT_BYTES:
+        raise DocumentError([Problem(0, f"more than {MAX_DOCUMENT_BYTES} bytes")])
+    loader = yaml.SafeLoader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None:
+                continue
+            twice = list(_repeated_keys(node))
+            if twice:
+                raise DocumentError(twice)
+            value = loader.construct_document(node)
+            if value is not None:
+                yield value, node
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise DocumentError([Problem(0 if mark is None else mark.line + 1, f"no YAML: {what}")]) from None
+    except (ValueError, RecursionError) as error:  # a date that is none; a thousand brackets
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError([Problem(0, f"no YAML: {error}")]) from None
+    finally:
+        loader.dispose()
+
+
+def _repeated_keys(node: yaml.Node) -> Iterator[Problem]:
+    """YAML lets the last of equal keys win silently; here that is a mistake."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    yield Problem(key.start_mark.line + 1, f"{key.value}: is there twice")
+                seen.add(key.value)
+            yield from _repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item)
+
+
+def _line(node: yaml.Node, path: tuple[int | str, ...]) -> int:
+    """Return the line of what `path` leads to, or of the last thing on the way that is there."""
+    line = node.start_mark.line + 1
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if getattr(k, "value", None) == str(part)), None)
+            if found is None:
+                continue  # pydantic also names what is not in the document: branches, validators
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _said(item: Any) -> str:
+    where = ".".join(map(str, item["loc"])) or "document"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,22 @@
+"""All kinds of documents that there are: importing this makes them known. Who adds a kind adds its module here."""
+
+from __future__ import annotations
+
+from tidegate.gate.budgets import Budget, TopUp
+from tidegate.gate.documents import Document, DocumentError, Problem, parse, read, read_values
+from tidegate.gate.limits import Limit, Queue
+from tidegate.gate.policy import Policy
+
+__all__ = [
+    "Budget",
+    "Document",
+    "DocumentError",
+    "Limit",
+    "Policy",
+    "Problem",
+    "Queue",
+    "TopUp",
+    "parse",
+    "read",
+    "read_values",
+]

@@ -1,0 +1,237 @@
+"""Budgets recomputed from the ledger's bytes: they hold at every instant, whatever happens, and no touched ledger passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.logs import Decided
+from tidegate.audit.money import Books
+from tidegate.domain import ledger_events as ev
+from tidegate.domain.messages import NOTHING, Amounts
+from tidegate.gate.ledger import METERS
+from unit.audit.test_money import Player, _call, books_of, ledger, rewritten
+
+DAY_MS = 24 * 3_600_000
+BUDGETS = (
+    {"budget": "org", "window": "day", "limits": {"money_micros": 6_000}, "alerts": [50, 100]},
+    {"budget": "team", "account": "*/*", "limits": {"money_micros": 4_000, "calls": 9}, "on_exceed": "pause"},
+    {
+        "budget": "asks",
+        "account": "acme",
+        "window": "hour",
+        "limits": {"calls": 3},
+        "on_exceed": "ask",
+        "expires_s": 600,
+    },
+    {"budget": "each", "window": "run", "limits": {"output_tokens": 40, "wall_seconds": 120}},
+)
+
+
+class BudgetPlayer(Player):
+    """As a player, with budgets of every kind in force."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_ups = 0
+        for document in BUDGETS:
+            self.publish(document)
+
+    def publish(self, document: dict[str, Any]) -> None:
+        self.story.policy({"kind": "budget", "version": "1", **document})
+
+    def top_up(self, which: int, micros: int) -> None:
+        self.top_ups += 1
+        document = {"kind": "topup", "topup": f"t{self.top_ups}", "budget": ("org", "team")[which % 2]}
+        account = ("acme", "acme/support")[which % 2]
+        self.story.policy(document | {"account": account, "at_ms": self.story.now_ms, "add": {"money_micros": micros}})
+
+    def change(self, which: int, micros: int) -> None:
+        changed = dict(BUDGETS[which % len(BUDGETS)])
+        self.publish(
+            changed | {"version": f"v{micros}", "limits": {"money_micros": 1_000 + micros, "calls": 2 + which}}
+        )
+
+    def turn(self, which: int, micros: int) -> None:
+        self.story.pass_time(DAY_MS if which % 3 else 3_600_000)
+
+
+MOVES = ("begin", "begin", "begin", "succeed", "succeed", "fail", "release", "come_late", "come_twice", "die")
+OTHERS = ("approve", "approve", "reject", "cancel", "wait", "top_up", "change", "turn")
+moves = st.lists(
+    st.tuples(st.sampled_from(MOVES + OTHERS), st.integers(0, 30), st.integers(0, 3_000)), min_size=5, max_size=60
+)
+calm = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.mark.feature("P2")
+@calm
+@given(moves, st.integers(0, 2**32))
+def test_no_budget_is_ever_exceeded_but_by_recorded_overshoot(played: list[tuple[str, int, int]], seed: int) -> None:
+    player = BudgetPlayer()
+    player.play(played)
+    books = books_of(ledger(player.story.decided, trouble=0.3, seed=seed))
+    assert [str(problem) for problem in books.problems] == []
+    kept = player.story.ledger.buckets
+    assert books.budgets.buckets.keys() == kept.keys()
+    for key, bucket in kept.items():
+        mine = books.budgets.buckets[key]
+        assert tuple(mine.spent[meter] for meter in METERS) == bucket.spent
+        assert tuple(mine.reserved(meter) for meter in METERS) == bucket.reserved
+        assert len(mine.open) == bucket.open
+
+
+@pytest.mark.feature("P2")
+@calm
+@given(moves)
+def test_every_reservation_ends(played: list[tuple[str, int, int]]) -> None:
+    player = BudgetPlayer()
+    player.play(played)
+    player.finish()
+    books = books_of(ledger(player.story.decided))
+    assert [str(problem) for problem in (*books.problems, *books.problems_at_rest())] == []
+    assert all(not bucket.open and not any(bucket.reserved) for bucket in player.story.ledger.buckets.values())
+    assert player.story.ledger.paused == {}
+    assert player.story.ledger.of_run == {}
+
+
+# --- ledgers that were touched ---------------------------------------------------------------
+
+
+def played() -> BudgetPlayer:
+    player = BudgetPlayer()
+    player.play(
+        [("begin", n, 9_000) for n in (0, 6, 12, 18, 1)]
+        + [("succeed", 0, 100)] * 2
+        + [("approve", n, 0) for n in range(5)]
+        + [
+            ("fail", 0, 100),
+            ("die", 0, 0),
+            ("top_up", 0, 500),
+            ("top_up", 1, 500),
+            ("succeed", 0, 1_500),
+            ("turn", 1, 0),
+        ]
+    )
+    player.finish()
+    return player
+
+
+PLAYED = played()
+EVENTS = [event for one in PLAYED.story.decided if one.log == "gate-ledger" for event in one.events]
+OF_BUDGETS = (ev.BudgetReserved, ev.BudgetSettled, ev.BudgetClosed)
+PLACES = [number for number, event in enumerate(EVENTS) if isinstance(event, OF_BUDGETS)]
+# What is left out at the end, or at a bucket that lives on, nobody could miss.
+MISSED = [n for n in PLACES if not isinstance(EVENTS[n], ev.BudgetClosed)]
+
+
+def touched(change: Callable[[int, Any], Iterable[Any]]) -> Books:
+    return rewritten(PLAYED.story, change)
+
+
+def test_the_ledger_that_is_touched_below_is_right() -> None:
+    assert touched(lambda _, event: [event]).problems == []
+    assert {type(event) for event in EVENTS} >= {*OF_BUDGETS, ev.BudgetSet}
+    assert any(event.exceeds for event in EVENTS if isinstance(event, ev.BudgetReserved))
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("place", MISSED)
+def test_a_missing_event_is_noticed(place: int) -> None:
+    assert touched(lambda number, event: [] if number == place else [event]).problems
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("place", PLACES)
+def test_a_doubled_event_is_noticed(place: int) -> None:
+    assert touched(lambda number, event: [event, event] if number == place else [event]).problems
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("meter", ["micros", "calls"])
+def test_a_changed_amount_is_noticed(place: int, meter: str) -> None:
+    def more(amounts: Amounts) -> Amounts:
+        changed: Amounts = msgspec.structs.replace(amounts, **{meter: getattr(amounts, meter) + 1})
+        return changed
+
+    event = EVENTS[place]
+    field = next(name for name in ("amounts", "reserved", "spent") if hasattr(event, name))
+    changed = msgspec.structs.replace(event, **{field: more(getattr(event, field))})
+    assert touched(lambda number, event: [changed if number == place else event]).problems
+
+
+# --- single rules ---------------------------------------------------------------------------------------------------------
+
+NAME: dict[str, Any] = {"account": "acme/support", "run_id": "r", "step_id": "s", "attempt": 1}
+KEY = "daily|acme|0"
+SET = ev.BudgetSet(
+    account="acme",
+    bucket=KEY,
+    budget="daily",
+    version="1",
+    limits=ev.Ceilings(micros=100),
+    on_exceed="deny",
+    from_ms=0,
+    until_ms=DAY_MS,
+)
+OPEN = ev.RunOpened(account="acme/support", run_id="r", budget_micros=None, workflow="w@1", tags={})
+
+
+def bought(micros: int, attempt: int = 1, *, exceeds: bool = False, approved_by: str = "") -> tuple[Any, ...]:
+    name = NAME | {"attempt": attempt}
+    amounts = Amounts(micros=micros, calls=1)
+    return (
+        ev.BudgetReserved(**name, bucket=KEY, amounts=amounts, exceeds=exceeds),
+        ev.AttemptReserved(
+            **name,
+            reserved_micros=micros,
+            rule="",
+            policy="",
+            approved_by=approved_by,
+            amounts=amounts,
+            basis="history",
+            buckets=(KEY,),
+        ),
+    )
+
+
+def problems_of(*entries: Any) -> list[str]:
+    decided = [
+        Decided("gate-ledger", "ledger-0", "acme/support", entry if isinstance(entry, tuple) else (entry,), 1)
+        for entry in entries
+    ]
+    return [problem.text for problem in books_of(ledger(decided)).problems]
+
+
+def test_more_than_the_limit_is_noticed_unless_somebody_approved_it() -> None:
+    assert problems_of(OPEN, SET, bought(60), bought(40, 2)) == []
+    assert "with that it exceeds" in problems_of(OPEN, SET, bought(60), bought(41, 2))[0]
+    assert problems_of(OPEN, SET, bought(60), bought(41, 2, exceeds=True, approved_by="ann")) == []
+    assert problems_of(OPEN, SET, bought(60), bought(41, 2, exceeds=True)) == [
+        f"r s#2: exceeds {KEY}, which nobody approved"
+    ]
+
+
+def test_half_of_several_budgets_is_noticed() -> None:
+    reserved, allowed = bought(60)
+    assert problems_of(OPEN, SET, (reserved,), (allowed,)) == []
+    assert problems_of(OPEN, SET, (allowed,)) == [f"r s#1: set aside in ['{KEY}'], but held in []"]
+    queued = ev.AttemptQueued(**NAME, call=_call())
+    released = ev.AttemptReleased(**NAME, reserved_micros=60, reason="void")
+    assert "ended, daily|acme|0 still holds" in problems_of(OPEN, SET, bought(60), queued, released)[0]
+
+
+def test_an_alert_that_is_not_so_is_noticed() -> None:
+    alert = ev.BudgetAlerted(
+        account="acme", bucket=KEY, budget="daily", meter="micros", percent=50, spent=60, limit=100
+    )
+    spent = ev.BudgetSettled(**NAME, bucket=KEY, reserved=NOTHING, used=Amounts(micros=60, calls=1))
+    assert problems_of(SET, spent, alert) == []
+    assert len(problems_of(SET, alert)) == 1
+    assert problems_of(SET, spent, alert, alert) == [f"{KEY}: 50 percent of micros told twice"]

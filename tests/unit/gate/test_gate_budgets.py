@@ -1,0 +1,445 @@
+"""Budgets: what is set aside, spent and given back, where, and what happens when there is no room."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from support.pure import Pair, chain, step
+from tidegate.domain import canonical
+from tidegate.domain import ledger_events as ev
+from tidegate.gate.budgets import Budget, Budgets
+from tidegate.gate.kinds import parse
+from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.snapshots import dump, load
+
+DAY_MS = 24 * 3_600_000
+FUNCTIONS = ("step:a", "step:b", "step:c")
+
+
+def budget(name: str = "daily", **fields: Any) -> dict[str, Any]:
+    return {"kind": "budget", "budget": name, "version": "1", "window": "day"} | fields
+
+
+def top_up(name: str, of: str, account: str, at_ms: int, **fields: Any) -> dict[str, Any]:
+    return {"kind": "topup", "topup": name, "budget": of, "account": account, "at_ms": at_ms, "add": fields}
+
+
+def events(pair: Pair, kind: type) -> list[Any]:
+    return [event for event in pair.ledger_events if isinstance(event, kind)]
+
+
+def one(**settings: Any) -> dict[str, Any]:
+    return chain("a", a=step(**settings))
+
+
+def pair_with(*documents: dict[str, Any], **more: Any) -> Pair:
+    pair = Pair(**({"functions": FUNCTIONS} | more))
+    pair.now_ms = 20_000 * DAY_MS
+    later(pair, 0)
+    for document in documents:
+        pair.policy(document)
+    return pair
+
+
+def later(pair: Pair, ms: int) -> None:
+    """Let time pass, of which the executor is heard all the while."""
+    pair.now_ms += ms
+    pair.register("worker-0", 1, pair.executors.by_id["worker-0"].slots, FUNCTIONS)
+
+
+def spent(pair: Pair, account: str, name: str = "daily") -> tuple[int, ...]:
+    return next(b.spent for b in pair.ledger.buckets.values() if (b.account, b.budget) == (account, name))
+
+
+# --- which budgets count ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize(
+    ("pattern", "account", "counted_as"),
+    [
+        ("*", "acme/support/eu", "acme"),
+        ("*/*", "acme/support/eu", "acme/support"),
+        ("*/*", "acme", None),
+        ("acme", "acme", "acme"),
+        ("acme", "acme2", None),
+        ("acme/*", "acme/support/eu", "acme/support"),
+        ("acme/support", "acme/support/eu", "acme/support"),
+        ("acme/support", "acme/sales", None),
+    ],
+)
+def test_a_pattern_tells_accounts_apart_or_counts_them_together(pattern: str, account: str, counted_as: str) -> None:
+    document = parse(budget(account=pattern))
+    assert isinstance(document, Budget)
+    scopes = Budgets([document]).scopes(account, "w", {})
+    assert [scope.account for scope in scopes] == ([counted_as] if counted_as else [])
+
+
+@pytest.mark.feature("P2")
+def test_budgets_may_be_of_a_workflow_or_a_tag() -> None:
+    documents = [
+        budget("w", workflow="refunds"),
+        budget("t", tags={"env": "prod"}),
+        budget("both", workflow="x", tags={"a": "b"}),
+    ]
+    budgets = Budgets([d for d in map(parse, documents) if isinstance(d, Budget)])
+    assert [s.budget.budget for s in budgets.scopes("acme", "refunds", {"env": "prod", "a": "b"})] == ["t", "w"]
+    assert [s.budget.budget for s in budgets.scopes("acme", "x", {"a": "b"})] == ["both"]
+
+
+# --- reserve, settle, release ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P2")
+def test_every_level_of_the_tree_counts_the_same_attempt() -> None:
+    pair = pair_with(
+        budget("org", account="acme", limits={"money_micros": 100}),
+        budget("team", account="acme/*", limits={"money_micros": 60}),
+    )
+    for team in ("support", "sales"):
+        pair.start(f"r-{team}", one(reserve_micros=50), account=f"acme/{team}/app")
+    assert [(b.account, b.reserved[0]) for b in pair.ledger.buckets.values()] == [
+        ("acme", 100),
+        ("acme/support", 50),
+        ("acme/sales", 50),
+    ]
+    pair.start("r-third", one(reserve_micros=1), account="acme/legal")
+    assert pair.run("r-third").status == "failed"
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=20)
+    pair.answer(pair.tasks.popleft(), "failed", retryable=False, actual_micros=3)
+    assert spent(pair, "acme", "org") == (23, 0, 0, 2, 0)
+    assert spent(pair, "acme/support", "team")[0] == 20
+    assert all(b.reserved == (0,) * 5 and not b.open for b in pair.ledger.buckets.values())
+
+
+@pytest.mark.feature("P2")
+def test_several_budgets_are_taken_all_or_none() -> None:
+    pair = pair_with(
+        budget("a-money", limits={"money_micros": 1000}),
+        budget("b-calls", limits={"calls": 1}),
+    )
+    pair.start("first", one(reserve_micros=10))
+    pair.start("second", one(reserve_micros=10))
+    refused = events(pair, ev.AttemptRefused)
+    assert [(event.run_id, event.rule, event.policy) for event in refused] == [
+        ("second", "budget:b-calls", "b-calls@1")
+    ]
+    assert json.loads(refused[0].values) == {
+        "bucket": next(key for key in pair.ledger.buckets if key.startswith("b-calls")),
+        "meter": "calls",
+        "needed": 1,
+        "limit": 1,
+        "spent": 0,
+        "reserved": 1,
+    }
+    assert next(b for b in pair.ledger.buckets.values() if b.budget == "a-money").reserved[0] == 10
+
+
+@pytest.mark.feature("P2")
+def test_tokens_calls_and_time_are_settled_as_they_were_used() -> None:
+    pair = pair_with(budget(limits={"output_tokens": 1000, "wall_seconds": 100}))
+    pair.start("r", one(max_input_tokens=300, max_output_tokens=200, timeout_ms=20_000))
+    bucket = next(iter(pair.ledger.buckets.values()))
+    assert bucket.reserved == (0, 300, 200, 1, 20_000)
+    usage = {"input_tokens": 120, "output_tokens": 30}
+    pair.answer(pair.tasks.popleft(), value=1, usage=usage, started_ms=1_000, finished_ms=3_500)
+    bucket = next(iter(pair.ledger.buckets.values()))
+    assert (bucket.reserved, bucket.spent) == ((0,) * 5, (0, 120, 30, 1, 2_500))
+
+
+@pytest.mark.feature("P2")
+def test_the_price_table_says_what_is_set_aside_and_what_reported_tokens_cost() -> None:
+    pair = pair_with(budget(limits={"money_micros": 10_000_000}))
+    pair.start("r", one(provider="openai", model="gpt-4o", max_input_tokens=1000, max_output_tokens=100))
+    reserved = events(pair, ev.AttemptReserved)[0]
+    assert reserved.reserved_micros == 3500
+    assert reserved.basis.startswith("price:openai:gpt-4o@")
+    pair.answer(pair.tasks.popleft(), value=1, usage={"input_tokens": 100, "output_tokens": 10})
+    settled = events(pair, ev.AttemptSettled)[0]
+    assert (settled.actual_micros, settled.basis) == (350, reserved.basis)
+    assert spent(pair, "acme")[0] == 350
+
+
+@pytest.mark.feature("P2")
+def test_without_a_declaration_the_average_so_far_is_set_aside() -> None:
+    pair = pair_with(budget(limits={"money_micros": 1000}))
+    for number, cost in enumerate((100, 300)):
+        pair.start(f"r{number}", one())
+        pair.answer(pair.tasks.popleft(), value=1, actual_micros=cost)
+    pair.start("r2", one())
+    last = events(pair, ev.AttemptReserved)[-1]
+    assert (last.reserved_micros, last.basis) == (200, "history")
+
+
+@pytest.mark.feature("P2")
+def test_an_overshoot_is_spent_and_closes_the_budget() -> None:
+    pair = pair_with(budget(limits={"money_micros": 100}))
+    pair.start("r", one(reserve_micros=60))
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=130)
+    assert spent(pair, "acme")[0] == 130
+    assert events(pair, ev.AttemptSettled)[0].overshoot_micros == 70
+    pair.start("free", one())
+    assert pair.run("free").status == "failed"
+
+
+@pytest.mark.feature("P2")
+def test_lost_cancelled_and_late_attempts_leave_nothing_set_aside() -> None:
+    pair = pair_with(budget(limits={"money_micros": 1000}), slots=1)
+    pair.start("running", one(reserve_micros=10))
+    pair.start("queued", one(reserve_micros=10))
+    pair.command("queued", "cancel")
+    running = pair.tasks.popleft()
+    pair.command("running", "cancel")
+    assert next(iter(pair.ledger.buckets.values())).reserved[0] == 10  # it runs until its executor says otherwise
+    pair.register("worker-0", 1, 1, ("step:a",), state="gone")
+    bucket = next(iter(pair.ledger.buckets.values()))
+    assert (bucket.reserved, bucket.open, bucket.spent) == ((0,) * 5, 0, (0,) * 5)
+    pair.answer(running, value=1, actual_micros=7)  # it had gone on, after all
+    assert events(pair, ev.AttemptSettled)[-1].actual_micros == 7
+
+
+@pytest.mark.feature("P2")
+def test_what_a_lost_attempt_cost_counts_as_long_as_its_run_is_open() -> None:
+    pair = pair_with(budget(limits={"money_micros": 1000}))
+    pair.start("r", one(reserve_micros=10))
+    first = pair.tasks.popleft()
+    pair.register("worker-1", 2, 5, ("step:a",))
+    pair.register("worker-0", 1, 1, ("step:a",), state="gone")
+    pair.answer(first, value=1, actual_micros=7)
+    bucket = next(iter(pair.ledger.buckets.values()))
+    assert (bucket.spent[0], bucket.reserved[0], bucket.open) == (7, 10, 1)
+
+
+# --- windows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P2")
+def test_a_window_turns_and_the_old_one_ends_with_what_was_set_aside_in_it() -> None:
+    pair = pair_with(budget(limits={"calls": 1}))
+    pair.start("today", one())
+    pair.start("no-room", one())
+    assert pair.run("no-room").status == "failed"
+    later(pair, DAY_MS)
+    assert len(pair.ledger.buckets) == 1  # something is set aside in it
+    pair.start("tomorrow", one())
+    assert [b.open for b in pair.ledger.buckets.values()] == [1, 1]
+    pair.answer(pair.tasks.popleft(), value=1)
+    assert [b.spent[3] for b in pair.ledger.buckets.values()] == [0]
+    assert [event.spent.calls for event in events(pair, ev.BudgetClosed)] == [1]
+    pair.answer(pair.tasks.popleft(), value=1)
+    later(pair, DAY_MS)
+    assert pair.ledger.buckets == {}
+    assert pair.ledger.window_ends == []
+
+
+@pytest.mark.feature("P2")
+def test_a_budget_per_run_lives_as_long_as_its_run() -> None:
+    pair = pair_with(budget("each", window="run", limits={"calls": 2}))
+    pair.start("r", chain("a", "b", "c"))
+    pair.start("other", one())
+    pair.work(dict.fromkeys("abc", lambda _: 1))
+    assert (pair.run("r").status, pair.run("other").status) == ("failed", "succeeded")
+    assert pair.ledger.buckets == {}
+    assert pair.ledger.of_run == {}
+
+
+# --- without room ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P2")
+def test_pause_holds_the_attempt_until_the_window_turns() -> None:
+    pair = pair_with(budget(limits={"calls": 1}, on_exceed="pause"))
+    pair.start("first", one())
+    pair.work({"a": lambda _: 1})
+    pair.start("waits", one())
+    assert pair.run("waits").status == "running"
+    assert pair.seen("waits")[-1] == "AttemptAwaitsBudget"
+    pair.pass_time(1000)
+    assert not pair.tasks
+    later(pair, DAY_MS)
+    pair.work({"a": lambda _: 1})
+    assert pair.run("waits").status == "succeeded"
+
+
+@pytest.mark.feature("P2")
+def test_pause_ends_when_others_give_back_what_they_did_not_need() -> None:
+    pair = pair_with(budget(limits={"money_micros": 100}, on_exceed="pause"))
+    pair.start("first", one(reserve_micros=80))
+    pair.start("second", one(reserve_micros=80))
+    pair.start("third", one(reserve_micros=10))  # fits beside the first
+    assert pair.run("third").steps["a"].status == "dispatched"
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=5)
+    assert [task.run_id for task in pair.tasks] == ["third", "second"]
+
+
+@pytest.mark.feature("P2")
+def test_a_top_up_lets_paused_attempts_go_on_in_its_window_only() -> None:
+    pair = pair_with(budget(limits={"money_micros": 100}, account="*/*", on_exceed="pause"))
+    for number in range(3):
+        pair.start(f"r{number}", one(reserve_micros=100))
+    assert [task.run_id for task in pair.tasks] == ["r0"]
+    pair.policy(top_up("t1", "daily", "acme/other", pair.now_ms, money_micros=100))
+    pair.policy(top_up("t2", "daily", "acme/support", pair.now_ms - DAY_MS, money_micros=100))
+    assert len(pair.tasks) == 1
+    pair.policy(top_up("t3", "daily", "acme/support", pair.now_ms, money_micros=100))
+    assert [task.run_id for task in pair.tasks] == ["r0", "r1"]
+    assert [(e.limits.micros, e.top_ups) for e in events(pair, ev.BudgetSet)] == [(100, ()), (200, ("t3",))]
+
+
+@pytest.mark.feature("P2")
+def test_other_limits_take_effect_at_once() -> None:
+    pair = pair_with(budget(limits={"money_micros": 100}, on_exceed="pause"))
+    pair.start("a1", one(reserve_micros=100))
+    pair.start("a2", one(reserve_micros=100))
+    pair.policy(budget(limits={"money_micros": 250}, on_exceed="pause") | {"version": "2"})
+    assert [task.run_id for task in pair.tasks] == ["a1", "a2"]
+    pair.policy(budget(limits={"money_micros": 50}) | {"version": "3"})
+    pair.start("a3", one(reserve_micros=1))
+    assert pair.run("a3").status == "failed"
+    assert events(pair, ev.AttemptRefused)[0].policy == "daily@3"
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.feature("P4")
+def test_ask_lets_one_attempt_exceed_once() -> None:
+    pair = pair_with(budget(limits={"money_micros": 100}, on_exceed="ask"))
+    pair.start("r", chain("a", "b", a=step(reserve_micros=90), b=step(reserve_micros=50)))
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=90)
+    assert pair.run("r").status == "waiting"
+    held = events(pair, ev.ApprovalHeld)[0]
+    assert (held.rule, held.policy, held.exceeds) == ("budget:daily", "daily@1", tuple(pair.ledger.buckets))
+    pair.command("r", "approve", by="ada")
+    reserved = events(pair, ev.BudgetReserved)[-1]
+    assert (reserved.exceeds, events(pair, ev.AttemptReserved)[-1].approved_by) == (True, "ada")
+    pair.answer(pair.tasks.popleft(), "failed", error_class="E", error_message="m", actual_micros=50)
+    pair.pass_time(1000)  # the second attempt is another one: it asks anew
+    assert pair.run("r").status == "waiting"
+    pair.command("r", "reject", by="bob")
+    assert pair.run("r").status == "failed"
+    assert spent(pair, "acme")[0] == 140
+
+
+@pytest.mark.feature("P2")
+def test_a_question_of_a_rule_and_one_of_a_budget_are_both_asked_and_neither_twice() -> None:
+    pair = pair_with(budget(limits={"calls": 1}, on_exceed="ask"))
+    rule = {"name": "r", "when": 'step == "b"', "then": "require_approval"}
+    pair.policy({"policy": "p", "version": "1", "rules": [rule]})
+    pair.start("r", chain("a", "b"))
+    pair.answer(pair.tasks.popleft(), value=1)
+    pair.command("r", "approve", by="ada")
+    assert [(e.rule, e.approved_by) for e in events(pair, ev.ApprovalHeld)] == [("r", ""), ("budget:daily", "ada")]
+    pair.command("r", "approve", by="bob")
+    assert [task.step_id for task in pair.tasks] == ["b"]
+    assert pair.ledger.runs["r"].approved["b"][1] == "ada"
+
+
+@pytest.mark.feature("P2")
+def test_the_strictest_of_the_budgets_without_room_decides() -> None:
+    pair = pair_with(
+        budget("a", limits={"calls": 0}, on_exceed="pause"),
+        budget("b", limits={"calls": 0}, on_exceed="deny"),
+        budget("c", limits={"calls": 0}, on_exceed="ask"),
+    )
+    pair.start("r", one())
+    assert events(pair, ev.AttemptRefused)[0].rule == "budget:b"
+    pair.policy(budget("b", limits={"calls": 9}))
+    pair.start("s", one())
+    held = events(pair, ev.ApprovalHeld)[0]
+    assert held.rule == "budget:c"
+    pair.command("s", "approve", by="ada")
+    assert pair.run("s").steps["a"].status == "dispatched"  # the answer covers every bucket that had no room
+
+
+@pytest.mark.feature("P2")
+def test_alerts_come_once_for_each_threshold_and_window() -> None:
+    pair = pair_with(budget(limits={"money_micros": 100, "calls": 10}, alerts=[50, 80]))
+    for number in range(4):
+        pair.start(f"r{number}", one(reserve_micros=25))
+        pair.answer(pair.tasks.popleft(), value=1, actual_micros=25)
+    said = [(e.meter, e.percent, e.spent) for e in events(pair, ev.BudgetAlerted)]
+    assert said == [("micros", 50, 50), ("micros", 80, 100)]
+    later(pair, DAY_MS)
+    pair.start("next", one(reserve_micros=60))
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=60)
+    assert len(events(pair, ev.BudgetAlerted)) == 3
+
+
+@pytest.mark.feature("P2")
+def test_runs_that_no_budget_counts_leave_no_trace_of_budgets() -> None:
+    pair = pair_with(budget(account="other", limits={"calls": 0}))
+    pair.start("r", one(reserve_micros=5))
+    pair.work({"a": lambda _: 1})
+    assert pair.run("r").status == "succeeded"
+    kinds = {type(event).__name__ for event in pair.ledger_events}
+    assert kinds == {"RunOpened", "AttemptReserved", "AttemptPlaced", "AttemptSettled", "RunClosed"}
+
+
+def test_a_cancelled_run_leaves_no_paused_attempt() -> None:
+    pair = pair_with(budget(limits={"calls": 0}, on_exceed="pause"))
+    pair.start("r", one())
+    pair.command("r", "cancel")
+    assert (pair.run("r").status, pair.ledger.paused, pair.ledger.attempts) == ("cancelled", {}, {})
+
+
+def test_a_document_that_cannot_be_read_keeps_the_one_of_before_or_denies() -> None:
+    pair = pair_with(budget(limits={"calls": 0}))
+    broken = budget(limits={"calls": 9}, window="fortnight")
+    pair.policy(broken)
+    pair.start("r", one())
+    assert events(pair, ev.AttemptRefused)[0].rule == "budget:daily"
+    fresh = pair_with(broken)
+    fresh.start("r", one())
+    refused = events(fresh, ev.AttemptRefused)[0]
+    assert "budget:daily" in refused.reason
+
+
+# --- state ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P2")
+def test_the_ledger_comes_back_from_its_units() -> None:
+    pair = pair_with(
+        budget("org", limits={"money_micros": 100}, on_exceed="pause", alerts=[10]),
+        budget("each", window="run", limits={"calls": 5}),
+    )
+    for number in range(4):
+        pair.start(f"r{number}", one(reserve_micros=40))
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=30)
+    other = Ledger(0)
+    for unit in (*pair.ledger.runs, *pair.ledger.buckets, *pair.ledger.learned):
+        load(other, unit, dump(pair.ledger, unit))
+    derive(other)
+    for name in ("runs", "buckets", "learned", "attempts", "paused", "of_run", "held_by"):
+        assert getattr(other, name) == getattr(pair.ledger, name), name
+    assert sorted(other.window_ends) == sorted(set(pair.ledger.window_ends))
+
+
+def test_every_event_changes_the_unit_that_it_names_and_no_other() -> None:
+    """Snapshots of units are taken at different times, so an event must not reach into another unit."""
+    pair = pair_with(budget("org", limits={"money_micros": 100}, on_exceed="pause", alerts=[10]))
+    ledger = Ledger(0)
+    recorded: list[Any] = []
+    pair.start("r0", one(reserve_micros=40))
+    pair.start("r1", one())
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=30)
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=30)
+    recorded += pair.ledger_events
+    for number, event in enumerate(recorded, 1):
+        units = {*ledger.runs, *ledger.buckets, *ledger.learned}
+        before = {unit: dump(ledger, unit) for unit in units}
+        apply(ledger, event, number)
+        own = pair.gate.unit_of("ledger-0", event)
+        after = {unit: dump(ledger, unit) for unit in {*ledger.runs, *ledger.buckets, *ledger.learned}}
+        changed = {unit for unit in before.keys() | after.keys() if before.get(unit) != after.get(unit)}
+        assert changed <= {own}, (event, changed)
+    assert {type(event) for event in recorded} >= {ev.BudgetSet, ev.BudgetReserved, ev.BudgetSettled, ev.UsageLearned}
+
+
+def test_what_is_asked_for_is_in_the_events_as_canonical_json() -> None:
+    pair = pair_with(budget(limits={"calls": 0}))
+    pair.start("r", one())
+    values = events(pair, ev.AttemptRefused)[0].values
+    assert canonical.dumps(json.loads(values)) == values

@@ -1,0 +1,229 @@
+"""Rules: which one decides, what it says about itself, and that an index changes nothing but the time it takes."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from support.pure import Pair, chain, step
+from tidegate.gate.kinds import parse
+from tidegate.gate.policy import Policy, PolicySet, Rule, Variables, Verdict, unknown_variables
+from tidegate.gate.rule_index import literal_of, parts_of
+
+
+def policies(**documents: Any) -> PolicySet:
+    """Return policies by name: a list of (rule, when, then) or (rule, when, then, more), or a whole document."""
+    found: dict[str, Policy] = {}
+    for name, content in documents.items():
+        document = (
+            content
+            if isinstance(content, dict)
+            else {
+                "rules": [
+                    {"name": rule[0], "when": rule[1], "then": rule[2], **(rule[3] if len(rule) > 3 else {})}
+                    for rule in content
+                ]
+            }
+        )
+        checked = parse({"policy": name, "version": "1"} | document)
+        assert isinstance(checked, Policy)
+        found[name] = checked
+    return PolicySet(found)
+
+
+def judge(rules: PolicySet, **values: Any) -> Verdict:
+    return rules.judge(Variables.of(values))
+
+
+@pytest.mark.feature("P1")
+@pytest.mark.parametrize(
+    ("values", "effect", "rule"),
+    [
+        ({"tool": "pay", "args": {"cents": 5}}, "allow", "small"),
+        ({"tool": "pay", "args": {"cents": 50}}, "require_approval", "big"),
+        ({"tool": "pay", "args": {"cents": 500}}, "deny", "huge"),
+        ({"tool": "pay", "args": {}}, "deny", "small"),  # not evaluable
+        ({"tool": "other"}, "allow", "default"),
+    ],
+)
+def test_the_strongest_effect_wins_and_failing_to_evaluate_denies(
+    values: dict[str, Any], effect: str, rule: str
+) -> None:
+    rules = policies(
+        a=[("small", 'tool == "pay" && args.cents < 1000', "allow")],
+        b=[("big", 'tool == "pay" && args.cents > 10', "require_approval")],
+        c=[("huge", 'tool == "pay" && args.cents > 100', "deny")],
+    )
+    verdict = judge(rules, **values)
+    assert (verdict.effect, verdict.rule) == (effect, rule)
+
+
+@pytest.mark.feature("P1")
+def test_a_verdict_shows_what_its_rule_looked_at() -> None:
+    rules = policies(a=[("big", 'tool == "pay" && args.cents > 10 && size(tags) == 0 && args.to != "x.y"', "deny")])
+    verdict = judge(rules, tool="pay", args={"cents": 11, "to": "bob", "other": 1}, tags={})
+    assert json.loads(verdict.values) == {"tool": "pay", "args.cents": 11, "args.to": "bob", "tags": {}}
+    assert (verdict.policy, verdict.rule) == ("a@1", "big")
+    long = judge(policies(a=[("any", "size(args.text) > 1", "deny")]), args={"text": "x" * 100_000})
+    assert json.loads(long.values) == {"args.text": "…"}
+
+
+@pytest.mark.feature("P1")
+def test_obligations_of_all_matching_rules_add_up() -> None:
+    rules = policies(
+        a=[
+            ("card", 'tool == "pay" && args.card.number != ""', "allow", {"redact": ["card.number"]}),
+            ("iso", 'kind == "tool"', "allow", {"isolation": "subprocess"}),
+            ("job", "args.cents > 10", "require_approval", {"isolation": "job", "redact": ["card"], "expires_s": 60}),
+        ]
+    )
+    verdict = judge(rules, tool="pay", kind="tool", args={"cents": 11, "card": {"number": "4111"}})
+    assert (verdict.redact, verdict.isolation, verdict.expires_s) == (("card.number", "card"), "job", 60)
+    small = judge(rules, tool="pay", kind="tool", args={"cents": 1, "card": {"number": "4111"}})
+    assert (small.effect, small.redact, small.isolation) == ("allow", ("card.number",), "subprocess")
+    assert "4111" not in small.values
+    whole = policies(a=[("any", "size(args) > 0", "deny", {"redact": ["card.number"]})])
+    assert "4111" not in judge(whole, args={"card": {"number": "4111"}}).values
+
+
+@pytest.mark.feature("P1")
+def test_the_default_is_part_of_a_document_and_the_strictest_counts() -> None:
+    rules = policies(
+        a={"default": "require_approval"},
+        b={"default": "deny", "rules": [{"name": "ok", "when": 'tool == "read"', "then": "allow"}]},
+    )
+    assert judge(rules, tool="read").effect == "allow"
+    assert judge(rules, tool="write")[:3] == ("deny", "default", "b@1")
+    assert judge(policies(a=[("x", "false", "deny")]), tool="write")[:3] == ("allow", "default", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "literal"),
+    [
+        ('tool == "pay"', ("tool", "pay")),
+        ("args.cents > 1 && tool == 'pay'", ("tool", "pay")),
+        ('account == "a" && tool == "pay"', ("tool", "pay")),
+        ('(args.a || args.b) && workflow == "w"', ("workflow", "w")),
+        ('tool == "a" || tool == "b"', None),
+        ('tool == "a" && args.x || args.y', None),
+        ('args.x ? tool == "a" : true', None),
+        ('!(tool == "a")', None),
+        ('(tool == "a")', None),
+        ('tool == "a\\"b"', None),
+        ('tool == "a && b" && args.x', ("tool", "a && b")),
+        ('args.x == "||" && tool == "t"', ("tool", "t")),
+        ('tool == "a" // && account == "b"', None),
+        ('tool == r"a" && kind == "x"', None),
+        ('tool != "a"', None),
+        ('args.tool == "a"', None),
+    ],
+)
+def test_only_what_must_hold_is_a_rule_found_by(source: str, literal: tuple[str, str] | None) -> None:
+    assert literal_of(source) == literal
+    assert "&&".join(parts_of(source)) == source
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_index_never_changes_a_verdict(seed: int) -> None:
+    """Against the same rules made unfindable by a condition that always holds and is no literal."""
+    rng = random.Random(seed)
+    atoms = [
+        'tool == "a"',
+        'tool == "b"',
+        'kind == "tool"',
+        'account == "x/y"',
+        "args.n > 1",
+        "args.missing > 1",
+        'args.s == "a"',
+        "attempt > 1",
+    ]
+
+    def condition(depth: int) -> str:
+        if depth == 0 or rng.random() < 0.3:
+            return rng.choice(atoms)
+        joined = rng.choice((" && ", " && ", " || ")).join(condition(depth - 1) for _ in range(rng.randint(2, 3)))
+        return f"({joined})" if rng.random() < 0.5 else joined
+
+    rules = [
+        (f"r{n}", condition(2), rng.choice(("allow", "deny", "require_approval")), {"reason": "why"}) for n in range(30)
+    ]
+    plain = policies(p=rules)
+    slow = policies(p=[(name, f"[0].exists(x, ({when}))", *rest) for name, when, *rest in rules])
+    for _ in range(40):
+        values = {
+            "tool": rng.choice("abc"),
+            "kind": rng.choice(("tool", "step")),
+            "account": rng.choice(("x/y", "x")),
+            "attempt": rng.randint(1, 2),
+            "args": {"n": rng.randint(0, 3), "s": rng.choice("ab")},
+        }
+        found, expected = judge(plain, **values), judge(slow, **values)
+        assert found[:3] == expected[:3]
+
+
+def test_only_the_rules_that_can_match_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tidegate.domain import expressions  # noqa: PLC0415 - patched
+
+    seen: list[str] = []
+    real = expressions.evaluate_in
+    monkeypatch.setattr(
+        expressions, "evaluate_in", lambda source, context: seen.append(source) or real(source, context)
+    )
+    rules = policies(p=[(f"r{n}", f'tool == "t{n}" && args.x > 1', "deny") for n in range(200)])
+    assert judge(rules, tool="t7", args={"x": 2}).rule == "r7"
+    assert seen == ['tool == "t7" && args.x > 1']
+
+
+def test_variables_of_macros_are_no_unknown_ones() -> None:
+    assert unknown_variables("args.l.exists(i, i.x > 1) && args.m.map(k, k).size() > 0") == []
+    assert unknown_variables("argz.l.exists(i, j > 1)") == ["argz", "j"]
+    assert Rule(name="x", when="nope", then="deny").when == "nope"
+
+
+# --- with scheduler and gate ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("P1")
+def test_rules_see_provider_model_operation_and_what_budgets_counted() -> None:
+    pair = Pair(functions=("step:a", "step:b"))
+    pair.policy({"kind": "budget", "budget": "daily", "version": "1", "limits": {}, "window": "day"})
+    pair.policy(
+        {
+            "policy": "p",
+            "version": "7",
+            "rules": [
+                {
+                    "name": "enough",
+                    "when": 'model == "m1" && spent.budgets.daily.micros >= 10 && spent.run_micros >= 10',
+                    "then": "deny",
+                    "reason": "enough",
+                }
+            ],
+        }
+    )
+    uses = {"provider": "p1", "model": "m1", "operation": "chat", "reserve_micros": 10}
+    pair.start("r", chain("a", "b", a=step(**uses), b=step(**uses)))
+    pair.work({"a": lambda _: 1, "b": lambda _: 1})
+    assert pair.run("r").status == "failed"
+    refused = next(event for event in pair.ledger_events if type(event).__name__ == "AttemptRefused")
+    assert (refused.step_id, refused.rule, refused.policy, refused.reason) == ("b", "enough", "p@7", "enough")
+    assert json.loads(refused.values)["spent.budgets.daily.micros"] == 10
+    ended = next(event for _, event in pair.events if type(event).__name__ == "AttemptEnded")
+    assert (ended.rule, ended.policy, ended.values) == ("enough", "p@7", refused.values)
+
+
+@pytest.mark.feature("P1")
+def test_obligations_go_with_the_decision_and_the_task() -> None:
+    pair = Pair(slots=1, functions=("step:a",))
+    rule = {"name": "r", "when": "true", "then": "allow", "redact": ["secret"], "isolation": "job"}
+    pair.policy({"policy": "p", "version": "1", "rules": [rule]})
+    pair.start("now", chain("a"), {"secret": 1})
+    pair.start("later", chain("a"), {"secret": 1})  # waits for the slot
+    pair.work({"a": lambda _: 1})
+    dispatched = [event for _, event in pair.events if type(event).__name__ == "AttemptDispatched"]
+    assert [(event.redact, event.isolation) for event in dispatched] == [(("secret",), "job")] * 2
+    placed = [event for event in pair.ledger_events if type(event).__name__ == "AttemptPlaced"]
+    assert [(event.redact, event.isolation) for event in placed] == [(("secret",), "job")] * 2
