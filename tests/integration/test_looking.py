@@ -217,7 +217,12 @@ CHECKS: dict[tuple[str, str], Check] = {
     ),
     ("approvals", "Decisions"): lambda rows, day: (
         counted(rows, "decision", "decisions")
-        == Counter(allow=placed(day), deny=len(day.of("AttemptRefused")), require_approval=len(day.of("ApprovalHeld")))
+        == Counter(
+            allow=placed(day),
+            deny=len(day.of("AttemptRefused")),
+            require_approval=len(day.of("ApprovalHeld")),
+            throttle=len(day.of("AttemptThrottled")),
+        )
     ),
     ("approvals", "Decisions by rule"): lambda rows, day: (
         the(rows, rule="not-for-interns")["decisions"] == 1
@@ -369,7 +374,7 @@ ANSWERS: dict[str, Check] = {
     "Why do runs fail": lambda rows, day: total(rows, "runs") == ended(day, "failed") + len(day.of("RunRefused")),
     "What do functions raise": lambda rows, _: the(rows, raised="OSError")["attempts"] == 10,
     "Which functions need retries": lambda rows, day: (
-        total(rows, "attempts") == len(day.of("StepReady")) + len(day.of("AttemptRequested"))
+        total(rows, "attempts") == len(day.of("StepReady", "AttemptRequested", "ChildStarted"))
     ),
     "What was asked for and refused": lambda rows, _: [row["run_id"] for row in rows] == ["day-refused"],
     "Which runs are stuck, and on what": lambda rows, _: (
@@ -406,6 +411,20 @@ def test_every_recipe_of_the_cookbook_answers(day: Day, question: str) -> None:
 def test_the_cookbook_is_read_as_a_whole() -> None:
     assert len(recipes()) == COOKBOOK.read_text(encoding="utf-8").count("```sql") >= 20
     assert set(ANSWERS) <= set(recipes())
+
+
+def test_runs_and_steps_stand_as_the_folded_log_says(day: Day) -> None:
+    runs = {row["run_id"]: row for row in sql.query(day.data_dir, "SELECT run_id, status, last_seq FROM runs")}
+    steps = sql.query(day.data_dir, "SELECT run_id, step_id, status, attempts FROM steps")
+
+    assert {name: (row["status"], row["last_seq"]) for name, row in runs.items()} == {
+        name: (run.status, run.seq) for name, run in day.folded.items()
+    }
+    assert {(row["run_id"], row["step_id"]): (row["status"], row["attempts"]) for row in steps} == {
+        (name, step.step_id): (step.status, step.attempt)
+        for name, run in day.folded.items()
+        for step in run.steps.values()
+    }
 
 
 def test_what_is_waited_for_is_said_and_what_is_cancelled_is_waited_for_no_longer(day: Day) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.stack import LEDGER, RUNS, WholeStack, assert_whole, eventually, valid_entries
+from tidegate.domain.run import RunState
 from tidegate.embedded import sql
 
 ASKED, DENIED, OPEN, REJECTED = "day-asked", "day-denied", "day-open", "day-rejected"
@@ -31,6 +32,21 @@ WAITS = [
         ("listens", "wait_event", {"event": "paid", "key": "${ string(input) }", "timeout_s": 3600}),
     )
 ]
+INNER = {
+    "name": "inner",
+    "version": "1",
+    "nodes": {"one": {"kind": "step", "function": "one"}},
+    "edges": [],
+    "functions": {"one": {"kind": "step"}},
+}
+OUTER = {
+    "name": "outer",
+    "version": "1",
+    "nodes": {"w": {"kind": "workflow", "workflow": "inner@1"}},
+    "edges": [],
+    "functions": {},
+    "workflows": {"inner@1": INNER},
+}
 ACCOUNTS = ("shop/eu", "shop/us", "lab/ml")
 RUN_BUDGET_MICROS = 150
 POLICY = """
@@ -58,10 +74,11 @@ class Fact(NamedTuple):
 
 
 class Day(NamedTuple):
-    """The facts of both logs, every zombie's left out, and where ClickHouse is asked."""
+    """The facts of both logs, every zombie's left out, the runs that they come to, and where ClickHouse is asked."""
 
     runs: list[Fact]
     ledger: list[Fact]
+    folded: dict[str, RunState]
     data_dir: Path
 
     def of(self, *names: str) -> list[Fact]:
@@ -87,7 +104,7 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
     file = folder / "day.yaml"
     file.write_text(POLICY, encoding="utf-8")
     whole.cli("policy", "apply", str(file))
-    whole.client.publish(WAITS)
+    whole.client.publish([*WAITS, OUTER])
     start = whole.client.start
     start("chain", 1, run_id=ASKED, account="asked/desk")
     start("chain", 1, run_id=REJECTED, account="asked/desk")
@@ -99,7 +116,10 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
     start("listens", 7, run_id=LISTENS, account="shop/eu")
     start("wait_here", 60.0, run_id=CANCELLED, account="shop/us")
     start("dear-twice", 200, run_id=TOO_DEAR, account="lab/ml", budget_micros=RUN_BUDGET_MICROS)
-    names = [start("no-such-workflow", 1, run_id="day-refused", account="shop/eu")]
+    names = [
+        start("no-such-workflow", 1, run_id="day-refused", account="shop/eu"),
+        start("outer", 4, run_id="day-outer", account="shop/us"),
+    ]
     for number, (kind, name, given) in enumerate(_WORK):
         what = {"agent" if kind == "agent" else "workflow": name}
         run_id = f"day-{name}-{given}"
@@ -123,14 +143,12 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
     for run_id in (ASKED, REJECTED, DENIED, CANCELLED, TOO_DEAR, ANSWERED, *names):
         whole.wait(run_id)
     whole.letter(letter)
-    eventually(
-        lambda: STUCK in {fact.run_id for fact in _facts(whole, LEDGER) if fact.name == "AttemptQueued"}, "a queue"
-    )
-    assert_whole(whole, unfinished=UNFINISHED)
+    whole.until(STUCK, "StepThrottled")  # by then nothing more happens to it
+    truth = assert_whole(whole, unfinished=UNFINISHED)
     data_dir = whole.stack.data_dir
     sql.wait_caught_up(data_dir, sql.log_ends(whole.broker), 60)
     eventually(lambda: sql.query(data_dir, "SELECT 1 FROM dead_letters"), "the dead letter's row")
-    return Day(list(_facts(whole, RUNS)), list(_facts(whole, LEDGER)), data_dir)
+    return Day(list(_facts(whole, RUNS)), list(_facts(whole, LEDGER)), truth.runs, data_dir)
 
 
 _WORK = [

@@ -67,7 +67,7 @@ def look_up(number: int) -> int:
 
 
 @app.agent(tools=[look_up], cost_micros=5 * COST_MICROS)
-def helper(state: State) -> Plan:
+def clerk(state: State) -> Plan:
     """Look something up, then say so."""
     usage = {"input_tokens": 100 * state.turn, "output_tokens": 20}
     if state.turn == 1:

@@ -46,7 +46,7 @@ MIX: Final = (
     (78, "three", ""),
     (8, "shaky", ""),
     (3, "hopeless", ""),
-    (7, "agent:helper", ""),
+    (7, "agent:clerk", ""),
     (2, "three", "asked/desk"),
     (1, "three", "denied/interns"),
     (1, "alive", ""),

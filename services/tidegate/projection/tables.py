@@ -47,7 +47,6 @@ REBUILT_VIEWS: Final = (
     "unreadable",
 )
 VIEWS: Final = (*REBUILT_VIEWS, "freshness")
-MIGRATIONS: Final = "schema_migrations"
 # What decides by its age when a row may go (TIDEGATE_PROJECTION_TTL_DAYS). The others hold what is now, or little.
 AGED_BY: Final = {
     EVENTS: "at",

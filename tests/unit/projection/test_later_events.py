@@ -142,8 +142,8 @@ def test_steps_say_how_they_stand(store: Store) -> None:
         "limit": ("requested", 1, "step"),
         "no-slot": ("requested", 1, "step"),
         "through": ("dispatched", 1, "step"),
-        "parent": ("in_child", 0, "workflow"),
-        "parent-done": ("succeeded", 0, "workflow"),
+        "parent": ("in_child", 1, "workflow"),
+        "parent-done": ("succeeded", 1, "workflow"),
     }
     assert store.rows("SELECT function, arguments, output FROM steps WHERE run_id = 'parent-done'") == [
         ("inner@2", "1", "2")

@@ -8,8 +8,8 @@ import pytest
 from tidegate.projection import migrations as module
 from tidegate.projection.migrations import MigrationError, migrations, pending
 from tidegate.projection.settings import ProjectionSettings
-from tidegate.projection.store import Store
-from tidegate.projection.tables import AGED_BY, FACTS, MERGED, MIGRATIONS, TABLES, VIEWS
+from tidegate.projection.store import MIGRATIONS, Store
+from tidegate.projection.tables import AGED_BY, FACTS, MERGED, TABLES, VIEWS
 
 
 def test_they_are_numbered_from_one_without_gaps_and_named() -> None:

@@ -66,7 +66,12 @@ ALTER TABLE step_state_of_events MODIFY QUERY SELECT
         type = 'ChildEnded', if(JSONExtractString(body, 'status') = 'succeeded', 'succeeded', 'failed'),
         ''
     ) AS name) = '', '', concat(leftPad(toString(seq), 19, '0'), name))) AS status,
-    max(multiIf(type = 'StepReady', if(JSONExtractBool(body, 'held'), 0, 1), type = 'AttemptHeld', 0, f.attempt)) AS attempts,
+    max(multiIf(
+        type = 'StepReady', if(JSONExtractBool(body, 'held'), 0, 1),
+        type = 'ChildStarted', 1,
+        type = 'AttemptHeld', 0,
+        f.attempt
+    )) AS attempts,
     max(if(type IN ('StepReady', 'WaitStarted', 'ChildStarted'), JSONExtractString(body, 'node_id'), '')) AS node_id,
     max(if(type IN ('StepReady', 'WaitStarted', 'ChildStarted'), JSONExtractInt(body, 'wave'), 0)) AS wave,
     max(if(type = 'StepReady', JSONExtractRaw(body, 'call'), '')) AS call,
