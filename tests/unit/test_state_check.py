@@ -29,7 +29,7 @@ def worked(seed: int) -> Cluster:
         if number % 5 == 0:
             cluster.command(f"r{number}", "cancel", command_id=f"c{number}")
         cluster.turn()
-    for _ in range(3):
+    for _ in range(10):
         cluster.turn()
     return cluster
 
