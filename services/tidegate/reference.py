@@ -41,6 +41,7 @@ OTHER_VARIABLES: Final = {
     ),
     "TIDEGATE_SQL_URL": ("", "Where `tidegate sql` asks; without it the ClickHouse server, or `sql.json`."),
     "TIDEGATE_EXECUTOR_APP": ("", "The app of `tidegate executor`: `module:attribute` or `file.py:attribute`."),
+    "TIDEGATE_SMOKE_QUEUE": ("smoke", "The queue that the app of `tidegate smoke` is on; set by that command."),
     "TIDEGATE_CACHE_DIR": ("~/.cache/tidegate", "Where the embedded Kafka's jars and start-up cache are kept."),
     "TIDEGATE_STATEFUL_POD": (
         "",
@@ -49,7 +50,7 @@ OTHER_VARIABLES: Final = {
     "TIDEGATE_FAILPOINTS": ("", "For tests: where this process is to be killed, stopped or delayed."),
 }
 # Not settings: beginnings of names, and what demos tell their own processes.
-NOT_SETTINGS: Final = frozenset({"TIDEGATE_FAUST", "TIDEGATE_DEMO_PROVIDER_DELAY_S"})
+NOT_SETTINGS: Final = frozenset({"TIDEGATE_FAUST", "TIDEGATE_DEMO_PROVIDER_DELAY_S", "TIDEGATE_DEMO_CALL_S"})
 
 
 class Setting(NamedTuple):

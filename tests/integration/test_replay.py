@@ -114,7 +114,7 @@ def test_a_replay_beside_the_embedded_projection(bootstrap: str, topic_prefix: s
     topics = Topics(bootstrap, topic_prefix, eager=True)
     story, log = long_story(), LogWriter(3, 2)
     half = len(story.decided) // 2
-    topics.write([instance_record("ex-1"), dead_letter_record(5, b"x"), dead_letter_record(9, b"{")])
+    topics.write([instance_record("ex-1"), dead_letter_record(5, b'\xff{"bad'), dead_letter_record(9, b"{")])
     topics.write(log.take(story.decided[:half], trouble=0.3))
     with ProjectionProcess(topics, tmp_path / "data") as projection:
         projection.start().wait_caught_up()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import sys
 import time
 import urllib.error
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.cli.addresses import AddressError, address_file, read_address
-from tidegate.cli.wording import counted
+from tidegate.cli.wording import counted, moment_ms
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.machine import Machine
@@ -124,20 +123,13 @@ def _start(text: str) -> str:
         return text
     if text.isascii() and text.isdigit():
         return f"offset:{int(text)}"
-    ago = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if ago:
-        seconds = int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[ago[2]]
-        return f"time:{int((time.time() - seconds) * 1000)}"
     try:
-        moment = datetime.datetime.fromisoformat(text)
+        return f"time:{moment_ms(text, time.time())}"
     except ValueError:
         _fail(
             f"--from: {text!r} is neither earliest, nor an offset, nor a time (2026-01-31T12:00Z, or 12h for ago)",
             EXIT_USAGE,
         )
-    if moment.tzinfo is None:
-        moment = moment.astimezone()
-    return f"time:{max(0, int(moment.timestamp() * 1000))}"
 
 
 def _user() -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tidegate.cli import run_output
 from tidegate.cli.endings import (
@@ -28,6 +29,7 @@ from tidegate.cli.endings import (
     usage,
 )
 from tidegate.cli.live_view import URL_VARIABLE, LiveView, NotReadyError, UnknownRunError
+from tidegate.cli.wording import moment_ms
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.requests import parse_json, validate
@@ -359,7 +361,14 @@ def list_(
     ] = None,
     workflow: Annotated[str, typer.Option("--workflow", help="`name` or `name@version`.")] = "",
     account: Annotated[str, typer.Option("--account", help="This account and all below it.")] = "",
+    since: Annotated[
+        str, typer.Option("--since", help="Started then or later: 2026-01-31T12:00Z, or 90m, 12h, 7d ago.")
+    ] = "",
+    until: Annotated[str, typer.Option("--until", help="Started before then.")] = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="At most so many.")] = 50,
+    before: Annotated[
+        str, typer.Option("--before", help="The next page: what the page before said at its end (`next` in JSON).")
+    ] = "",
     as_json: Json = False,
     url: Url = "",
 ) -> None:
@@ -369,14 +378,25 @@ def list_(
         if name not in known:
             usage("runs list", f"--status: {name!r} is none of {', '.join(sorted(known))}")
     asked = {"status": ",".join(status or ()), "workflow": workflow, "account": account, "limit": limit}
+    asked |= {"since_ms": _moment("--since", since), "until_ms": _moment("--until", until), "before": before}
     with explained("runs list"):
         found = LiveView(url).runs({name: value for name, value in asked.items() if value})
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
         _tables.print(run_output.runs_table(found["runs"]))
+        if found.get("next"):
+            _notes.print(f"[dim]more with --before {escape(found['next'])}[/]")
     if found["partitions_missing"]:
         _notes.print(f"[yellow]no gateway answers for partitions {found['partitions_missing']}: runs are missing[/]")
+
+
+def _moment(option: str, text: str) -> int | None:
+    """Return a time of the command line as Unix milliseconds. Ends the command if it is none."""
+    try:
+        return moment_ms(text, time.time()) if text else None
+    except ValueError as error:
+        usage("runs list", f"{option}: {error}")
 
 
 @app.command(epilog=RUN_EXIT_CODES)

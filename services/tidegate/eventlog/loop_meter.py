@@ -52,7 +52,7 @@ class LoopMeter:
             kind = type(event)
             self._types[kind] += 1
             if kind.__name__.endswith("Refused"):
-                self._codes[getattr(event, "code", "")] += 1
+                self._codes[getattr(event, "code", "") or kind.__name__] += 1
 
     def turn_done(
         self, now_s: float, owned: Mapping[int, OwnedPartition], ends: Callable[[], Mapping[TopicPartition, int]]
@@ -109,4 +109,9 @@ _BY_PARTITION: Final = (
     metrics.units_in_memory,
     metrics.since_checkpoint,
 )
-_DECISIONS: Final = {"AttemptPlaced": "allow", "AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
+_DECISIONS: Final = {
+    "AttemptPlaced": "allow",
+    "AttemptRefused": "deny",
+    "AttemptThrottled": "throttle",
+    "ApprovalHeld": "require_approval",
+}

@@ -160,7 +160,7 @@ class _Fold:
                 self._differs(state, f"the owner has {'something' if state.state else 'nothing'} of it, the log not so")
             return
         ours = machine.dump(folded, state.unit)
-        if ours != state.state:
+        if ours != state.state and _normal(ours) != _normal(state.state):
             self._differs(state, "the states differ", ours)
 
     def _differs(self, state: UnitState, why: str, ours: bytes = b"") -> None:
@@ -178,12 +178,24 @@ class _Fold:
 
 def _places(one: bytes, other: bytes) -> list[int]:
     """Return which elements of two states differ, as far as they can be told apart."""
-    try:
-        left, right = (_elements(msgspec.msgpack.decode(data)) for data in (one, other))
-    except msgspec.DecodeError:
-        return []
+    left, right = (_elements(_normal(data)) for data in (one, other))
     places = [number for number, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]]
     return places[:MAX_PLACES]
+
+
+def _normal(data: bytes) -> Any:
+    """Return a state with its sets of names in order: they are written in any. Bytes that are no state stay what they are."""
+    try:
+        return _sorted(msgspec.msgpack.decode(data))
+    except msgspec.DecodeError:
+        return data
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, list):
+        items = [_sorted(item) for item in value]
+        return sorted(items) if items and all(isinstance(item, str) for item in items) else items
+    return {key: _sorted(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _elements(value: Any) -> list[Any]:

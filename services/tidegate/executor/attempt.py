@@ -9,6 +9,7 @@ import datetime
 import inspect
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import structlog
@@ -112,7 +113,7 @@ class Attempt:
 
     async def _run_async(self, function: Function, bound: Bound) -> StepResult:
         try:
-            with running(self._context(), self._meter):
+            with running(self._context(), self._meter), self._named_in_logs():
                 self._enter()
                 return self._success(await function.call(*bound.args, **bound.kwargs))
         except asyncio.CancelledError:
@@ -124,7 +125,7 @@ class Attempt:
 
     def _run_sync(self, function: Function, bound: Bound) -> StepResult:
         try:
-            with running(self._context(), self._meter):
+            with running(self._context(), self._meter), self._named_in_logs():
                 self._enter()
                 return self._success(function.call(*bound.args, **bound.kwargs))
         except BaseException as error:
@@ -137,6 +138,12 @@ class Attempt:
         # A function may have waited for a thread until after our farewell, when the gate gives its attempt to another.
         if self._aborted or not self._lease_held():
             raise LeaseLapsedError("the attempt was given up before the function was entered")
+
+    def _named_in_logs(self) -> AbstractContextManager[object]:
+        """Have everything that the function logs with structlog name its run, step and attempt."""
+        return structlog.contextvars.bound_contextvars(
+            run_id=self.task.run_id, step_id=self.task.step_id, attempt=self.task.attempt
+        )
 
     def _context(self) -> StepContext:
         timeout = datetime.timedelta(milliseconds=self._call.timeout_ms)

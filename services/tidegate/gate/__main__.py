@@ -71,9 +71,10 @@ def main() -> int:
 def _run(
     process: ProcessSettings, broker: KafkaBroker, instance_id: str, stop: threading.Event, health: Health
 ) -> None:
+    settings = GateSettings()  # before anything is waited for: it may make no sense
     counts = prepare(broker, TOPICS, process.broker_wait_s, stop)
     executors = Executors(
-        lease_ms=int(GateSettings().lease_s * 1000),
+        lease_ms=int(settings.lease_s * 1000),
         monotonic_ms=lambda: time.monotonic_ns() // 1_000_000,
         table_end=lambda: broker.offsets(INSTANCES, 0).end,
         task_partitions=partial(_task_partitions, broker, {}),

@@ -19,6 +19,7 @@ from tidegate.gateway.view import MINUTE_MS, RunRow
 PAUSED: Final = "paused"  # no status, but people look for it as for one
 DEFAULT_LIMIT: Final = 50
 MAX_LIMIT: Final = 1000
+LATEST_MS: Final = 2**62
 MAX_WAIT_S: Final = 30.0
 PEER_TIMEOUT_S: Final = 5.0
 LOCAL: Final = "local"
@@ -90,7 +91,8 @@ class Api:
         answers, missing = await self._ask_peers("/v1/runs", query)
         rows = own + [row for answer in answers for row in answer["runs"]]
         rows.sort(key=lambda row: (row["started_ms"], row["run_id"]), reverse=True)
-        return _json(view, 200, {"runs": rows[:limit], "partitions_missing": missing})
+        page = rows[:limit]
+        return _json(view, 200, {"runs": page, "next": _next_page(page, limit), "partitions_missing": missing})
 
     async def _spend(self, view: View, request: Request) -> Response:
         """What an account and all below it spent, per minute."""
@@ -212,7 +214,9 @@ def _whole(query: Mapping[str, str], name: str, default: int, least: int, most: 
 
 
 def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list[RunRow]:
-    """Return the rows that a query asks for, those started last first."""
+    """Return the rows that a query asks for, those started last first. Raises BadRequestError."""
+    since_ms, until_ms = _whole(query, "since_ms", 0, 0, LATEST_MS), _whole(query, "until_ms", LATEST_MS, 0, LATEST_MS)
+    before = _place(query.get("before", ""))
     wanted = {status for status in query.get("status", "").split(",") if status}
     workflow, account = query.get("workflow", ""), query.get("account", "")
 
@@ -221,9 +225,26 @@ def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list
             (row.status in wanted or (row.is_paused and PAUSED in wanted) if wanted else row.status != "absent")
             and (not workflow or row.workflow == workflow or row.workflow.startswith(f"{workflow}@"))
             and (not account or row.account == account or row.account.startswith(f"{account}/"))
+            and since_ms <= row.started_ms < until_ms
+            and (before is None or (row.started_ms, row.run_id) < before)
         )
 
     return heapq.nlargest(limit, filter(fits, rows), key=lambda row: (row.started_ms, row.run_id))
+
+
+def _place(text: str) -> tuple[int, str] | None:
+    """Return where a page begins: behind the run that `next` of the page before named. Raises BadRequestError."""
+    if not text:
+        return None
+    started_ms, colon, run_id = text.partition(":")
+    if not colon:
+        raise BadRequestError("before must be what `next` of the page before said")
+    return _whole({"before": started_ms}, "before", 0, 0, LATEST_MS), run_id
+
+
+def _next_page(page: list[dict[str, Any]], limit: int) -> str | None:
+    """Return what `before` asks for the next page; None if there is none."""
+    return f"{page[-1]['started_ms']}:{page[-1]['run_id']}" if len(page) == limit else None
 
 
 def summary(row: RunRow) -> dict[str, Any]:

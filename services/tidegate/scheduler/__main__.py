@@ -74,6 +74,7 @@ def _run(
     stop: threading.Event,
     health: Health,
 ) -> None:
+    settings = SchedulerSettings()  # before anything is waited for: it may make no sense
     counts = prepare(broker, TOPICS, process.broker_wait_s, stop)
     machine = SchedulerMachine(counts["run-events"], counts["gate-requests"])
     registration = Registration(broker, service=SERVICE, instance_id=instance_id)
@@ -81,7 +82,7 @@ def _run(
     loop = OwnerLoop(broker, machine, instance_id, measure=measure)
     loop.start()
     health.ready_when(loop.why_not_ready)
-    admission = Admission(broker, kafka, SchedulerSettings(), counts["run-commands"], instance_id)
+    admission = Admission(broker, kafka, settings, counts["run-commands"], instance_id)
     threading.Thread(target=_admit, args=(admission, stop), name="admission", daemon=True).start()
     spare_the_collector()
     _log.info("ready")

@@ -80,7 +80,10 @@ class Admission:
         if letter is not None:
             metrics.admission_refused.labels(letter.code).inc()
             _log.warning(
-                "request refused", source=f"{message.partition}:{message.offset}", code=letter.code, run=letter.run_id
+                "request refused",
+                source=f"{message.partition}:{message.offset}",
+                code=letter.code,
+                run_id=letter.run_id,
             )
             self._send(DEAD_LETTERS, 0, f"{message.topic}:{message.partition}:{message.offset}", letter)
         if command is not None:

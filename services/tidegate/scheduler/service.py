@@ -140,7 +140,7 @@ class SchedulerMachine:
         try:
             events = holding.finished(run, _decide(run, record, now_ms), self._controls, now_ms)
         except Exception as error:
-            _log.exception("decision failed: the run is told", run=run.run_id, input=type(record).__name__)
+            _log.exception("decision failed: the run is told", run_id=run.run_id, input=type(record).__name__)
             events = _on_error(run, record, error)
             if not events:
                 raise

@@ -37,6 +37,11 @@ ROWS = [
         ({"workflow": "w@1"}, "ea"),
         ({"account": "acme"}, "eba"),
         ({"account": "acme/shop", "status": "running"}, ""),
+        ({"since_ms": "20"}, "ebc"),
+        ({"until_ms": "30"}, "ca"),
+        ({"since_ms": "11", "until_ms": "30"}, "c"),
+        ({"before": "30:b"}, "ca"),
+        ({"before": "30:e"}, "bca"),
     ],
 )
 def test_the_newest_runs_that_fit(query: dict[str, str], found: str) -> None:
@@ -89,3 +94,21 @@ def test_a_number_that_makes_no_sense_is_a_bad_request(text: str) -> None:
 def test_a_number_is_taken_or_its_default() -> None:
     assert web._whole({"limit": "1000"}, "limit", 50, 1, 1000) == 1000
     assert web._whole({}, "limit", 50, 1, 1000) == 50
+
+
+@pytest.mark.feature("O4")
+def test_pages_go_through_all_runs_once() -> None:
+    rows = [row(f"run-{number}", number // 7) for number in range(100)]
+    seen: list[str] = []
+    before: str | None = ""
+    while before is not None:
+        page = [summary(one) for one in newest(rows, {"before": before}, 9)]
+        seen += [one["run_id"] for one in page]
+        before = web._next_page(page, 9)
+    assert len(seen) == len(set(seen)) == 100
+
+
+@pytest.mark.parametrize("query", [{"before": "x"}, {"before": "soon:x"}, {"since_ms": "-1"}, {"until_ms": "now"}])
+def test_places_that_make_no_sense_are_refused(query: dict[str, str]) -> None:
+    with pytest.raises(web.BadRequestError):
+        newest(ROWS, query, 1)
