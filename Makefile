@@ -83,7 +83,7 @@ bench-compare: $(STAMP) ## The same works on BASE=ref and on this tree, turn by 
 	$(BIN)/python tests/benchmarks/compare.py $(BASE) --works $(or $(WORKS),W1,W2) --rounds $(or $(ROUNDS),3)
 
 e2e-k8s: $(STAMP) ## The chart on the cluster of KUBECONFIG: install, runs, kills, upgrade, drain, uninstall (tests/e2e/README.md)
-	$(BIN)/python -m pytest -q -s tests/e2e
+	TIDEGATE_E2E=1 $(BIN)/python -m pytest -q -s tests/e2e
 
 clean: ## Remove the environment, caches and development data
 	rm -rf $(VENV) .tidegate .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

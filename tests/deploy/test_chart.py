@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tidegate import metrics
 from tidegate.cli.__main__ import app as cli
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.executor.settings import ExecutorSettings
@@ -526,6 +528,16 @@ def test_alerts_ask_for_metrics_of_this_namespace_and_lead_to_pages(render: Rend
     for alert in rule["spec"]["groups"][0]["rules"]:
         assert 'namespace="default"' in alert["expr"], alert["alert"]
         assert (root / alert["annotations"]["runbook"]).is_file(), alert["alert"]
+
+
+def test_alerts_and_scaling_ask_for_metrics_that_there_are(render: Render, root: Path) -> None:
+    objects = render(VARIANTS["everything about it"])
+    asked = (root / "charts/tidegate/files/alerts.yaml").read_text() + json.dumps(
+        [o["spec"] for o in objects if o["kind"] == "ScaledObject"]
+    )
+    names = set(re.findall(r"\btidegate_[a-z_]+", asked))
+    assert len(names) > 7
+    assert names <= {metric.name for metric in metrics.DECLARED}
 
 
 def test_nobody_may_connect_but_who_is_named(render: Render) -> None:

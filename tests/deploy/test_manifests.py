@@ -43,6 +43,7 @@ def test_plain_manifests_need_no_helm(root: Path) -> None:
         "Deployment",
         "PodDisruptionBudget",
         "NetworkPolicy",
+        "ConfigMap",
         "PodMonitor",
         "PrometheusRule",
     }

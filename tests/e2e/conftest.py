@@ -34,11 +34,11 @@ SMALL: Final = {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"memor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip everything here without a cluster."""
-    if not os.environ.get("KUBECONFIG"):
+    """Skip everything here unless it is asked for: nobody's cluster is touched because KUBECONFIG happens to be set."""
+    if not os.environ.get("TIDEGATE_E2E"):
         for item in items:
             if "e2e" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason="KUBECONFIG names no cluster"))
+                item.add_marker(pytest.mark.skip(reason="changes a cluster: run `make e2e-k8s`"))
 
 
 class Cluster:

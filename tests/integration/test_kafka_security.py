@@ -254,7 +254,7 @@ def test_passwords_are_replaced_without_losing_a_run(secure: SecureKafka, stack:
         "gate-0",
         "projection-0",
     )  # an executor may find its lease over, with the broker away so long
-    pids = {name: stack.pid(name) for name in names}
+    assert [times_ready(stack, name) for name in names] == [1, 1, 1]
     with Client(secure.settings("user"), by="customer") as customer:
         before = customer.start("wait_here", 2.0, run_id="over-the-change")
         entered = secure.folder / "faults/entered.log"
@@ -271,8 +271,13 @@ def test_passwords_are_replaced_without_losing_a_run(secure: SecureKafka, stack:
         after = customer.start("wait_here", 0.01, run_id="after-the-change")
         assert customer.wait(after, timeout_s=WAIT_S).status == "succeeded"
     # Nobody restarted them: who is refused and finds another password begins again with it.
-    eventually(lambda: all(stack.pid(name) not in {None, pids[name]} for name in names), "processes with new passwords")
+    for name in names:
+        eventually(lambda name=name: times_ready(stack, name) > 1, f"{name} with its new password")
     eventually(lambda: "after-the-change" in rows(secure, stack), "the projection's row of the run")
+
+
+def times_ready(stack: Stack, name: str) -> int:
+    return stack.log_path(name).read_text(encoding="utf-8").count('"event": "ready"')
 
 
 def refused(stack: Stack, names: tuple[str, ...]) -> bool:

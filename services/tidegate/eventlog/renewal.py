@@ -10,6 +10,7 @@ A process that ends finds its partitions again at once, as after any other doubt
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
 
+LOOK_EVERY_S: Final = 1.0
 REPLACED: Final = "the brokers refuse our credentials, and the files hold others by now: beginning again takes those"
 _REFUSED: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
 
@@ -31,17 +33,20 @@ class Renewal:
         self._settings = settings
         self._then = then
         self._in_use = settings.credentials()
-        self._is_over = False
+        self._refused = False
+        self._look_at_s = 0.0
 
     def __call__(self, error: KafkaError) -> None:
-        """Take note of an error that the client tells of. Does not raise."""
-        if error.code() in _REFUSED and self.is_outdated():
-            self._is_over = True
+        """Take note of an error that the client tells of, of some of those that are alike only once. Does not raise."""
+        self._refused |= error.code() in _REFUSED
         self._then(error)
 
     def check(self) -> None:
         """Raise KafkaException if the client was refused and can be of no use any more."""
-        if self._is_over:
+        if not self._refused or time.monotonic() < self._look_at_s:
+            return
+        self._look_at_s = time.monotonic() + LOOK_EVERY_S
+        if self.is_outdated():
             raise KafkaException(KafkaError(KafkaError._AUTHENTICATION, REPLACED))
 
     def is_outdated(self) -> bool:
