@@ -32,6 +32,10 @@ class Controls:
         else:
             self._paused.discard(key)
 
+    def __bool__(self) -> bool:
+        """Tell whether anything is paused."""
+        return bool(self._paused)
+
     def is_paused(self, queue: str) -> bool:
         """Tell whether nothing of this queue may begin."""
         return EVERYTHING in self._paused or queue in self._paused

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -107,7 +106,7 @@ class Draft:
         self.slots = slots
         self.desk = desk or Desk(ledger, LimitSet(), 0)
         self.now_ms = self.desk.now_ms
-        self.joined: Counter[str] = Counter()  # by queue: who began to wait in this decision
+        self.joined: dict[str, int] = {}  # by queue: who began to wait in this decision
         self.events: list[Any] = []
         self.tally = Tally(ledger, budgets, self.now_ms, self.events)
         self.begun: set[AttemptKey] = set()
@@ -346,7 +345,7 @@ def _reserve_and_place(
     )
     if _place_at_once(draft, draft.key(item), waiting):
         return
-    draft.joined[call.queue] += 1
+    draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
         ev.AttemptQueued(**names, call=call, leases=entrance.leases, limits_version=draft.desk.limits.version)
     )
@@ -420,7 +419,7 @@ def _entrance(draft: Draft, item: Any, call: Call) -> _Entrance | None:
         return None
     queue = desk.limits.queues.get(call.queue)
     if queue is not None:
-        depth = draft.ledger.depth.get(call.queue, 0) + draft.joined[call.queue]
+        depth = draft.ledger.depth.get(call.queue, 0) + draft.joined.get(call.queue, 0)
         full, retry_after_ms, tokens = desk.admission(call.queue, depth)
         if full and queue.on_full == "reject":
             _refuse(draft, item, QUEUE_FULL_RULE, "", full, retry_after_ms)

@@ -7,7 +7,6 @@ that no two owners can give away the same place. Leases are held by attempts and
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
@@ -297,8 +296,8 @@ class Desk:
         self.limits = limits
         self.now_ms = now_ms
         self.soonest_ms = 0
-        self._taken: Counter[Lease] = Counter()
-        self._freed: Counter[Lease] = Counter()
+        self._taken: dict[Lease, int] = {}  # counted
+        self._freed: dict[Lease, int] = {}
         self._gauges: dict[Lease, Gauge] = {}
 
     def is_ours(self, lease: Lease) -> bool:
@@ -313,7 +312,7 @@ class Desk:
 
     def held(self, lease: Lease) -> int:
         """Return how many hold the lease now."""
-        return self.ledger.held.get(lease, 0) + self._taken[lease] - self._freed[lease]
+        return self.ledger.held.get(lease, 0) + self._taken.get(lease, 0) - self._freed.get(lease, 0)
 
     def obstacle(self, leases: Iterable[Lease]) -> Obstacle | None:
         """Return the first of our leases that has no room; those that wait for an executor to be chosen are passed over."""
@@ -366,7 +365,7 @@ class Desk:
         for lease in leases:
             if not self.is_ours(lease):
                 continue
-            self._taken[lease] += 1
+            self._taken[lease] = self._taken.get(lease, 0) + 1
             limit = self.limits.get(lease.limit)
             if limit is not None and limit.rate_per_s is not None:
                 events += self._take_token(lease, limit)
@@ -405,7 +404,7 @@ class Desk:
         """Count places that become free in this decision."""
         for lease in leases:
             if self.is_ours(lease):
-                self._freed[lease] += 1
+                self._freed[lease] = self._freed.get(lease, 0) + 1
 
     # -- queues ---------------------------------------------------------------
 

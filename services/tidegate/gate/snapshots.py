@@ -6,6 +6,8 @@ its key; a queue that wants executors; a bucket of a budget; what was learned of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -21,31 +23,38 @@ _State = tuple[RunMoney, list[Attempt]]
 
 # Units besides runs. A run id has no colon.
 _LIMIT, _ASK, _SCALE_OUT = "limit:", "ask:", "scale-out:"
-_OF_LIMITS: Final = (
-    ev.TokenTaken,
-    ev.FailureCounted,
-    ev.BreakerOpened,
-    ev.BreakerClosed,
-    ev.LimitForgotten,
-)
-# Buckets of budgets, and what was learned of functions, have a bar in their names, and no colon before it.
-_OF_BUCKETS: Final = (ev.BudgetSet, ev.BudgetReserved, ev.BudgetSettled, ev.BudgetAlerted, ev.BudgetClosed)
-_OF_ASKS: Final = (ev.LeaseHeard, ev.LeaseGiven, ev.LeaseRefused, ev.LeaseEnded)
 
 
 def unit_of(event: Any) -> str:
-    """Return the unit that an event changes."""
-    if isinstance(event, _OF_BUCKETS):
-        return event.bucket
-    if isinstance(event, ev.UsageLearned):
-        return event.function
-    if isinstance(event, _OF_LIMITS):
-        return f"{_LIMIT}{event.limit}\n{event.key}"
-    if isinstance(event, _OF_ASKS):
-        return f"{_ASK}{event.run_id}\n{event.step_id}\n{event.attempt}"
-    if isinstance(event, ev.ScaleOutWanted):
-        return f"{_SCALE_OUT}{event.queue}"
-    return str(event.run_id)
+    """Return the unit that an event changes. Called for every event: nearly all concern a run."""
+    named = _NAMED.get(type(event))
+    return event.run_id if named is None else named(event)  # type: ignore[no-any-return] # the event's fields are texts
+
+
+def _limit_unit(event: Any) -> str:
+    return f"{_LIMIT}{event.limit}\n{event.key}"
+
+
+def _ask_unit(event: Any) -> str:
+    return f"{_ASK}{event.run_id}\n{event.step_id}\n{event.attempt}"
+
+
+def _queue_unit(event: Any) -> str:
+    return f"{_SCALE_OUT}{event.queue}"
+
+
+# Buckets of budgets, and what was learned of functions, have a bar in their names, and no colon before it.
+_NAMED: Final[dict[type, Callable[[Any], str]]] = {
+    **dict.fromkeys(
+        (ev.BudgetSet, ev.BudgetReserved, ev.BudgetSettled, ev.BudgetAlerted, ev.BudgetClosed), attrgetter("bucket")
+    ),
+    ev.UsageLearned: attrgetter("function"),
+    **dict.fromkeys(
+        (ev.TokenTaken, ev.FailureCounted, ev.BreakerOpened, ev.BreakerClosed, ev.LimitForgotten), _limit_unit
+    ),
+    **dict.fromkeys((ev.LeaseHeard, ev.LeaseGiven, ev.LeaseRefused, ev.LeaseEnded), _ask_unit),
+    ev.ScaleOutWanted: _queue_unit,
+}
 
 
 def is_there(ledger: Ledger, unit: str) -> bool:

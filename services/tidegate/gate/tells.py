@@ -32,13 +32,14 @@ from tidegate.eventlog.machine import Tell
 GATE_DECISIONS: Final = "gate-decisions"
 GATE_LEASES: Final = "gate-leases"
 STEP_TASKS: Final = "step-tasks"
+_TASKS: Final = (ev.AttemptPlaced, ev.AttemptCancelTold)
 
 
 def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
     found: list[Tell] = []
     for event in entry.events:
-        if isinstance(event, ev.AttemptPlaced | ev.AttemptCancelTold):
+        if isinstance(event, _TASKS):
             found.append(_task(event, at(len(found)), run_partitions))
     decisions: dict[str, list[DecisionItem]] = {}
     for event in entry.events:

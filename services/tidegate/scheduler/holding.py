@@ -19,6 +19,7 @@ from tidegate.domain.stop import MAX_CALLS_BYTES
 RUN: Final = "run"
 QUEUE: Final = "queue"
 MAX_RELEASED: Final = 500
+_HERE: Final = frozenset((ev.RunPaused, ev.WaitStarted))  # what is looked at even if nothing is paused
 
 Events = list[Any]
 
@@ -26,15 +27,17 @@ Events = list[Any]
 def finished(run: RunState, events: Events, controls: Controls, now_ms: int) -> Events:
     """Return a decision's events as they are logged."""
     is_paused = run.paused is not None
+    if not is_paused and not controls and _HERE.isdisjoint(map(type, events)):
+        return events  # as nearly all are
     made: Events = []
     for event in events:
-        if isinstance(event, ev.RunPaused | ev.RunResumed):
+        if isinstance(event, (ev.RunPaused, ev.RunResumed)):
             is_paused = isinstance(event, ev.RunPaused)
         if isinstance(event, ev.WaitStarted):
             made.append(_reckoned(event, now_ms))
         elif isinstance(event, ev.ChildStarted) and is_paused:
             made.append(msgspec.structs.replace(event, paused=True))
-        elif isinstance(event, ev.StepReady | ev.AttemptRequested):
+        elif isinstance(event, (ev.StepReady, ev.AttemptRequested)):
             made.append(_held(event, RUN if is_paused else QUEUE if controls.is_paused(event.call.queue) else ""))
         else:
             made.append(event)

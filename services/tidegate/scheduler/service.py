@@ -135,7 +135,7 @@ class SchedulerMachine:
             if partition_of(record.run_id, self._run_partitions) != state.partition:
                 raise MisroutedError(f"run {record.run_id} belongs to another partition than {state.partition}")
             run = RunState(record.run_id)
-        if not isinstance(record, RunCommand | GateDecision | StepResult):
+        if not isinstance(record, _INPUTS):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
         try:
             events = holding.finished(run, _decide(run, record, now_ms), self._controls, now_ms)
@@ -193,7 +193,7 @@ class SchedulerMachine:
             due_ms = waits.due_ms(run, step)
             if due_ms is not None:
                 state.watch(subject, [(due_ms, step.step_id, step.attempt)], ())
-        elif isinstance(event, ev.AttemptHeld | ev.StepReady):
+        elif isinstance(event, _HOLDING):
             step = run.steps[event.step_id]
             if step.status == states.HELD:
                 state.watch(subject, (), [step.call.queue])
@@ -276,4 +276,6 @@ class SchedulerMachine:
         self._controls.take(key, row)
 
 
+_INPUTS: Final = (RunCommand, GateDecision, StepResult)
 _TIMED: Final = (ev.AttemptEnded, ev.ApprovalRequested, ev.WaitStarted)
+_HOLDING: Final = (ev.AttemptHeld, ev.StepReady)

@@ -33,6 +33,7 @@ RUN_COMMANDS: Final = "run-commands"
 RUN_EVENTS: Final = "run-events"
 DEAD_LETTERS: Final = "dead-letters"
 MAX_REASON: Final = 4_000  # what a command may hold of one
+_REFUSALS: Final = (ev.CommandRefused, ev.RunRefused)
 _UNPAID: Final = frozenset({"busy", "released", "lost"})
 _NEVER_RESERVED: Final = frozenset({"denied", "expired"})
 
@@ -40,9 +41,7 @@ _NEVER_RESERVED: Final = frozenset({"denied", "expired"})
 def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `run-events` causes, in the order in which they must be sent."""
     items = [item for event in entry.events if (item := _gate_item(event)) is not None]
-    letters = [
-        event for event in entry.events if isinstance(event, ev.CommandRefused | ev.RunRefused) and event.original
-    ]
+    letters = [event for event in entry.events if isinstance(event, _REFUSALS) and event.original]
     found: list[Tell] = []
     if items:
         request = GateRequest(run_id=entry.subject, account=entry.account, source=at(0), items=tuple(items))
