@@ -64,7 +64,16 @@ def test_bodies_are_json_with_null_for_what_is_not_there() -> None:
         {"step_id": "s", "status": "awaiting_approval", "attempt": 2, "error": "e", "waits_for": ""}
     ]
     assert body["approvals"] == [
-        {"step_id": "s", "attempt": 2, "why": "policy", "rule": "r", "policy": "p", "reason": "because", "since_ms": 5}
+        {
+            "step_id": "s",
+            "attempt": 2,
+            "why": "policy",
+            "rule": "r",
+            "policy": "p",
+            "reason": "because",
+            "since_ms": 5,
+            "expires_at_ms": 0,
+        }
     ]
     assert body.items() >= summary(one).items()
     assert {"steps", "approvals", "output"}.isdisjoint(summary(one))

@@ -529,7 +529,7 @@ def test_a_run_that_was_there_before_it_was_asked_for_is_found(broker, client, m
     monkeypatch.setattr("tidegate.sdk.client.GIVEN_ID_HISTORY_S", 0.05)
     log.append(DISPATCHED)
     with pytest.raises(RunNotFinishedError, match="it is running"):
-        client.wait("run-1", 0.01)
+        client.wait("run-1", 0.5)
     log.append(*DONE)
     assert client.wait("run-1", 1).status == "succeeded"
     with Client(broker) as other:
