@@ -74,3 +74,9 @@ def test_nothing_waits_to_be_finished() -> None:
         if marks.search(line)
     ]
     assert found == []
+
+
+def test_the_tests_that_the_guarantees_name_exist() -> None:
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "docs/guarantees.md").read_text()))
+    assert named
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}

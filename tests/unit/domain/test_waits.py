@@ -295,7 +295,7 @@ def unknown_outcome() -> Pair:
     return p
 
 
-@pytest.mark.feature("T5")
+@pytest.mark.feature("T2")
 def test_an_unknown_outcome_is_given_by_a_human() -> None:
     p = unknown_outcome()
     for bad in ('"yes"', '{"done":1,"x":2}', "null", '{"again":1}'):
@@ -314,7 +314,7 @@ def test_an_unknown_outcome_is_given_by_a_human() -> None:
     assert p.dispatches == [("pay", 1), ("b", 1)]
 
 
-@pytest.mark.feature("T5")
+@pytest.mark.feature("T2")
 @pytest.mark.parametrize(("command", "fields"), [("respond", {"value": '"again"'}), ("approve", {})])
 def test_an_unknown_outcome_is_run_again_only_if_a_human_says_so(command: str, fields: dict[str, Any]) -> None:
     p = unknown_outcome()
@@ -325,7 +325,7 @@ def test_an_unknown_outcome_is_run_again_only_if_a_human_says_so(command: str, f
     assert resolved.answer == "again"
 
 
-@pytest.mark.feature("T5")
+@pytest.mark.feature("T2")
 @pytest.mark.parametrize(("command", "fields"), [("respond", {"value": '"fail"'}), ("reject", {})])
 def test_an_unknown_outcome_fails_if_a_human_says_so(command: str, fields: dict[str, Any]) -> None:
     p = unknown_outcome()
