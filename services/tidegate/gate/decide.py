@@ -237,7 +237,7 @@ def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> No
             _ask(draft, item, call, verdict, expires_at_ms)
             return
     if verdict.effect == "deny":
-        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values)
+        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values, redact=verdict.redact)
         return
     _reserve_and_place(draft, item, call, verdict, approved_by)
 
@@ -276,7 +276,14 @@ def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
 
 
 def _refuse(
-    draft: Draft, item: Any, rule: str, policy: str, reason: str, retry_after_ms: int = 0, values: str = ""
+    draft: Draft,
+    item: Any,
+    rule: str,
+    policy: str,
+    reason: str,
+    retry_after_ms: int = 0,
+    values: str = "",
+    redact: tuple[str, ...] = (),
 ) -> None:
     draft.events.append(
         ev.AttemptRefused(
@@ -286,6 +293,7 @@ def _refuse(
             reason=reason[:MAX_REASON],
             retry_after_ms=retry_after_ms,
             values=values,
+            redact=redact,
         )
     )
     if draft.key(item) in draft.ledger.attempts:  # it was held, or paused
@@ -303,14 +311,14 @@ def _reserve_and_place(
     wanted = _estimate(draft, call, is_counted=bool(opened))
     micros = wanted.amounts[0]
     if not money.has_room_for(micros):
-        _refuse(draft, item, BUDGET_RULE, verdict.policy, _no_room(money, micros))
+        _refuse(draft, item, BUDGET_RULE, verdict.policy, _no_room(money, micros), redact=verdict.redact)
         return
     lacks = draft.tally.lacks(opened, wanted.amounts) if opened else []
     if any(lack.key not in exceeds for lack in lacks):
         # Who let it exceed other budgets answered no rule's question.
         _without_room(draft, item, call, lacks, verdict, "" if exceeds else approved_by)
         return
-    entrance = _entrance(draft, item, call)
+    entrance = _entrance(draft, item, call, verdict.redact)
     if entrance is None:
         return
     money.reserved_micros += micros
@@ -372,7 +380,7 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
     lack = lacks[0]
     reason, values = lack.said(), canonical.dumps(lack.values())
     if lack.budget.on_exceed == "deny":
-        _refuse(draft, item, lack.rule, lack.budget.label, reason, values=values)
+        _refuse(draft, item, lack.rule, lack.budget.label, reason, values=values, redact=verdict.redact)
     elif lack.budget.on_exceed == "ask":
         expires_at_ms = draft.now_ms + lack.budget.expires_s * 1000 if lack.budget.expires_s else 0
         question = Verdict("require_approval", lack.rule, lack.budget.label, reason, values, verdict.redact)
@@ -390,6 +398,7 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
                 call=call,
                 values=values,
                 approved_by=approved_by,
+                redact=verdict.redact,
             )
         )
 
@@ -401,8 +410,11 @@ class _Entrance(NamedTuple):
     obstacle: Obstacle | None
 
 
-def _entrance(draft: Draft, item: Any, call: Call) -> _Entrance | None:
-    """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so."""
+def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _Entrance | None:
+    """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so.
+
+    redact: what a refusal says that nobody may see of the arguments.
+    """
     desk, money = draft.desk, draft.money
     try:
         leases = (
@@ -411,19 +423,19 @@ def _entrance(draft: Draft, item: Any, call: Call) -> _Entrance | None:
             else ()
         )
     except LimitError as error:
-        _refuse(draft, item, LIMIT_RULE, "", f"a limit cannot be evaluated, which denies: {error}")
+        _refuse(draft, item, LIMIT_RULE, "", f"a limit cannot be evaluated, which denies: {error}", redact=redact)
         return None
     obstacle = desk.obstacle(leases)
     if obstacle is not None and obstacle.denies:
         retry_after_ms = max(0, obstacle.retry_at_ms - desk.now_ms)
-        _refuse(draft, item, LIMIT_RULE, "", obstacle.reason, retry_after_ms)
+        _refuse(draft, item, LIMIT_RULE, "", obstacle.reason, retry_after_ms, redact=redact)
         return None
     queue = desk.limits.queues.get(call.queue)
     if queue is not None:
         depth = draft.ledger.depth.get(call.queue, 0) + draft.joined[call.queue]
         full, retry_after_ms, tokens = desk.admission(call.queue, depth)
         if full and queue.on_full == "reject":
-            _refuse(draft, item, QUEUE_FULL_RULE, "", full, retry_after_ms)
+            _refuse(draft, item, QUEUE_FULL_RULE, "", full, retry_after_ms, redact=redact)
             return None
         draft.events += tokens
         if full and obstacle is None:
@@ -469,7 +481,7 @@ def _approve(draft: Draft, item: Approve) -> None:
         return
     verdict = _verdict(draft, item, attempt.call, draft.money)
     if verdict.effect == "deny":  # somebody said yes, but what is in force now says no
-        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values)
+        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values, redact=verdict.redact)
         return
     if verdict.effect == "require_approval" and attempt.exceeds and item.step_id not in draft.approved:
         # Somebody let it exceed a budget; a rule that came into force meanwhile asks another question.
