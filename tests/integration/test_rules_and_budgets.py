@@ -206,4 +206,5 @@ def test_what_a_rule_redacts_is_in_no_view(whole: WholeStack) -> None:
         assert not shown, (view, shown)
     rows = sql.query(data_dir, f"SELECT run_id, arguments FROM steps WHERE {runs}")
     cards = {row["run_id"]: json.loads(row["arguments"])["card"] for row in rows if row["run_id"] != "stolen"}
-    assert cards == dict.fromkeys(("small", "large", "no-room"), {"number": "(redacted)", "name": "ann"})
+    hidden = {"number": "(redacted)", "name": "ann"}
+    assert cards == {"small": hidden, "large": hidden, "no-room": hidden}

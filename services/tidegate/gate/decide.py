@@ -170,15 +170,11 @@ def _free_budgets(tally: Tally, ledger: Ledger, events: list[Any]) -> None:
     for event in events:
         if type(event) is not ev.AttemptRefused:
             continue
-        attempt = ledger.attempts.get(AttemptKey(event.run_id, event.step_id, event.attempt))
+        key = AttemptKey(event.run_id, event.step_id, event.attempt)
+        attempt = ledger.attempts.get(key)
         if attempt is None or not attempt.buckets:
             continue
-        names = {
-            "account": event.account,
-            "run_id": event.run_id,
-            "step_id": event.step_id,
-            "attempt": event.attempt,
-        }
+        names = leasing.names(key, event.account)
         run = ledger.runs.get(event.run_id)
         for bucket in attempt.buckets:
             tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run is None or run.closed)
@@ -695,12 +691,7 @@ def losses(
             size += 0 if attempt.call is None else len(attempt.call.arguments.encode())
             if events and (size > MAX_CALLS_BYTES or len(events) >= MAX_LOSSES_PER_ENTRY):
                 return events
-            names: dict[str, Any] = {
-                "account": attempt.account,
-                "run_id": key.run_id,
-                "step_id": key.step_id,
-                "attempt": key.attempt,
-            }
+            names = leasing.names(key, attempt.account)
             events.append(
                 ev.PlacementLost(**names, instance_id=life.instance_id, incarnation=life.incarnation, reason=reason)
             )
