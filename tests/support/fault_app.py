@@ -79,6 +79,17 @@ def three(n: int) -> dict[str, int]:
 
 
 app.graph("chain").chain(one, two, three)
+
+
+@app.step(cost_micros=10, backoff_s=0.05)
+def charge(order: dict[str, Any]) -> int:
+    """Take `cents` from a card whose `number` is nobody's business."""
+    enter()
+    have_effect()
+    return int(order["cents"])
+
+
+app.graph("charge").node("it", charge)
 app.graph("checked").node("one", one).input_schema({"type": "integer", "minimum": 0})
 
 

@@ -51,7 +51,7 @@ class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
 class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptRefused", tag_field=TAG_FIELD):
     """Policy, budget, limit or a full queue denied the attempt (the decision `deny`).
 
-    values: what the rule looked at, canonical JSON or empty.
+    values: what the rule looked at, canonical JSON or empty. redact: paths of arguments that projections must not show.
     """
 
     account: str
@@ -63,6 +63,7 @@ class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     reason: str
     retry_after_ms: int = 0
     values: str = ""
+    redact: tuple[str, ...] = ()
 
 
 class ApprovalHeld(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalHeld", tag_field=TAG_FIELD):
@@ -371,7 +372,7 @@ class AttemptPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="At
     """A budget has no room for the attempt now: it waits, first come first served, with nothing set aside.
 
     bucket: the one that has no room. until_ms: when its window turns, 0 for never. approved_by: who has answered a rule's
-    question about it before; empty if nobody.
+    question about it before; empty if nobody. redact: paths of arguments that projections must not show.
     """
 
     account: str
@@ -386,6 +387,7 @@ class AttemptPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="At
     call: Call
     values: str = ""
     approved_by: str = ""
+    redact: tuple[str, ...] = ()
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True, gc=False):

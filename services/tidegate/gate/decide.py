@@ -169,15 +169,11 @@ def _free_budgets(tally: Tally, ledger: Ledger, events: list[Any]) -> None:
     for event in events:
         if type(event) is not ev.AttemptRefused:
             continue
-        attempt = ledger.attempts.get(AttemptKey(event.run_id, event.step_id, event.attempt))
+        key = AttemptKey(event.run_id, event.step_id, event.attempt)
+        attempt = ledger.attempts.get(key)
         if attempt is None or not attempt.buckets:
             continue
-        names = {
-            "account": event.account,
-            "run_id": event.run_id,
-            "step_id": event.step_id,
-            "attempt": event.attempt,
-        }
+        names = leasing.names(key, event.account)
         run = ledger.runs.get(event.run_id)
         for bucket in attempt.buckets:
             tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run is None or run.closed)
@@ -236,7 +232,7 @@ def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> No
             _ask(draft, item, call, verdict, expires_at_ms)
             return
     if verdict.effect == "deny":
-        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values)
+        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values, redact=verdict.redact)
         return
     _reserve_and_place(draft, item, call, verdict, approved_by)
 
@@ -275,7 +271,14 @@ def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
 
 
 def _refuse(
-    draft: Draft, item: Any, rule: str, policy: str, reason: str, retry_after_ms: int = 0, values: str = ""
+    draft: Draft,
+    item: Any,
+    rule: str,
+    policy: str,
+    reason: str,
+    retry_after_ms: int = 0,
+    values: str = "",
+    redact: tuple[str, ...] = (),
 ) -> None:
     draft.events.append(
         ev.AttemptRefused(
@@ -285,6 +288,7 @@ def _refuse(
             reason=reason[:MAX_REASON],
             retry_after_ms=retry_after_ms,
             values=values,
+            redact=redact,
         )
     )
     if draft.key(item) in draft.ledger.attempts:  # it was held, or paused
@@ -302,14 +306,14 @@ def _reserve_and_place(
     wanted = _estimate(draft, call, is_counted=bool(opened))
     micros = wanted.amounts[0]
     if not money.has_room_for(micros):
-        _refuse(draft, item, BUDGET_RULE, verdict.policy, _no_room(money, micros))
+        _refuse(draft, item, BUDGET_RULE, verdict.policy, _no_room(money, micros), redact=verdict.redact)
         return
     lacks = draft.tally.lacks(opened, wanted.amounts) if opened else []
     if any(lack.key not in exceeds for lack in lacks):
         # Who let it exceed other budgets answered no rule's question.
         _without_room(draft, item, call, lacks, verdict, "" if exceeds else approved_by)
         return
-    entrance = _entrance(draft, item, call)
+    entrance = _entrance(draft, item, call, verdict.redact)
     if entrance is None:
         return
     money.reserved_micros += micros
@@ -371,7 +375,7 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
     lack = lacks[0]
     reason, values = lack.said(), canonical.dumps(lack.values())
     if lack.budget.on_exceed == "deny":
-        _refuse(draft, item, lack.rule, lack.budget.label, reason, values=values)
+        _refuse(draft, item, lack.rule, lack.budget.label, reason, values=values, redact=verdict.redact)
     elif lack.budget.on_exceed == "ask":
         expires_at_ms = draft.now_ms + lack.budget.expires_s * 1000 if lack.budget.expires_s else 0
         question = Verdict("require_approval", lack.rule, lack.budget.label, reason, values, verdict.redact)
@@ -389,6 +393,7 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
                 call=call,
                 values=values,
                 approved_by=approved_by,
+                redact=verdict.redact,
             )
         )
 
@@ -400,8 +405,11 @@ class _Entrance(NamedTuple):
     obstacle: Obstacle | None
 
 
-def _entrance(draft: Draft, item: Any, call: Call) -> _Entrance | None:
-    """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so."""
+def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _Entrance | None:
+    """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so.
+
+    redact: what a refusal says that nobody may see of the arguments.
+    """
     desk, money = draft.desk, draft.money
     try:
         leases = (
@@ -410,19 +418,19 @@ def _entrance(draft: Draft, item: Any, call: Call) -> _Entrance | None:
             else ()
         )
     except LimitError as error:
-        _refuse(draft, item, LIMIT_RULE, "", f"a limit cannot be evaluated, which denies: {error}")
+        _refuse(draft, item, LIMIT_RULE, "", f"a limit cannot be evaluated, which denies: {error}", redact=redact)
         return None
     obstacle = desk.obstacle(leases)
     if obstacle is not None and obstacle.denies:
         retry_after_ms = max(0, obstacle.retry_at_ms - desk.now_ms)
-        _refuse(draft, item, LIMIT_RULE, "", obstacle.reason, retry_after_ms)
+        _refuse(draft, item, LIMIT_RULE, "", obstacle.reason, retry_after_ms, redact=redact)
         return None
     queue = desk.limits.queues.get(call.queue)
     if queue is not None:
         depth = draft.ledger.depth.get(call.queue, 0) + draft.joined.get(call.queue, 0)
         full, retry_after_ms, tokens = desk.admission(call.queue, depth)
         if full and queue.on_full == "reject":
-            _refuse(draft, item, QUEUE_FULL_RULE, "", full, retry_after_ms)
+            _refuse(draft, item, QUEUE_FULL_RULE, "", full, retry_after_ms, redact=redact)
             return None
         draft.events += tokens
         if full and obstacle is None:
@@ -468,7 +476,7 @@ def _approve(draft: Draft, item: Approve) -> None:
         return
     verdict = _verdict(draft, item, attempt.call, draft.money)
     if verdict.effect == "deny":  # somebody said yes, but what is in force now says no
-        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values)
+        _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values, redact=verdict.redact)
         return
     if verdict.effect == "require_approval" and attempt.exceeds and item.step_id not in draft.approved:
         # Somebody let it exceed a budget; a rule that came into force meanwhile asks another question.
@@ -682,12 +690,7 @@ def losses(
             size += 0 if attempt.call is None else len(attempt.call.arguments.encode())
             if events and (size > MAX_CALLS_BYTES or len(events) >= MAX_LOSSES_PER_ENTRY):
                 return events
-            names: dict[str, Any] = {
-                "account": attempt.account,
-                "run_id": key.run_id,
-                "step_id": key.step_id,
-                "attempt": key.attempt,
-            }
+            names = leasing.names(key, attempt.account)
             events.append(
                 ev.PlacementLost(**names, instance_id=life.instance_id, incarnation=life.incarnation, reason=reason)
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tidegate.domain import expressions
 from tidegate.domain import ledger_events as ev
@@ -36,11 +36,7 @@ _LOCAL: Final = frozenset(("account", "run"))
 
 
 class LimitError(ValueError):
-    """A limit document is wrong, or a limit cannot be evaluated on a step; `problems` lists everything."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
+    """A limit cannot be evaluated on a step."""
 
 
 class _Document(Document):
@@ -136,7 +132,7 @@ class Limit(_Document):
             parts.append(_evaluated(self, "key", self.key, str, variables))
         text = "|".join(parts)
         if len(text) > MAX_KEY:
-            raise LimitError([f"limit {self.limit}: its key has {len(text)} characters, {MAX_KEY} are allowed"])
+            raise LimitError(f"limit {self.limit}: its key has {len(text)} characters, {MAX_KEY} are allowed")
         return text
 
 
@@ -175,10 +171,10 @@ def _evaluated(limit: Limit, field: str, source: str, kind: type[T], variables: 
     try:
         value = expressions.evaluate(source, variables)
     except expressions.ExpressionError as error:
-        raise LimitError([f"limit {limit.limit}: `{field}` could not be evaluated: {error}"]) from None
+        raise LimitError(f"limit {limit.limit}: `{field}` could not be evaluated: {error}") from None
     if not isinstance(value, kind):
         wanted = "true or false" if kind is bool else "a text"
-        raise LimitError([f"limit {limit.limit}: `{field}` gave {value!r} instead of {wanted}"])
+        raise LimitError(f"limit {limit.limit}: `{field}` gave {type(value).__name__} instead of {wanted}")
     return value
 
 
@@ -211,18 +207,6 @@ class Queue(_Document):
         return 0 if self.rate_per_s is None else max(1, round(US / self.rate_per_s))
 
 
-def parse(document: Any) -> Limit | Queue:
-    """Check a document of kind `limit` or `queue`. Raises LimitError with all problems."""
-    kind = document.get("kind") if isinstance(document, dict) else None
-    model: type[Limit | Queue] = Queue if kind == "queue" else Limit
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise LimitError(
-            [f"{'.'.join(map(str, item['loc'])) or kind or 'limit'}: {item['msg']}" for item in error.errors()]
-        ) from None
-
-
 class LimitSet:
     """All limits and queues in force. `version` grows with each change of them, so that what waits can be judged anew."""
 
@@ -252,7 +236,7 @@ class LimitSet:
             if limit.covers(variables) and (value := limit.value(variables)) is not None:
                 found.append(Lease(self._partition(limit, value, own_partition), limit.limit, value))
         if len(found) > MAX_LEASES:
-            raise LimitError([f"{len(found)} limits cover this step, {MAX_LEASES} are allowed"])
+            raise LimitError(f"{len(found)} limits cover this step, {MAX_LEASES} are allowed")
         return tuple(sorted(found, key=lambda lease: (lease.partition, lease.limit, lease.key)))
 
     def _partition(self, limit: Limit, value: str, own_partition: int) -> int:

@@ -24,6 +24,7 @@ MAX_REASON: Final = 500  # it is repeated with every attempt that the rule decid
 MAX_VALUES: Final = 2_000  # as is what the rule looked at
 MAX_EXPIRES_S: Final = 366 * 24 * 3600
 REDACTED: Final = "(redacted)"
+EVERY: Final = "*"  # in a path of what is hidden: every member
 ARGUMENT_PATH: Final = re.compile(r"[^.\[\]]+(\.[^.\[\]]+)*")
 
 
@@ -169,8 +170,6 @@ class PolicySet:
             isolation = max(isolation, verdict.isolation, key=_ISOLATIONS.index)
             if best is None or _STRENGTH[verdict.effect] > _STRENGTH[best.effect]:
                 best = verdict
-            if verdict.effect == "deny":
-                break
         best = best or self._default
         if redact or isolation:
             best = best._replace(values=_without(best.values, redact), redact=redact, isolation=isolation)
@@ -212,12 +211,11 @@ def _judge_rule(bound: _Bound, variables: Variables) -> Verdict | None:
         holds = expressions.evaluate_in(rule.when, variables.context)
     except expressions.ExpressionError as error:
         reason = f"the rule could not be evaluated, which denies: {error}"
-        return Verdict("deny", rule.name, bound.label, reason[:MAX_REASON], _values(bound, variables))
+        return _broken(bound, reason, variables)
     if holds is False:
         return None
     if holds is not True:
-        reason = f"the rule gave {holds!r} instead of true or false, which denies"
-        return Verdict("deny", rule.name, bound.label, reason[:MAX_REASON], _values(bound, variables))
+        return _broken(bound, f"the rule gave {type(holds).__name__}, not true or false, which denies", variables)
     return Verdict(
         rule.then,
         rule.name,
@@ -228,6 +226,13 @@ def _judge_rule(bound: _Bound, variables: Variables) -> Verdict | None:
         rule.isolation,
         rule.expires_s or 0,
     )
+
+
+def _broken(bound: _Bound, reason: str, variables: Variables) -> Verdict:
+    """Deny, and hide what the rule would have hidden: whether it would have matched nobody knows."""
+    rule = bound.rule
+    values = _values(bound, variables)
+    return Verdict("deny", rule.name, bound.label, reason[:MAX_REASON], values, tuple(rule.redact), rule.isolation)
 
 
 # --- what a rule looked at ---------------------------------------------------------------
@@ -285,8 +290,13 @@ def _hidden_paths(values: Mapping[str, Any], redact: Iterable[str]) -> list[str]
     """Return the paths among `values` that lie in, or hold, an argument that is to be hidden."""
     if not redact:
         return []
-    hidden = [f"args.{path}." for path in redact]
-    return [path for path in values if any(f"{path}.".startswith(h) or h.startswith(f"{path}.") for h in hidden)]
+    hidden = [("args", *path.split(".")) for path in redact]
+    return [path for path in values if any(_lead_together(path.split("."), parts) for parts in hidden)]
+
+
+def _lead_together(path: Iterable[str], hidden: Iterable[str]) -> bool:
+    """Tell whether one of the paths begins with the other; `*` in what is hidden is any name."""
+    return all(part in (name, EVERY) for name, part in zip(path, hidden, strict=False))
 
 
 def _without(values: str, redact: tuple[str, ...]) -> str:

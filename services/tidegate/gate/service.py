@@ -20,8 +20,7 @@ from tidegate.gate import decide, leasing, snapshots, waiting
 from tidegate.gate.budgets import Budget, Budgets, TopUp
 from tidegate.gate.kinds import Document, DocumentError, parse
 from tidegate.gate.ledger import Ledger, apply, derive
-from tidegate.gate.limits import Desk, Limit, LimitError, LimitSet, Queue
-from tidegate.gate.limits import parse as parse_limit
+from tidegate.gate.limits import Desk, Limit, LimitSet, Queue
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import MAX_REASON, Policy, PolicySet, Rule
 from tidegate.gate.tells import tells
@@ -32,7 +31,6 @@ INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
-LIMIT_KINDS: Final = ("limit", "queue")
 
 
 class MisroutedError(ValueError):
@@ -59,7 +57,6 @@ class GateMachine:
         self._documents: dict[str, Document] = {}
         self._policies = PolicySet({})
         self._budgets = Budgets(())
-        self._limit_documents: dict[str, Limit | Queue] = {}
         self._limits = LimitSet(partitions=account_partitions)
         self._soonest_ms: dict[int, int] = {}
         self._look_at_queues_ms: dict[int, int] = {}
@@ -207,56 +204,35 @@ class GateMachine:
         self.executors.listen()
 
     def _document_changed(self, key: str, row: PolicyPublished | None, offset: int) -> None:
-        """Put a document in force, by its kind; a removed one is of whichever kind it was."""
-        kind = "" if row is None else _kind_of(row)
-        if key in self._limit_documents and kind not in LIMIT_KINDS:
-            del self._limit_documents[key]
-            self._limits = LimitSet(self._limit_documents.values(), self._account_partitions, offset + 1)
-        if kind in LIMIT_KINDS and row is not None:
-            self._limit_changed(key, row, offset)
-        else:
-            self._policy_changed(key, row)
-
-    def _limit_changed(self, key: str, row: PolicyPublished, offset: int) -> None:
-        """Put a limit or queue in force. A broken one is ignored loudly: the one of before stays."""
-        try:
-            self._limit_documents[key] = parse_limit(canonical.loads(row.document))
-        except LimitError as error:
-            _log.error("limit ignored, the one of before stays in force", limit=key, error=str(error))
-            return
-        self._limits = LimitSet(self._limit_documents.values(), self._account_partitions, offset + 1)
-        _log.info("limits in force", limits=sorted(self._limit_documents))
-
-    def _policy_changed(self, key: str, row: PolicyPublished | None) -> None:
         """Put a document in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
 
         After a restart the one of before is not known any more. Then everything is denied, and says which document is broken.
         """
-        if row is None:
-            self._documents.pop(key, None)
-        else:
-            try:
-                self._documents[key] = parse(canonical.loads(row.document))
-            except (DocumentError, canonical.NotJsonError) as error:
-                _log.error("document ignored, the one of before stays in force", document=key, error=str(error))
-                if key not in self._documents:
-                    self._documents[key] = _unreadable(key)
-        self._policies = PolicySet({k: d for k, d in self._documents.items() if isinstance(d, Policy)})
+        before = self._documents.pop(key, None)
+        now = None if row is None else _read(key, row) or before or _unreadable(key)
+        if now is not None:
+            self._documents[key] = now
+        documents = self._documents
+        self._policies = PolicySet({k: d for k, d in documents.items() if isinstance(d, Policy)})
         self._budgets = Budgets(
-            [d for d in self._documents.values() if isinstance(d, Budget)],
-            [d for d in self._documents.values() if isinstance(d, TopUp)],
+            [d for d in documents.values() if isinstance(d, Budget)],
+            [d for d in documents.values() if isinstance(d, TopUp)],
         )
+        if now is not before and (isinstance(before, Limit | Queue) or isinstance(now, Limit | Queue)):
+            limits = [d for d in documents.values() if isinstance(d, Limit | Queue)]
+            self._limits = LimitSet(limits, self._account_partitions, offset + 1)
         for ledger in self._ledgers.values():
             ledger.stirred = True  # there may be room that was not there before
-        _log.info("documents in force", changed=key, documents=len(self._documents))
+        _log.info("documents in force", changed=key, documents=len(documents))
 
 
-def _kind_of(row: PolicyPublished) -> str:
+def _read(key: str, row: PolicyPublished) -> Document | None:
+    """Return a published document, or None if this version cannot read it."""
     try:
-        document = canonical.loads(row.document)
-    except canonical.NotJsonError:
-        return "policy"
-    return str(document.get("kind", "policy")) if isinstance(document, dict) else "policy"
+        return parse(canonical.loads(row.document))
+    except (DocumentError, canonical.NotJsonError) as error:
+        _log.error("document ignored, the one of before stays in force", document=key, error=str(error))
+        return None
 
 
 def _unreadable(key: str) -> Policy:

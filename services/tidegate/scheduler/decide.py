@@ -126,12 +126,19 @@ def _on_item(run: RunState, item: Any) -> Events:
 
 
 def _on_unanswered(run: RunState, step: StepState, item: Unanswered) -> Events:
-    """The gate's question lapsed. An answer that crossed this on its way came too late: the gate holds nothing any more."""
+    """The gate's question lapsed. An answer that crossed this on its way came too late: the gate holds nothing any more.
+
+    The gate's time alone counts: with one here besides, the two logs could say different things of one question.
+    """
+    ended: Any
     if step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy":
-        return _expired(run, step, step.approval)
-    if step.status != states.REQUESTED:
+        ended = ev.ApprovalExpired(
+            step_id=step.step_id, attempt=item.attempt, rule=item.rule, policy=item.policy, reason=item.reason
+        )
+    elif step.status == states.REQUESTED:
+        ended = _ended(step, item.attempt, "expired", "ApprovalExpired", item.reason)
+    else:
         return []
-    ended = _ended(step, item.attempt, "expired", "ApprovalExpired", item.reason)
     return [ended, *failed(run, step, "approval_expired", item.reason)]
 
 
@@ -351,7 +358,7 @@ def _is_retried(settings: Function, error_class: str) -> bool:
 
 
 def on_timer(run: RunState, step_id: str, attempt: int, now_ms: int) -> Events:
-    """Return what time does to this step after `attempt`: a back-off, a wait or an approval's life is over."""
+    """Return what time does to this step after `attempt`: a back-off or a wait is over."""
     step = run.steps.get(step_id)
     if step is None or run.is_over or step.attempt != attempt:
         return []
@@ -360,17 +367,7 @@ def on_timer(run: RunState, step_id: str, attempt: int, now_ms: int) -> Events:
         return []
     if step.status == states.WAITING:
         return waits.on_due(run, step, now_ms)
-    if step.status == states.AWAITING_APPROVAL and step.approval is not None:
-        return _expired(run, step, step.approval)
     return [next_attempt(step)]
-
-
-def _expired(run: RunState, step: StepState, asked: ev.ApprovalRequested) -> Events:
-    reason = "nobody approved or rejected it in time"
-    expired = ev.ApprovalExpired(
-        step_id=step.step_id, attempt=asked.attempt, rule=asked.rule, policy=asked.policy, reason=reason
-    )
-    return [expired, *failed(run, step, "approval_expired", reason)]
 
 
 # --- parts ---------------------------------------------------------------

@@ -88,10 +88,6 @@ def _resolve(event: ev.ApprovalResolved) -> GateItem | None:
     return Approve(step_id=event.step_id, attempt=event.attempt, by=event.by, arguments_hash=event.arguments_hash)
 
 
-def _expire(event: ev.ApprovalExpired) -> GateItem:
-    return Void(step_id=event.step_id, attempt=event.attempt)
-
-
 def _settle(event: ev.StepSucceeded) -> GateItem | None:
     if not event.attempt:
         return None  # a wait, or an output that a human gave: no attempt of it is to be paid
@@ -137,7 +133,6 @@ _GATE_ITEMS: Final[dict[type, Callable[[Any], GateItem | None]]] = {
     ev.StepReady: _authorise_first,
     ev.AttemptRequested: _authorise_next,
     ev.ApprovalResolved: _resolve,
-    ev.ApprovalExpired: _expire,
     ev.StepSucceeded: _settle,
     ev.AttemptEnded: _end,
     ev.ResultIgnored: _end,

@@ -22,12 +22,10 @@ Events = list[Any]
 def due_ms(run: RunState, step: StepState) -> int | None:
     """Return when something happens to this step by itself, Unix milliseconds; None for never.
 
-    The end of a back-off, of an approval's life or of a wait; 0 for a wait whose event is there already.
+    The end of a back-off or of a wait; 0 for a wait whose event is there already.
     """
     if step.status == states.BACKING_OFF:
         return step.retry_at_ms
-    if step.status == states.AWAITING_APPROVAL and step.approval is not None:
-        return step.approval.expires_at_ms or None
     if step.status != states.WAITING or step.wait is None:
         return None
     if kept_for(run, step.wait) is not None:

@@ -9,7 +9,7 @@ import pytest
 from support.pure import Pair, chain
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.entry import Position
-from tidegate.domain.messages import Approve, GateRequest
+from tidegate.domain.messages import Approve, GateDecision, GateRequest, Unanswered
 
 RULE = {"name": "ask", "when": "true", "then": "require_approval", "expires_s": 60}
 
@@ -22,7 +22,7 @@ def asking(**more: Any) -> Pair:
 
 
 def gate_alone(pair: Pair, ms: int) -> None:
-    """Let time pass for the gate only: the scheduler's own timer would be as fast."""
+    """Let time pass, and the gate see it; what it says is on its way."""
     pair.now_ms += ms
     answer = pair.gate.due(pair.ledger, pair.now_ms, pair.tables)
     assert answer is not None
@@ -74,14 +74,34 @@ def test_an_answer_in_time_counts_and_no_end_comes_later() -> None:
 
 
 @pytest.mark.feature("P4")
-def test_when_the_scheduler_is_faster_the_gate_lets_go_once() -> None:
+def test_the_gate_alone_ends_a_question_and_both_logs_say_so() -> None:
     pair = asking()
     pair.now_ms += 60_000
+    assert pair.scheduler.due(pair.runs, pair.now_ms, pair.tables) is None
     pair.settle_down()
-    assert pair.run("r").status == "failed"
-    ends = [type(event).__name__ for event in pair.ledger_events if event.__class__ is not ev.RunOpened]
-    assert sum(name in ("ApprovalLapsed", "AttemptReleased") for name in ends) == 1
+    assert (pair.run("r").status, pair.run("r").code) == ("failed", "approval_expired")
+    ends = [type(event).__name__ for event in pair.ledger_events]
+    assert ends == ["RunOpened", "ApprovalHeld", "ApprovalLapsed", "RunClosed"]
     assert pair.ledger.runs == {}
+
+
+@pytest.mark.feature("P4")
+@pytest.mark.parametrize("answer", ["approve", "reject"])
+def test_an_answer_that_the_scheduler_takes_before_it_hears_of_the_end_changes_nothing(answer: str) -> None:
+    pair = asking()
+    pair.now_ms += 60_000
+    lapsed = pair.gate.due(pair.ledger, pair.now_ms, pair.tables)
+    assert lapsed is not None
+    for event in lapsed[1].events:
+        pair.gate.apply(pair.ledger, "ledger-0", "", event, 9, pair.now_ms)
+    pair.command("r", answer, by="ada")
+    source = Position(0, 1_000_000, 0)
+    said = Unanswered(step_id="a", attempt=1, rule="ask", policy="p@1", reason="nobody answered in time")
+    pair._send(pair.scheduler, GateDecision(run_id="r", source=source, items=(said,)))
+    pair.settle_down()
+    run = pair.run("r")
+    assert (run.status, run.code) == ("failed", "approval_expired" if answer == "approve" else "rejected")
+    assert not pair.tasks
 
 
 @pytest.mark.feature("P4")

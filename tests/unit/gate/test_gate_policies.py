@@ -90,6 +90,17 @@ def test_obligations_of_all_matching_rules_add_up() -> None:
 
 
 @pytest.mark.feature("P1")
+@pytest.mark.parametrize("path", ["card.number", "card", "*.number", "card.*", "*"])
+@pytest.mark.parametrize("when", ['args.card.number.startsWith("4")', "args.card.number > 1", "args.card.number"])
+def test_who_denies_hides_what_others_hide_and_what_it_would_have_hidden_itself(path: str, when: str) -> None:
+    other = ("card", 'tool == "pay"', "allow", {"redact": [path]})
+    for rules in (policies(a=[("no", when, "deny"), other]), policies(a=[("no", when, "deny", {"redact": [path]})])):
+        verdict = judge(rules, tool="pay", args={"card": {"number": "4111", "name": "ann"}})
+        assert (verdict.effect, verdict.rule, verdict.redact) == ("deny", "no", (path,))
+        assert "4111" not in verdict.values + verdict.reason
+
+
+@pytest.mark.feature("P1")
 def test_the_default_is_part_of_a_document_and_the_strictest_counts() -> None:
     rules = policies(
         a={"default": "require_approval"},
@@ -227,3 +238,18 @@ def test_obligations_go_with_the_decision_and_the_task() -> None:
     assert [(event.redact, event.isolation) for event in dispatched] == [(("secret",), "job")] * 2
     placed = [event for event in pair.ledger_events if type(event).__name__ == "AttemptPlaced"]
     assert [(event.redact, event.isolation) for event in placed] == [(("secret",), "job")] * 2
+
+
+@pytest.mark.feature("P1")
+@pytest.mark.parametrize("end", ["AttemptRefused", "AttemptPaused", "ApprovalHeld"])
+def test_what_is_not_allowed_says_what_to_hide_too(end: str) -> None:
+    pair = Pair(functions=("step:a",))
+    rules = [{"name": "hide", "when": "true", "then": "allow", "redact": ["secret"]}]
+    if end == "ApprovalHeld":
+        rules.append({"name": "ask", "when": "true", "then": "require_approval"})
+    pair.policy({"policy": "p", "version": "1", "rules": rules})
+    on_exceed = "pause" if end == "AttemptPaused" else "deny"
+    limits = {} if end == "ApprovalHeld" else {"calls": 0}
+    pair.policy({"kind": "budget", "budget": "b", "version": "1", "limits": limits, "on_exceed": on_exceed})
+    pair.start("r", chain("a"), {"secret": 1})
+    assert [event.redact for event in pair.ledger_events if type(event).__name__ == end] == [("secret",)]

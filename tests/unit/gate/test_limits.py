@@ -7,7 +7,7 @@ import pytest
 from support.limits import apply, limit, one, pair
 from support.pure import Pair, chain, step
 from tidegate.domain.messages import Control
-from tidegate.gate.limits import LimitError, parse
+from tidegate.gate.kinds import DocumentError, parse
 
 
 def later(p: Pair, ms: int, slots: int = 100) -> None:
@@ -43,7 +43,7 @@ def ledger_events(p: Pair, name: str) -> list[Any]:
     ],
 )
 def test_a_wrong_limit_is_refused_with_what_is_wrong(fields: dict[str, Any], problem: str) -> None:
-    with pytest.raises(LimitError) as caught:
+    with pytest.raises(DocumentError) as caught:
         parse(limit(**fields))
     assert problem in str(caught.value)
 
@@ -55,6 +55,16 @@ def test_a_broken_limit_leaves_the_one_of_before_in_force() -> None:
     for n in range(3):
         p.start(f"r{n}", one())
     assert len(p.tasks) == 1
+
+
+def test_a_gate_that_knows_only_a_broken_limit_lets_nothing_through() -> None:
+    p = pair()
+    apply(p, limit(at_once=0))
+    p.start("r", one())
+    assert (p.run("r").code, "'limit:l' cannot be read" in p.run("r").reason) == ("denied", True)
+    apply(p, limit(at_once=1), offset=2)
+    p.start("next", one())
+    assert running(p) == ["next"]
 
 
 # --- at once ---------------------------------------------------------------

@@ -11,7 +11,7 @@ import yaml
 
 from support.limits import apply, pair
 from support.pure import chain, step
-from tidegate.gate.limits import parse
+from tidegate.gate.kinds import parse
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/limits.md"
 EXAMPLES: dict[str, dict[str, Any]] = {
