@@ -28,7 +28,7 @@ FUNCTIONS = tuple(f"step:{n}" for n in STEPS) + tuple(f"tool:{n}" for n in TOOLS
 ONCE = frozenset({"once", "once_flaky", "t_once"})
 ACCOUNTS = ("acme", "acme/support", "beta/x", "gamma")
 MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
-MAILBOXES = ("run-commands", "gate-requests", "gate-decisions", "step-results")
+MAILBOXES = ("run-commands", "gate-requests", "gate-decisions", "gate-leases", "step-results")
 
 
 class SimulatedRule(NamedTuple):
