@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from simulation import work as works
 from simulation.executor import ExecutorLife
 from simulation.processes import Life
+from tidegate.gate.service import GateMachine
 from tidegate.scheduler import admission
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class Accidents:
 
     def _read_up_to(self, topic: str) -> dict[int, int] | None:
         """Return how far a mailbox was certainly read; None for what is no mailbox."""
-        if topic in ("run-commands", "gate-decisions", "step-results", "gate-requests"):
-            log = "gate-ledger" if topic == "gate-requests" else "run-events"
+        if topic in works.MAILBOXES:
+            log = "gate-ledger" if topic in GateMachine.marked_topics else "run-events"
             return {p: self.world.judge.recorded(log, p, topic) for p in range(self.world.topics[topic])}
         if topic == "run-requests":
             committed = self.world.broker.committed(f"{admission.GROUP}:run-requests")

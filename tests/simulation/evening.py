@@ -37,10 +37,11 @@ class Evening:
             life.is_cut_off = False
             life.frozen_until_ms = 0
             life.wall_offset_ms = 0
+        self.world.patience.resume_queues()
         self._run_until_quiet()
-        while self.world.work.answer():
+        while self.world.work.answer_all() | self.world.patience.answer_all():
             self._run_until_quiet()
-        self.world.judge.at_rest(self.world.work.unanswered)
+        self.world.judge.at_rest(self.world.work.unanswered | self.world.patience.unanswered)
 
     def _run_until_quiet(self) -> None:
         quiet_since_ms = self.world.now_ms
@@ -54,7 +55,7 @@ class Evening:
             self.world.advance_by(20 if self.world.work_writes != before else 500)
             if self.world.work_writes != before or self._is_busy():
                 quiet_since_ms = self.world.now_ms
-            if self.world.now_ms - quiet_since_ms > QUIET_MS:
+            if self.world.now_ms - quiet_since_ms > QUIET_MS and not self.world.judge.is_something_due():
                 return
         raise Violation("it never comes to rest")
 

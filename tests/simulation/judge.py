@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from simulation.wait_books import WaitBooks
 from simulation.work import BOUNDS, RULES
 from tidegate import codec
 from tidegate.audit.limits import LimitBooks
@@ -40,7 +41,7 @@ from tidegate.gate.ledger import Ledger
 from tidegate.gate.ledger import apply as apply_ledger
 from tidegate.gate.tells import tells as gate_tells
 from tidegate.projection import rows
-from tidegate.scheduler import decide
+from tidegate.scheduler import decide, holding, waits
 from tidegate.scheduler.service import RunsOfPartition, SchedulerMachine
 from tidegate.scheduler.snapshots import dump as dump_run
 from tidegate.scheduler.snapshots import load as load_run
@@ -62,6 +63,10 @@ OF_COMMANDS = (
     re.RunCancelRequested,
     re.ApprovalResolved,
     re.ChildEnded,
+    re.WaitEnded,
+    re.SignalReceived,
+    re.RunPaused,
+    re.RunResumed,
 )
 
 
@@ -116,6 +121,7 @@ class Judge:
         self.rubbish: set[tuple[str, int, int]] = set()
         self.books = Books()
         self.limits = LimitBooks(BOUNDS)
+        self.waits = WaitBooks(self.require)
         self.effects: Counter[tuple[str, str]] = Counter()
         self.commands: dict[tuple[str, str], RunCommand] = {}
         self.told_commands: dict[tuple[str, str], tuple[LogOfPartition, int]] = {}
@@ -124,6 +130,7 @@ class Judge:
         self.placed: dict[AttemptKey, tuple[str, int]] = {}
         self.lost: set[AttemptKey] = set()
         self.asked: dict[AttemptKey, Call] = {}
+        self.held_from_the_start: set[tuple[str, str]] = set()
         self.ended: dict[AttemptKey, str] = {}
         self.granted: set[AttemptKey] = set()  # unknown outcomes that a human let be repeated
         self.agreed: set[tuple[str, str, str]] = set()  # run, step, hash of the arguments that a human approved
@@ -164,6 +171,8 @@ class Judge:
                 "void entries": sum(part.void for part in self.logs.values()),
                 "functions entered": len(self.entered_at),
                 "attempts lost": len(self.lost),
+                "waits ended": self.waits.ended,
+                "attempts held back": self.waits.held_back,
                 "dead letters": len(self.letters),
             }
         )
@@ -177,6 +186,8 @@ class Judge:
             self._logged(part, message)
         elif topic == "policies":
             self._policy_written(message)
+        elif topic == "controls":
+            self.waits.control_written(message)
         elif message.value is not None:
             self.mail[topic, message.partition, message.offset] = message
             self._mailed(message)
@@ -243,6 +254,7 @@ class Judge:
         self._decided(part, record, where)
         self._expect_tells(part, record, message.offset)
         part.entries[record.subject].append(message.offset)
+        self._commands_in(part, record)
         for index, event in enumerate(record.events):
             self._event(part, record, record.first_seq + index, event, message.offset)
         seq, head = part.heads[record.subject]
@@ -275,7 +287,8 @@ class Judge:
         part.inputs.update(entry.inputs)
         part.marks.update(entry.marks)
         cause = entry.cause
-        if not cause.startswith("table:"):
+        # What a table caused names its version, and what the gate's clock did only the time: there may be several of each.
+        if not cause.startswith("table:") and not (part.log == GATE_LEDGER and cause.startswith("timer:")):
             cause = f"{entry.subject} {cause}" if cause.startswith("timer:") else cause
             self.require(cause not in part.causes, f"(7) {where}: {cause} caused an entry before")
             part.causes.add(cause)
@@ -290,11 +303,15 @@ class Judge:
         if part.log != RUN_EVENTS:
             return
         state: RunsOfPartition = part.state
+        controls = self.scheduler._controls = self.waits.controls(entry.tables["controls"])
         if entry.cause.startswith("timer:"):
             _, _, step_and_attempt = entry.cause.split(":", 2)
             step_id, _, attempt = step_and_attempt.rpartition(":")
             run = state.runs[entry.subject]
             events = decide.on_timer(run, step_id, int(attempt), entry.now_ms)
+            events = holding.finished(run, events, controls, entry.now_ms)
+        elif entry.cause.startswith("table:"):
+            events = holding.released(state.runs[entry.subject], controls)
         else:
             topic, partition, offset = entry.cause.rsplit(":", 2)
             message = self.mail.get((topic, int(partition), int(offset)))
@@ -381,25 +398,35 @@ class Judge:
         if part.log == RUN_EVENTS:
             self.facts[entry.subject, seq] = offset
             self._run_event(entry, event)
+            self.waits.run_event(entry, seq, event)
             self.scheduler.apply(part.state, entry.subject, entry.account, event, seq, entry.now_ms)
         else:
             self.facts[part.partition, seq] = offset
             self._ledger_event(entry, event)
+            self.waits.ledger_event(entry, event)
             apply_ledger(part.state, event, seq, entry.now_ms)
+
+    def _commands_in(self, part: LogOfPartition, entry: Entry) -> None:
+        """Count the effect of the command that an entry is about; it may show in several of its events."""
+        if part.log != RUN_EVENTS:
+            return
+        names = {event.command_id for event in entry.events if isinstance(event, OF_COMMANDS) and event.command_id}
+        begins = any(isinstance(event, re.RunStarted | re.RunRefused) for event in entry.events)
+        allowed = 2 if begins else 1  # a start, after a refusal under its id
+        for command_id in names:
+            self.effects[entry.subject, command_id] += 1
+            count = self.effects[entry.subject, command_id]
+            self.require(count <= allowed, f"(7) command {command_id} of {entry.subject} took effect twice")
 
     def _run_event(self, entry: Entry, event: Any) -> None:
         run_id = entry.subject
-        if isinstance(event, OF_COMMANDS):
-            self.effects[run_id, event.command_id] += 1
-            count = self.effects[run_id, event.command_id]
-            allowed = (
-                2 if isinstance(event, re.RunStarted | re.RunRefused) else 1
-            )  # a start, after a refusal under its id
-            self.require(count <= allowed, f"(7) command {event.command_id} of {run_id} took effect twice")
         if getattr(event, "code", "") == "internal_error" or getattr(event, "error_class", "") == "InternalError":
             self.fail(f"{run_id}: a decision failed: {event}")
         if isinstance(event, re.StepReady):
-            self.asked[run_id, event.step_id, 1] = event.call
+            if event.held:
+                self.held_from_the_start.add((run_id, event.step_id))
+            else:
+                self.asked[run_id, event.step_id, 1] = event.call
         elif isinstance(event, re.AttemptRequested):
             self._asked_again(run_id, event)
         elif isinstance(event, re.AttemptEnded):
@@ -413,13 +440,18 @@ class Judge:
                 self.granted.add((run_id, event.step_id, event.attempt))
 
     def _asked_again(self, run_id: str, event: re.AttemptRequested) -> None:
-        before = (run_id, event.step_id, event.attempt - 1)
-        outcome = self.ended.get(before)
-        self.require(
-            outcome is not None and outcome != "succeeded",
-            f"(3) {run_id} {event.step_id}: attempt {event.attempt} asked for, the one before {outcome or 'has not ended'}",
-        )
-        self.asked[run_id, event.step_id, event.attempt] = event.call
+        key = (run_id, event.step_id, event.attempt)
+        name = f"{run_id} {event.step_id}: attempt {event.attempt}"
+        self.require(key not in self.asked, f"(3) {name} asked for twice")
+        outcome = self.ended.get((run_id, event.step_id, event.attempt - 1))
+        if event.attempt == 1:
+            self.require(key[:2] in self.held_from_the_start, f"(3) {name} asked for, but the step was never ready")
+        else:
+            self.require(
+                outcome is not None and outcome != "succeeded",
+                f"(3) {name} asked for, the one before {outcome or 'has not ended'}",
+            )
+        self.asked[key] = event.call
 
     def _ledger_event(self, entry: Entry, event: Any) -> None:
         if not hasattr(event, "attempt"):
@@ -550,6 +582,12 @@ class Judge:
 
     # -- at rest ---------------------------------------------------------------------------------------
 
+    def is_something_due(self) -> bool:
+        """Tell whether a run goes on by itself when time passes."""
+        return any(
+            waits.due_ms(run, step) is not None for run in self.runs() if not run.is_over for step in run.steps.values()
+        )
+
     def at_rest(self, waiting: set[tuple[str, str]]) -> None:
         """Everything was let run until nothing moved. `waiting`: the questions that nobody answers."""
         for part in self.logs.values():
@@ -576,7 +614,8 @@ class Judge:
         for run in self.runs():
             if run.is_over or run.status == states.ABSENT:
                 continue
-            unanswered = [step.step_id for step in run.open_approvals() if (run.run_id, step.step_id) in waiting]
+            asking = [*run.open_approvals(), *run.open_waits()]
+            unanswered = [step.step_id for step in asking if (run.run_id, step.step_id) in waiting]
             # A step that another run does waits with it; that one is judged by itself.
             unanswered += [step.step_id for step in run.steps.values() if step.child_run_id in going_on]
             picture_of = {step.step_id: step.status for step in run.steps.values()}

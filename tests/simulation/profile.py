@@ -57,6 +57,11 @@ WORK = {
     "start_run": 1.0,
     "cancel": 0.2,
     "answer": 1.2,
+    "signal": 0.8,
+    "respond": 0.8,
+    "pause_run": 0.3,
+    "resume_run": 0.3,
+    "control": 0.3,
     "repeat_request": 0.3,
     "bad_request": 0.4,
     "publish_workflow": 0.1,
@@ -72,6 +77,8 @@ def draw(rng: Random) -> Profile:
         weights[name] = weight * rng.choice((0.0, 1.0, 1.0, 3.0))
     weights["damage_snapshots"] = rng.choice((0.0, 0.0, 0.0, 0.3))
     weights["publish_policy"] *= rng.choice((0, 1, 1))
+    weights["pause_run"] *= rng.choice((0, 1, 1))
+    weights["control"] *= rng.choice((0, 1, 1))
     weights["publish_limit"] *= rng.choice((0, 1, 3))
     return Profile(
         crash=rng.choice((0.0, 0.0001, 0.0003, 0.001)),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from simulation.definitions import TOOLS, definition
 from simulation.executor import Outcome
 from tidegate import codec
 from tidegate.audit.limits import Bound
@@ -19,16 +20,8 @@ from tidegate.eventlog.interface import Record
 if TYPE_CHECKING:
     from simulation.world import World
 
-QUEUES = ("default", "gpu")
-STEPS = ("ok", "flaky", "fatal", "slow", "long", "dear", "once", "once_flaky", "odd")
-OFTEN = ("ok", "ok", "ok", "flaky", "once", "once_flaky", "long", "dear")
-TOOLS = ("t_ok", "t_flaky", "t_once", "t_fatal")
-AGENTS = ("a_plan", "a_wild")
-FUNCTIONS = tuple(f"step:{n}" for n in STEPS) + tuple(f"tool:{n}" for n in TOOLS) + tuple(f"agent:{n}" for n in AGENTS)
-ONCE = frozenset({"once", "once_flaky", "t_once"})
 ACCOUNTS = ("acme", "acme/support", "beta/x", "gamma")
-MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
-MAILBOXES = ("run-commands", "gate-requests", "gate-decisions", "step-results")
+MAILBOXES = ("run-commands", "gate-requests", "gate-decisions", "gate-leases", "step-results")
 
 
 class SimulatedRule(NamedTuple):
@@ -51,79 +44,6 @@ RULES = {
         'account.startsWith("beta") && attempt > 1', "require_approval", lambda _c, n, a: a.startswith("beta") and n > 1
     ),
 }
-
-
-def definition(rng: Random, name: str, version: int) -> dict[str, Any]:
-    """Return a random workflow that can be published: a graph of steps, agents and maps, with conditions and joins."""
-    names = [f"n{number}" for number in range(rng.randint(1, 5))]
-    nodes: dict[str, Any] = {}
-    for node in names:
-        kind = "agent" if rng.random() < 0.25 else "step"
-        function = rng.choice(AGENTS if kind == "agent" else OFTEN if rng.random() < 0.8 else STEPS)
-        nodes[node] = {"kind": kind, "function": function}
-    shape = rng.choice(("chain", "wide", "any"))
-    edges = []
-    for index, target in enumerate(names[1:], 1):
-        before = {"chain": [names[index - 1]], "wide": [names[0]]}.get(shape) or rng.sample(
-            names[:index], rng.randint(0, min(2, index))
-        )
-        edges += [_edge(rng, source, target) for source in before]
-    for node in names:
-        if rng.random() < 0.15:
-            nodes[node] = {"kind": "map", "function": rng.choice(OFTEN), "over": rng.choice(MAPPED)}
-            nodes[node] |= {"at_once": rng.randint(1, 3), "on_item_failure": rng.choice(("fail", "continue"))}
-        if rng.random() < 0.2:
-            nodes[node]["join"] = "any"
-        if rng.random() < 0.1:
-            nodes[node]["on_failure"] = rng.choice(("fail", "continue"))
-    children = [node for node in names if rng.random() < 0.1]
-    for node in children:
-        nodes[node] = {"kind": "workflow", "workflow": "inner@1"}
-    kinds = dict.fromkeys(STEPS, "step") | dict.fromkeys(TOOLS, "tool") | dict.fromkeys(AGENTS, "agent")
-    return {
-        "name": name,
-        "version": str(version),
-        "nodes": nodes,
-        "edges": edges,
-        "functions": {function: _settings(rng, function, kind) for function, kind in kinds.items()},
-        "max_steps": rng.choice((6, 50, 50, 50)),
-        "failure_mode": rng.choice(("fail_fast", "continue")),
-        "workflows": {"inner@1": _inner(rng)} if children else {},
-    }
-
-
-def _inner(rng: Random) -> dict[str, Any]:
-    function = rng.choice(OFTEN)
-    nodes = {"x": {"kind": "step", "function": function}, "y": {"kind": "step", "function": "ok"}}
-    functions = {name: _settings(rng, name, "step") for name in (function, "ok")}
-    return {"name": "inner", "version": "1", "nodes": nodes, "edges": [["x", "y"]], "functions": functions}
-
-
-def _edge(rng: Random, source: str, target: str) -> Any:
-    """Return an edge, every fifth with a condition; one that fails on an output without `n` is meant to."""
-    if rng.random() < 0.8:
-        return [source, target]
-    return {
-        "from": source,
-        "to": target,
-        "when": rng.choice(("output.n > 4", "has(output.n) && output.n < 7", "false")),
-    }
-
-
-def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "kind": kind,
-        "queue": rng.choice((*QUEUES[:1] * 3, *QUEUES)),
-        "timeout_ms": rng.choice((500, 2_000, 8_000)),
-        "max_attempts": rng.randint(1, 4),
-        "backoff_ms": rng.choice((20, 100, 400)),
-        "backoff_max_ms": 2_000,
-        "reserve_micros": rng.choice((0, 5, 20, 50)),
-        "idempotent": function not in ONCE,
-    }
-    if kind == "agent":
-        settings["tools"] = list(TOOLS)
-    return settings
 
 
 def behaviour(rng: Random, task: StepTask) -> Outcome:
@@ -200,7 +120,7 @@ class Work:
     def publish_workflow(self) -> None:
         name = self.rng.choice(("w0", "w1", "w2", "w3"))
         version = self.versions[name] = self.versions.get(name, 0) + 1
-        text = canonical.dumps(definition(self.rng, name, version))
+        text = canonical.dumps(definition(self.rng, name, version, self.world.now_ms))
         row = WorkflowPublished(
             name=name, version=str(version), definition_hash=canonical.digest(text), definition=text, by="sim", at_ms=0
         )
@@ -269,22 +189,29 @@ class Work:
                 fields["command_id"] = f"cancel-{self.rng.randint(0, 3)}"
             self.request(json.dumps(fields).encode())
 
-    def answer(self) -> bool:
-        """Answer one of the open questions, rightly or not; returns whether there was one that will be answered."""
+    def answer(self) -> None:
+        """Answer one of the open questions, rightly or not, or decide that nobody ever will."""
         questions = self._questions()
-        if not questions:
-            return False
-        run_id, step_id = self.rng.choice(questions)
+        if questions:
+            self._answer(*self.rng.choice(questions))
+
+    def answer_all(self) -> bool:
+        """Answer all open questions like that; returns whether there were any."""
+        questions = self._questions()
+        for run_id, step_id in questions:
+            self._answer(run_id, step_id)
+        return bool(questions)
+
+    def _answer(self, run_id: str, step_id: str) -> None:
         if self.rng.random() < 0.1:
             self.unanswered.add((run_id, step_id))
-            return True
+            return
         fields = {"type": self.rng.choice(("approve", "approve", "reject")), "run_id": run_id, "by": "ann"}
         if self.rng.random() < 0.8:
             fields["step_id"] = step_id
         elif self.rng.random() < 0.2:
             fields["step_id"] = "elsewhere"
         self.request(json.dumps(fields).encode())
-        return True
 
     def _questions(self) -> list[tuple[str, str]]:
         return [

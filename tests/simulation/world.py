@@ -17,6 +17,7 @@ from unittest import mock
 
 import structlog
 
+from simulation import definitions, waiting
 from simulation import work as works
 from simulation.accidents import SNAPSHOTS, Accidents
 from simulation.executor import ExecutorLife, Outcome
@@ -45,6 +46,7 @@ from tidegate.registry.predecessors import examine
 from tidegate.registry.process import Seen, judge
 from tidegate.scheduler import admission
 
+BEGINS_MS = 2_678_370_000  # half a minute before an hour, a day and a month are over
 SESSION_MS = 3_000
 MAX_INSIDE = 3
 MAX_TURNS = 5  # that a process does one after another when it is its turn
@@ -74,7 +76,7 @@ def topics(run_partitions: int, account_partitions: int, task_partitions: int) -
         "gate-ledger": account_partitions,
         "run-snapshots": run_partitions,
         "gate-snapshots": account_partitions,
-        **{f"step-tasks.{queue}": task_partitions for queue in works.QUEUES},
+        **{f"step-tasks.{queue}": task_partitions for queue in definitions.QUEUES},
         "instances": 1,
         "policies": 1,
         "controls": 1,
@@ -102,11 +104,11 @@ class World:
         self.seed = seed
         self.rng = random.Random(seed)
         self.profile = profile or draw(self.rng)
-        self.now_ms = 1_000_000
+        self.now_ms = BEGINS_MS
         self.steps = 0
         self.run_partitions, self.account_partitions = 2, 2
         self.lease_ms = self.profile.lease_ms
-        self.functions = works.FUNCTIONS
+        self.functions = definitions.FUNCTIONS
         self.topics = topics(self.run_partitions, self.account_partitions, self.profile.task_partitions)
         self.broker = MemoryBroker(clock_ms=lambda: self.now_ms, rng=self.rng)
         for name, count in self.topics.items():
@@ -129,6 +131,7 @@ class World:
         self.store = ModelStore()
         self.judge = Judge(self)
         self.work = works.Work(self)
+        self.patience = waiting.Patience(self.work)
         self.accidents = Accidents(self)
         self._writer = self.broker.writer()
         self.lives: list[Life] = []
@@ -144,14 +147,14 @@ class World:
                 name = f"{service}-{number}"
                 make: Callable[[], Life] = functools.partial(SERVICES[service], self, name)
                 if service == "executor":
-                    queue = works.QUEUES[number % 2] if count > 1 else "default"
+                    queue = definitions.QUEUES[number % 2] if count > 1 else "default"
                     make = functools.partial(ExecutorLife, self, name, queue, 1 + number)
                 yield Post(service, name, make)
         if self.profile.replicas["executor"] == 1:
             yield Post("executor", "executor-gpu", functools.partial(ExecutorLife, self, "executor-gpu", "gpu", 2))
 
     def _action(self, name: str) -> Callable[[], object]:
-        for part in (self, self.accidents, self.work):
+        for part in (self, self.accidents, self.work, self.patience):
             found: Callable[[], object] | None = getattr(part, name, None)
             if found is not None:
                 return found

@@ -1,0 +1,114 @@
+"""Random workflows: graphs of steps, agents, maps, waits and child runs, and the functions that they use."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from random import Random
+from typing import Any
+
+QUEUES = ("default", "gpu")
+STEPS = ("ok", "flaky", "fatal", "slow", "long", "dear", "once", "once_flaky", "odd")
+OFTEN = ("ok", "ok", "ok", "flaky", "once", "once_flaky", "long", "dear")
+TOOLS = ("t_ok", "t_flaky", "t_once", "t_fatal")
+AGENTS = ("a_plan", "a_wild")
+FUNCTIONS = tuple(f"step:{n}" for n in STEPS) + tuple(f"tool:{n}" for n in TOOLS) + tuple(f"agent:{n}" for n in AGENTS)
+ONCE = frozenset({"once", "once_flaky", "t_once"})
+MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
+EVENTS = ("paid", "shipped")
+KEYS = ("", "k")
+CHOICES = ("yes", "no")
+
+
+def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, Any]:
+    """Return a random workflow that can be published: steps, agents, maps, waits and child runs, with conditions and joins."""
+    names = [f"n{number}" for number in range(rng.randint(1, 5))]
+    nodes: dict[str, Any] = {}
+    for node in names:
+        kind = "agent" if rng.random() < 0.25 else "step"
+        function = rng.choice(AGENTS if kind == "agent" else OFTEN if rng.random() < 0.8 else STEPS)
+        nodes[node] = {"kind": kind, "function": function}
+    shape = rng.choice(("chain", "wide", "any"))
+    edges = []
+    for index, target in enumerate(names[1:], 1):
+        before = {"chain": [names[index - 1]], "wide": [names[0]]}.get(shape) or rng.sample(
+            names[:index], rng.randint(0, min(2, index))
+        )
+        edges += [_edge(rng, source, target) for source in before]
+    for node in names:
+        if rng.random() < 0.15:
+            nodes[node] = {"kind": "map", "function": rng.choice(OFTEN), "over": rng.choice(MAPPED)}
+            nodes[node] |= {"at_once": rng.randint(1, 3), "on_item_failure": rng.choice(("fail", "continue"))}
+        elif rng.random() < 0.2:
+            nodes[node] = _wait(rng, now_ms)
+        if rng.random() < 0.2:
+            nodes[node]["join"] = "any"
+        if rng.random() < 0.1:
+            nodes[node]["on_failure"] = rng.choice(("fail", "continue"))
+    children = [node for node in names if rng.random() < 0.1]
+    for node in children:
+        nodes[node] = {"kind": "workflow", "workflow": "inner@1"}
+    kinds = dict.fromkeys(STEPS, "step") | dict.fromkeys(TOOLS, "tool") | dict.fromkeys(AGENTS, "agent")
+    return {
+        "name": name,
+        "version": str(version),
+        "nodes": nodes,
+        "edges": edges,
+        "functions": {function: _settings(rng, function, kind) for function, kind in kinds.items()},
+        "max_steps": rng.choice((6, 50, 50, 50)),
+        "failure_mode": rng.choice(("fail_fast", "continue")),
+        "workflows": {"inner@1": _inner(rng, now_ms)} if children else {},
+    }
+
+
+def _inner(rng: Random, now_ms: int) -> dict[str, Any]:
+    function = rng.choice(OFTEN)
+    nodes: dict[str, Any] = {"x": {"kind": "step", "function": function}, "y": {"kind": "step", "function": "ok"}}
+    if rng.random() < 0.3:
+        nodes["x"] = _wait(rng, now_ms)
+    functions = {name: _settings(rng, name, "step") for name in (function, "ok")}
+    return {"name": "inner", "version": "1", "nodes": nodes, "edges": [["x", "y"]], "functions": functions}
+
+
+def _edge(rng: Random, source: str, target: str) -> Any:
+    """Return an edge, every fifth with a condition; one that fails on an output without `n` is meant to."""
+    if rng.random() < 0.8:
+        return [source, target]
+    return {
+        "from": source,
+        "to": target,
+        "when": rng.choice(("output.n > 4", "has(output.n) && output.n < 7", "false")),
+    }
+
+
+def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "queue": rng.choice((*QUEUES[:1] * 3, *QUEUES)),
+        "timeout_ms": rng.choice((500, 2_000, 8_000)),
+        "max_attempts": rng.randint(1, 4),
+        "backoff_ms": rng.choice((20, 100, 400)),
+        "backoff_max_ms": 2_000,
+        "reserve_micros": rng.choice((0, 5, 20, 50)),
+        "idempotent": function not in ONCE,
+    }
+    if kind == "agent":
+        settings["tools"] = list(TOOLS)
+    return settings
+
+
+def _wait(rng: Random, now_ms: int) -> dict[str, Any]:
+    """Return a random node that waits."""
+    kind = rng.choice(("sleep", "wait_until", "wait_event", "wait_event", "ask"))
+    if kind == "wait_until":
+        at = datetime.fromtimestamp(now_ms // 1000 + rng.randint(-5, 30), UTC)
+        return {"kind": kind, "wait": {"at": at.isoformat()}}
+    wait: dict[str, Any] = {
+        "sleep": lambda: {"seconds": rng.choice((0, 0.2, 1, 5))},
+        "wait_event": lambda: {"event": rng.choice(EVENTS), "key": rng.choice(KEYS)},
+        "ask": lambda: {"prompt": "?", **({"choices": list(CHOICES)} if rng.random() < 0.7 else {})},
+    }[kind]()
+    if rng.random() < 0.5:
+        wait["timeout_s"] = rng.choice((0, 0.5, 2, 8))
+        if rng.random() < 0.5:
+            wait |= {"on_timeout": "value", "timeout_value": {"n": 5}}
+    return {"kind": kind, "wait": wait}
