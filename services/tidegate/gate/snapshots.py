@@ -28,7 +28,7 @@ _LIMIT, _ASK, _SCALE_OUT = "limit:", "ask:", "scale-out:"
 def unit_of(event: Any) -> str:
     """Return the unit that an event changes. Called for every event: nearly all concern a run."""
     named = _NAMED.get(type(event))
-    return event.run_id if named is None else named(event)  # type: ignore[no-any-return] # the event's fields are texts
+    return event.run_id if named is None else named(event)
 
 
 def _limit_unit(event: Any) -> str:
