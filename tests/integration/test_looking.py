@@ -18,7 +18,20 @@ import pytest
 
 from support import workload
 from support.stack import WholeStack
-from support.workload import ANSWERED, ASKED, ASKS, CANCELLED, HOPELESS, LISTENS, OPEN, STUCK, TOO_DEAR, Day, play_day
+from support.workload import (
+    ANSWERED,
+    ASKED,
+    ASKS,
+    CANCELLED,
+    HOPELESS,
+    LISTENS,
+    NO_ROOM,
+    OPEN,
+    STUCK,
+    TOO_DEAR,
+    Day,
+    play_day,
+)
 from tidegate.embedded import sql
 from tidegate.projection.dashboards.boards import BOARDS
 from tidegate.projection.dashboards.macros import ALL, Range, substituted
@@ -104,6 +117,17 @@ def micros_by(rows: Rows, name: str) -> dict[str, int]:
     return {row[name]: round(row["spent"] * 1_000_000) for row in rows if row["spent"]}
 
 
+def buckets(day: Day) -> set[tuple[str, str, int]]:
+    """Return the budget, account and limit of every bucket."""
+    return {(f.event.budget, f.event.account, f.event.limits.micros) for f in day.of("BudgetSet")}
+
+
+def sum_of(day: Day, kind: str, field: str, budget: str, account: str) -> int:
+    """Return the micro-dollars of a field over a bucket's events."""
+    found = [f.event for f in day.of(kind) if f.event.bucket.split("|")[:2] == [budget, account]]
+    return sum(getattr(event, field).micros for event in found)
+
+
 def latest_ms(day: Day) -> int:
     return max(fact.at_ms for fact in (*day.runs, *day.ledger))
 
@@ -144,7 +168,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ),
     ("operations", "Not over, quiet the longest"): lambda rows, _: (
         {row["run_id"]: row["status"] for row in rows}
-        == {STUCK: "running", OPEN: "waiting", ASKS: "waiting", LISTENS: "waiting"}
+        == {STUCK: "running", NO_ROOM: "running", OPEN: "waiting", ASKS: "waiting", LISTENS: "waiting"}
     ),
     ("operations", "Dead letters"): lambda rows, _: the(rows, code="malformed")["letters"] == 1,
     ("operations", "Records the projection could not read"): lambda rows, _: rows[0]["records"] == 0,
@@ -186,9 +210,23 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("spend", "Nearest to their budget"): lambda rows, day: (
         rows[0]["run_id"] == TOO_DEAR and rows[0]["used"] == day.spent(TOO_DEAR) / workload.RUN_BUDGET_MICROS
     ),
+    ("spend", "Budgets of accounts"): lambda rows, day: (
+        {(row["budget"], row["account"]): (round(row["spent"] * 1_000_000), row["limit"]) for row in rows}
+        == {
+            (budget, account): (sum_of(day, "BudgetSettled", "used", budget, account), limit / 1_000_000)
+            for budget, account, limit in buckets(day)
+        }
+        and {row["until_at"] for row in rows} == {None}
+        and len(rows) >= 8
+    ),
     ("spend", "Stopped by a budget"): lambda rows, day: (
-        [(row["run_id"], row["step_id"]) for row in rows]
-        == [(f.run_id, f.event.step_id) for f in day.of("AttemptRefused") if f.event.rule == "budget"]
+        {(row["run_id"], row["step_id"], row["rule"], row["decision"]) for row in rows}
+        == {
+            (f.run_id, f.event.step_id, f.event.rule, "deny" if f.name == "AttemptRefused" else "pause")
+            for f in day.of("AttemptRefused", "AttemptPaused")
+            if f.event.rule.partition(":")[0] == "budget"
+        }
+        and {row["rule"] for row in rows} == {"budget", "budget:strict", "budget:patient"}
     ),
     ("spend", "Dearest runs"): lambda rows, day: (
         (rows[0]["run_id"], round(rows[0]["spent"] * 1_000_000)) == (TOO_DEAR, day.spent(TOO_DEAR))
@@ -222,6 +260,7 @@ CHECKS: dict[tuple[str, str], Check] = {
             deny=len(day.of("AttemptRefused")),
             require_approval=len(day.of("ApprovalHeld")),
             throttle=len(day.of("AttemptThrottled")),
+            pause=len(day.of("AttemptPaused")),
         )
     ),
     ("approvals", "Decisions by rule"): lambda rows, day: (
@@ -371,6 +410,14 @@ ANSWERS: dict[str, Check] = {
     "Do the two logs agree about the money": lambda rows, day: (
         (rows[0]["runs"], rows[0]["differ"]) == (len(day.of("RunFinished")), 0)
     ),
+    "Whom did a budget stop": lambda rows, _: (
+        {(row["run_id"], row["rule"]) for row in rows}
+        == {(TOO_DEAR, "budget"), (workload.THIN, "budget:strict"), (NO_ROOM, "budget:patient")}
+    ),
+    "How far do the budgets of accounts go": lambda rows, day: (
+        the(rows, budget="strict", account="thin/strict")["spent_micros"] == day.spent(workload.THIN)
+        and len(rows) == len(buckets(day))
+    ),
     "Why do runs fail": lambda rows, day: total(rows, "runs") == ended(day, "failed") + len(day.of("RunRefused")),
     "What do functions raise": lambda rows, _: the(rows, raised="OSError")["attempts"] == 10,
     "Which functions need retries": lambda rows, day: (
@@ -379,7 +426,7 @@ ANSWERS: dict[str, Check] = {
     "What was asked for and refused": lambda rows, _: [row["run_id"] for row in rows] == ["day-refused"],
     "Which runs are stuck, and on what": lambda rows, _: (
         {(row["run_id"], row["waits_for"]) for row in rows}
-        == {(OPEN, "approval"), (STUCK, "executor"), (ASKS, "answer"), (LISTENS, "event")}
+        == {(OPEN, "approval"), (STUCK, "executor"), (ASKS, "answer"), (LISTENS, "event"), (NO_ROOM, "budget")}
     ),
     "Whom are we waiting for": lambda rows, _: (
         {(row["run_id"], row["step_id"]) for row in rows} == {(OPEN, "two"), (ASKS, "w")}
@@ -389,7 +436,8 @@ ANSWERS: dict[str, Check] = {
     ),
     "What did a policy deny": lambda rows, _: [row["run_id"] for row in rows] == [workload.DENIED],
     "How often does each rule decide": lambda rows, day: (
-        total(rows, "decisions") == len(day.of("AttemptPlaced", "AttemptRefused", "ApprovalHeld", "AttemptThrottled"))
+        total(rows, "decisions")
+        == len(day.of("AttemptPlaced", "AttemptRefused", "ApprovalHeld", "AttemptThrottled", "AttemptPaused"))
     ),
     "How many slots are free now": lambda rows, _: [(row["queue"], row["free"]) for row in rows] == [("default", 12)],
     "Which queues does nobody serve": lambda rows, _: [(r["queue"], r["waiting"]) for r in rows] == [("nobody", 1)],
@@ -436,6 +484,7 @@ def test_what_is_waited_for_is_said_and_what_is_cancelled_is_waited_for_no_longe
         STUCK: "executor",
         ASKS: "answer",
         LISTENS: "event",
+        NO_ROOM: "budget",
     }
     assert (found[ASKS]["detail"], found[ASKS]["is_open"]) == ("How many?", 1)
     assert (found[LISTENS]["detail"], found[LISTENS]["is_open"]) == ("paid 7", 0)

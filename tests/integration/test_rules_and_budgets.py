@@ -208,3 +208,9 @@ def test_what_a_rule_redacts_is_in_no_view(whole: WholeStack) -> None:
     cards = {row["run_id"]: json.loads(row["arguments"])["card"] for row in rows if row["run_id"] != "stolen"}
     hidden = {"number": "(redacted)", "name": "ann"}
     assert cards == {"small": hidden, "large": hidden, "no-room": hidden}
+    buckets = sql.query(data_dir, "SELECT budget, account, limit_micros, spent_micros, is_closed FROM account_budgets")
+    assert {tuple(row.values()) for row in buckets} >= {
+        ("team-calls", "acme/support", None, 55, False),
+        ("tight", "lab", 50, 25, False),
+        ("asking", "desk", None, 55, True),  # of a run that is over
+    }

@@ -14,11 +14,12 @@ from tidegate.domain.run import RunState
 from tidegate.embedded import sql
 
 ASKED, DENIED, OPEN, REJECTED = "day-asked", "day-denied", "day-open", "day-rejected"
+THIN, NO_ROOM = "day-thin", "day-no-room"
 STUCK, CANCELLED, TOO_DEAR, AGENT = "day-stuck", "day-cancelled", "day-dear", "day-confused-0"
 HOPELESS, CHAIN = "day-fail-0", "day-chain-0"
 ASKS, ANSWERED, LISTENS = "day-asks", "day-answered", "day-listens"
-# Not over: one waits for an executor that does not exist, one for an answer, one for an event (and is paused).
-UNFINISHED = frozenset({STUCK, ASKS, LISTENS})
+# Not over: one waits for an executor that does not exist, one for an answer, one for an event (and is paused), one for a budget.
+UNFINISHED = frozenset({STUCK, ASKS, LISTENS, NO_ROOM})
 WAITS = [
     {
         "name": name,
@@ -61,6 +62,25 @@ rules:
     when: account == 'asked/interns'
     then: deny
     reason: interns run nothing
+---
+kind: budget
+budget: teams
+version: "1"
+account: "*/*"
+limits: {money_micros: 1000000}
+---
+kind: budget
+budget: strict
+version: "3"
+account: thin/strict
+limits: {money_micros: 25}
+---
+kind: budget
+budget: patient
+version: "1"
+account: thin/patient
+limits: {money_micros: 25}
+on_exceed: pause
 """
 
 
@@ -110,6 +130,8 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
     start("chain", 1, run_id=REJECTED, account="asked/desk")
     start("chain", 1, run_id=OPEN, account="asked/desk")
     start("chain", 1, run_id=DENIED, account="asked/interns")
+    start("chain", 1, run_id=THIN, account="thin/strict/app")
+    start("chain", 1, run_id=NO_ROOM, account="thin/patient/app")
     start("never", None, run_id=STUCK, account="shop/eu", budget_micros=1_000)
     start("asks", 1, run_id=ASKS, account="lab/ml")
     start("asks", 1, run_id=ANSWERED, account="lab/ml")
@@ -140,7 +162,8 @@ def play_day(whole: WholeStack, folder: Path) -> Day:
     whole.until(LISTENS, "RunPaused")
     whole.until(CANCELLED, "AttemptDispatched")
     whole.client.cancel(CANCELLED, reason="not today")
-    for run_id in (ASKED, REJECTED, DENIED, CANCELLED, TOO_DEAR, ANSWERED, *names):
+    whole.until(NO_ROOM, "AttemptAwaitsBudget")
+    for run_id in (ASKED, REJECTED, DENIED, CANCELLED, TOO_DEAR, ANSWERED, THIN, *names):
         whole.wait(run_id)
     whole.letter(letter)
     whole.until(STUCK, "StepThrottled")  # by then nothing more happens to it

@@ -164,7 +164,8 @@ MEANINGS: Final = {
     "budgets.reserved_micros": "set aside and not yet ended",
     "account_budgets.reserved_micros": "set aside and not yet ended",
     "resolved_at": "when it was answered",
-    "rule": "the rule that decided; `budget`, `limit` or `default` (none matched) are none of a policy",
+    "rule": "the rule that decided; `budget` (the run's own), `budget:NAME` (an account's), `limit` or `default` (none matched) "
+    "are none of a policy",
     "run_id": "the run",
     "running": "how many attempts it runs",
     "seq": "place in the run's events (of the ledger: in its partition's), from 1 without gaps",

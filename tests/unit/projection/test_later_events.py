@@ -238,7 +238,7 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
     bucket = {"account": "acme", "bucket": "monthly|acme|2026-11"}
     limits = {"micros": 1_000, "input_tokens": None, "output_tokens": None, "calls": None, "wall_ms": None}
     begun = {"budget": "monthly", "version": "1", "limits": limits, "on_exceed": "deny", "from_ms": 1, "until_ms": 9}
-    attempt = {"run_id": "r", "step_id": "s", "attempt": 1}
+    attempt = {"run_id": "r", "step_id": "s", "attempt": 1, "account": "acme/support"}
     events: list[Event] = [
         ("BudgetSet", {**bucket, **begun}),
         ("BudgetReserved", {**bucket, **attempt, "amounts": money(300)}),

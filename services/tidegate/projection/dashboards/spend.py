@@ -145,16 +145,41 @@ LIMIT 50
             units={"budget": "currencyUSD", "spent": "currencyUSD", "set aside": "currencyUSD", "used": "percentunit"},
         ),
         Panel(
+            "Budgets of accounts",
+            TABLE,
+            """
+SELECT
+    budget,
+    account,
+    from_at,
+    until_at,
+    on_exceed AS "without room",
+    limit_micros / 1000000 AS "limit",
+    spent_micros / 1000000 AS spent,
+    reserved_micros / 1000000 AS "set aside",
+    (spent_micros + reserved_micros) / nullIf(limit_micros, 0) AS used
+FROM ${database}.account_budgets
+WHERE $__timeFilter(last_at) AND :scope
+ORDER BY used DESC NULLS LAST, budget, account, from_at
+LIMIT 100
+""",
+            "Money of each budget, account that it tells apart, and window to which something happened in this time. Tokens, calls "
+            "and time: `tidegate budget list`.",
+            width=24,
+            units={"limit": "currencyUSD", "spent": "currencyUSD", "set aside": "currencyUSD", "used": "percentunit"},
+        ),
+        Panel(
             "Stopped by a budget",
             TABLE,
             """
-SELECT at, run_id, step_id, account, reason
+SELECT at, decision, rule, run_id, step_id, account, reason
 FROM ${database}.decisions
-WHERE $__timeFilter(at) AND decision = 'deny' AND rule = 'budget' AND :scope
+WHERE $__timeFilter(at) AND decision IN ('deny', 'pause', 'require_approval')
+    AND (rule = 'budget' OR startsWith(rule, 'budget:')) AND :scope
 ORDER BY at DESC, run_id, step_id
 LIMIT 100
 """,
-            "Attempts that did not fit.",
+            "Attempts that did not fit into their run's budget (`budget`) or into one of an account (`budget:NAME`).",
             width=24,
         ),
         Panel(
