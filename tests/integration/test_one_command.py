@@ -199,3 +199,16 @@ def test_the_throttling_demo_never_exceeds_its_limit(tmp_path: Path) -> None:
     assert (proof["ok"], proof["runs"], proof["calls"], proof["problems"]) == (True, 40, 40, [])
     assert 0 < proof["most_at_once"] <= proof["limit"] == 5
     assert "THROTTLED" in done.stderr
+
+
+@pytest.mark.feature("K3")
+@pytest.mark.feature("P2")
+def test_the_budget_demo_denies_asks_and_waits_and_the_money_agrees(tmp_path: Path) -> None:
+    done = tidegate("demo", "budget", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    proof = json.loads(done.stdout)
+    assert (proof["ok"], proof["problems"]) == (True, [])
+    assert proof["ended"] == {"acme/sales": "failed", "acme/support": "succeeded", "acme/ops": "succeeded"}
+    teams = {"acme/sales": 30_000, "acme/support": 40_000, "acme/ops": 40_000}
+    assert proof["spent_micros"] == {"acme": 110_000, **teams}
+    assert [word for word in ("DENIED", "ASKED", "PAUSED", "TOPPED UP") if word not in done.stderr] == []

@@ -1,4 +1,4 @@
-"""`tidegate demo`: the refund demo, storms over many runs, and many runs under one limit."""
+"""`tidegate demo`: the refund demo, storms over many runs, many runs under one limit, and a tree of budgets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 from tidegate.cli.keys import Keys
 from tidegate.cli.storm_screen import StormScreen
 from tidegate.cli.throttling_screen import ThrottlingScreen
+from tidegate.demo.budget.demo import BudgetDemo
+from tidegate.demo.budget.demo import make_stack as make_budget_stack
 from tidegate.demo.chaos.demo import SIZES, ChaosDemo, Size
 from tidegate.demo.chaos.demo import make_stack as make_chaos_stack
 from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, wait_for_projection
@@ -125,6 +127,27 @@ def throttling_100(
             _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)
         screen.summarise(summary)
     _end(summary, data_dir, screen.say, as_json=as_json, keep=keep)
+
+
+@app.command()
+def budget(as_json: AsJson = False, keep: Keep = False) -> None:
+    """Run three teams out of their budgets: one is denied, one asks a human, one waits until somebody tops up.
+
+    Starts Kafka, a scheduler, a gate and an executor in a temporary folder. Every team's money is counted for the whole account,
+    too. When all is over, the money is recomputed from the ledger's bytes: no limit was exceeded but by the one approval.
+    """
+    data_dir = Path(tempfile.mkdtemp(prefix="tidegate-budget-"))
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n") if as_json else typer.echo(line)
+
+    try:
+        with make_budget_stack(data_dir, say) as stack:
+            proof = BudgetDemo(stack, say).run()
+    except FAILURES as error:
+        _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)
+    say("\nAll of it holds." if proof["ok"] else "\nThe proof FAILED.")
+    _end(proof, data_dir, say, as_json=as_json, keep=keep)
 
 
 def _chaos(name: str, seed: int | None, seconds: float | None, blows: int | None, *, as_json: bool, keep: bool) -> None:

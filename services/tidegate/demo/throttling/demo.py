@@ -9,26 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tidegate import codec
 from tidegate.audit.limits import Bound, LimitBooks, audit_limits
+from tidegate.cli.documents import publish
 from tidegate.demo.chaos.observer import Observer
 from tidegate.demo.refund import DemoError
 from tidegate.demo.throttling import app as throttling_app
 from tidegate.demo.throttling.app import PROVIDER, Call, calls, most_at_once
-from tidegate.domain import canonical, states
-from tidegate.domain.messages import PolicyPublished
+from tidegate.domain import states
 from tidegate.domain.run import RunState
 from tidegate.embedded.stack import ExecutorPool, Stack
-from tidegate.eventlog.interface import Message, Record
+from tidegate.eventlog.interface import Message
 from tidegate.eventlog.kafka import KafkaBroker
-from tidegate.eventlog.validity import TYPE_HEADER
+from tidegate.gate.kinds import parse
 from tidegate.sdk.client import Client
 
 APP: Final = "tidegate.demo.throttling.app:app"
 LIMIT: Final = "provider-calls"
 AT_ONCE: Final = 5
 QUEUE: Final = "default"
-LEDGER, POLICIES = "gate-ledger", "policies"
+LEDGER: Final = "gate-ledger"
 # Of a hundred runs. The one with the most asks first, so first come first served would make the others wait behind it.
 SHARES: Final = {"north/web": 55, "south/app": 25, "east/ops": 15, "west/lab": 5}
 TIMEOUT_S: Final = 120.0
@@ -109,19 +108,8 @@ class ThrottlingDemo:
         return self._summary(observer, time.monotonic() - began_s)
 
     def _publish_limit(self) -> None:
-        document = {"kind": "limit", "limit": LIMIT, "version": "1", "per": ["provider"], "at_once": AT_ONCE}
-        row = PolicyPublished(
-            policy_id=f"limit:{LIMIT}",
-            version="1",
-            document=canonical.dumps(document),
-            by="demo",
-            at_ms=time.time_ns() // 1_000_000,
-        )
-        writer = self._broker.writer()
-        headers = ((TYPE_HEADER, b"PolicyPublished"),)
-        writer.send(Record(POLICIES, 0, row.policy_id.encode(), codec.encode(row), headers))
-        writer.flush(10.0)
-        writer.close()
+        limit = {"kind": "limit", "limit": LIMIT, "version": "1", "per": ["provider"], "at_once": AT_ONCE}
+        publish(self._broker, [parse(limit)])
 
     def _watch(self, observer: Observer, client: Client) -> None:
         """Show how things stand until all runs are over. Raises DemoError."""
