@@ -184,7 +184,9 @@ class BudgetJudge:
             self._does(entry, event, "ask")
         elif isinstance(event, le.ApprovalLapsed):
             due_ms = self._held[key][-1].expires_at_ms
-            self._require(0 < due_ms <= entry.now_ms, f"(2) the question of {key} lapsed at {entry.now_ms}, due {due_ms}")
+            self._require(
+                0 < due_ms <= entry.now_ms, f"(2) the question of {key} lapsed at {entry.now_ms}, due {due_ms}"
+            )
         elif isinstance(event, le.AttemptPaused):
             self.counts["paused by budgets"] += 1
             self._does(entry, event, "pause")
@@ -200,7 +202,9 @@ class BudgetJudge:
         if event.rule.startswith(RULE):
             self.counts["without room"] += 1
             document = self._in_force(entry, "budget").get(event.rule.removeprefix(RULE))
-            self._require(document and document["on_exceed"] == what, f"(5) {event.rule} made somebody {what}: {document}")
+            self._require(
+                document and document["on_exceed"] == what, f"(5) {event.rule} made somebody {what}: {document}"
+            )
 
     def _is_counted(self, entry: Entry, event: le.AttemptReserved) -> None:
         expected: dict[str, dict[str, int | None]] = {}
