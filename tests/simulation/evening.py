@@ -38,6 +38,7 @@ class Evening:
             life.frozen_until_ms = 0
             life.wall_offset_ms = 0
         self.world.patience.resume_queues()
+        self.world.treasury.lift_pauses()
         self._run_until_quiet()
         while self.world.work.answer_all() | self.world.patience.answer_all():
             self._run_until_quiet()

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from simulation.budgets import PREFIXES, BudgetJudge
 from simulation.wait_books import WaitBooks
 from simulation.work import BOUNDS, RULES
 from tidegate import codec
@@ -37,7 +38,7 @@ from tidegate.eventlog.interface import Message, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
-from tidegate.gate.ledger import Ledger
+from tidegate.gate.ledger import HELD, Ledger
 from tidegate.gate.ledger import apply as apply_ledger
 from tidegate.gate.tells import tells as gate_tells
 from tidegate.projection import rows
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 AttemptKey = tuple[str, str, int]  # run, step, attempt
 RUN_EVENTS, GATE_LEDGER = "run-events", "gate-ledger"
 TELLS = {"gate-requests": RUN_EVENTS, "gate-decisions": GATE_LEDGER, "gate-leases": GATE_LEDGER}
+WHEN_TO_LOOK = frozenset({"questions", "window_ends", "stirred", "look_again_ms"})
 NEVER_ENTERED = frozenset({"busy", "released", "denied"})
 OF_COMMANDS = (
     re.RunStarted,
@@ -122,6 +124,7 @@ class Judge:
         self.books = Books()
         self.limits = LimitBooks(BOUNDS)
         self.waits = WaitBooks(self.require)
+        self.budgets = BudgetJudge(self.require, self.books.budgets)
         self.effects: Counter[tuple[str, str]] = Counter()
         self.commands: dict[tuple[str, str], RunCommand] = {}
         self.told_commands: dict[tuple[str, str], tuple[LogOfPartition, int]] = {}
@@ -173,6 +176,7 @@ class Judge:
                 "attempts lost": len(self.lost),
                 "waits ended": self.waits.ended,
                 "attempts held back": self.waits.held_back,
+                **self.budgets.counts,
                 "dead letters": len(self.letters),
             }
         )
@@ -399,11 +403,13 @@ class Judge:
             self.facts[entry.subject, seq] = offset
             self._run_event(entry, event)
             self.waits.run_event(entry, seq, event)
+            self.budgets.run_event(entry, event)
             self.scheduler.apply(part.state, entry.subject, entry.account, event, seq, entry.now_ms)
         else:
             self.facts[part.partition, seq] = offset
             self._ledger_event(entry, event)
             self.waits.ledger_event(entry, event)
+            self.budgets.ledger_event(entry, event)
             apply_ledger(part.state, event, seq, entry.now_ms)
 
     def _commands_in(self, part: LogOfPartition, entry: Entry) -> None:
@@ -434,10 +440,10 @@ class Judge:
         elif isinstance(event, re.StepSucceeded):
             self.ended[run_id, event.step_id, event.attempt] = "succeeded"
         elif isinstance(event, re.ApprovalResolved) and event.approved:
-            if event.why == "policy":
-                self.agreed.add((run_id, event.step_id, event.arguments_hash))
-            else:
+            if event.why != "policy":
                 self.granted.add((run_id, event.step_id, event.attempt))
+            elif self.budgets.was_about_a_rule(run_id, event.step_id):
+                self.agreed.add((run_id, event.step_id, event.arguments_hash))
 
     def _asked_again(self, run_id: str, event: re.AttemptRequested) -> None:
         key = (run_id, event.step_id, event.attempt)
@@ -480,6 +486,9 @@ class Judge:
 
     def _policy_written(self, message: Message) -> None:
         if (message.key or b"").startswith(b"limit:"):
+            return
+        if (message.key or b"").startswith(PREFIXES):
+            self.budgets.written(message.offset)
             return
         assert self._next_policy is not None
         self._policies.append((message.offset, *self._next_policy))
@@ -563,7 +572,8 @@ class Judge:
             known.touched.update(known.entries)
         for subject in sorted(known.touched):
             if known.log == GATE_LEDGER:
-                difference = _difference(_fields(known.state), _fields(part.state))
+                difference = _difference(_ledger_fields(known.state), _ledger_fields(part.state))
+                difference = difference or _unwatched(known.state, part.state)
             else:
                 difference = self._run_difference(known.state.runs[subject], part.state)
             self.require(
@@ -598,6 +608,8 @@ class Judge:
         self._nothing_is_lost()
         problem = next(iter(self.books.open_reservations()), None)
         self.require(problem is None, f"(5) {problem} is still reserved")
+        in_bucket = next(self.books.budgets.left_open(), None)
+        self.require(in_bucket is None, f"(5) {in_bucket}")
         left_over = self.limits.problems_at_rest()
         self.require(not left_over, f"limits: {left_over[:1]}")
         for part in self.logs.values():
@@ -655,6 +667,19 @@ def _fields(state: Any) -> dict[str, Any]:
     if (workflow := fields.get("workflow")) is not None and not isinstance(workflow, str):
         fields["workflow"] = workflow.definition_hash
     return fields
+
+
+def _ledger_fields(ledger: Ledger) -> dict[str, Any]:
+    """Return what a ledger consists of, but for what only says when to look again, and may name what is over."""
+    return {name: value for name, value in _fields(ledger).items() if name not in WHEN_TO_LOOK}
+
+
+def _unwatched(ours: Ledger, theirs: Ledger) -> str:
+    """Return what ends by itself and is not in their heaps; empty if everything is."""
+    questions = {(one.expires_at_ms, key) for key, one in ours.attempts.items() if one.status == HELD}
+    windows = {(bucket.until_ms, key) for key, bucket in ours.buckets.items() if bucket.until_ms}
+    missing = {question for question in questions if question[0]} - set(theirs.questions)
+    return ", ".join(map(str, sorted(missing) + sorted(windows - set(theirs.window_ends))))
 
 
 def _difference(ours: dict[Any, Any], theirs: dict[Any, Any]) -> str:

@@ -54,7 +54,7 @@ WORK = {
     "turn": 100.0,
     "advance": 10.0,
     "long_advance": 0.15,
-    "start_run": 1.0,
+    "start_run": 1.5,
     "cancel": 0.2,
     "answer": 1.2,
     "signal": 0.8,
@@ -67,6 +67,8 @@ WORK = {
     "publish_workflow": 0.1,
     "publish_policy": 0.15,
     "publish_limit": 0.1,
+    "publish_budget": 0.2,
+    "top_up": 0.15,
 }
 
 
@@ -79,6 +81,7 @@ def draw(rng: Random) -> Profile:
     weights["publish_policy"] *= rng.choice((0, 1, 1))
     weights["pause_run"] *= rng.choice((0, 1, 1))
     weights["control"] *= rng.choice((0, 1, 1))
+    weights["publish_budget"] *= rng.choice((0, 1, 1))
     weights["publish_limit"] *= rng.choice((0, 1, 3))
     return Profile(
         crash=rng.choice((0.0, 0.0001, 0.0003, 0.001)),

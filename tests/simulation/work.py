@@ -135,7 +135,12 @@ class Work:
             return
         version = self.policies[name] = self.policies.get(name, 0) + 1
         chosen = self.rng.sample(sorted(RULES), self.rng.randint(1, 2))
-        rules = [{"name": rule, "when": RULES[rule].when, "then": RULES[rule].then} for rule in chosen]
+        rules: list[dict[str, Any]] = [
+            {"name": rule, "when": RULES[rule].when, "then": RULES[rule].then} for rule in chosen
+        ]
+        for rule in rules:
+            if rule["then"] == "require_approval" and self.rng.random() < 0.4:
+                rule["expires_s"] = self.rng.choice((1, 4))
         document = canonical.dumps({"policy": name, "version": str(version), "rules": rules})
         if chance < 0.35:
             document = '{"policy":"' + name + '","version":"x","rules":"none"}'

@@ -17,7 +17,7 @@ from unittest import mock
 
 import structlog
 
-from simulation import definitions, waiting
+from simulation import budgets, definitions, waiting
 from simulation import work as works
 from simulation.accidents import SNAPSHOTS, Accidents
 from simulation.executor import ExecutorLife, Outcome
@@ -132,6 +132,7 @@ class World:
         self.judge = Judge(self)
         self.work = works.Work(self)
         self.patience = waiting.Patience(self.work)
+        self.treasury = budgets.Treasury(self.work)
         self.accidents = Accidents(self)
         self._writer = self.broker.writer()
         self.lives: list[Life] = []
@@ -154,7 +155,7 @@ class World:
             yield Post("executor", "executor-gpu", functools.partial(ExecutorLife, self, "executor-gpu", "gpu", 2))
 
     def _action(self, name: str) -> Callable[[], object]:
-        for part in (self, self.accidents, self.work, self.patience):
+        for part in (self, self.accidents, self.work, self.patience, self.treasury):
             found: Callable[[], object] | None = getattr(part, name, None)
             if found is not None:
                 return found

@@ -336,6 +336,26 @@ def test_a_snapshot_topic_that_lost_its_tail_is_noticed(service: str) -> None:
     assert state_of(by_snapshots) == state_of(by_log)
 
 
+def test_a_lost_definition_of_a_run_that_rests_is_noticed() -> None:
+    """What rests is read only when somebody wants it: too late to find that it cannot be read."""
+    cluster = Cluster(0, CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=50, rest_after_s=5))
+    cluster.require_approval()
+    names = some_work(cluster, 10, steps=40)
+    cluster.now_ms += 60_000
+    cluster.settle()
+    for partition in range(RUN_PARTITIONS):
+        for message in cluster.messages("run-snapshots", partition):
+            if (message.key or b"").startswith(b"part:"):
+                cluster.broker.lose("run-snapshots", partition, message.offset)
+    cluster.crash("scheduler")
+    cluster.start("scheduler")
+    for run_id in names:
+        cluster.command(run_id, "approve", step_id="a", by="ann")
+    cluster.settle()
+    assert cluster.letters() == []
+    assert all(run.open_approvals() == [] for run in cluster.verified()[1].values())
+
+
 def test_a_lost_segment_is_noticed() -> None:
     cluster = Cluster(0, OFTEN)
     some_work(cluster, 30)

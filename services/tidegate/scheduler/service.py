@@ -242,10 +242,15 @@ class SchedulerMachine:
         state.watch(unit, outlook.times, outlook.queues)
 
     def load_resting(self, state: RunsOfPartition, unit: str, data: bytes, quiet_before_ms: int) -> bool:
-        """Take only what may wake a run that has been quiet since then; the rest of its bytes is not looked at."""
+        """Take only what may wake a run that has been quiet since then; the rest of its bytes is not looked at.
+
+        Raises KeyError if its definition is not there: whoever wants the run later could not read it.
+        """
         outlook = snapshots.outlook(data)
         if outlook.quiet_since_ms is None or outlook.quiet_since_ms > quiet_before_ms:
             return False
+        if outlook.definition_hash and outlook.definition_hash not in state.definitions:
+            raise KeyError(outlook.definition_hash)
         state.watch(unit, outlook.times, outlook.queues)
         return True
 

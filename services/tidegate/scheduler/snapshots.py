@@ -14,7 +14,7 @@ from tidegate.domain.workflow import Workflow, pinned_definition
 from tidegate.scheduler import waits
 
 # Counts up with every change of the fields of RunState and StepState, or of what they mean.
-SNAPSHOT_FORMAT: Final = 4
+SNAPSHOT_FORMAT: Final = 5
 
 NO_CALL: Final = Call(
     kind="", function="", queue="", arguments="", timeout_ms=0, reserve_micros=0, idempotent=True
@@ -25,11 +25,13 @@ class Outlook(msgspec.Struct, frozen=True, array_like=True):
     """What must be known of a run while it lies on the shelf. It stands before its state, to be read without it.
 
     quiet_since_ms: since when no attempt of it is out; null if one is. times: (due ms, step, attempt). queues: of held steps.
+    definition_hash: of what its state cannot be read without; empty if there is no such thing.
     """
 
     quiet_since_ms: int | None
     times: tuple[tuple[int, str, int], ...]
     queues: tuple[str, ...]
+    definition_hash: str
 
 
 def quiet_since_ms(run: RunState) -> int | None:
@@ -40,12 +42,13 @@ def quiet_since_ms(run: RunState) -> int | None:
 
 def _outlook_of(run: RunState) -> Outlook:
     if run.is_over:
-        return Outlook(None, (), ())
+        return Outlook(None, (), (), "")
     times = ((waits.due_ms(run, step), step) for step in run.steps.values())
     return Outlook(
         quiet_since_ms(run),
         tuple((due_ms, step.step_id, step.attempt) for due_ms, step in times if due_ms is not None),
         tuple({step.call.queue: None for step in run.held_steps()}),
+        "" if run.workflow is None else run.workflow.definition_hash,
     )
 
 
