@@ -171,7 +171,7 @@ def test_a_replay_that_is_killed_goes_on_and_repairs_what_was_wrong(
     topics.write(log.take(story.decided[:half], trouble=0.3))
     small = {"TIDEGATE_CLICKHOUSE_URL": server.url, "TIDEGATE_PROJECTION_BATCH_ROWS": "100"}
     with ProjectionProcess(topics, tmp_path / "data", **small) as projection:
-        projection.start(TIDEGATE_FAILPOINTS="replay.saved=kill@2")
+        projection.start(TIDEGATE_FAILPOINTS="replay.saved=kill")
         wait_for_rows(server, "SELECT count() FROM events", event_count(log.valid))
         server.run("TRUNCATE TABLE tidegate.attempt_state", b"", {})
         eventually((tmp_path / "data" / "projection.json").exists, "the control address")

@@ -209,7 +209,11 @@ class KafkaBroker:
         admin = self.admin_client()
         self._make_contact(admin)
         found = _existing(admin, {self.physical_name(topic): topic for topic in topics})
-        configs = _configs(admin, [self.physical_name(topic) for topic in found])
+        try:
+            configs = _configs(admin, [self.physical_name(topic) for topic in found])
+        except UnknownTopicError:  # one was deleted between the two questions
+            found = _existing(admin, {self.physical_name(topic): topic for topic in topics})
+            configs = _configs(admin, [self.physical_name(topic) for topic in found])
         admin.poll(0)  # hands the client's log lines to our logger
         return {
             topic: TopicDescription(
