@@ -52,9 +52,9 @@ imports: $(STAMP) ## Who may know whom (import-linter)
 features: $(STAMP) ## Each row of docs/features.md with the tests that show it
 	$(BIN)/python tests/features.py
 
-manifests: $(STAMP) ## Render k8s/ anew from the chart and from schemas/topics, and the dashboards from their panels
-	$(BIN)/python k8s/render.py
+manifests: $(STAMP) ## Write the dashboards anew from their panels, then k8s/ from the chart and from schemas/topics
 	$(BIN)/python -m tidegate.projection.dashboards charts/tidegate/dashboards
+	$(BIN)/python k8s/render.py
 
 lock: $(STAMP) ## Resolve the image's locks anew: what is pinned stays, unless pyproject.toml forbids it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
