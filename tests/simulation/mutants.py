@@ -12,9 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import msgspec
+
 from simulation.executor import ExecutorLife
 from tidegate import codec
+from tidegate.domain import canonical, ledger_events, states
 from tidegate.domain import run_events as ev
+from tidegate.domain.messages import Approve, Void
+from tidegate.domain.run import RunState
 from tidegate.eventlog import owned, owner, restore
 from tidegate.eventlog.checkpoints import Checkpointer
 from tidegate.eventlog.interface import Record, TopicPartition
@@ -24,13 +29,17 @@ from tidegate.eventlog.validity import EpochTracker
 from tidegate.executor import decide as executor_decide
 from tidegate.executor import holdings
 from tidegate.gate import decide as gate_decide
+from tidegate.gate import leasing
 from tidegate.gate import tells as gate_tells
+from tidegate.gate.ledger import HELD, Bucket
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import PolicySet, Verdict
 from tidegate.registry.lease import Lease
 from tidegate.scheduler import commands as scheduler_commands
 from tidegate.scheduler import decide as scheduler_decide
+from tidegate.scheduler import holding
 from tidegate.scheduler import tells as scheduler_tells
+from tidegate.scheduler import waits as scheduler_waits
 from tidegate.scheduler.service import SchedulerMachine
 
 Patch = Callable[[], Any]
@@ -149,6 +158,45 @@ def _lost_is_repeated(run: Any, step: Any, item: Any) -> Any:
     return events
 
 
+def _open_waits_and_some_that_ended(run: RunState) -> list[Any]:
+    return [step for step in run.steps.values() if step.wait is not None and step.status != states.CANCELLED]
+
+
+_on_due = scheduler_waits.on_due
+
+
+def _kept_signal_stays(run: Any, step: Any, now_ms: int) -> Any:
+    return [
+        msgspec.structs.replace(event, signal_seq=0) if isinstance(event, ev.WaitEnded) else event
+        for event in _on_due(run, step, now_ms)
+    ]
+
+
+_given_back = leasing.given_back
+
+
+def _leases_kept(*arguments: Any) -> Any:
+    return [event for event in _given_back(*arguments) if not isinstance(event, ledger_events.LeasesReturned)]
+
+
+def _lacking_without_reserved(bucket: Bucket, amounts: tuple[int, ...]) -> int | None:
+    return _lacking(msgspec.structs.replace(bucket, reserved=(0,) * len(amounts)), amounts)
+
+
+_lacking = Bucket.lacking
+_void = gate_decide._void
+
+
+def _expired_is_approved(draft: Any, item: Any) -> None:
+    attempt = draft.open_attempt(item)
+    if attempt is None or attempt.status != HELD or not 0 < attempt.expires_at_ms <= draft.now_ms:
+        _void(draft, item)
+        return
+    digest = canonical.digest(attempt.call.arguments)
+    approve = Approve(step_id=item.step_id, attempt=item.attempt, by="nobody", arguments_hash=digest)
+    gate_decide._approve(draft, approve)
+
+
 _items_without_late_results = {k: v for k, v in scheduler_tells._GATE_ITEMS.items() if k is not ev.ResultIgnored}
 _key_counter = itertools.count()
 
@@ -184,5 +232,16 @@ MUTANTS: dict[str, Patch] = {
     "policy": _replaced(PolicySet, "judge", lambda policies, variables: Verdict("allow", "default", "", "")),
     "gate-lease": _replaced(Executors, "expire", lambda executors, table_version: None),
     "gate-watch": _replaced(Executors, "watch", lambda executors, lives: None),
+    "wait-ends-once": _replaced(RunState, "open_waits", _open_waits_and_some_that_ended),
+    "kept-signals": _replaced(scheduler_waits, "on_due", _kept_signal_stays),
+    "pause-of-runs": _replaced(holding, "_held", lambda event, why: event),
+    "pause-at-the-gate": _replaced(Executors, "pause", lambda executors, is_paused: None),
+    "leases-come-back": _replaced(leasing, "given_back", _leases_kept),
+    "budgets-count-reserved": _replaced(Bucket, "lacking", _lacking_without_reserved),
+    "expiry-is-no-yes": functools.partial(
+        _several,
+        _replaced(gate_decide, "lapses", lambda ledger, now_ms: []),
+        lambda: mock.patch.dict(gate_decide._ITEMS, {Void: _expired_is_approved}),
+    ),
     "entry-keys": _replaced(owner, "entry_key", lambda subject, first_seq, epoch: f"{subject}:{first_seq}"),
 }

@@ -78,7 +78,7 @@ class Patience:
             value = self.rng.choice((b"", b"\xc3\x01", codec.encode(foreign)))
             self.world.write("controls", 0, "no queue!", value)
         else:
-            self._control(key, None if chance < 0.2 else chance < 0.45)
+            self._control(key, None if chance < 0.2 else chance < 0.35)
 
     def _control(self, key: str, paused: bool | None) -> None:
         row = None if paused is None else Control(queue=key, paused=paused, by="bob", reason="", at_ms=0)
