@@ -58,3 +58,11 @@ def test_commands_on_the_page_are_understood(line: str) -> None:
         command = command.get_command(context, rest[0])
         assert command is not None, line
         context = command.make_context(rest[0], rest[1:], parent=context)
+
+
+def test_what_is_shipped_on_the_page_is_the_order_and_not_the_answer_before_it() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(blocks("python")[0], "waits-and-control.md", "exec"), names)  # noqa: S102 - the page of this repository
+    (built,) = names["app"].definitions()
+    for definition in (built, yaml.safe_load(blocks("yaml")[0])):
+        assert definition["nodes"]["ship"]["input"] == "${ input }"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from tidegate.cli import runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained
@@ -17,6 +16,8 @@ from tidegate.cli.live_view import LiveView, UnknownRunError
 from tidegate.domain import states
 
 MAX_RUNS: Final = 1000
+
+_out = Console(highlight=False, markup=False, soft_wrap=True)  # lines are copied and read by programs: never broken
 
 app = typer.Typer(
     add_completion=False,
@@ -41,19 +42,24 @@ def list_(
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    table = Table("run", "step", "attempt", "account", "asked by", "reason", "since", "until")
     for question in found:
-        by = f"{question['policy']}/{question['rule']}" if question["policy"] else question["rule"] or question["why"]
-        table.add_row(
-            *(escape(str(question[name])) for name in ("run_id", "step_id", "attempt", "account")),
-            escape(by),
-            escape(question["reason"]),
-            _time(question["since_ms"]),
-            _time(question["expires_at_ms"]) if question["expires_at_ms"] else "-",
-        )
-    Console(highlight=False).print(table)
+        _out.print(*_shown(question), sep="\n")
+    if not found:
+        print("nobody is asked for an approval")
     if is_cut:
         typer.echo(f"only the questions of the {MAX_RUNS} runs started last; --account narrows it down", err=True)
+
+
+def _shown(question: dict[str, Any]) -> list[str]:
+    """Return a question as lines: a table would cut step ids and reasons, and both are what an answer rests on."""
+    by = f"{question['policy']}/{question['rule']}" if question["policy"] else question["rule"] or question["why"]
+    until = f", until {_time(question['expires_at_ms'])}" if question["expires_at_ms"] else ""
+    run, step, attempt = question["run_id"], question["step_id"], question["attempt"]
+    return [
+        f"{_time(question['since_ms'])}  {run}  {step} (attempt {attempt}) of {question['account']}{until}",
+        f"    {by}: {question['reason'] or '-'}",
+        f"    tidegate approvals approve {run} {shlex.quote(step)} --attempt {attempt}   (or reject)",
+    ]
 
 
 def _open(view: LiveView, account: str) -> tuple[list[dict[str, Any]], bool]:

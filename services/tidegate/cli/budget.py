@@ -10,18 +10,18 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from tidegate.audit.budgets import METERS
 from tidegate.cli.audit import read_books
 from tidegate.cli.documents import EXIT_WRONG, in_force, publish, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.wording import plain_table
 from tidegate.eventlog.interface import Broker
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate.budgets import SEPARATOR, Budget, TopUp
 from tidegate.gate.kinds import DocumentError, parse
-from tidegate.gate.windows import window_at
+from tidegate.gate.windows import said_moment, window_at
 from tidegate.sdk.client import user_name
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Name = Annotated[str, typer.Argument(metavar="BUDGET", help="The budget's name.")]
 PER_DOLLAR: Final = 1_000_000
+MAX_LISTED: Final = 10
 
 
 @app.command("list")
@@ -100,8 +101,17 @@ def topup(
     except ValidationError as error:
         typer.echo(f"tidegate budget topup: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", err=True)
         raise typer.Exit(EXIT_WRONG) from None
+    counted = {row["account"] for row in _buckets(broker, {name: budget}) if row["meters"]}
     publish(broker, [top_up], _over(broker, budget, now_ms))
-    typer.echo(f"topped up {name} of {account} by {given} (gates take it up within a second)")
+    more = ", ".join(f"{number:,} {meter}" for meter, number in given.items())
+    typer.echo(f"topped up {name} of {account} by {more} (gates take it up within a second)")
+    if account not in counted:
+        typer.echo(f"it has counted nothing of {account} yet: is that the name? {_listed(counted)}", err=True)
+
+
+def _listed(accounts: set[str]) -> str:
+    first = sorted(accounts)[:MAX_LISTED]
+    return f"It counts {', '.join(first) or 'none'}{', …' if len(accounts) > len(first) else ''}"
 
 
 def _over(broker: Broker, budget: Budget, now_ms: int) -> list[str]:
@@ -166,11 +176,16 @@ def _buckets(broker: Broker, budgets: dict[str, Budget]) -> list[dict[str, Any]]
     return found
 
 
+def _window(window: str) -> str:
+    """Return the window of a bucket for people: since when, where the ledger names it by its first millisecond."""
+    return f"since {said_moment(int(window))}" if window.isdecimal() else window
+
+
 def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("budget", "account", "window", "without room", "spent + set aside of limit")
+    table = plain_table("budget", "account", "window", "without room", "spent + set aside of limit")
     for row in rows:
         numbers = [
             f"{meter}: {m['spent']:,} + {m['reserved']:,} of {'-' if m['limit'] is None else format(m['limit'], ',')}"
@@ -179,6 +194,6 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
         ]
         name = f"{row['budget']}@{row['version']}"
         table.add_row(
-            name, row["account"], row["window"], row["on_exceed"], "\n".join(numbers) or "nothing counted yet"
+            name, row["account"], _window(row["window"]), row["on_exceed"], "\n".join(numbers) or "nothing counted yet"
         )
     Console(highlight=False).print(table)

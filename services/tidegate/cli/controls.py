@@ -63,7 +63,7 @@ def resume(
     with explained("resume"), Client(by=by) as client:
         was_paused = client.paused_queues()
         client.resume_queue(name, reason=reason)
-    print(f"{_named(name)} resumed")
+    print(f"{_named(name)} {'resumed' if name in was_paused else 'not paused: nothing to resume'}")
     if name != EVERYTHING and EVERYTHING in was_paused:
         typer.echo("everything is paused still: tidegate resume --all", err=True)
     others = sorted(was_paused.keys() - {EVERYTHING, name})

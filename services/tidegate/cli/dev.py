@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from tidegate.cli.addresses import DATA_DIR_VARIABLE, DEFAULT_DATA_DIR, AddressError, read_address
 from tidegate.cli.wording import counted
+from tidegate.domain.workflow import AGENT_PREFIX
 from tidegate.embedded.data_folder import DataFolder, DataFolderError
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.stack import ExecutorPool, Stack, StackError
@@ -101,7 +102,9 @@ def _show(console: Console, stack: Stack, app_name: str, published: list[str]) -
     if app_name == DEMO_APP:
         console.print('  tidegate runs start --agent support --input \'{"order_id": "order-1"}\' --wait')
     else:
-        console.print(f"  tidegate runs start {published[-1]} --input JSON --wait")
+        graphs = [label for label in published if not label.startswith(AGENT_PREFIX)]
+        first = shlex.quote((graphs or published)[0])
+        console.print(f"  tidegate runs start {first} --input '…' --wait     # '…': what it gets, as JSON")
     console.print('  tidegate sql "select run_id, status, spent_micros from runs"\n')
     for status in stack.status():
         console.print(_line(status))

@@ -12,11 +12,10 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tidegate.cli.documents import EXIT_WRONG, in_force, kind_of, publish, read_files, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
-from tidegate.cli.wording import counted
+from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
@@ -150,7 +149,7 @@ def list_(as_json: Json = False) -> None:
         ]
         typer.echo(json.dumps(found, indent=2))
         return
-    table = Table("document", "kind", "version", "rules", "by")
+    table = plain_table("document", "kind", "version", "rules", "by")
     for key, row in rows:
         rules = value_of(row).get("rules") if kind_of(row) == "policy" else None
         table.add_row(escape(key), kind_of(row), row.version, "" if rules is None else str(len(rules)), escape(row.by))
@@ -166,8 +165,13 @@ def show(key: Key) -> None:
     sys.stdout.write("\n")
 
 
+def _named(rows: dict[str, PolicyPublished]) -> list[str]:
+    """Return what there is to name; top-ups come and go by themselves."""
+    return sorted(key for key, row in rows.items() if kind_of(row) != "topup")
+
+
 def _found(rows: dict[str, PolicyPublished], key: str) -> PolicyPublished:
     if key not in rows:
-        typer.echo(f"there is no document {key!r}; there are: {', '.join(sorted(rows)) or 'none'}", err=True)
+        typer.echo(f"there is no document {key!r}; there are: {', '.join(_named(rows)) or 'none'}", err=True)
         raise typer.Exit(EXIT_REFUSED)
     return rows[key]

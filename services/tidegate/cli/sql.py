@@ -15,7 +15,7 @@ from tidegate.cli.sql_endpoint import URL_VARIABLE, SqlError, ask, find
 
 TABLE_FORMAT: Final = "JSONCompact"
 
-app = typer.Typer(help="Query the ClickHouse projections.", pretty_exceptions_show_locals=False)
+app = typer.Typer(add_completion=False, help="Query the ClickHouse projections.", pretty_exceptions_show_locals=False)
 
 
 @app.command()

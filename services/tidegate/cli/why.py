@@ -23,6 +23,9 @@ from tidegate.sdk.reading import ValidEntries
 
 app = typer.Typer(add_completion=False)
 LEDGER: Final = "gate-ledger"
+VOID: Final = (
+    "void"  # the ledger's word for what a run has given up: it ended, was cancelled, or an answer came too late
+)
 
 
 class Line(NamedTuple):
@@ -57,7 +60,8 @@ def why(
         lines = list(story(_ledger_of(broker, run.account), run_id, step_id))
     if not lines:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
-        typer.echo(f"the gate was never asked about {asked}; the run is {run.status} {run.reason}".rstrip(), err=True)
+        because = f": {run.reason}" if run.reason else ""
+        typer.echo(f"the gate was never asked about {asked}; the run is {run.status}{because}", err=True)
         raise typer.Exit(EXIT_REFUSED)
     for line in lines:
         typer.echo(json.dumps(line._asdict(), ensure_ascii=False) if as_json else shown(line))
@@ -136,6 +140,16 @@ def _settled(event: ev.AttemptSettled) -> str:
     return f"settled: {event.actual_micros} micro-dollars{basis}, {event.overshoot_micros} of it more than set aside"
 
 
+def _throttled(event: ev.AttemptThrottled) -> str:
+    before = f", {event.position} before it" if event.position else ""
+    retry = f", at the earliest at {_time(event.retry_at_ms)}" if event.retry_at_ms else ""
+    return f"waits: {event.reason}{before}{retry}"
+
+
+def _released(event: ev.AttemptReleased) -> str:
+    return "released: its run wants it no more" if event.reason == VOID else f"released: {event.reason}"
+
+
 _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: lambda event: f"denied: {event.reason};",
@@ -147,5 +161,6 @@ _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
     ev.PlacementLost: lambda event: f"lost with {event.instance_id}: {event.reason}",
     ev.AttemptCancelTold: lambda event: f"{event.instance_id} was told to abort it",
     ev.AttemptSettled: _settled,
-    ev.AttemptReleased: lambda event: f"released: {event.reason}",
+    ev.AttemptThrottled: _throttled,
+    ev.AttemptReleased: _released,
 }

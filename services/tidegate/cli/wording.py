@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import re
 
+from rich.table import Table
+
 
 def counted(number: int, one: str, many: str | None = None) -> str:
     """Return the number with its noun: `1 rule`, `2 rules`. many: the plural, if it is not `one` with an s."""
@@ -24,3 +26,11 @@ def moment_ms(text: str, now_s: float) -> int:
         return max(0, int(datetime.datetime.fromisoformat(text).timestamp() * 1000))
     except (ValueError, OverflowError, OSError):
         raise ValueError(f"{text!r} is no time: 2026-01-31T12:00Z, say, or 12h for twelve hours ago") from None
+
+
+def plain_table(*columns: str) -> Table:
+    """Return an empty table as all lists have it: no lines, and nothing cut off but wrapped."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -115,7 +115,7 @@ def list_(as_json: Json = False) -> None:
     for label, row in sorted(rows.items()):
         mark = "*" if latest[row.name] == label else ""
         table.add_row(
-            Text(row.name), Text(row.version), mark, row.definition_hash[:12], Text(row.by), moment(row.at_ms)
+            Text(row.name), Text(row.version), mark, row.definition_hash[:12], Text(row.by), moment(row.at_ms)[:-3]
         )
     Console(highlight=False).print(table)
 

@@ -73,7 +73,9 @@ class Sight:
 
         try:
             return waits.bind(node.kind, node.wait, where, lambda value: expressions.render(value, variables))
-        except (waits.WaitError, expressions.ExpressionError, canonical.NotJsonError) as error:
+        except waits.WaitError as error:
+            raise Stop("binding_failed", str(error)) from None  # says where itself
+        except (expressions.ExpressionError, canonical.NotJsonError) as error:
             raise Stop("binding_failed", f"{where}: {error}") from None
 
     def item_input(self, node_id: str, item: str, number: int, used: Iterable[str]) -> str:

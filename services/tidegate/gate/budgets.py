@@ -17,7 +17,7 @@ from tidegate.domain.messages import Amounts, Call
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import METERS, Bucket, Learned, Ledger
 from tidegate.gate.prices import price
-from tidegate.gate.windows import ALWAYS, Unit, Window, window_at, zone_named
+from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
 
 OnExceed = Literal["deny", "ask", "pause"]
 # Of several budgets without room, the one that says the most decides.
@@ -265,7 +265,7 @@ class Lack(NamedTuple):
     def said(self) -> str:
         """Return the reason for people."""
         at = METERS.index(self.meter)
-        window = f", until {self.bucket.until_ms} ms" if self.bucket.until_ms else ""
+        window = f", until {said_moment(self.bucket.until_ms)}" if self.bucket.until_ms else ""
         limit = getattr(self.bucket.limits, self.meter)
         return (
             f"budget {self.budget.label} of {self.bucket.account}: needs {self.needed} {self.meter}; of {limit}, "

@@ -25,6 +25,11 @@ class Window(NamedTuple):
 ALWAYS: Final = Window(0, 0)
 
 
+def said_moment(at_ms: int) -> str:
+    """Return Unix milliseconds for people, to the second, in UTC."""
+    return datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
 def zone_named(name: str) -> ZoneInfo:
     """Return a time zone. Raises ValueError if there is none of that name."""
     try:

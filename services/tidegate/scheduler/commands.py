@@ -185,7 +185,8 @@ def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str
     if not command.step_id and len(open_) == 1:
         step = open_[0]
     if step is None:
-        return _refused(command, f"no_such_{what}", f"no open {what} {command.step_id!r}; open: {names}")
+        named = f" {command.step_id!r}" if command.step_id else " that is meant for certain" if open_ else ""
+        return _refused(command, f"no_such_{what}", f"no open {what}{named}; open: {names}")
     asked = step.approval
     if asked is None:
         if command.attempt or command.why:
