@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated
 
 import typer
@@ -11,9 +12,15 @@ from rich.table import Table
 
 from tidegate.cli import runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained, usage
+from tidegate.cli.registry import INSTANCES
 from tidegate.cli.run_output import moment
 from tidegate.domain.controls import EVERYTHING, is_control_key
 from tidegate.domain.messages import Control
+from tidegate.eventlog.interface import Broker
+from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.tables import Tables
+from tidegate.registry import listing
 from tidegate.sdk.client import Client
 
 pause_app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -45,9 +52,14 @@ def pause(
         runs.pause(run_id, reason, by)
         return
     name = _queue("pause", queue, all_)
-    with explained("pause"), Client(by=by) as client:
-        client.pause_queue(name, reason=reason)
-    print(f"{_named(name)} paused")
+    with explained("pause"):
+        broker = KafkaBroker(KafkaSettings())
+        with Client(broker, by=by) as client:
+            client.pause_queue(name, reason=reason)
+        print(f"{_named(name)} paused")
+        if name != EVERYTHING and name not in (served := _served_queues(broker)):
+            said = ", ".join(sorted(served)) or "none"
+            typer.echo(f"no executor serves queue {name}: is that its name? Served are: {said}", err=True)
 
 
 @resume_app.command(epilog=RUN_EXIT_CODES)
@@ -82,6 +94,14 @@ def _queue(command: str, queue: str | None, all_: bool) -> str:
     if queue is not None and (queue == EVERYTHING or not is_control_key(queue)):
         usage(command, f"--queue: {queue!r} is no queue's name; --all is for everything")
     return EVERYTHING if queue is None else queue
+
+
+def _served_queues(broker: Broker) -> set[str]:
+    tables = Tables((INSTANCES,))
+    tables.load(broker)
+    now_ms = time.time_ns() // 1_000_000
+    lines = listing.instances(tables.rows[INSTANCES], tables.offsets[INSTANCES], now_ms, everybody=False)
+    return {line["queue"] for line in lines if line["service"] == listing.EXECUTOR}
 
 
 def _named(queue: str) -> str:

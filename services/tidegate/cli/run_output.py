@@ -265,6 +265,8 @@ def run_page(body: Body) -> RenderableType:
 def _step_why(step: Body) -> Text:
     """Return why a step waits, or else what its last attempt failed with. A gateway of before says nothing of waiting."""
     waits_for = step.get("waits_for", "")
+    if step["status"] == states.HELD and not waits_for:
+        return Text("its run, its queue or everything is paused: tidegate pause --list", style="yellow")
     return Text(f"waits: {waits_for}", style="yellow") if waits_for else Text(step["error"])
 
 
@@ -308,8 +310,10 @@ def _lasted(body: Body) -> str:
 
 
 def _question(run_id: str, approval: Body) -> list[Text]:
+    expires_at_ms = approval.get("expires_at_ms", 0)
+    until = f", until {moment(expires_at_ms)}" if expires_at_ms else ""
     return [
-        Text(f"  {approval['step_id']} asks for approval since {moment(approval['since_ms'])}", style="magenta"),
+        Text(f"  {approval['step_id']} asks for approval since {moment(approval['since_ms'])}{until}", style="magenta"),
         Text(f"    {approval['why']}, rule {approval['rule'] or '-'}: {approval['reason'] or '-'}"),
         _how_to_answer(run_id, approval["step_id"], approval["attempt"], approval["why"]),
     ]

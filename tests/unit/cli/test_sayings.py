@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.cli import approvals, budget, why
+from tidegate.cli import approvals, budget, run_output, why
 from tidegate.domain import ledger_events as ev
 from tidegate.gate.windows import said_moment
 
@@ -61,3 +61,15 @@ def test_windows_are_said_as_times() -> None:
     assert budget._window("1795219200000") == "since 2026-11-21 00:00:00Z"
     assert budget._window("total") == "total"
     assert budget._window("run:r-1") == "run:r-1"
+
+
+def test_a_held_step_says_how_to_find_the_pause() -> None:
+    step = {"step_id": "s", "status": "held", "attempt": 0, "error": "", "waits_for": ""}
+    assert "tidegate pause --list" in run_output._step_why(step).plain
+    assert run_output._step_why(step | {"status": "running", "error": "it broke"}).plain == "it broke"
+
+
+def test_a_question_that_lapses_says_when() -> None:
+    question = QUESTION | {"expires_at_ms": 1_795_298_406_000}
+    assert ", until 20" in run_output._question("r-1", question)[0].plain
+    assert "until" not in run_output._question("r-1", QUESTION)[0].plain
