@@ -19,8 +19,8 @@ from simulation.day import Day, simulate
 SEEDS = range(1, 33)
 STEPS = 6_000
 PACKAGE = Path(tidegate.__file__).parent
-# Passed only by real threads, an event loop or ClickHouse's own thread; tests/integration/test_failpoints.py kills there.
-NOT_SIMULATED = re.compile(r"^(gateway\..*|executor\.before-close)$")
+# Passed only by real threads, an event loop or ClickHouse; tests/integration/test_failpoints.py and test_replay.py kill there.
+NOT_SIMULATED = re.compile(r"^((gateway|replay)\..*|executor\.before-close)$")
 
 
 @functools.cache
@@ -70,9 +70,9 @@ def test_a_seed_is_the_same_day_in_every_process() -> None:
 
 
 def test_a_failing_seed_says_how_to_have_it_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seed", "1", "--steps", "1000", "--mutant", "incarnation"]) == 1
+    assert main(["--seed", "1", "--steps", "4000", "--mutant", "incarnation"]) == 1
     told = capsys.readouterr().err
-    assert "--seed 1 --steps 1000 --mutant incarnation" in told
+    assert "--seed 1 --steps 4000 --mutant incarnation" in told
     assert "entered" in told
 
 
