@@ -1,11 +1,13 @@
-"""Record a golden log: `python tests/golden/record.py NAME` writes tests/golden/NAME.json from runs on the log in memory.
+"""Record a golden log: `python tests/golden/record.py NAME` writes tests/golden/NAME.json from a simulated day, and its ends.
 
-Recorded once per release and never again under the same name: old logs must verify and fold for ever.
+Recorded once per release and never again under the same name: old logs must verify and fold for ever. The day has graphs, maps,
+child runs, waits, pauses, budgets and limits in it, owners that die and zombies whose entries are void.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,35 +15,45 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from support.cluster import ACCOUNT_PARTITIONS, RUN_PARTITIONS, Cluster  # noqa: E402 - the path comes first
+from simulation.evening import Evening  # noqa: E402 - the path comes first
+from simulation.world import World  # noqa: E402
+
+from tidegate.domain.run import RunState  # noqa: E402
 from tidegate.eventlog.interface import Message  # noqa: E402
+from tidegate.eventlog.verification import Report, verify_partition  # noqa: E402
+
+SEED, STEPS = 23, 2500
 
 
 def record(name: str) -> Path:
-    """Play some runs, one of them across a restart of both owners, and write both logs down."""
-    cluster = Cluster()
-    for number in range(4):
-        cluster.start_run(f"golden-{number}", account=f"acme{number}/team", budget_micros=100)
-    cluster.execute()
-    for loop in list(cluster.owners.values()):
-        loop.run_once(0.0)
-    cluster.crash("scheduler")
-    cluster.crash("gate")
-    cluster.start("scheduler")
-    cluster.start("gate")
-    cluster.command("golden-3", "cancel")
-    cluster.settle()
+    """Play a short day and write both logs down, and how their runs ended."""
+    with World(SEED) as world:
+        world.begin()
+        while world.steps < STEPS:
+            world.step()
+        Evening(world).rest()
+        logs = _logs(world)
+    ends = json.loads((HERE / "ends.json").read_text(encoding="utf-8"))
+    if name in ends:
+        raise SystemExit(f"{name} is recorded already: choose another name")
+    report, runs = Report(), dict[str, RunState]()
+    for _, partition in itertools.groupby(logs, key=lambda message: (message.topic, message.partition)):
+        runs.update(verify_partition(partition, report))
+    if report.problem_count:
+        raise SystemExit(f"the log does not verify: {report.problems[:3]}")
+    ends[name] = {run_id: [run.status, run.fingerprint] for run_id, run in sorted(runs.items())}
+    (HERE / "ends.json").write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
     path = HERE / f"{name}.json"
-    path.write_text(json.dumps({"records": [_plain(message) for message in _logs(cluster)]}, indent=1) + "\n")
+    path.write_text(json.dumps({"records": [_plain(message) for message in logs]}, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def _logs(cluster: Cluster) -> list[Message]:
+def _logs(world: World) -> list[Message]:
     found = []
-    for topic, count in (("run-events", RUN_PARTITIONS), ("gate-ledger", ACCOUNT_PARTITIONS)):
-        for partition in range(count):
-            start, end = cluster.broker.offsets(topic, partition)
-            found += list(cluster.broker.read(topic, partition, start, end))
+    for topic in ("run-events", "gate-ledger"):
+        for partition in range(world.broker.describe([topic])[topic].partition_count):
+            start, end = world.broker.offsets(topic, partition)
+            found += list(world.broker.read(topic, partition, start, end))
     return found
 
 
