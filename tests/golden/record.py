@@ -17,7 +17,6 @@ sys.path.insert(0, str(HERE.parent))
 
 from simulation.evening import Evening  # noqa: E402 - the path comes first
 from simulation.world import World  # noqa: E402
-
 from tidegate.domain.run import RunState  # noqa: E402
 from tidegate.eventlog.interface import Message  # noqa: E402
 from tidegate.eventlog.verification import Report, verify_partition  # noqa: E402
