@@ -436,9 +436,6 @@ def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster = Cluster()
-    schema = json.loads(avro._schemas_by_name()["RunCommand"].text)
-    schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
-    cluster.writer.send(Record("schemas", 0, b"any", json.dumps(schema).encode()))
     cluster.start_run("r", "a")
     (_, message), *_ = [
         (p, m)
@@ -458,3 +455,25 @@ def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(
     turns(cluster)
     assert cluster.broker.offsets("dead-letters", 0).end == 0
     avro._by_header.pop(newer.header, None)
+
+
+@pytest.mark.feature("P1")
+def test_a_policy_that_a_newer_version_published_is_in_force_after_a_restart() -> None:
+    cluster = Cluster()
+    cluster.require_approval()
+    (message,) = cluster.broker.read("policies", 0, 0, 1)
+    schema = json.loads(avro._by_header[(message.value or b"")[: avro.HEADER_LENGTH]].text)
+    schema["fields"].append({"name": "of_a_later_version", "type": "string", "default": ""})
+    newer = avro._Schema(json.dumps(schema))
+    cluster.writer.send(Record("schemas", 0, b"newer", json.dumps(schema).encode()))
+    value = newer.header + (message.value or b"")[avro.HEADER_LENGTH :] + b"\0"
+    cluster.writer.send(Record("policies", 0, message.key, value))
+    cluster.writer.flush(1.0)
+    cluster.broker.compact("policies")
+    cluster.crash("gate")
+    cluster.start("gate")
+    cluster.start_run("r", "a")
+    cluster.settle()
+    avro._by_header.pop(newer.header, None)
+    (run,) = cluster.verified()[1].values()
+    assert run.status == "waiting"

@@ -74,7 +74,7 @@ class OwnerLoop:
         self._log_writer: Writer = broker.writer()
         self._tell_writer: Writer = broker.writer()
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
-        self.tables = Tables(machine.table_topics)
+        self.tables = Tables(machine.table_topics, self._decoded)
         self.owned: dict[int, OwnedPartition] = {}
         self._checkpoint_settings = checkpoints or CheckpointSettings()
         self._checkpointers: dict[int, Checkpointer] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -21,10 +22,15 @@ _log = structlog.get_logger()
 
 
 class Tables:
-    """The rows of some global tables by key, and the next offset of each: the version that a decision used."""
+    """The rows of some global tables by key, and the next offset of each: the version that a decision used.
 
-    def __init__(self, topics: tuple[str, ...]) -> None:
+    decode: turns a record into a row. Who decides by the rows gives one that looks for schemas which it does not know: a policy
+    that a newer version published must not be missed.
+    """
+
+    def __init__(self, topics: tuple[str, ...], decode: Callable[[bytes], Any] = codec.decode) -> None:
         self.topics = topics
+        self._decode = decode
         self.versions: dict[str, int] = dict.fromkeys(topics, 0)
         self.rows: dict[str, dict[str, Any]] = {topic: {} for topic in topics}
         self.offsets: dict[str, dict[str, int]] = {topic: {} for topic in topics}
@@ -53,7 +59,7 @@ class Tables:
             self.offsets[message.topic].pop(key, None)
             return rows.pop(key, None) is not None
         try:
-            row = codec.decode(message.value)
+            row = self._decode(message.value)
             if not isinstance(row, _ROWS.get(message.topic, object)):
                 raise codec.DecodeError(f"a {type(row).__name__} has no place here")
         except codec.DecodeError as error:
