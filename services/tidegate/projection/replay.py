@@ -163,7 +163,6 @@ class Replay:
             self._drop_shadow()
             self._end(CANCELLED, "somebody asked for it")
             return
-        failpoint(f"replay.{self.progress.phase.replace(' ', '-')}")
         {
             PREPARE: self._prepare,
             FILL: self._fill,
@@ -305,6 +304,7 @@ class Replay:
 
     def _compare(self) -> None:
         """Compare, a few times if something differs: the tables in place may be a moment behind."""
+        failpoint("replay.compare")
         for attempt in range(COMPARE_TIMES):
             if attempt and self._stop.wait(AGAIN_AFTER_S):
                 raise GivenUp
@@ -333,6 +333,7 @@ class Replay:
 
     def _catch_up(self) -> None:
         """Read what was written since: before the exchange its rows went to the old tables."""
+        failpoint("replay.catch-up")
         self._read_to_end(self._parts.database)
         self._go_on(CLEAN)
 
