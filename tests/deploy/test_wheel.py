@@ -33,7 +33,7 @@ def test_it_holds_what_is_read_at_run_time(unpacked: Path, root: Path) -> None:
         ("schemas/avro/*.avsc", "_schemas/avro"),
         ("schemas/topics/*.yaml", "_schemas/topics"),
         ("services/tidegate/projection/migrations/*.sql", "projection/migrations"),
-        ("services/tidegate/projection/dashboards/*", "projection/dashboards"),
+        ("services/tidegate/projection/dashboards/*.py", "projection/dashboards"),
         ("services/tidegate/embedded/*.toml", "embedded"),
     ):
         wanted = {path.name for path in root.glob(source)}

@@ -76,7 +76,7 @@ def test_apply_creates_what_is_missing_and_publishes_the_schemas(run: Run, broke
 
     assert run("diff").exit_code == 0
     again = json.loads(run("apply", "--json").stdout)
-    assert again == {"created": [], "altered": [], "schemas_published": [], "warnings": []}
+    assert again == {"created": [], "altered": [], "acls_set": [], "schemas_published": [], "warnings": []}
     check_at_start(broker, ["run-events", "run-commands", "schemas"], production=False)
     assert load_schemas(broker) == []
     assert publish_schemas(broker) == []
