@@ -154,6 +154,15 @@ class Flow:
         workflow = self.workflow
         before = workflow.predecessors[node_id]
         need = workflow.needs.get(node_id, ALL)
+        if len(before) == 1 and need == ALL:  # a chain, as most graphs are
+            way = self._way(before[0], node_id)
+            if way is Way.TAKEN:
+                source = self.look(before[0])
+                state = NodeState(states.ACTIVE, self.look(node_id).visit, 1 + source.wave)
+                self._start(node_id, before, state)
+            elif way is not Way.OPEN:
+                self._skip(node_id, upstream_failed=way is Way.BROKEN)
+            return
         ways = [self._way(source, node_id) for source in before]
         taken = ways.count(Way.TAKEN)
         waiting = ways.count(Way.OPEN)

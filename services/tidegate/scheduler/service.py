@@ -188,6 +188,8 @@ class SchedulerMachine:
         if not run.account:
             run.account = account
         apply(run, event, now_ms)
+        if type(event) not in _NOTED:
+            return  # as most are
         if isinstance(event, _TIMED):
             step = run.steps[event.step_id]
             due_ms = waits.due_ms(run, step)
@@ -284,3 +286,4 @@ class SchedulerMachine:
 _INPUTS: Final = (RunCommand, GateDecision, StepResult)
 _TIMED: Final = (ev.AttemptEnded, ev.ApprovalRequested, ev.WaitStarted)
 _HOLDING: Final = (ev.AttemptHeld, ev.StepReady)
+_NOTED: Final = frozenset((*_TIMED, *_HOLDING, ev.RunResumed, ev.RunStarted))
