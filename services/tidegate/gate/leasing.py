@@ -48,6 +48,8 @@ def throttled(key: AttemptKey, account: str, obstacle: Obstacle, position: int) 
 
 def given_back(desk: Desk, key: AttemptKey, attempt: Attempt, outcome: str, reason: str = "") -> list[Any]:
     """Return what follows for limits when an attempt ends or its executor is lost: leases of others go back, breakers count."""
+    if not (attempt.leases or attempt.granted or attempt.asked >= 0):
+        return []  # no limit is about it, as about most
     events: list[Any] = []
     partitions: set[int] = set()
     if attempt.status == PLACED and not attempt.lost:

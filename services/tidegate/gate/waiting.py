@@ -53,6 +53,9 @@ def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Executor, 
     """Take a slot for an attempt and return its executor, with all leases that it needs there; None if there is no slot."""
     assert attempt.call is not None  # noqa: S101 - what waits has a call
     call, here = attempt.call, desk.ledger.partition
+    if not attempt.leases:
+        free = slots.take(call.queue, call.kind, call.function, prefer=call.prefer, only=attempt.pinned)
+        return None if free is None else (free, ())
     open_keys = tuple(lease for lease in attempt.leases if INSTANCE_PLACE in lease.key)
     executor = slots.take(
         call.queue,
