@@ -40,7 +40,7 @@ _NEVER_RESERVED: Final = frozenset({"denied", "expired"})
 
 def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `run-events` causes, in the order in which they must be sent."""
-    items = [item for event in entry.events if (item := _gate_item(event)) is not None]
+    items = _without_what_is_taken_back([item for event in entry.events if (item := _gate_item(event)) is not None])
     letters = [event for event in entry.events if isinstance(event, _REFUSALS) and event.original]
     found: list[Tell] = []
     if items:
@@ -55,6 +55,17 @@ def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, 
     ]
     found += [Tell(DEAD_LETTERS, 0, letter.source, _dead_letter(entry, letter)) for letter in letters]
     return found
+
+
+def _without_what_is_taken_back(items: list[GateItem]) -> list[GateItem]:
+    """Leave out attempts that one entry asks for and cancels: the gate would ask, reserve and wait for what nobody wants."""
+    void = {(item.step_id, item.attempt) for item in items if type(item) is Void}
+    if not void:
+        return items
+    both = {(item.step_id, item.attempt) for item in items if type(item) is Authorise} & void
+    return [
+        item for item in items if not (isinstance(item, (Authorise, Void)) and (item.step_id, item.attempt) in both)
+    ]
 
 
 def _gate_item(event: Any) -> GateItem | None:
