@@ -395,8 +395,8 @@ class Tally:
             self._closed.add(key)
             self._events.append(ev.BudgetClosed(account=bucket.account, bucket=key, spent=amounts_of(bucket.spent)))
 
-    def close_run(self, run_id: str) -> None:
-        """Forget the buckets of a run that is over, those in which nothing is set aside."""
+    def close_buckets(self, run_id: str) -> None:
+        """Forget the buckets of a run, or of a family by the run at its top, that is over: those in which nothing is set aside."""
         keys = set(self._ledger.of_run.get(run_id, ()))
         keys.update(key for key, bucket in self._changed.items() if bucket.run_id == run_id)
         for key in sorted(keys):

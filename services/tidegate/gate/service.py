@@ -96,7 +96,7 @@ class GateMachine:
             lost = decide.losses(state, self.executors.ended, desk, self._budgets)
             if lost:
                 return cause, Decision(state.subject, "", lost)
-        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms)
+        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
         if timely:
             return f"timer:{now_ms}", Decision(state.subject, "", timely)
         if state.paused and (state.stirred or 0 < state.look_again_ms <= now_ms):

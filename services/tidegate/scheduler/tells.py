@@ -26,6 +26,7 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
+from tidegate.domain.workflow import pinned_definition
 from tidegate.eventlog.machine import Tell
 
 GATE_REQUESTS: Final = "gate-requests"
@@ -80,6 +81,8 @@ def _open(event: ev.RunStarted) -> GateItem:
         tags=event.tags,
         priority=event.priority,
         request_id=event.command_id,
+        parent_run_id=event.parent_run_id,
+        has_children=bool(pinned_definition(event.definition).document.workflows),
     )
 
 
