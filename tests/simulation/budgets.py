@@ -157,7 +157,7 @@ class BudgetJudge:
         elif isinstance(event, re.ApprovalExpired):
             self._expired.add((entry.subject, event.step_id, event.attempt))
             self.counts["questions expired"] += 1
-        elif isinstance(event, re.ApprovalResolved) and event.approved and event.why == "policy":
+        elif isinstance(event, re.ApprovalResolved) and event.approved and event.why == "policy" and event.command_id:
             rule = self._asked[entry.subject, event.step_id].rule
             self._yes.setdefault((entry.subject, event.step_id, event.attempt), []).append(rule)
 
@@ -185,6 +185,10 @@ class BudgetJudge:
         elif isinstance(event, le.ApprovalHeld):
             self._held.setdefault(key, []).append(Held(event.rule, event.expires_at_ms))
             self._does(entry, event, "ask")
+        elif isinstance(event, le.QuestionAnswered):
+            self.counts["questions answered by documents"] += 1
+            question = self._held[key].pop()
+            self._require(question.rule.startswith(RULE), f"(2) {event.by} answered the question of {question.rule}")
         elif isinstance(event, le.ApprovalLapsed):
             due_ms = self._held[key][-1].expires_at_ms
             self._require(

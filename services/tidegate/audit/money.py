@@ -27,7 +27,7 @@ BODY: Final = 10
 LARGEST_MICROS: Final = 2**63 - 1  # what a field can hold: sums stop there
 
 HELD, REFUSED, RESERVED, QUEUED, PLACED, LOST = "held", "refused", "reserved", "queued", "placed", "lost"
-SETTLED, RELEASED, PAUSED, LAPSED = "settled", "released", "paused", "lapsed"
+SETTLED, RELEASED, PAUSED, LAPSED, ANSWERED = "settled", "released", "paused", "lapsed", "answered"
 ENDED: Final = frozenset({REFUSED, SETTLED, RELEASED, LAPSED})
 
 # (what became of an attempt so far, event) -> what becomes of it. What is not here breaks the rules of the ledger.
@@ -40,6 +40,10 @@ ATTEMPTS: Final[dict[tuple[str, str], str]] = {
     (HELD, "ApprovalHeld"): HELD,  # a rule's question was answered, now a budget has one
     (HELD, "AttemptPaused"): PAUSED,
     (HELD, "ApprovalLapsed"): LAPSED,
+    (HELD, "QuestionAnswered"): ANSWERED,  # by the gate: how it goes on stands in the same entry
+    (ANSWERED, "AttemptReserved"): RESERVED,
+    (ANSWERED, "AttemptRefused"): REFUSED,
+    (ANSWERED, "AttemptPaused"): PAUSED,
     (PAUSED, "AttemptPaused"): PAUSED,
     (PAUSED, "ApprovalHeld"): HELD,
     (PAUSED, "AttemptReserved"): RESERVED,

@@ -384,6 +384,22 @@ class ApprovalLapsed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     reason: str
 
 
+class QuestionAnswered(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="QuestionAnswered", tag_field=TAG_FIELD
+):
+    """A budget asked about the attempt, and needs no answer any more: it has room now, or does not count the run.
+
+    by: the document that made it so: `topup:NAME`, or `budget:NAME@VERSION`, without a version if it was removed.
+    """
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    by: str
+    reason: str
+
+
 class AttemptPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptPaused", tag_field=TAG_FIELD):
     """A budget has no room for the attempt now: it waits, first come first served, with nothing set aside.
 
@@ -524,4 +540,5 @@ LedgerEvent = (
     | BudgetClosed
     | UsageLearned
     | FamilyOver
+    | QuestionAnswered
 )

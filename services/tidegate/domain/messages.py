@@ -284,7 +284,16 @@ class Unanswered(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Unans
     reason: str
 
 
-DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled | BudgetPaused | Unanswered
+class Answered(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Answered", tag_field=TAG_FIELD):
+    """The question about the attempt needs no answer any more: a budget has room for it now. by: the document that made it so."""
+
+    step_id: str
+    attempt: int
+    by: str
+    reason: str
+
+
+DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled | BudgetPaused | Unanswered | Answered
 
 
 class GateDecision(msgspec.Struct, frozen=True, kw_only=True, gc=False):

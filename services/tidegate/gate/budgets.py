@@ -28,6 +28,7 @@ EVERY_ROOT: Final = "*"
 MAX_ALERTS: Final = 20
 MAX_LEARNED: Final = 10_000  # functions that a ledger partition keeps averages of
 AVERAGED_OVER: Final = 100
+LACK_RULE: Final = "budget:"  # before a budget's name: what decisions name as the rule
 SEPARATOR: Final = "|"  # neither run ids, accounts nor names have it
 
 _Limit = Field(default=None, ge=0, le=MAX_MICROS)
@@ -260,7 +261,7 @@ class Lack(NamedTuple):
     @property
     def rule(self) -> str:
         """Return what decisions name as the rule."""
-        return f"budget:{self.budget.budget}"
+        return f"{LACK_RULE}{self.budget.budget}"
 
     def said(self) -> str:
         """Return the reason for people."""

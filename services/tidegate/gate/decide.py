@@ -29,6 +29,7 @@ from tidegate.domain.messages import (
 )
 from tidegate.gate import family, leasing
 from tidegate.gate.budgets import (
+    LACK_RULE,
     MAX_LEARNED,
     NO_BUDGETS,
     Budget,
@@ -36,6 +37,7 @@ from tidegate.gate.budgets import (
     Estimate,
     Lack,
     Tally,
+    TopUp,
     amounts_of,
     estimate,
     learn,
@@ -262,8 +264,8 @@ def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> No
     verdict = _verdict(draft, item, call, money)
     approved_by = ""
     if verdict.effect == "require_approval":
-        arguments, approved_by = draft.approved.get(item.step_id, ("", ""))
-        if not approved_by or arguments != call.arguments:
+        approved_by = _approved_by(draft, item, call)
+        if not approved_by:
             expires_at_ms = draft.now_ms + verdict.expires_s * 1000 if verdict.expires_s else 0
             _ask(draft, item, call, verdict, expires_at_ms)
             return
@@ -271,6 +273,12 @@ def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> No
         _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values, redact=verdict.redact)
         return
     _reserve_and_place(draft, item, call, verdict, approved_by)
+
+
+def _approved_by(draft: Draft, item: Any, call: Call) -> str:
+    """Return who allowed the step with these arguments before; empty if nobody did."""
+    arguments, approved_by = draft.approved.get(item.step_id, ("", ""))
+    return approved_by if arguments == call.arguments else ""
 
 
 def _ask(draft: Draft, item: Any, call: Call, verdict: Verdict, expires_at_ms: int, **more: Any) -> None:
@@ -341,15 +349,13 @@ def _reserve_and_place(
     if above_id:
         _await_family(draft, item, call, above_id, verdict, "" if exceeds else approved_by)
         return
-    opened = _opened(draft, money)
-    wanted = _estimate(draft, call, is_counted=bool(opened))
+    opened, wanted, lacks = _room(draft, call, money)
     micros = wanted.amounts[0]
     no_room = family.without_room(draft.ledger, draft.request.run_id, money, micros)
     if no_room is not None:
         values = canonical.dumps(no_room.values())
         _refuse(draft, item, BUDGET_RULE, "", no_room.said(), values=values, redact=verdict.redact)
         return
-    lacks = draft.tally.lacks(opened, wanted.amounts) if opened else []
     if any(lack.key not in exceeds for lack in lacks):
         # Who let it exceed other budgets answered no rule's question.
         _without_room(draft, item, call, lacks, verdict, "" if exceeds else approved_by)
@@ -403,6 +409,20 @@ def _opened(draft: Draft, money: _Money) -> list[tuple[str, Bucket, Budget]]:
     """Return the buckets that count the run now, with the limits that are in force."""
     counted = draft.tally.of_run(draft.request.account, draft.family, money.workflow.partition("@")[0], money.tags)
     return [(key, draft.tally.current(key, scope, draft.family), scope.budget) for key, scope in counted]
+
+
+class _Room(NamedTuple):
+    """The buckets that count an attempt, what it is expected to use, and those that have no room for that."""
+
+    opened: list[tuple[str, Bucket, Budget]]
+    wanted: Estimate
+    lacks: list[Lack]
+
+
+def _room(draft: Draft, call: Call, money: _Money) -> _Room:
+    opened = _opened(draft, money)
+    wanted = _estimate(draft, call, is_counted=bool(opened))
+    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts) if opened else [])
 
 
 def _estimate(draft: Draft, call: Call, *, is_counted: bool) -> Estimate:
@@ -689,41 +709,91 @@ def family_end(ledger: Ledger, now_ms: int) -> list[Any]:
     ]
 
 
-def resumption(ledger: Ledger, policies: PolicySet, budgets: Budgets, slots: FreeSlots, desk: Desk) -> list[Any]:
-    """Return what becomes of the first paused attempt for which there is room now; empty if there is room for none."""
-    tried = 0
-    for line in ledger.paused.values():
-        for key in itertools.islice(line, MAX_PAUSED_TRIED):
-            tried += 1
-            attempt, run = ledger.attempts[key], ledger.runs[key.run_id]
-            request = GateRequest(run_id=key.run_id, account=attempt.account, source=NO_POSITION, items=())
-            if attempt.call is None or not _has_room(
-                Draft(ledger, request, policies, slots, desk, budgets), attempt.call
-            ):
-                continue
-            draft = Draft(ledger, request, policies, slots, desk, budgets)
-            _judge_and_reserve(draft, Waiter(key.step_id, key.attempt), attempt.call, _Money(run))
-            return draft.events
-        if tried >= MAX_PAUSED_TRIED:
-            break
+class Turn(NamedTuple):
+    """All that deciding about attempts besides a request rests on."""
+
+    ledger: Ledger
+    policies: PolicySet
+    budgets: Budgets
+    slots: FreeSlots
+    desk: Desk
+
+    def draft(self, key: AttemptKey, attempt: Attempt) -> Draft:
+        """Return the draft of a decision about an attempt that is there already, as a request of its run would have it."""
+        request = GateRequest(run_id=key.run_id, account=attempt.account, source=NO_POSITION, items=())
+        return Draft(self.ledger, request, self.policies, self.slots, self.desk, self.budgets)
+
+
+def resumption(turn: Turn) -> list[Any]:
+    """Return what becomes of the first attempt that waits for a budget, or about which one asks, and that need not any more.
+
+    Empty if there is none. Those that wait come before those that a human is asked about: they are sure to be wanted.
+    """
+    waiting = itertools.chain.from_iterable(
+        itertools.islice(line, MAX_PAUSED_TRIED) for line in turn.ledger.paused.values()
+    )
+    for key in itertools.islice(waiting, MAX_PAUSED_TRIED):
+        attempt = turn.ledger.attempts[key]
+        lacks = _lacks_now(turn, key, attempt)
+        if lacks is None or (lacks and lacks[0].budget.on_exceed == "pause"):
+            continue
+        return _judged_again(turn, key, attempt)
+    for key in itertools.islice(turn.ledger.budget_questions, MAX_PAUSED_TRIED):
+        attempt = turn.ledger.attempts[key]
+        if _lacks_now(turn, key, attempt) == [] and not _would_ask(turn, key, attempt):
+            return [_answered(turn, key, attempt), *_judged_again(turn, key, attempt)]
     return []
 
 
-def _has_room(draft: Draft, call: Call) -> bool:
-    """Tell whether no budget would pause this any more. The draft is thrown away."""
-    if draft.money is None:
+def _judged_again(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Any]:
+    assert attempt.call is not None  # noqa: S101 - what waits has a call
+    draft = turn.draft(key, attempt)
+    _judge_and_reserve(draft, Waiter(key.step_id, key.attempt), attempt.call, _Money(turn.ledger.runs[key.run_id]))
+    return draft.events
+
+
+def _lacks_now(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Lack] | None:
+    """Return the budgets that have no room for an attempt as it is now; None if it must wait for a run above its own."""
+    draft = turn.draft(key, attempt)  # thrown away
+    if draft.money is None or attempt.call is None or family.not_open(turn.ledger, draft.money):
+        return None
+    return _room(draft, attempt.call, draft.money).lacks
+
+
+def _would_ask(turn: Turn, key: AttemptKey, attempt: Attempt) -> bool:
+    """Tell whether a rule has a question by now that nobody answered. The answer to a budget's may be on its way: it must not be
+    taken for one to the rule's, so the budget's stays open until it is there."""
+    draft = turn.draft(key, attempt)
+    if draft.money is None or attempt.call is None:
         return True
-    if family.not_open(draft.ledger, draft.money):
-        return False
-    opened = _opened(draft, draft.money)
-    wanted = _estimate(draft, call, is_counted=bool(opened))
-    lacks = draft.tally.lacks(opened, wanted.amounts)
-    return not lacks or lacks[0].budget.on_exceed != "pause"
+    waiter = Waiter(key.step_id, key.attempt)
+    verdict = _verdict(draft, waiter, attempt.call, draft.money)
+    return verdict.effect == "require_approval" and not _approved_by(draft, waiter, attempt.call)
+
+
+def _answered(turn: Turn, key: AttemptKey, attempt: Attempt) -> ev.QuestionAnswered:
+    """Return the answer to a budget's question, which there is room for now, by the document that made it."""
+    name = attempt.rule.removeprefix(LACK_RULE)
+    budget = turn.budgets.named(name)
+    draft = turn.draft(key, attempt)
+    opened = () if draft.money is None else _opened(draft, draft.money)
+    bucket = next((bucket for bucket_key, bucket, _ in opened if bucket_key == attempt.exceeds[0]), None)
+    if budget is None:
+        by, reason = f"{LACK_RULE}{name}", f"budget {name} is not in force any more"
+    elif bucket is None:
+        by, reason = f"{LACK_RULE}{budget.label}", f"{budget.label} counts it elsewhere or not at all now"
+    else:
+        is_topped_up = bool(bucket.top_ups) and budget.label == attempt.policy
+        by = f"{TopUp.KIND}:{bucket.top_ups[-1]}" if is_topped_up else f"{LACK_RULE}{budget.label}"
+        reason = f"{budget.label} has room for it now"
+    return ev.QuestionAnswered(**leasing.names(key, attempt.account), by=by, reason=reason)
 
 
 def look_again_ms(ledger: Ledger, now_ms: int) -> int:
     """Return when the next window turns that somebody waits for; 0 if none does."""
-    ends = (ledger.buckets[key].until_ms for key in ledger.paused if key in ledger.buckets)
+    asked = (key for question in ledger.budget_questions for key in ledger.attempts[question].exceeds)
+    names = itertools.chain(ledger.paused, asked)
+    ends = (ledger.buckets[key].until_ms for key in names if key in ledger.buckets)
     return min((until_ms for until_ms in ends if until_ms > now_ms), default=0)
 
 

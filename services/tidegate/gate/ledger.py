@@ -331,7 +331,8 @@ class Ledger:
     those that have them all and are not placed, by when. unnoticed: queued attempts that were not told why they wait.
     scale_out: queues that want more executors. depth: how many wait for a queue.
 
-    paused: attempts that wait for room in a budget, by bucket, the first one first. questions, window_ends: heaps of (when,
+    paused: attempts that wait for room in a budget, by bucket, the first one first. budget_questions: those about which a budget
+    asks, likewise. questions, window_ends: heaps of (when,
     what): questions that lapse and buckets whose window ends; what does not stand any more may still be in them. stirred:
     whether there may be room that paused attempts were not offered yet; look_again_ms: when time alone may make some, 0 for
     never. of_run: buckets of single runs, or of families, by the run at its top. below: what the runs below a run come to, by
@@ -345,6 +346,7 @@ class Ledger:
         "attempts",
         "below",
         "buckets",
+        "budget_questions",
         "busy",
         "depth",
         "families_over",
@@ -398,6 +400,7 @@ class Ledger:
         self.below: dict[str, family.Below] = {}
         self.families_over: dict[str, None] = {}
         self.paused: dict[str, dict[AttemptKey, int]] = {}
+        self.budget_questions: dict[AttemptKey, None] = {}
         self.questions: list[tuple[int, AttemptKey]] = []
         self.window_ends: list[tuple[int, str]] = []
         self.stirred = True
@@ -449,6 +452,8 @@ def derive(ledger: Ledger) -> None:
 
 
 def _note_question(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    if attempt.exceeds:
+        ledger.budget_questions[key] = None
     if attempt.expires_at_ms:
         heapq.heappush(ledger.questions, (attempt.expires_at_ms, key))
 
@@ -540,6 +545,8 @@ def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
 
 
 def _leave_pause(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    """It waits for no budget any more, nor for what a human says to exceeding it."""
+    ledger.budget_questions.pop(key, None)
     if attempt.status != PAUSED:
         return
     line = ledger.paused[attempt.paused_on]
@@ -556,7 +563,7 @@ def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, event.call, HELD)
     _leave_pause(ledger, key, attempt)
-    attempt.status = HELD
+    attempt.status, attempt.turn = HELD, ledger.seq
     attempt.rule, attempt.policy = event.rule, event.policy
     attempt.exceeds, attempt.expires_at_ms, attempt.redact = event.exceeds, event.expires_at_ms, event.redact
     _note_approval(ledger, event)
@@ -573,6 +580,14 @@ def _paused(ledger: Ledger, event: ev.AttemptPaused) -> None:
     attempt.expires_at_ms, attempt.exceeds = 0, ()
     ledger.paused.setdefault(event.bucket, {})[key] = attempt.turn
     _note_approval(ledger, event)
+    _forget_answered(ledger)
+
+
+def _answered(ledger: Ledger, event: ev.QuestionAnswered) -> None:
+    """What follows in the same entry says how it goes on."""
+    attempt = ledger.attempts[_key(event)]
+    _leave_pause(ledger, _key(event), attempt)
+    attempt.exceeds, attempt.expires_at_ms = (), 0
     _forget_answered(ledger)
 
 
@@ -907,6 +922,7 @@ def _usage_learned(ledger: Ledger, event: ev.UsageLearned) -> None:
 
 _HANDLERS: dict[type, Any] = {
     ev.ApprovalLapsed: _lapsed,
+    ev.QuestionAnswered: _answered,
     ev.AttemptPaused: _paused,
     ev.BudgetSet: _budget_set,
     ev.BudgetReserved: _budget_reserved,

@@ -99,9 +99,9 @@ class GateMachine:
         timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
         if timely:
             return f"timer:{now_ms}", Decision(state.subject, "", timely)
-        if state.paused and (state.stirred or 0 < state.look_again_ms <= now_ms):
+        if (state.paused or state.budget_questions) and (state.stirred or 0 < state.look_again_ms <= now_ms):
             slots = self.executors.free_slots(self._ledgers)
-            resumed = decide.resumption(state, self._policies, self._budgets, slots, desk)
+            resumed = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
             if resumed:
                 return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", resumed)
             state.stirred, state.look_again_ms = False, decide.look_again_ms(state, now_ms)

@@ -95,8 +95,8 @@ def _authorise_next(event: ev.AttemptRequested) -> GateItem:
 
 
 def _resolve(event: ev.ApprovalResolved) -> GateItem | None:
-    if event.why != "policy":
-        return None  # the gate holds nothing: it was the run that asked
+    if event.why != "policy" or not event.command_id:
+        return None  # the gate holds nothing: it was the run that asked, or the gate that answered
     if not event.approved:
         return Void(step_id=event.step_id, attempt=event.attempt)
     return Approve(step_id=event.step_id, attempt=event.attempt, by=event.by, arguments_hash=event.arguments_hash)
