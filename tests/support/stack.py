@@ -30,7 +30,7 @@ from tidegate.eventlog.validity import EpochTracker
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.sdk.client import Client, Event, Run
 
-WAIT_S = 60.0
+WAIT_S = 180.0
 POLL_S = 0.05
 APP = f"{fault_app.__file__}:app"
 RUNS, LEDGER, LETTERS = "run-events", "gate-ledger", "dead-letters"
