@@ -422,9 +422,9 @@ def _reserved(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> It
     run.reserved_micros += micros
     total_micros = run.reserved_micros + run.settled_micros + run.below_micros
     if run.budget_micros is not None and total_micros > run.budget_micros:
-        below = f", {run.below_micros} below it" if run.below_micros else ""
+        below = f" ({run.below_micros} more below it)" if run.below_micros else ""
         yield (
-            f"{micros} reserved; with that {run.reserved_micros} are set aside and {run.settled_micros} spent{below}, "
+            f"{micros} reserved; with that {run.reserved_micros} are set aside and {run.settled_micros} spent{below} "
             f"of {run.budget_micros}"
         )
 
