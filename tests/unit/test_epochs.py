@@ -121,7 +121,9 @@ def test_what_a_zombie_can_write_does_not_fill_the_first_look_back(monkeypatch: 
     part.since_announcement = owner.ANNOUNCE_EVERY_ENTRIES - 1
     refused = CommandRefused(command_id="c", type="cancel", source="s", code="unknown_run", reason="", original=b"")
     monkeypatch.setattr(
-        zombie.machine, "due", lambda state, *_: ("timer:1", Decision("r", "", [refused])) if state is part.state else None
+        zombie.machine,
+        "due",
+        lambda state, *_: ("timer:1", Decision("r", "", [refused])) if state is part.state else None,
     )
     for number in range(owner.MAX_BATCH):
         cluster.command("r", "cancel", command_id=f"c{number}")
