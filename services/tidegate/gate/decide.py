@@ -57,9 +57,9 @@ from tidegate.gate.ledger import (
 )
 from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import FreeSlots
-from tidegate.gate.policy import MAX_REASON, PolicySet, Variables, Verdict
+from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
 from tidegate.gate.prices import price
-from tidegate.gate.variables import MAKERS, Subject, step_variables
+from tidegate.gate.variables import MAKERS, Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 
 BUDGET_RULE: Final = "budget"
@@ -261,10 +261,6 @@ def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
     return draft.policies.judge(Variables(MAKERS, subject))
 
 
-def _variables(draft: Draft, item: Any, call: Call, money: _Money) -> dict[str, Any]:
-    return step_variables(draft.key(item), draft.request.account, call, money)
-
-
 def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
     request = draft.request
     return draft.tally.seen(request.account, request.run_id, money.workflow.partition("@")[0], money.tags)
@@ -413,7 +409,9 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
     desk, money = draft.desk, draft.money
     try:
         leases = (
-            desk.limits.leases(_variables(draft, item, call, money), draft.ledger.partition)
+            desk.limits.leases(
+                Variables.of_step(draft.key(item), draft.request.account, call, money), draft.ledger.partition
+            )
             if desk.limits and money
             else ()
         )

@@ -7,7 +7,8 @@ that no two owners can give away the same place. Leases are held by attempts and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +19,8 @@ from tidegate.domain.identity import NAME_PATTERN, partition_of
 from tidegate.domain.messages import Lease
 from tidegate.gate.documents import Document
 from tidegate.gate.ledger import Gauge, Ledger
+from tidegate.gate.rule_index import Conditions
+from tidegate.gate.variables import Variables
 
 INSTANCE_PLACE: Final = "{instance}"  # in a key: the executor, which is known only when one was found
 MAX_KEY: Final = 256
@@ -113,14 +116,17 @@ class Limit(_Document):
         """Tell whether all that it counts together belongs to one account root."""
         return not _LOCAL.isdisjoint(self.per)
 
-    def covers(self, variables: Mapping[str, Any]) -> bool:
+    def covers(self, variables: Variables) -> bool:
         """Tell whether it is about the step. Raises LimitError if `when` cannot be evaluated."""
         for name, wanted in self.where.items():
-            if variables[name] not in ((wanted,) if isinstance(wanted, str) else wanted):
+            if variables.get(name) not in ((wanted,) if isinstance(wanted, str) else wanted):
                 return False
-        return not self.when or _evaluated(self, "when", self.when, bool, variables)
+        if not self.when:
+            return True
+        answer = _conditions(self.when).hold(variables.get)
+        return _evaluated(self, "when", self.when, bool, variables) if answer is None else answer
 
-    def value(self, variables: Mapping[str, Any]) -> str | None:
+    def value(self, variables: Variables) -> str | None:
         """Return the value of its key for a step; None if the step lacks a part of it. Raises LimitError."""
         parts = []
         for part in self.per:
@@ -154,22 +160,27 @@ _TEXTS: Final = frozenset(
 )
 
 
-def _part(part: Part, level: int, variables: Mapping[str, Any]) -> str:
+# A limit's `when` taken apart; there are few, and each is asked about every attempt.
+_conditions = lru_cache(maxsize=4096)(Conditions.of)
+
+
+def _part(part: Part, level: int, variables: Variables) -> str:
+    get = variables.get
     if part == "account":
-        names = str(variables["account"]).split("/")
-        return "/".join(names[:level] if level else names)
+        account = str(get("account"))
+        return "/".join(account.split("/")[:level]) if level else account
     if part == "run":
-        return str(variables["run"]["id"])
+        return str(get("run")["id"])
     if part == "instance":
         return INSTANCE_PLACE
     if part == "node":
-        return f"{variables['workflow']}/{variables['node']}"
-    return str(variables["name" if part == "function" else part])
+        return f"{get('workflow')}/{get('node')}"
+    return str(get("name" if part == "function" else part))
 
 
-def _evaluated(limit: Limit, field: str, source: str, kind: type[T], variables: Mapping[str, Any]) -> T:
+def _evaluated(limit: Limit, field: str, source: str, kind: type[T], variables: Variables) -> T:
     try:
-        value = expressions.evaluate(source, variables)
+        value = variables.evaluate(source)
     except expressions.ExpressionError as error:
         raise LimitError(f"limit {limit.limit}: `{field}` could not be evaluated: {error}") from None
     if not isinstance(value, kind):
@@ -225,7 +236,7 @@ class LimitSet:
         """Return the limit of that name, if one is in force."""
         return self._limits.get(name)
 
-    def leases(self, variables: Mapping[str, Any], own_partition: int) -> tuple[Lease, ...]:
+    def leases(self, variables: Variables, own_partition: int) -> tuple[Lease, ...]:
         """Return what a step needs under all limits, in the order in which it must be asked for. Raises LimitError.
 
         The order is by partition first: an attempt waits at one partition only while what it holds is of lower ones, so no
