@@ -66,7 +66,7 @@ class Comparison(NamedTuple):
     members: tuple[str, ...]
     operator: str
     literal: Any
-    kind: type
+    kind: type[Any]
 
     def holds(self, get: Get) -> bool | None:
         """Return whether it holds; None if CEL must say: the member is not there, or is of another type than the literal."""
