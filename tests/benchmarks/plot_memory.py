@@ -22,9 +22,7 @@ def main(source: Path, target: Path) -> int:
     figures = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     memory = [figure for figure in figures if figure["work"] == "MEM"]
     if not memory:
-        print(
-            f"{source} holds no figure of MEM: run `tidegate bench --works MEM --out {source}` first", file=sys.stderr
-        )
+        sys.stderr.write(f"{source} holds no figure of MEM: run `tidegate bench --works MEM --out {source}` first\n")
         return 1
     target.write_text("\n".join(drawing(memory[-1])) + "\n", encoding="utf-8")
     return 0
