@@ -401,6 +401,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
     actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one.
+    retry_after_ms: how long whoever refused it wants to be left alone; 0 if that was not said.
     """
 
     run_id: str
@@ -419,6 +420,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     started_ms: int = 0
     finished_ms: int = 0
     goto: str = ""
+    retry_after_ms: int = 0
 
 
 # --- everybody ---------------------------------------------------------------
