@@ -231,7 +231,7 @@ def on_error(run: RunState, record: GateDecision | StepResult, error: Exception)
 
     Nothing if the input concerns no open step: then there is nothing that could wait.
     """
-    reason = error_reason(record, error)
+    reason = error_reason(type(record).__name__, error)
     names = [(record.step_id, record.attempt)] if isinstance(record, StepResult) else []
     if isinstance(record, GateDecision):
         names = [(item.step_id, item.attempt) for item in record.items]
@@ -247,9 +247,9 @@ def on_error(run: RunState, record: GateDecision | StepResult, error: Exception)
     return []
 
 
-def error_reason(record: Any, error: Exception) -> str:
-    """Return what a run is told of a defect of ours."""
-    return f"deciding on a {type(record).__name__} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
+def error_reason(what: str, error: Exception) -> str:
+    """Return what a run is told of a defect of ours. what: the kind of input that was decided on."""
+    return f"deciding on a {what} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
 
 
 def _is_foreign(step: StepState, result: StepResult) -> bool:

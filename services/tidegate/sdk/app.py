@@ -61,10 +61,11 @@ class Options(TypedDict, total=False):
     after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
     `backoff_max_s` (60). retry_on, no_retry_on: exceptions, or names of their classes, after which alone, or after which never,
     it is repeated; a subclass must be named itself. retry_rules: other patience for some classes, see `RetryRule`. idempotent
-    (True): if False, an attempt of unknown outcome is not repeated unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it;
-    the app's if not given. provider, model, operation: what it uses, for rules and limits to look at. prefer: an instance that
-    should run it if it has a free slot. max_input_tokens, max_output_tokens (0): the most that one attempt uses of its model;
-    with them, and without cost_micros, the price table says what is set aside.
+    (True): if False, an attempt of unknown outcome is not repeated unless a human says so. cost_micros (0): what is set aside
+    before it runs, in micro-dollars. queue: whose executors run it; the app's if not given. provider, model, operation: what it
+    uses, for rules and limits to look at. prefer: an instance that should run it if it has a free slot. max_input_tokens,
+    max_output_tokens (0): the most that one attempt uses of its model; with them, and without cost_micros, the price table says
+    what is set aside.
     """
 
     name: str

@@ -145,6 +145,11 @@ class RunReader:
         """The ids of the commands that the run has answered."""
 
     @property
+    def state(self) -> RunState:
+        """Return the folded run, which goes on changing as more is read."""
+        return self._state
+
+    @property
     def exists(self) -> bool:
         """Tell whether the run was found."""
         return self._state.status != states.ABSENT
