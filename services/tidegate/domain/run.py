@@ -220,7 +220,13 @@ def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
     if event.step_id in run.steps:
         raise states.IllegalTransitionError(f"step {event.step_id} exists already")
     call = Call(
-        kind=event.kind, function="", queue="", arguments=event.input, timeout_ms=0, reserve_micros=0, idempotent=True
+        kind="tool" if event.kind == waits.OUTSIDE else event.kind,
+        function=event.function,
+        queue="",
+        arguments=event.input,
+        timeout_ms=0,
+        reserve_micros=0,
+        idempotent=True,
     )
     step = run.steps[event.step_id] = StepState(
         event.step_id, event.node_id, event.wave, call, status=states.WAITING, attempt=0, wait=event

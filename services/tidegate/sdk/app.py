@@ -17,7 +17,7 @@ from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, GraphError
-from tidegate.sdk.graph import Graph, GraphOptions
+from tidegate.sdk.graph import Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
 DEFAULT_TIMEOUT_S: Final = 30.0
@@ -25,6 +25,9 @@ DEFAULT_AGENT_TIMEOUT_S: Final = 120.0
 DEFAULT_RETRIES: Final = 4
 
 F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_OUTSIDE_TIMEOUT_S: Final = 24 * 3600.0
+MAX_OUTSIDE_TIMEOUT_S: Final = 7 * 24 * 3600.0
+
 Reference = str | Callable[..., Any]
 ErrorClasses = Sequence[str | type[BaseException]]
 
@@ -228,6 +231,7 @@ class App:
         self.name = _checked_name("app", name)
         self.queue = _checked_name("queue", queue)
         self._functions: dict[str, Function] = {}
+        self._outside: dict[str, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
         self._graphs: list[Graph] = []
 
@@ -261,6 +265,39 @@ class App:
         """Register a function State -> Plan; a returned value that is no Plan is its final output. See `AgentOptions`."""
         return self._decorate(AGENT, function, options)
 
+    def outside_tool(
+        self,
+        name: str,
+        *,
+        description: str = "",
+        parameters: Schema = True,
+        output: Schema = True,
+        timeout_s: float = DEFAULT_OUTSIDE_TIMEOUT_S,
+    ) -> str:
+        """Declare a tool that agents may call and that is done elsewhere: a call waits until its answer is posted.
+
+        parameters, output: JSON Schemas, or pydantic models, that the arguments and the answer must fit. timeout_s: how long an
+        answer is waited for (a day); then the agent is told that none came. Returns the name, for `tools`. Raises AppError.
+        """
+        _checked_name(TOOL, name)
+        if not 0.001 <= timeout_s <= MAX_OUTSIDE_TIMEOUT_S:
+            raise AppError(f"tool {name!r}: timeout_s must be from 0.001 to {MAX_OUTSIDE_TIMEOUT_S}")
+        schemas = {"parameters": schema_of(parameters), "output": schema_of(output)}
+        self._refuse_taken(TOOL, name)
+        self._outside[name] = {
+            "kind": TOOL,
+            "outside": True,
+            "timeout_ms": round(timeout_s * 1000),
+            "description": description,
+            **{field: schema for field, schema in schemas.items() if schema is not True},
+        }
+        return name
+
+    @property
+    def outside_tools(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the tools that are done elsewhere, as definitions pin them, by name."""
+        return self._outside
+
     def _decorate(self, kind: str, function: F | None, options: dict[str, Any]) -> F | Callable[[F], F]:
         tools = tuple(self._tool_name(tool) for tool in options.pop("tools", ()))
         max_steps = options.pop("max_steps", DEFAULT_MAX_STEPS)
@@ -275,13 +312,14 @@ class App:
         return register if function is None else register(function)
 
     def _add(self, function: Function) -> None:
-        if function.name in self._functions:
-            there = self._functions[function.name]
-            raise AppError(
-                f"{function.kind} {function.name!r}: app {self.name!r} has a {there.kind} of that name already"
-            )
+        self._refuse_taken(function.kind, function.name)
         self._functions[function.name] = function
         self._names[id(function.call)] = function.name
+
+    def _refuse_taken(self, kind: str, name: str) -> None:
+        there = self._functions[name].kind if name in self._functions else TOOL if name in self._outside else ""
+        if there:
+            raise AppError(f"{kind} {name!r}: app {self.name!r} has a {there} of that name already")
 
     def _tool_name(self, tool: Reference) -> str:
         name = tool if isinstance(tool, str) else self.name_of(tool)
@@ -401,9 +439,11 @@ class App:
 
     def _pinned(self, names: Any) -> dict[str, Any]:
         used = {name: self._functions[name] for name in names if name in self._functions}
-        for function in list(used.values()):
-            used |= {tool: self._functions[tool] for tool in function.tools if tool in self._functions}
-        return {name: used[name].to_definition() for name in sorted(used)}
+        called = {tool for function in used.values() for tool in function.tools}
+        used |= {tool: self._functions[tool] for tool in called if tool in self._functions}
+        pinned = {name: function.to_definition() for name, function in used.items()}
+        pinned |= {tool: self._outside[tool] for tool in called if tool in self._outside}
+        return dict(sorted(pinned.items()))
 
 
 def _checked_name(what: str, name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tidegate import codec
 from tidegate.domain import canonical, states, waits
+from tidegate.domain import run_events as ev
 from tidegate.domain.messages import PolicyPublished, StepTask, WorkflowPublished
 from tidegate.domain.requests import DEFAULT_MAX_BYTES
 from tidegate.domain.run import RunState
@@ -67,6 +68,13 @@ class Rehearsal:
             app.check()
             self._functions |= app.functions
         self._definitions = _definitions(apps, workflows)
+        self._outside = {
+            name: function
+            for definition in self._definitions.values()
+            for name, function in definition["functions"].items()
+            if function.get("outside")
+        }
+        self._answered: set[tuple[str, str]] = set()
         self._stubs: dict[str, Stub] = {}
         self._numbers = itertools.count()
         self._runs: list[str] = []
@@ -95,8 +103,9 @@ class Rehearsal:
 
     def stub(self, name: str, **act: Any) -> Stub:
         """Put a stand-in in a function's place; see `Stub.then` for what it can do. Raises AppError for an unknown name."""
-        if name not in self._functions:
-            raise AppError(f"there is no function {name!r} to stand in for; known: {_listed(self._functions)}")
+        if name not in self._functions and name not in self._outside:
+            known = _listed({**self._functions, **self._outside})
+            raise AppError(f"there is no function {name!r} to stand in for; known: {known}")
         self._stubs[name] = Stub(name).then(**act)
         return self._stubs[name]
 
@@ -143,8 +152,7 @@ class Rehearsal:
         given = {"workflow": wanted, "agent": agent, **options}
         request = {name: value for name, value in given.items() if value is not None}
         self._ask({"type": "start", "run_id": run_id, "input": json_form.to_json(input, "input"), **request})
-        if run_id not in self._runs:
-            self._runs.append(run_id)
+        self._runs = [*(known for known in self._runs if known != run_id), run_id]
         return self._played(run_id)
 
     def approve(self, step_id: str | None = None, *, run_id: str | None = None, reason: str = "") -> Outcome:
@@ -225,6 +233,11 @@ class Rehearsal:
 
     def _command(self, kind: str, run_id: str | None, **fields: Any) -> Outcome:
         wanted = self._named(run_id)
+        self._commanded(kind, wanted, **fields)
+        return self._played(wanted)
+
+    def _commanded(self, kind: str, wanted: str, **fields: Any) -> None:
+        """Send a command. Raises CommandRefusedError if it is refused."""
         said = {
             name: value for name, value in fields.items() if value not in (None, "") or name in ("value", "payload")
         }
@@ -234,7 +247,6 @@ class Rehearsal:
         for event in self.outcome(wanted).seen("CommandRefused"):
             if event.command_id == command_id:
                 raise CommandRefusedError(event.code, event.reason)
-        return self._played(wanted)
 
     def _ask(self, request: Mapping[str, Any]) -> None:
         """Send a request the way all come: through admission. Raises CommandRefusedError if that takes it for wrong."""
@@ -294,6 +306,35 @@ class Rehearsal:
 
     def _settle(self) -> None:
         self._stage.settle(self._perform)
+        while (found := self._asked_outside()) is not None:
+            self._answer(*found)
+            self._stage.settle(self._perform)
+
+    def _asked_outside(self) -> tuple[str, ev.WaitStarted] | None:
+        """Return a call of an outside tool that has a stand-in, with its run."""
+        started = (self._stage.run(run_id) for run_id in self._runs)
+        for run in (member for one in started if one is not None for member in self._family(one)):
+            for step in run.open_waits():
+                wait = step.wait
+                is_ours = wait is not None and wait.kind == waits.OUTSIDE and wait.function in self._stubs
+                if wait is not None and is_ours and (run.run_id, step.step_id) not in self._answered:
+                    return run.run_id, wait
+        return None
+
+    def _answer(self, run_id: str, wait: ev.WaitStarted) -> None:
+        """Answer as the stand-in does; one that is lost or takes too long gives none."""
+        self._answered.add((run_id, wait.step_id))
+        arguments = canonical.loads(wait.input)
+        act = self._stubs[wait.function].called(arguments)
+        if act.is_lost or act.takes_s * 1000 >= (wait.timeout_ms or 0):
+            return
+        self._stage.now_ms += round(act.takes_s * 1000)
+        try:
+            value = act.call(**arguments)
+        except Exception as error:  # whatever it was told to raise: whoever does the tool could not
+            self._commanded("reject", run_id, step_id=wait.step_id, reason=f"{type(error).__name__}: {error}")
+        else:
+            self._commanded("respond", run_id, step_id=wait.step_id, value=json_form.to_json(value, "value"))
 
     def _perform(self, task: StepTask) -> bool:
         result, took_ms = self._stage.performer.perform(task, self._functions, self._stubs, self._stage.now_ms)
