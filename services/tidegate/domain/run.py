@@ -216,18 +216,23 @@ def _approval_expired(run: RunState, event: ev.ApprovalExpired, now_ms: int) -> 
     _leave_waiting(run, "ApprovalExpired")
 
 
-def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
-    if event.step_id in run.steps:
-        raise states.IllegalTransitionError(f"step {event.step_id} exists already")
-    call = Call(
-        kind="tool" if event.kind == waits.OUTSIDE else event.kind,
-        function=event.function,
+def _not_run(kind: str, function: str, arguments: str) -> Call:
+    """Return what stands for the call of a step that no executor runs."""
+    return Call(
+        kind=kind,
+        function=function,
         queue="",
-        arguments=event.input,
+        arguments=arguments,
         timeout_ms=0,
         reserve_micros=0,
         idempotent=True,
     )
+
+
+def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
+    if event.step_id in run.steps:
+        raise states.IllegalTransitionError(f"step {event.step_id} exists already")
+    call = _not_run("tool" if event.kind == waits.OUTSIDE else event.kind, event.function, event.input)
     step = run.steps[event.step_id] = StepState(
         event.step_id, event.node_id, event.wave, call, status=states.WAITING, attempt=0, wait=event
     )
@@ -289,15 +294,7 @@ def _step_failed(run: RunState, event: ev.StepFailed, now_ms: int) -> None:
 
 
 def _child_started(run: RunState, event: ev.ChildStarted, now_ms: int) -> None:
-    call = Call(
-        kind="workflow",
-        function=event.workflow,
-        queue="",
-        arguments=event.input,
-        timeout_ms=0,
-        reserve_micros=0,
-        idempotent=True,
-    )
+    call = _not_run("workflow", event.workflow, event.input)
     step = StepState(event.step_id, event.node_id, event.wave, call, status=states.ABSENT)
     _move_step(step, "ChildStarted", states.IN_CHILD)
     step.child_run_id = event.child_run_id

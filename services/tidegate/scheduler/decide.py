@@ -334,11 +334,11 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
     settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
     failure = retries.Failure(result.error_class, result.retryable, result.retry_after_ms)
     verdict = retries.judge(settings, failure, step.rule_failures, step.failures, _jitter(run.run_id, step))
-    retry_at_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
-    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, retry_at_ms)
+    due_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
+    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, due_ms)
     if verdict.rule:
         ended = msgspec.structs.replace(ended, retry_rule=verdict.rule)
-    if retry_at_ms is not None:
+    if due_ms is not None:
         return [ended]
     reason = f"{result.error_class}: {result.error_message}"
     if verdict.code == retries.EXHAUSTED:

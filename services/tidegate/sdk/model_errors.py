@@ -179,15 +179,18 @@ def _codes(where: Any, depth: int) -> Iterator[str]:
     """Yield the words, in lower case, by which an error or a part of its body calls itself."""
     if depth > MAX_DEPTH:
         return
-    look = where.get if isinstance(where, Mapping) else lambda name: getattr(where, name, None)
     for name in ("code", "type", "status", "Code"):
-        word = look(name)
+        word = _part(where, name)
         if isinstance(word, str):
             yield word.lower()
     for name in ("body", "error", "Error", "innererror", "response"):
-        inner = look(name)
+        inner = _part(where, name)
         if isinstance(inner, Mapping):
             yield from _codes(inner, depth + 1)
+
+
+def _part(where: Any, name: str) -> Any:
+    return where.get(name) if isinstance(where, Mapping) else getattr(where, name, None)
 
 
 def _retry_after_s(error: BaseException) -> float | None:

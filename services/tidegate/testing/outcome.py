@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tidegate.domain import canonical
 from tidegate.domain.run import StepState
+from tidegate.sdk.bound_inputs import BoundInput
 from tidegate.sdk.reading import Approval, Event, Run, Wait
 
 
 class Step(NamedTuple):
-    """A step as it stands. attempts: how many were asked for. held_up: why the gate lets it wait, while it does."""
+    """A step as it stands. attempts: how many were asked for. held_up: why the gate lets it wait, while it does. bound: how its
+    input came about.
+    """
 
     step_id: str
     node_id: str
@@ -23,6 +26,7 @@ class Step(NamedTuple):
     output: Any
     error: str
     held_up: str
+    bound: tuple[BoundInput, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class Outcome:
         return [event for event in self.ledger if not types or type(event).__name__ in types]
 
 
-def step_of(state: StepState) -> Step:
+def step_of(state: StepState, bound: Sequence[BoundInput]) -> Step:
     """Return a step for people to look at."""
     return Step(
         step_id=state.step_id,
@@ -96,4 +100,5 @@ def step_of(state: StepState) -> Step:
         output=None if state.output is None else canonical.loads(state.output),
         error=state.error,
         held_up=state.waits_for,
+        bound=tuple(bound),
     )

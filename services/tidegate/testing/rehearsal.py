@@ -21,6 +21,7 @@ from tidegate.gate.kinds import Document, parse, read
 from tidegate.scheduler.admit import admit
 from tidegate.sdk import json_form
 from tidegate.sdk.app import App, Function, functions_of
+from tidegate.sdk.bound_inputs import bound_inputs
 from tidegate.sdk.errors import AppError, GraphError, RunNotFoundError
 from tidegate.sdk.graph import Graph
 from tidegate.sdk.reading import RUN_EVENTS, Event, RunReader, ValidEntries
@@ -202,13 +203,11 @@ class Rehearsal:
     def outcome(self, run_id: str | None = None) -> Outcome:
         """Return a run as it stands. Raises RunNotFoundError."""
         wanted = self._named(run_id)
-        reader, events = RunReader(wanted), list[Event]()
-        for message in self._valid(RUN_EVENTS):
-            if (message.key or b"").startswith(f"{wanted}:".encode()):
-                events += reader.read([message])
-        if not reader.exists:
-            raise RunNotFoundError(f"there is no run {wanted}")
-        steps = {step.step_id: step_of(step) for step in reader.state.steps.values()}
+        reader, events = self._read(wanted)
+        steps = {
+            step.step_id: step_of(step, bound_inputs(reader.state, step.step_id))
+            for step in reader.state.steps.values()
+        }
         children = (step.child_run_id for step in reader.state.steps.values() if step.child_run_id)
         ledger = (event for message in self._valid("gate-ledger") for event in codec.decode(message.value).events)
         return Outcome(
@@ -219,6 +218,15 @@ class Rehearsal:
             at_ms=self._stage.now_ms,
             children=tuple(children),
         )
+
+    def _read(self, run_id: str) -> tuple[RunReader, list[Event]]:
+        reader, events = RunReader(run_id), list[Event]()
+        for message in self._valid(RUN_EVENTS):
+            if (message.key or b"").startswith(f"{run_id}:".encode()):
+                events += reader.read([message])
+        if not reader.exists:
+            raise RunNotFoundError(f"there is no run {run_id}")
+        return reader, events
 
     def _valid(self, topic: str) -> Iterator[Message]:
         valid = ValidEntries()
