@@ -53,12 +53,7 @@ for source, target in (
 ):
     graph.edge(source, target)
 
-loop = (
-    app.graph("loop")
-    .node("go", same)
-    .router("again", "hop == null && input == 1 ? 'go' : null", routes=["go"])
-    .edge("go", "again")
-)
+loop = app.graph("loop").node("go", bump).router("again", "output < 3 ? 'go' : null", routes=["go"]).edge("go", "again")
 
 
 def played(workflow: str, value: Any) -> Outcome:
