@@ -157,6 +157,13 @@ class Attempt:
             function=self._call.function,
             idempotency_key=self.task.idempotency_key,
             deadline=datetime.datetime.now(datetime.UTC) + timeout,
+            provider=self._call.provider,
+            model=self._call.model,
+            operation=self._call.operation,
+            agent=self._call.agent,
+            rule=self.task.rule,
+            policy=self.task.policy,
+            reserved_micros=self.task.reserved_micros,
         )
 
     def _success(self, value: Any) -> StepResult:

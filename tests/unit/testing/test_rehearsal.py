@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tidegate import App, AppError, GraphError, Plan, RetryRule, State, ToolCall, idempotency_key
+from tidegate import App, AppError, GraphError, Plan, RetryRule, State, ToolCall, context, idempotency_key
 from tidegate.domain.run import RunState
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.gate.kinds import DocumentError
@@ -191,3 +191,23 @@ def test_runs_have_ids_of_their_own_and_the_same_one_is_the_same_run(rehearsal: 
     assert ids == ["run-1", "run-2"]
     seqs = [rehearsal.run("inner", 1, run_id="mine").run.seq for _ in range(2)]
     assert all(a == b for a, b in itertools.pairwise(seqs))
+
+
+@pytest.mark.feature("G7")
+def test_a_function_can_ask_what_it_uses_and_what_allowed_it() -> None:
+    asked = App("asked")
+
+    @asked.tool(provider="acme", model="m-1", operation="embed", cost_micros=7)
+    def see() -> list[Any]:
+        here = context()
+        return [here.provider, here.model, here.operation, here.agent, here.policy, here.rule, here.reserved_micros]
+
+    @asked.agent(tools=[see])
+    def looker(state: State) -> Plan:
+        return Plan(tool_calls=[ToolCall("see")]) if state.turn == 1 else Plan(output=state.output_of("see"))
+
+    policy = {"policy": "p", "version": "3", "rules": [{"name": "tools", "when": 'tool == "see"', "then": "allow"}]}
+    with Rehearsal(asked, policies=[policy]) as rehearsal:
+        assert rehearsal.run(agent="looker").output == ["acme", "m-1", "embed", "looker", "p@3", "tools", 7]
+    with Rehearsal(asked) as rehearsal:
+        assert rehearsal.run(agent="looker").output[4:6] == ["", "default"]
