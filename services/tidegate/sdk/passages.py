@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Unpack
+from typing import Any, Final, Literal
 
-from tidegate.sdk.app import App, Options
+from tidegate.sdk.app import App
 
 RANK_CONSTANT: Final = 60  # of reciprocal rank fusion: how little a first place in one list counts alone
 BYTES_PER_TOKEN: Final = 4  # an estimate for those who give no counter of their own
@@ -163,7 +163,7 @@ def _fitting(
 
 
 def retrieving(
-    app: App, name: str, retriever: Retriever, *, top: int = DEFAULT_TOP, **options: Unpack[Options]
+    app: App, name: str, retriever: Retriever, *, top: int = DEFAULT_TOP, **options: Any
 ) -> Callable[..., Any]:
     """Register a step that retrieves: its input is the query, its output the first `top` passages that `retriever` gives.
 
@@ -180,7 +180,7 @@ def retrieving(
 
 
 def merging(
-    app: App, name: str, *, top: int = DEFAULT_TOP, rank: Rank = "fusion", **options: Unpack[Options]
+    app: App, name: str, *, top: int = DEFAULT_TOP, rank: Rank = "fusion", **options: Any
 ) -> Callable[..., Any]:
     """Register a step that merges what the nodes before it retrieved: see `merged`. Their order is that of their names."""
 
@@ -200,7 +200,7 @@ def composing(
     cut: Cut = "skip",
     template: str = DEFAULT_TEMPLATE,
     count: Callable[[str], int] = estimated_tokens,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Callable[..., Any]:
     """Register a step that composes a prompt: see `composed`. Its input is an object of `passages`, and of `head` and `tail` if
     there are any; its output a `Prompt`.
