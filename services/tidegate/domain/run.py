@@ -28,7 +28,7 @@ class StepState(msgspec.Struct, array_like=True):
     attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
     doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
-    it is a workflow. rule_failures: of the failures, those that a retry rule counts, by its label.
+    it is a workflow. rule_failures: of the failures, those that a retry rule counts, as (its label, how many).
     """
 
     step_id: str
@@ -49,7 +49,7 @@ class StepState(msgspec.Struct, array_like=True):
     wait: ev.WaitStarted | None = None
     waits_for: str = ""
     child_run_id: str = ""
-    rule_failures: dict[str, int] = {}
+    rule_failures: tuple[tuple[str, int], ...] = ()  # no dict: nearly all steps have none
 
 
 class RunState(msgspec.Struct, array_like=True):
@@ -267,8 +267,9 @@ def _attempt_ended(run: RunState, event: ev.AttemptEnded, now_ms: int) -> None:
     if event.outcome in ("failed", "timed_out"):
         step.failures += 1
         if event.retry_rule:
-            counted = step.rule_failures.get(event.retry_rule, 0) + 1
-            step.rule_failures = {**step.rule_failures, event.retry_rule: counted}
+            counts = dict(step.rule_failures)
+            counts[event.retry_rule] = counts.get(event.retry_rule, 0) + 1
+            step.rule_failures = tuple(counts.items())
 
 
 def _step_succeeded(run: RunState, event: ev.StepSucceeded, now_ms: int) -> None:

@@ -333,7 +333,7 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
     settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
     failure = retries.Failure(result.error_class, result.retryable, result.retry_after_ms)
-    verdict = retries.judge(settings, failure, step.rule_failures, step.failures, _jitter(run.run_id, step))
+    verdict = retries.judge(settings, failure, dict(step.rule_failures), step.failures, _jitter(run.run_id, step))
     due_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
     ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, due_ms)
     if verdict.rule:
