@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -34,17 +35,20 @@ class ClusterApi:
         Raises ClusterApiError if there are none.
         """
         try:
-            from kubernetes import client, config  # noqa: PLC0415 - an optional dependency
+            client: Any = importlib.import_module("kubernetes.client")  # an optional dependency
+            config: Any = importlib.import_module("kubernetes.config")
         except ImportError:
             raise ClusterApiError(
                 "the Kubernetes client is not installed: pip install 'tidegate[kubernetes]'"
             ) from None
         configuration = client.Configuration()
+        configuration.retries = False
         try:
             if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
                 config.load_incluster_config(configuration)
             else:
-                config.load_kube_config(client_configuration=configuration)
+                # Named, because the client looks at the variable only once.
+                config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
         except (config.ConfigException, OSError) as error:
             raise ClusterApiError(f"no way to log in to a Kubernetes API server: {error}") from None
         self._client = client.ApiClient(configuration)

@@ -60,3 +60,9 @@ def attempted(
 
     asyncio.run(main())
     return answers
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds that no event tells of: what another process has done, say."""
+    while not holds():  # noqa: ASYNC110 - see above
+        await asyncio.sleep(0.02)

@@ -19,7 +19,7 @@ app = App("isolated")
 @app.tool(isolation="subprocess")
 def who() -> dict[str, Any]:
     """Say where this runs, and make noise."""
-    print("noise on standard output")
+    sys.stdout.write("noise on standard output\n")
     os.write(1, b"and more of it\n")
     now = context()
     return {
@@ -55,7 +55,7 @@ def refuse(text: str) -> None:
 
 @app.tool(isolation="subprocess")
 def fail(text: str) -> None:
-    print("about to fail")
+    sys.stdout.write("about to fail\n")
     raise OSError(text)
 
 

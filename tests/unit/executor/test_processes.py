@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from support import isolated_app
-from support.attempts import attempted
+from support.attempts import attempted, until
 from tidegate.domain.messages import StepResult
 from tidegate.executor.attempt import Attempt
 from tidegate.executor.isolation import Apart
@@ -46,9 +46,8 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 async def written(path: Path) -> list[int]:
-    while not path.exists() or not path.read_text():
-        await asyncio.sleep(0.02)
-    return [int(word) for word in path.read_text().split()]
+    await until(lambda: path.exists() and path.read_text() != "")
+    return [int(word) for word in path.read_text().split()]  # noqa: ASYNC240 - a few bytes
 
 
 def test_a_function_in_a_process_of_its_own_is_told_the_same_and_prints_in_nobodys_way(

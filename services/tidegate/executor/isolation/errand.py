@@ -39,7 +39,7 @@ class Errand(msgspec.Struct, frozen=True, kw_only=True):
 
     context: of the attempt, but for its deadline, which begins when the function is entered. memory_mib: the most that the
     process may use, 0 for no limit of its own. enter_before_ms: not to be entered after this moment (Unix milliseconds), 0 if
-    somebody is asked right before. service, instance_id: whose name log lines bear.
+    somebody is asked right before. instance_id: whose name log lines bear.
     """
 
     app: str
@@ -113,4 +113,5 @@ def errand_in(line: bytes) -> Errand:
 
 def line_in(line: bytes) -> Line:
     """Return what a line of the answer says. Raises ValueError."""
-    return _decode_line(line)
+    said: Line = _decode_line(line)
+    return said

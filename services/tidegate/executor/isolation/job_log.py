@@ -47,7 +47,7 @@ def errand_from(variables: MutableMapping[str, str]) -> tuple[Errand, str]:
     """Take the errand and the name of the Job out of the variables: the function does not find them there. Raises ValueError."""
     try:
         name = variables.pop(NAME_VARIABLE)
-        pieces = []
+        pieces: list[str] = []
         while piece := variables.pop(f"{VARIABLE}{len(pieces)}", ""):
             pieces.append(piece)
         return errand_in(zlib.decompress(base64.b64decode("".join(pieces)))), name
@@ -80,15 +80,13 @@ def heard_in(log: str, name: str) -> Heard:
     """Return what a log holds. What is not whole, or of another Job, is passed over."""
     said: list[Line] = []
     printed: list[str] = []
-    pieces: list[str] = []
-    number = ""
+    parts: dict[str, list[str]] = {}
     for text in log.splitlines():
         words = text.split(" ")
         if len(words) != 5 or words[:2] != [MARK, name]:
             printed.append(text)
             continue
-        if words[2] != number:
-            number, pieces = words[2], []
+        pieces = parts.setdefault(words[2], [])
         pieces.append(words[4])
         if words[3] == f"{len(pieces)}/{len(pieces)}":
             try:

@@ -7,6 +7,7 @@ which runs the function in a process of its own in turn, and says how it ended o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import socket
@@ -91,7 +92,14 @@ def run_errand(errand: Errand, say: Say, may_enter: Callable[[], bool]) -> None:
             ending = endings.returned(errand.kind, value, meter, errand.output_max_bytes)
     except BaseException as error:  # whatever it raises, SystemExit included, is its failure
         ending = endings.raised(error, has_returned=has_returned)
+    _flush()  # with the answer this process ends
     say(Ended(ending, started_ms, _now_ms()))
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whatever the function has done to them
+            stream.flush()
 
 
 def _bound(errand: Errand) -> tuple[Function, Bound]:
@@ -133,8 +141,6 @@ def run_process(number: int) -> int:
     errand = talk.readline()
     if errand.endswith(b"\n"):
         run_errand(errand_in(errand), say, lambda: talk.readline() == GO)
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(EXIT_OK)  # threads that the function has left behind are not waited for
 
 
