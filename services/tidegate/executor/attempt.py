@@ -8,7 +8,6 @@ import contextvars
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import structlog
@@ -21,7 +20,7 @@ from tidegate.executor.isolation.errand import context_of, errand_of
 from tidegate.failpoints import failpoint
 from tidegate.sdk.app import Function
 from tidegate.sdk.binding import Bound
-from tidegate.sdk.context import Meter, running
+from tidegate.sdk.context import Meter, answer_for
 
 CANCEL_GRACE_S: Final = 5.0  # how long an async function may clean up after its deadline before the answer is given
 
@@ -115,13 +114,13 @@ class Attempt:
             self.task, self._call, function.settings, app=self._apart.app, output_max_bytes=self._output_max_bytes
         )
         try:
-            with self._named_in_logs():
-                ended = await way.run(
-                    errand,
-                    function.settings,
-                    enter=self._enter,
-                    reported=lambda report: self._meter.take_over(report.cost_micros, report.usage),
-                )
+            self._introduce()
+            ended = await way.run(
+                errand,
+                function.settings,
+                enter=self._enter,
+                reported=lambda report: self._meter.take_over(report.cost_micros, report.usage),
+            )
         except Exception as error:
             return self._from_error(error)
         failpoint("executor.after-function")
@@ -133,9 +132,9 @@ class Attempt:
 
     async def _run_async(self, function: Function, bound: Bound) -> StepResult:
         try:
-            with running(context_of(self.task, self._call), self._meter), self._named_in_logs():
-                self._enter()
-                return self._success(await function.call(*bound.args, **bound.kwargs))
+            self._introduce()
+            self._enter()
+            return self._success(await function.call(*bound.args, **bound.kwargs))
         except asyncio.CancelledError:
             if self._expired or self._cancel_wanted or self._aborted:
                 raise
@@ -145,9 +144,9 @@ class Attempt:
 
     def _run_sync(self, function: Function, bound: Bound) -> StepResult:
         try:
-            with running(context_of(self.task, self._call), self._meter), self._named_in_logs():
-                self._enter()
-                return self._success(function.call(*bound.args, **bound.kwargs))
+            self._introduce()
+            self._enter()
+            return self._success(function.call(*bound.args, **bound.kwargs))
         except BaseException as error:
             return self._from_error(error)
 
@@ -159,11 +158,14 @@ class Attempt:
         if self._aborted or not self._lease_held():
             raise LeaseLapsedError("the attempt was given up before the function was entered")
 
-    def _named_in_logs(self) -> AbstractContextManager[object]:
-        """Have everything that the function logs with structlog name its run, step and attempt."""
-        return structlog.contextvars.bound_contextvars(
-            run_id=self.task.run_id, step_id=self.task.step_id, attempt=self.task.attempt
-        )
+    def _introduce(self) -> None:
+        """Tell the function what it runs for, and have all that it logs with structlog name its run, step and attempt.
+
+        The context belongs to this attempt alone (its task's, or the copy that its thread runs in), so it ends with it.
+        """
+        task = self.task
+        structlog.contextvars.bind_contextvars(run_id=task.run_id, step_id=task.step_id, attempt=task.attempt)
+        answer_for(context_of(task, self._call), self._meter)
 
     def _success(self, value: Any) -> StepResult:
         self._returned = True
