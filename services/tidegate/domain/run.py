@@ -204,7 +204,8 @@ def _approval_resolved(run: RunState, event: ev.ApprovalResolved, now_ms: int) -
     step = run.steps[event.step_id]
     resumes = event.approved and event.why == "policy"
     _move_step(step, "ApprovalResolved", states.REQUESTED if resumes else states.ENDED)
-    run.command_ids.add(event.command_id)
+    if event.command_id:
+        run.command_ids.add(event.command_id)
     step.approval = None
     _leave_waiting(run, "ApprovalResolved")
 

@@ -156,7 +156,8 @@ class ApprovalRequested(
 class ApprovalResolved(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalResolved", tag_field=TAG_FIELD
 ):
-    """A human answered the open approval of this attempt.
+    """A human answered the open approval of this attempt; or the gate did (command_id is empty), because a budget that asked has
+    room now: then `by` names the document that made it.
 
     answer: to a question about an unknown outcome `done` (its output is given), `again` or `fail`; else empty.
     """

@@ -16,6 +16,7 @@ from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import (
     Allowed,
+    Answered,
     ApprovalRequired,
     BudgetPaused,
     Denied,
@@ -66,6 +67,8 @@ def _on_item(run: RunState, item: Any) -> Events:
         return _on_lost(run, step, item)
     if isinstance(item, Unanswered):
         return _on_unanswered(run, step, item)
+    if isinstance(item, Answered):
+        return _on_answered(step, item)
     if step.status != states.REQUESTED:
         return []
     if isinstance(item, Allowed):
@@ -139,6 +142,25 @@ def _on_unanswered(run: RunState, step: StepState, item: Unanswered) -> Events:
     else:
         return []
     return [ended, *failed(run, step, "approval_expired", item.reason)]
+
+
+def _on_answered(step: StepState, item: Answered) -> Events:
+    """The gate's question needs no answer any more. If there was one that crossed this on its way, that one stands."""
+    asked = step.approval
+    if step.status != states.AWAITING_APPROVAL or asked is None or asked.why != "policy":
+        return []
+    return [
+        ev.ApprovalResolved(
+            command_id="",
+            step_id=step.step_id,
+            attempt=item.attempt,
+            why=asked.why,
+            approved=True,
+            by=item.by,
+            reason=item.reason,
+            arguments_hash=asked.arguments_hash,
+        )
+    ]
 
 
 def _on_denied(run: RunState, step: StepState, item: Denied) -> Events:
