@@ -259,7 +259,9 @@ class OwnerLoop:
         letter = dead_letter(message, service=self.machine.service, code=code, reason=reason, run_id="", at_ms=now_ms)
         key = f"{message.topic}:{message.partition}:{message.offset}"
         failpoint("owner.before-dead-letter")
-        self._tell_writer.send(Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(type(letter))))
+        self._tell_writer.send(
+            Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(type(letter).__name__))
+        )
         self._tell_writer.flush(WRITE_DEADLINE_S)
         failpoint("owner.after-dead-letter")
 
@@ -338,7 +340,7 @@ class OwnerLoop:
                     tell.partition,
                     tell.key.encode(),
                     codec.encode(tell.record),
-                    _headers(type(tell.record)),
+                    _headers(type(tell.record).__name__),
                 ),
                 acked,
             )
@@ -522,5 +524,5 @@ class OwnerLoop:
 
 
 @cache
-def _headers(kind: type) -> Headers:
-    return ((TYPE_HEADER, kind.__name__.encode()),)
+def _headers(name: str) -> Headers:
+    return ((TYPE_HEADER, name.encode()),)
