@@ -41,6 +41,8 @@ def test_nobody_answers_at_night_and_orders_change_with_the_release() -> None:
     day = Day(5, RUNS)
     assert day.answer(day.run_id(int(NIGHT_AT * RUNS) - 1), "ship", True) is not None
     assert day.answer(day.run_id(int(NIGHT_AT * RUNS)), "ship", True) is None
+    child = f"{day.run_id(100)}.3f3013d296aec3e2dfac44f6"
+    assert day.answer(child, "tag", True) is not None, "a child asks on behalf of its run"
     orders = [
         (number, target)
         for number in range(RUNS)

@@ -229,10 +229,12 @@ class _Player:
         self._lab.flush()
         over = min(self._under_way.values(), default=self._next)
         self._making._replace(over=over).write(self._lab.data_dir)
-        done, took_s = over - self._making.over, time.monotonic() - self._began_s
-        rate = done / took_s
-        left = f", {(self._making.runs - over) / rate / 60:.0f} min left" if rate else ""
-        self._say(f"dataset: {over:,} of {self._making.runs:,} runs, {rate:.0f} a second{left}")
+        rate = (self._next - self._making.over) / (time.monotonic() - self._began_s)
+        left_s = (self._making.runs - self._next) / max(rate, 0.1)
+        self._say(
+            f"dataset: {self._next:,} of {self._making.runs:,} runs asked for, {len(self._under_way):,} under way, "
+            f"{rate:.0f} a second, {left_s / 60:.0f} min left"
+        )
 
     # -- the operator ---------------------------------------------------------------
 

@@ -160,8 +160,8 @@ class Day(NamedTuple):
         return given, later, ends
 
     def answer(self, run_id: str, step_id: str, is_approval: bool) -> Request | None:
-        """Return how a person answers what a run asks; None if it is night by then."""
-        number = int(run_id.rsplit("-", 1)[1])
+        """Return how a person answers what a run, or a child of one, asks; None if it is night by then."""
+        number = int(run_id.partition(".")[0].rpartition("-")[2])
         if number >= NIGHT_AT * self.runs:
             return None
         rng = random.Random(f"answer/{self.seed}/{run_id}/{step_id}")  # noqa: S311 - a plan, not a secret
@@ -270,5 +270,5 @@ version: "1"
 where: {{provider: websearch}}
 per: [provider]
 at_once: 10
-breaker: {{failures: 5, window_s: 30, open_s: 5, probes: 1, while_open: wait}}
+breaker: {{failures: 5, window_s: 30, open_s: 1, probes: 1, while_open: wait}}
 """
