@@ -88,9 +88,10 @@ def test_a_dataset_is_made_by_real_runs_and_rebuilt_with_all_panels_timed(tmp_pa
     done = _run("-m", "tidegate.cli", "bench", "--works", "W6", "--dataset", str(folder))
     assert done.returncode == 0, done.stderr
     figure = json.loads(done.stdout)
-    assert set(figure) == COMMON | KEYS["W6"] | {"panels_ms", "slowest_panel"}
+    assert set(figure) == COMMON | KEYS["W6"] | {"events_per_cpu_s", "panels_ms", "slowest_panel"}
     assert (figure["events"], figure["identical_count"]) == (note["events"], True)
     assert len(figure["panels_ms"]) == sum(len(board.all_panels) for board in BOARDS)
+    assert figure["slowest_panel"] in done.stderr
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
