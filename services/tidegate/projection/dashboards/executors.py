@@ -45,8 +45,8 @@ SELECT
 FROM ${database}.queues
 ORDER BY waiting DESC, queue
 """,
-            "Each queue with who serves it and what the gate has waiting in it, over all partitions of the ledger, now; and how many "
-            "attempts a second had to wait and were placed over the last minute.",
+            "Each queue with who serves it and what the gate has waiting in it, over all partitions of the ledger, now; and how "
+            "many attempts a second had to wait and were placed over the last minute.",
             width=24,
         ),
         Panel(
