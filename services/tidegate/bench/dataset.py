@@ -240,16 +240,20 @@ class _Player:
 
     def _operator(self) -> list[tuple[int, Callable[[], None]]]:
         """Return what is done to the system, each at its place of the day."""
-        kill, restart = self._lab.kill, self._lab.terminate
-        steps = (
+        kill = self._lab.kill
+        steps: tuple[tuple[float, Callable[[], None]], ...] = (
             (0.20, lambda: kill("executor-default-1")),
             (0.35, lambda: kill("executor-models-0")),
-            (0.50, lambda: [restart(name) for name in ("scheduler-0", "gate-0", "executor-default-0")]),
+            (0.50, self._restart),
             (TOPUP_AT, self._top_up),
             (0.80, lambda: kill("scheduler-0")),
             (0.90, lambda: kill("executor-default-0")),
         )
         return [(round(at * self._making.runs), act) for at, act in steps]
+
+    def _restart(self) -> None:
+        for name in ("scheduler-0", "gate-0", "executor-default-0"):
+            self._lab.terminate(name)
 
     def _top_up(self) -> None:
         publish(self._lab.broker, [parse(self._day.topup(time.time_ns() // 1_000_000))])
