@@ -28,13 +28,14 @@ if TYPE_CHECKING:
         RunNotFinishedError,
         RunNotFoundError,
     )
-    from tidegate.sdk.graph import Graph
+    from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
-    from tidegate.sdk.plan import Goto, Observation, Plan, State, ToolCall, Turn
+    from tidegate.sdk.plan import Goto, Observation, Plan, Propose, State, ToolCall, Turn
 
 __all__ = [
     "App",
     "AppError",
+    "Change",
     "Client",
     "Goto",
     "Graph",
@@ -44,6 +45,7 @@ __all__ = [
     "Observation",
     "OutsideStepError",
     "Plan",
+    "Propose",
     "PublishConflictError",
     "Run",
     "RunNotFinishedError",
@@ -81,9 +83,9 @@ _MODULES: Final[dict[str, str]] = {
         ),
         "errors",
     ),
-    **dict.fromkeys(("Graph",), "graph"),
+    **dict.fromkeys(("Change", "Graph"), "graph"),
     **dict.fromkeys(("load_app",), "loading"),
-    **dict.fromkeys(("Goto", "Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
+    **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),
 }
 
 

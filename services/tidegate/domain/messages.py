@@ -387,7 +387,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
-    actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one.
+    actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one. change: the
+    nodes and edges that it proposes to add to the run's graph, JSON; empty for none.
     """
 
     run_id: str
@@ -406,6 +407,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     started_ms: int = 0
     finished_ms: int = 0
     goto: str = ""
+    change: str = ""
 
 
 # --- everybody ---------------------------------------------------------------

@@ -15,15 +15,16 @@ from typing import Any, Final
 import structlog
 
 from tidegate.domain import canonical
+from tidegate.domain.graph_changes import MAX_CHANGE_BYTES
 from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import results
 from tidegate.failpoints import failpoint
 from tidegate.sdk import json_form
 from tidegate.sdk.app import Function
-from tidegate.sdk.binding import AGENT, STEP, Bound
+from tidegate.sdk.binding import AGENT, TOOL, Bound
 from tidegate.sdk.context import Meter, StepContext, running
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
-from tidegate.sdk.plan import Goto, plan_of
+from tidegate.sdk.plan import Given, given_by, plan_of
 
 ISOLATIONS: Final = frozenset(("",))  # how functions can be run here; empty: in this process
 CANCEL_GRACE_S: Final = 5.0  # how long an async function may clean up after its deadline before the answer is given
@@ -162,7 +163,7 @@ class Attempt:
         failpoint("executor.after-function")
         if inspect.isawaitable(value):
             raise NotJsonError("output: an awaitable; declare the function with `async def`")
-        goto = ""
+        given = Given(value) if self._call.kind == TOOL else given_by(value)
         if self._call.kind == AGENT:
             plan = plan_of(value)
             if plan.cost_micros is not None:
@@ -170,16 +171,17 @@ class Attempt:
             self._meter.add_usage(plan.usage)
             text = canonical.dumps(plan.to_json())
         else:
-            if isinstance(value, Goto) and self._call.kind == STEP:
-                goto, value = value.node, value.output
-            text = json_form.to_text(value)
+            text = json_form.to_text(given.output)
         size = len(text.encode())
         if size > self._output_max_bytes:
             raise OutputTooLargeError(
                 f"the output has {size} bytes as JSON, at most {self._output_max_bytes} are taken "
                 "(TIDEGATE_EXECUTOR_OUTPUT_MAX_BYTES); keep it elsewhere and return where"
             )
-        return results.succeeded(self.task, text, self._spent(), goto)
+        if (size := len(given.change.encode())) > MAX_CHANGE_BYTES:
+            raise OutputTooLargeError(f"the change has {size} bytes as JSON, at most {MAX_CHANGE_BYTES} are taken")
+        goto = "" if self._call.kind == AGENT else given.goto
+        return results.succeeded(self.task, text, self._spent(), goto, given.change)
 
     def _from_error(self, error: BaseException) -> StepResult:
         """Return the failure that an exception means. Once the function has returned, repeating it cannot help."""
