@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tidegate import App, NonRetryable, Plan, State, ToolCall, context, idempotency_key, report_cost
+from tidegate import App, NonRetryable, Plan, Propose, State, ToolCall, context, idempotency_key, report_cost
 
 app = App("faults")
 
@@ -79,6 +79,14 @@ def three(n: int) -> dict[str, int]:
 
 
 app.graph("chain").chain(one, two, three)
+
+
+@app.step(cost_micros=10, backoff_s=0.05)
+def propose(change: dict[str, Any]) -> Propose:
+    """Propose the change that it is given."""
+    enter()
+    have_effect()
+    return Propose(change, output="proposed")
 
 
 @app.step(cost_micros=10, backoff_s=0.05)

@@ -244,9 +244,9 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     """An attempt ended without success.
 
     outcome: `failed`, `timed_out`, `released`, `busy`, `lost`, `denied`, `expired` (its approval; the answer crossed the gate's
-    clock) or `proposed` (it did succeed, and waits for what becomes of the change that it proposes). retry_at_ms: when the next
-    attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran, 0 if it did not. rule, policy, values: of a
-    denial.
+    clock) or `proposed` (it did what it should; whether its step succeeds depends on the change that it proposes).
+    retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran, 0 if it did
+    not. rule, policy, values: of a denial.
     """
 
     step_id: str

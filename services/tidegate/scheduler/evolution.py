@@ -18,6 +18,7 @@ from tidegate.domain.messages import StepResult
 from tidegate.domain.run import RunState, StepState, take_change
 from tidegate.scheduler import attempts
 
+PROPOSED: Final = "proposed"  # how an attempt ends that did what it should, and whose step has not succeeded by that
 CHANGE: Final = "change"  # why a person is asked
 REJECTED: Final = "change_rejected"  # why a step failed
 EXPIRED: Final = "approval_expired"
@@ -89,7 +90,7 @@ def _rejected(run: RunState, step: StepState, result: StepResult, problem: Probl
     if not _must_be_accepted(run):
         succeeded = attempts.succeeded(step, result)
         return [rejection, succeeded, *progress.after_success(run, step, result.output, result.goto)]
-    ended = attempts.ended(step, result.attempt, "failed", "ChangeRejected", rejection.reason, result)
+    ended = attempts.ended(step, result.attempt, PROPOSED, "ChangeRejected", rejection.reason, result)
     return [rejection, ended, *progress.failed(run, step, REJECTED, rejection.reason)]
 
 
@@ -101,7 +102,7 @@ def _asked(run: RunState, step: StepState, result: StepResult, verdict: Verdict,
     nodes = ", ".join(verdict.nodes) or "no node"
     because = canonical.loads(verdict.change)["because"]
     return [
-        attempts.ended(step, result.attempt, "proposed", "", "", result),
+        attempts.ended(step, result.attempt, PROPOSED, "", "", result),
         ev.ApprovalRequested(
             step_id=step.step_id,
             attempt=result.attempt,

@@ -164,11 +164,18 @@ class Client:
 
     def get(self, run_id: str) -> Run:
         """Return the run as it stands now. Raises RunNotFoundError."""
+        return self._read(run_id).run()
+
+    def graph(self, run_id: str) -> dict[str, Any]:
+        """Return the definition that a run goes by: the one it began with, and what it has added since. Raises RunNotFoundError."""
+        return self._read(run_id).graph()
+
+    def _read(self, run_id: str) -> RunReader:
         reader = RunReader(run_id)
         reader.read(self._present(run_id))
         if not reader.exists:
             raise RunNotFoundError(f"the log has no run {run_id}")
-        return reader.run()
+        return reader
 
     def events(self, run_id: str, *, follow: bool = False) -> Iterator[Event]:
         """Yield the run's events; with `follow` also those to come, until the run is over. Blocks between them.

@@ -270,7 +270,9 @@ def test_a_change_that_is_too_large_is_not_even_recorded() -> None:
         change(["x", "d"], x=node()),
         change(["x", "d"], ["c", "x"], ["b", "x"], x=node(join="any")),
         change({"from": "b", "to": "x", "when": "true"}, x=node()),
-        change(["b", "x"], ["x", "y"], x=node(), y={"kind": "router", "choose": "null", "routes": ["x", "z"]}, z=node()),
+        change(
+            ["b", "x"], ["x", "y"], x=node(), y={"kind": "router", "choose": "null", "routes": ["x", "z"]}, z=node()
+        ),
         change(["c", "d2"], ["b", "d2"], d2=node(input="${ nodes }")),
     ],
 )
