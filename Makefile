@@ -1,6 +1,7 @@
 # Tidegate. `make` alone lists what there is.
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := $(BIN)/python -m uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
@@ -29,8 +30,8 @@ chaos: $(STAMP) ## 100 runs while every process and Kafka are killed, frozen and
 dev: $(STAMP) ## Kafka, ClickHouse and all services on this machine, until Ctrl-C
 	$(BIN)/tidegate dev
 
-test: lint types imports ## Everything that CI checks
-	$(BIN)/pytest
+test: lint types imports ## Everything that CI checks (JOBS=2 tests at a time, each with brokers of its own)
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 test-fast: $(STAMP) ## Only the tests that need no broker
 	$(BIN)/pytest tests/unit tests/tidy tests/deploy

@@ -49,7 +49,7 @@ def ended(whole: WholeStack, run_ids: list[str]) -> int:
 @pytest.mark.feature("P6")
 def test_a_flood_before_a_slow_executor_waits_and_everybody_else_is_answered(whole: WholeStack) -> None:
     """One slot, a function that takes its time, and many runs at once. A command is answered long before the last of them."""
-    whole.client.run("chain", 1, timeout_s=60)
+    whole.client.run("chain", 1, timeout_s=180)
     before = resident_mib(whole)
     lot = uuid.uuid4().hex[:6]
     flood = [f"flood-{lot}-{number}" for number in range(FLOOD)]

@@ -326,7 +326,7 @@ def test_a_command_of_an_unknown_type_is_refused_by_the_run(whole: WholeStack) -
 def test_garbage_among_the_tasks_does_not_stop_the_executor(whole: WholeStack) -> None:
     for value in wrong_records("x").values():
         whole.produce("step-tasks.default", value, partition=tasks_partition(whole))
-    run = whole.client.run("chain", 1, run_id=new_id("tasks"), timeout_s=60)
+    run = whole.client.run("chain", 1, run_id=new_id("tasks"), timeout_s=180)
     assert run.status == "succeeded"
 
 
@@ -338,9 +338,9 @@ def test_garbage_in_a_table_leaves_what_is_there_in_force(whole: WholeStack, tab
             if table == "workflows" and codec_name(value) == "WorkflowPublished":
                 continue  # an administrator's own record, not garbage
             whole.produce(table, value, key=key, partition=0)
-    run = whole.client.run("chain", 1, run_id=new_id("tables"), timeout_s=60)
+    run = whole.client.run("chain", 1, run_id=new_id("tables"), timeout_s=180)
     assert run.status == "succeeded"
-    refused = whole.client.run("confused@9", run_id=new_id("tables"), timeout_s=60)
+    refused = whole.client.run("confused@9", run_id=new_id("tables"), timeout_s=180)
     assert refused.code == "unknown_workflow"
 
 

@@ -27,7 +27,7 @@ from tidegate.embedded.startup_cache import train
 
 pytestmark = pytest.mark.timeout(180)
 
-WAIT_S = 20.0
+WAIT_S = 90.0
 
 OwnKafka = Callable[..., EmbeddedKafka]
 

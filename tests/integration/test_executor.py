@@ -32,7 +32,7 @@ from tidegate.executor.service import (
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.registry import InstanceIdTakenError, Load, Registration
 
-WAIT_S = 60.0
+WAIT_S = 180.0
 SHORT_LEASE_S = 5.0  # a busy machine must not let it lapse by itself
 TASK_PARTITIONS = 3
 RESULT_PARTITIONS = 2

@@ -34,8 +34,8 @@ from tidegate.topics.settings import TopicsSettings
 
 pytestmark = pytest.mark.feature("K2")
 
-WAIT_S: Final = 60.0
-RUN_S: Final = 30.0
+WAIT_S: Final = 180.0
+RUN_S: Final = 90.0
 WITH_CERTIFICATE: Final = "gate"  # the others have passwords
 SERVICES: Final = ("scheduler", "gate", "projection", "gateway")
 DENIED: Final = {

@@ -17,7 +17,7 @@ def new_id(word: str) -> str:
 
 
 def run_of(whole: WholeStack, workflow: str, run_input: Any = None, **options: Any) -> Any:
-    return whole.client.run(workflow, run_input, run_id=new_id(workflow), timeout_s=60, **options)
+    return whole.client.run(workflow, run_input, run_id=new_id(workflow), timeout_s=180, **options)
 
 
 # --- functions ---------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_what_finishes_while_it_is_aborted_has_finished(whole: WholeStack) -> No
 
 @pytest.mark.feature("T2")
 def test_an_agent_that_calls_nonsense_is_told_so(whole: WholeStack) -> None:
-    run = whole.client.run(agent="confused", run_id=new_id("confused"), timeout_s=60)
+    run = whole.client.run(agent="confused", run_id=new_id("confused"), timeout_s=180)
     assert run.status == "succeeded"
     (good, bad, unknown) = run.output
     assert good == [True, None]

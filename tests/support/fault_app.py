@@ -17,26 +17,36 @@ from tidegate import App, NonRetryable, Plan, Propose, State, ToolCall, context,
 
 app = App("faults")
 
+# What follows the last word of a whole line. One write is not enough: a kernel that copies page by page looks for a deadly
+# signal between two pages, so that a process killed as its line crosses a page's end leaves the line's beginning alone.
+END = "\t."
+
 
 def _folder() -> Path:
     return Path(os.environ["TIDEGATE_FAULT_DIR"])
 
 
-def _append(name: str, *words: object) -> None:
-    """Append a line in one write, so that lines of several processes do not mix and one that is killed leaves a whole one."""
-    line = ("\t".join(map(str, words)) + "\n").encode()
-    descriptor = os.open(_folder() / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def leave(path: Path, *words: object) -> None:
+    """Append a line of words, none of which has tabs or line ends, in one write and apart from a torn one before it."""
+    line = ("\n" + "\t".join(map(str, words)) + END).encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, line)
     finally:
         os.close(descriptor)
 
 
+def left(path: Path) -> list[list[str]]:
+    """Return the words of every whole line. A torn one says that its process died before it did anything else."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [line.removesuffix(END).split("\t") for line in lines if line.endswith(END)]
+
+
 def enter() -> None:
     """Leave a trace before anything else: which attempt, in which process, of which instance."""
     here = context()
     instance = os.environ.get("TIDEGATE_INSTANCE_ID", "")
-    _append("entered.log", here.run_id, here.step_id, here.attempt, os.getpid(), instance, idempotency_key())
+    leave(_folder() / "entered.log", here.run_id, here.step_id, here.attempt, os.getpid(), instance, idempotency_key())
 
 
 def have_effect() -> bool:
@@ -123,7 +133,7 @@ def block_here(seconds: float) -> str:
 async def pay_once(seconds: float) -> str:
     """Have an effect that must not be repeated, and take this long afterwards; a second attempt is quick."""
     enter()
-    _append("paid.log", context().run_id, context().attempt)
+    leave(_folder() / "paid.log", context().run_id, context().attempt)
     if context().attempt == 1:
         await asyncio.sleep(seconds)
     return "paid"

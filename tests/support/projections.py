@@ -28,7 +28,7 @@ from tidegate.projection.service import TOPICS
 from tidegate.projection.tables import REBUILT_VIEWS
 
 GROUP = "tidegate-projection"
-WAIT_S = 60.0
+WAIT_S = 180.0
 EAGER = {
     "segment.ms": "200",
     "min.cleanable.dirty.ratio": "0",

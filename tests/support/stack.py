@@ -30,7 +30,7 @@ from tidegate.eventlog.validity import EpochTracker
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.sdk.client import Client, Event, Run
 
-WAIT_S = 60.0
+WAIT_S = 180.0
 POLL_S = 0.05
 APP = f"{fault_app.__file__}:app"
 RUNS, LEDGER, LETTERS = "run-events", "gate-ledger", "dead-letters"
@@ -238,10 +238,8 @@ class WholeStack:
 
     def entered(self, run_id: str | None = None) -> list[Entered]:
         """Return who entered functions (of a run)."""
-        path = self.fault_dir / "entered.log"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        parts = [line.split("\t") for line in lines]
-        found = [Entered(p[0], p[1], int(p[2]), int(p[3]), p[4], p[5]) for p in parts]
+        lines = fault_app.left(self.fault_dir / "entered.log")
+        found = [Entered(p[0], p[1], int(p[2]), int(p[3]), p[4], p[5]) for p in lines]
         return [line for line in found if run_id in (None, line.run_id)]
 
     def effects(self) -> set[str]:
@@ -251,8 +249,7 @@ class WholeStack:
 
     def paid(self, run_id: str) -> list[int]:
         """Return the attempts of a run in which `pay_once` paid."""
-        lines = (self.fault_dir / "paid.log").read_text(encoding="utf-8").splitlines()
-        return [int(attempt) for line_of, attempt in (line.split("\t") for line in lines) if line_of == run_id]
+        return [int(attempt) for line_of, attempt in fault_app.left(self.fault_dir / "paid.log") if line_of == run_id]
 
     def log(self, topic: str, since: Ends | None = None) -> list[list[Message]]:
         """Return all records of a topic (written since then), partition by partition."""

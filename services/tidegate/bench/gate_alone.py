@@ -26,6 +26,7 @@ from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.gate.placement import MAX_SLOTS, Executors
 from tidegate.gate.service import GateMachine
+from tidegate.process import spare_the_collector
 
 RULES: Final = 200
 RUNS: Final = 200
@@ -46,12 +47,13 @@ TOPICS: Final = (
 
 
 def w8_decisions(decisions: int | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the figure: decisions a second with 200 rules and 3 budgets that match, and with no document at all."""
+    """Return the figure: decisions a second with 200 rules, 3 budgets and 3 limits that match, and with no document at all."""
     count = decisions or DECISIONS
     load = os.getloadavg()[0]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    spare_the_collector()
     with Meter(lambda: {"bench": os.getpid()}) as meter:
-        say(f"W8: {count:,} decisions of a gate alone, with {RULES} rules and 3 budgets")
+        say(f"W8: {count:,} decisions of a gate alone, with {RULES} rules, 3 budgets and 3 limits")
         governed = _measured(count, _documents())
         say(f"W8: {count:,} decisions of a gate alone, with no document")
         plain = _measured(count, [])
@@ -61,6 +63,7 @@ def w8_decisions(decisions: int | None, say: Callable[[str], None]) -> dict[str,
         "decisions": count,
         "rules": RULES,
         "budgets": 3,
+        "limits": 3,
         "decisions_per_s": round(count / governed),
         "us_per_decision": round(governed / count * 1e6, 1),
         "plain_us_per_decision": round(plain / count * 1e6, 1),
@@ -69,25 +72,39 @@ def w8_decisions(decisions: int | None, say: Callable[[str], None]) -> dict[str,
 
 
 def _documents() -> list[dict[str, Any]]:
-    """Return two rules for each of a hundred tools, one of which must be evaluated to its end, and three budgets."""
-    rules = [
-        {
-            "name": f"r{number}",
-            "when": f'tool == "t{number % TOOLS}" && args.amount {">" if number < TOOLS else "<"} 1000',
-            "then": "deny" if number < TOOLS else "allow",
-        }
-        for number in range(RULES)
-    ]
+    """Return rules of three forms, three budgets and three limits.
+
+    Half of the rules name a tool, a quarter two, a quarter the accounts below a path. Two to four can match a decision, one of
+    which sees that it does not only by the arguments.
+    """
     much = {"money_micros": 10**12, "calls": 10**9, "output_tokens": 10**12}
     budgets: list[dict[str, Any]] = [
         {"budget": "org", "account": "*", "window": "month"},
         {"budget": "team", "account": "*/*", "window": "day", "alerts": [80, 100]},
         {"budget": "each", "account": "*", "window": "run"},
     ]
-    return [
-        {"policy": "bench", "version": "1", "rules": rules},
-        *({"kind": "budget", "version": "1", "limits": much, **budget} for budget in budgets),
+    limits: list[dict[str, Any]] = [
+        {"limit": "root", "per": ["account"], "account_level": 1, "at_once": 100_000},
+        {"limit": "provider", "where": {"provider": ["openai", "anthropic"]}, "per": ["provider"], "at_once": 100_000},
+        {"limit": "model", "when": 'kind == "tool"', "per": ["model"], "rate_per_s": 100_000, "burst": 100_000},
     ]
+    return [
+        {"policy": "bench", "version": "1", "rules": [_rule(number) for number in range(RULES)]},
+        *({"kind": "budget", "version": "1", "limits": much, **budget} for budget in budgets),
+        *({"kind": "limit", "version": "1", **limit} for limit in limits),
+    ]
+
+
+def _rule(number: int) -> dict[str, Any]:
+    tool = number % TOOLS
+    if number < RULES // 2:
+        when, then = f'tool == "t{tool}" && args.amount > 1000', "deny"
+    elif number < RULES * 3 // 4:
+        when, then = f'tool in ["t{tool}", "t{(tool + 1) % TOOLS}"] && args.amount < 1000', "allow"
+    else:
+        path = f"acme/team-{number % 10}/app-{number // 10 % 5}"
+        when, then = f'account.startsWith("{path}") && kind == "tool"', "allow"
+    return {"name": f"r{number}", "when": when, "then": then}
 
 
 def _measured(count: int, documents: list[dict[str, Any]]) -> float:
@@ -149,7 +166,7 @@ def _requests(count: int) -> list[bytes]:
             kind="tool",
             function=f"t{number % TOOLS}",
             queue="default",
-            arguments='{"amount":100,"order_id":"order-1"}',
+            arguments=f'{{"amount":100,"order_id":"order-{number}"}}',
             timeout_ms=30_000,
             reserve_micros=100,
             idempotent=True,
@@ -168,7 +185,7 @@ def _requests(count: int) -> list[bytes]:
         opened = OpenRun(budget_micros=None, workflow="triage@1", tags={"env": "bench"})
         request = GateRequest(
             run_id=f"run-{chain}",
-            account=f"acme/team-{chain % 10}",
+            account=f"acme/team-{chain % 10}/app-{chain // 10 % 5}",
             source=Position(0, number + 1, 0),
             items=(before, step) if link else (opened, step),
         )

@@ -72,7 +72,7 @@ _SIZES: Final[dict[str, str]] = {
     "W5": "{live_runs:,} live runs",
     "W6": "",
     "W7": "{runs:,} runs",
-    "W8": "{rules} rules, {budgets} budgets",
+    "W8": "{rules} rules, {budgets} budgets, {limits} limits",
     "HO": "{runs:,} runs",
     "MEM": "{runs:,} runs",
 }

@@ -57,9 +57,9 @@ from tidegate.gate.ledger import (
 )
 from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import FreeSlots
-from tidegate.gate.policy import MAX_REASON, PolicySet, Variables, Verdict
+from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
 from tidegate.gate.prices import price
-from tidegate.gate.variables import MAKERS, Subject, step_variables
+from tidegate.gate.variables import MAKERS, Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 
 BUDGET_RULE: Final = "budget"
@@ -261,10 +261,6 @@ def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
     return draft.policies.judge(Variables(MAKERS, subject))
 
 
-def _variables(draft: Draft, item: Any, call: Call, money: _Money) -> dict[str, Any]:
-    return step_variables(draft.key(item), draft.request.account, call, money)
-
-
 def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
     request = draft.request
     return draft.tally.seen(request.account, request.run_id, money.workflow.partition("@")[0], money.tags)
@@ -347,7 +343,7 @@ def _reserve_and_place(
         redact=verdict.redact,
         isolation=verdict.isolation,
     )
-    if _place_at_once(draft, draft.key(item), waiting):
+    if not entrance.is_limited and _place_at_once(draft, draft.key(item), waiting):
         return
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
@@ -399,10 +395,11 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
 
 
 class _Entrance(NamedTuple):
-    """What an attempt that may run needs besides a slot, and what is in its way."""
+    """What an attempt that may run needs besides a slot, and what is in its way. is_limited: whether that is a limit."""
 
     leases: tuple[Lease, ...]
     obstacle: Obstacle | None
+    is_limited: bool
 
 
 def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _Entrance | None:
@@ -413,7 +410,9 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
     desk, money = draft.desk, draft.money
     try:
         leases = (
-            desk.limits.leases(_variables(draft, item, call, money), draft.ledger.partition)
+            desk.limits.leases(
+                Variables.of_step(draft.key(item), draft.request.account, call, money), draft.ledger.partition
+            )
             if desk.limits and money
             else ()
         )
@@ -421,6 +420,7 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
         _refuse(draft, item, LIMIT_RULE, "", f"a limit cannot be evaluated, which denies: {error}", redact=redact)
         return None
     obstacle = desk.obstacle(leases)
+    is_limited = obstacle is not None
     if obstacle is not None and obstacle.denies:
         retry_after_ms = max(0, obstacle.retry_at_ms - desk.now_ms)
         _refuse(draft, item, LIMIT_RULE, "", obstacle.reason, retry_after_ms, redact=redact)
@@ -436,16 +436,15 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
         if full and obstacle is None:
             here = Lease(draft.ledger.partition, "", "")
             obstacle = Obstacle(here, "queue", full, desk.now_ms + retry_after_ms)
-    return _Entrance(leases, obstacle)
+    return _Entrance(leases, obstacle, is_limited)
 
 
 def _place_at_once(draft: Draft, key: AttemptKey, attempt: Attempt) -> bool:
-    """Place a newcomer if nobody waits for the same function, and nothing of what it needs is decided elsewhere."""
+    """Place a newcomer that no limit holds up, if nobody waits for the same function and nothing of what it needs is decided
+    elsewhere."""
     ledger, desk = draft.ledger, draft.desk
     name = attempt.line
     if name in ledger.waiting or name in ledger.limited or not desk.has_all_here(attempt.leases):
-        return False
-    if desk.obstacle(attempt.leases) is not None:
         return False
     found = slot_for(desk, draft.slots, attempt)
     if found is None:

@@ -7,7 +7,8 @@ that no two owners can give away the same place. Leases are held by attempts and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,11 +19,14 @@ from tidegate.domain.identity import NAME_PATTERN, partition_of
 from tidegate.domain.messages import Lease
 from tidegate.gate.documents import Document
 from tidegate.gate.ledger import Gauge, Ledger
+from tidegate.gate.rule_index import Conditions
+from tidegate.gate.variables import Variables
 
 INSTANCE_PLACE: Final = "{instance}"  # in a key: the executor, which is known only when one was found
 MAX_KEY: Final = 256
 MAX_LEASES: Final = 16  # of one attempt
 T = TypeVar("T")
+MAX_KNOWN: Final = 10_000  # combinations of what limits look at
 US: Final = 1_000_000
 NO_GAUGE: Final = Gauge()
 GAUGES_LOOKED_AT: Final = 16
@@ -103,24 +107,39 @@ class Limit(_Document):
             raise ValueError("account_level means something only with `account` in `per`")
         return self
 
-    @property
+    @cached_property
     def interval_us(self) -> int:
         """Return the time in which one token comes back, in microseconds; 0 without a rate."""
         return 0 if self.rate_per_s is None else max(1, round(US / self.rate_per_s))
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
         """Tell whether all that it counts together belongs to one account root."""
         return not _LOCAL.isdisjoint(self.per)
 
-    def covers(self, variables: Mapping[str, Any]) -> bool:
+    @property
+    def looks_at(self) -> frozenset[str]:
+        """Return the variables that decide what a step needs under it."""
+        names = set(self.where)
+        names.update(_SOURCES.get(part, part) for part in self.per)
+        if "node" in self.per:
+            names.add("workflow")
+        for source in (self.when, self.key):
+            if source:
+                names.update(expressions.compile_expression(source).variables())
+        return frozenset(names - {""})
+
+    def covers(self, variables: Variables) -> bool:
         """Tell whether it is about the step. Raises LimitError if `when` cannot be evaluated."""
         for name, wanted in self.where.items():
-            if variables[name] not in ((wanted,) if isinstance(wanted, str) else wanted):
+            if variables.get(name) not in ((wanted,) if isinstance(wanted, str) else wanted):
                 return False
-        return not self.when or _evaluated(self, "when", self.when, bool, variables)
+        if not self.when:
+            return True
+        answer = _conditions(self.when).hold(variables.get)
+        return _evaluated(self, "when", self.when, bool, variables) if answer is None else answer
 
-    def value(self, variables: Mapping[str, Any]) -> str | None:
+    def value(self, variables: Variables) -> str | None:
         """Return the value of its key for a step; None if the step lacks a part of it. Raises LimitError."""
         parts = []
         for part in self.per:
@@ -154,22 +173,33 @@ _TEXTS: Final = frozenset(
 )
 
 
-def _part(part: Part, level: int, variables: Mapping[str, Any]) -> str:
+# Where a part of a key is not the variable of the same name.
+_SOURCES: Final[dict[str, str]] = {"function": "name", "instance": ""}
+# A limit's `when` taken apart; there are few, and each is asked about every attempt.
+_conditions = lru_cache(maxsize=4096)(Conditions.of)
+
+
+# Texts that many steps share; what else a limit looks at is of one step, or counts up.
+_PLAIN: Final = _TEXTS - {"step", "version"} | {"agent"}
+
+
+def _part(part: Part, level: int, variables: Variables) -> str:
+    get = variables.get
     if part == "account":
-        names = str(variables["account"]).split("/")
-        return "/".join(names[:level] if level else names)
+        account = str(get("account"))
+        return "/".join(account.split("/")[:level]) if level else account
     if part == "run":
-        return str(variables["run"]["id"])
+        return str(get("run")["id"])
     if part == "instance":
         return INSTANCE_PLACE
     if part == "node":
-        return f"{variables['workflow']}/{variables['node']}"
-    return str(variables["name" if part == "function" else part])
+        return f"{get('workflow')}/{get('node')}"
+    return str(get(_SOURCES.get(part, part)))
 
 
-def _evaluated(limit: Limit, field: str, source: str, kind: type[T], variables: Mapping[str, Any]) -> T:
+def _evaluated(limit: Limit, field: str, source: str, kind: type[T], variables: Variables) -> T:
     try:
-        value = expressions.evaluate(source, variables)
+        value = variables.evaluate(source)
     except expressions.ExpressionError as error:
         raise LimitError(f"limit {limit.limit}: `{field}` could not be evaluated: {error}") from None
     if not isinstance(value, kind):
@@ -201,7 +231,7 @@ class Queue(_Document):
             raise ValueError("it limits nothing: give depth or rate_per_s")
         return self
 
-    @property
+    @cached_property
     def interval_us(self) -> int:
         """Return the time in which one token comes back, in microseconds; 0 without a rate."""
         return 0 if self.rate_per_s is None else max(1, round(US / self.rate_per_s))
@@ -210,13 +240,18 @@ class Queue(_Document):
 class LimitSet:
     """All limits and queues in force. `version` grows with each change of them, so that what waits can be judged anew."""
 
-    __slots__ = ("_limits", "partitions", "queues", "version")
+    __slots__ = ("_known", "_limits", "_looking_closer", "_names", "_plain", "partitions", "queues", "version")
 
     def __init__(self, documents: Iterable[Limit | Queue] = (), partitions: int = 1, version: int = 0) -> None:
         self._limits = {doc.limit: doc for doc in documents if isinstance(doc, Limit)}
         self.queues = {doc.queue: doc for doc in documents if isinstance(doc, Queue)}
         self.partitions = partitions
         self.version = version
+        # What most limits look at is the same for most steps: what these need is looked up by it.
+        self._plain = [limit for limit in self._limits.values() if limit.looks_at <= _PLAIN]
+        self._looking_closer = [limit for limit in self._limits.values() if not limit.looks_at <= _PLAIN]
+        self._names = sorted(frozenset().union(*(limit.looks_at for limit in self._plain)))
+        self._known: dict[tuple[Any, ...], list[Lease]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._limits)
@@ -225,19 +260,30 @@ class LimitSet:
         """Return the limit of that name, if one is in force."""
         return self._limits.get(name)
 
-    def leases(self, variables: Mapping[str, Any], own_partition: int) -> tuple[Lease, ...]:
+    def leases(self, variables: Variables, own_partition: int) -> tuple[Lease, ...]:
         """Return what a step needs under all limits, in the order in which it must be asked for. Raises LimitError.
 
         The order is by partition first: an attempt waits at one partition only while what it holds is of lower ones, so no
         two can wait for each other. What is decided here is taken last of all, together with the slot.
         """
-        found = []
-        for limit in self._limits.values():
-            if limit.covers(variables) and (value := limit.value(variables)) is not None:
-                found.append(Lease(self._partition(limit, value, own_partition), limit.limit, value))
+        inputs = (own_partition, *map(variables.get, self._names))
+        found = self._known.get(inputs)
+        if found is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            found = self._known[inputs] = self._needed(self._plain, variables, own_partition)
+        if self._looking_closer:
+            found = _in_order([*found, *self._needed(self._looking_closer, variables, own_partition)])
         if len(found) > MAX_LEASES:
             raise LimitError(f"{len(found)} limits cover this step, {MAX_LEASES} are allowed")
-        return tuple(sorted(found, key=lambda lease: (lease.partition, lease.limit, lease.key)))
+        return tuple(found)
+
+    def _needed(self, limits: Iterable[Limit], variables: Variables, own_partition: int) -> list[Lease]:
+        return _in_order(
+            Lease(self._partition(limit, value, own_partition), limit.limit, value)
+            for limit in limits
+            if limit.covers(variables) and (value := limit.value(variables)) is not None
+        )
 
     def _partition(self, limit: Limit, value: str, own_partition: int) -> int:
         return own_partition if limit.is_local else partition_of(f"{limit.limit}:{value}", self.partitions)
@@ -254,7 +300,11 @@ class LimitSet:
             elif limit is not None:
                 value = lease.key.replace(INSTANCE_PLACE, instance_id)
                 found.append(Lease(self._partition(limit, value, own_partition), lease.limit, value))
-        return tuple(sorted(found, key=lambda lease: (lease.partition, lease.limit, lease.key)))
+        return tuple(_in_order(found))
+
+
+def _in_order(leases: Iterable[Lease]) -> list[Lease]:
+    return sorted(leases, key=lambda lease: (lease.partition, lease.limit, lease.key))
 
 
 class Obstacle(NamedTuple):

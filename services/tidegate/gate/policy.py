@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tidegate.domain import expressions
 from tidegate.gate.documents import DEFAULT_KIND, Document, name_field
 from tidegate.gate.rule_index import RuleIndex
-from tidegate.gate.variables import MAKERS
+from tidegate.gate.variables import VARIABLES, Variables
 
 Effect = Literal["allow", "deny", "require_approval"]
 Isolation = Literal["subprocess", "job"]
@@ -99,7 +98,6 @@ class Policy(Document):
         ]
 
 
-VARIABLES: Final = frozenset(MAKERS)
 _LOCAL: Final = re.compile(r"\.\s*(?:all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_][A-Za-z0-9_]*)\s*,")
 
 
@@ -127,11 +125,25 @@ class Verdict(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A rule with all that judging by it needs."""
+    """A rule with all that judging by it needs. matched: the verdict if it holds, without what it looked at."""
 
     rule: Rule
-    label: str
     references: tuple[str, ...]
+    matched: Verdict
+
+    @classmethod
+    def of(cls, rule: Rule, label: str) -> _Bound:
+        matched = Verdict(
+            rule.then,
+            rule.name,
+            label,
+            (rule.reason or rule.when)[:MAX_REASON],
+            "",
+            tuple(rule.redact),
+            rule.isolation,
+            rule.expires_s or 0,
+        )
+        return cls(rule, _references(rule.when), matched)
 
 
 class PolicySet:
@@ -146,7 +158,7 @@ class PolicySet:
         self._default = Verdict("allow", DEFAULT_RULE, "", "no rule matched")
         for key in sorted(policies):
             policy = policies[key]
-            bound += [_Bound(rule, policy.label, _references(rule.when)) for rule in policy.rules]
+            bound += [_Bound.of(rule, policy.label) for rule in policy.rules]
             if policy.default is not None and (
                 not self._default.policy or _STRENGTH[policy.default] > _STRENGTH[self._default.effect]
             ):
@@ -160,79 +172,38 @@ class PolicySet:
     def judge(self, variables: Variables) -> Verdict:
         """Return the verdict on a step described by `variables` (see docs/policy.md)."""
         best: Verdict | None = None
+        decisive: _Bound | None = None
         redact: tuple[str, ...] = ()
         isolation = ""
-        for bound in self._index.candidates(variables.get):
-            verdict = _judge_rule(bound, variables)
+        for bound, answer in self._index.candidates(variables.get):
+            verdict = bound.matched if answer else _judge_rule(bound, variables)
             if verdict is None:
                 continue
             redact += tuple(path for path in verdict.redact if path not in redact)
             isolation = max(isolation, verdict.isolation, key=_ISOLATIONS.index)
             if best is None or _STRENGTH[verdict.effect] > _STRENGTH[best.effect]:
-                best = verdict
-        best = best or self._default
-        if redact or isolation:
-            best = best._replace(values=_without(best.values, redact), redact=redact, isolation=isolation)
-        return best
-
-
-class Variables:
-    """What rules look at, made when it is first looked at: most rules look at little."""
-
-    __slots__ = ("_made", "_makers", "_subject", "context")
-
-    def __init__(self, makers: Mapping[str, Callable[[Any], Any]], subject: Any) -> None:
-        """`makers`: name -> what makes its value of the subject."""
-        self._makers = makers
-        self._subject = subject
-        self._made: dict[str, Any] = {}
-        self.context = expressions.lazy_context(self.get)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Variables:
-        """Return variables that are all there already; what is not given is empty."""
-        return cls({name: partial(_value_of, name) for name in VARIABLES}, values)
-
-    def get(self, name: str) -> Any:
-        """Return a variable's value; None if there is none of that name."""
-        value = self._made.get(name)
-        if value is None and (maker := self._makers.get(name)) is not None:
-            value = self._made[name] = maker(self._subject)
-        return value
-
-
-def _value_of(name: str, values: Mapping[str, Any]) -> Any:
-    return values.get(name, "")
+                best, decisive = verdict, bound
+        if best is None or decisive is None:
+            return self._default
+        values = _without(_values(decisive, variables), redact)
+        return best._replace(values=values, redact=redact, isolation=isolation)
 
 
 def _judge_rule(bound: _Bound, variables: Variables) -> Verdict | None:
-    rule = bound.rule
     try:
-        holds = expressions.evaluate_in(rule.when, variables.context)
+        holds = variables.evaluate(bound.rule.when)
     except expressions.ExpressionError as error:
-        reason = f"the rule could not be evaluated, which denies: {error}"
-        return _broken(bound, reason, variables)
+        return _broken(bound, f"the rule could not be evaluated, which denies: {error}")
     if holds is False:
         return None
     if holds is not True:
-        return _broken(bound, f"the rule gave {type(holds).__name__}, not true or false, which denies", variables)
-    return Verdict(
-        rule.then,
-        rule.name,
-        bound.label,
-        (rule.reason or rule.when)[:MAX_REASON],
-        _values(bound, variables),
-        tuple(rule.redact),
-        rule.isolation,
-        rule.expires_s or 0,
-    )
+        return _broken(bound, f"the rule gave {type(holds).__name__}, not true or false, which denies")
+    return bound.matched
 
 
-def _broken(bound: _Bound, reason: str, variables: Variables) -> Verdict:
+def _broken(bound: _Bound, reason: str) -> Verdict:
     """Deny, and hide what the rule would have hidden: whether it would have matched nobody knows."""
-    rule = bound.rule
-    values = _values(bound, variables)
-    return Verdict("deny", rule.name, bound.label, reason[:MAX_REASON], values, tuple(rule.redact), rule.isolation)
+    return bound.matched._replace(effect="deny", reason=reason[:MAX_REASON], expires_s=0)
 
 
 # --- what a rule looked at ---------------------------------------------------------------

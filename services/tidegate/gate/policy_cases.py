@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tidegate.domain.identity import DEFAULT_ACCOUNT
 from tidegate.gate.documents import DocumentError, Problem
-from tidegate.gate.policy import VARIABLES, Effect, Policy, PolicySet, Variables, Verdict
+from tidegate.gate.policy import Effect, Policy, PolicySet, Verdict
+from tidegate.gate.rule_index import INDEXED
+from tidegate.gate.variables import VARIABLES, Variables
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True)
 # What a case need not say.
@@ -55,6 +57,8 @@ class Case(BaseModel):
     def _are_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
         if unknown := sorted(set(value) - VARIABLES):
             raise ValueError(f"unknown: {', '.join(unknown)}; there are {', '.join(sorted(VARIABLES))}")
+        if wrong := sorted(name for name in INDEXED if not isinstance(value.get(name, ""), str)):
+            raise ValueError(f"must be a text: {', '.join(wrong)}")
         return value
 
 

@@ -2,18 +2,21 @@
 
 `tool == "refund" && args.amount > 100` can only hold where the tool is `refund`. CEL's `&&` is false if any part is, whatever
 the other parts do (errors included), so a rule whose literal part does not hold need not be looked at: 200 rules about as many
-tools cost as much as one.
+tools cost as much as one. Comparisons with literals are also made here and not by CEL, wherever both must come to the same: a
+rule of which CEL is asked is one that has another part, or that meets a value of another type than its literal's.
 """
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+Get = Callable[[str], Any]
 
-# The most telling first: by the first that a rule compares, it is found.
+# The most telling first: by the first that a rule compares, it is found. All are texts.
 INDEXED: Final = (
     "tool",
     "agent",
@@ -22,13 +25,113 @@ INDEXED: Final = (
     "operation",
     "provider",
     "step",
+    "node",
     "workflow",
     "queue",
     "account",
+    "version",
     "kind",
 )
-_LITERAL: Final = re.compile(r"^\s*([a-z_]+)\s*==\s*(?:\"([^\"\\]*)\"|'([^'\\]*)')\s*$")
+EQUAL, AMONG, BEGINS = "==", "in", "startsWith"
+# How telling a comparison is, the most telling first; what is not here finds no rule.
+_TELLING: Final = (EQUAL, AMONG, BEGINS)
+_COMPARE: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
+    EQUAL: operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    AMONG: lambda value, texts: value in texts,
+    BEGINS: str.startswith,
+}
+_PATH: Final = r"(?P<path>[a-z_]+(?:\.[A-Za-z_][A-Za-z0-9_]*)*?)"
+_TEXT: Final = r"\"[^\"\\\n]*\"|'[^'\\\n]*'"
+_TEXTS: Final = re.compile(_TEXT)
+_NUMBER: Final = r"-?(?:0|[1-9][0-9]{0,17})"  # of more digits, not all are 64 bits
+_FORMS: Final = (
+    re.compile(rf"\s*{_PATH}\s*(?P<operator>==|!=)\s*(?P<text>{_TEXT})\s*"),
+    re.compile(rf"\s*{_PATH}\s*(?P<operator>==|!=|<=|>=|<|>)\s*(?P<number>{_NUMBER})\s*"),
+    re.compile(rf"\s*{_PATH}\s+(?P<operator>in)\s*\[\s*(?P<texts>(?:{_TEXT})(?:\s*,\s*(?:{_TEXT}))*)\s*\]\s*"),
+    re.compile(rf"\s*{_PATH}\.(?P<operator>startsWith)\(\s*(?P<text>{_TEXT})\s*\)\s*"),
+)
+_MOST: Final = 2**63  # beyond 64 bits CEL has rules of its own
 _OPENING, _CLOSING = "([{", ")]}"
+
+
+class Comparison(NamedTuple):
+    """A part of a rule that compares a variable, or a member of one, with a literal of type `kind`."""
+
+    name: str
+    members: tuple[str, ...]
+    operator: str
+    literal: Any
+    kind: type[Any]
+
+    def holds(self, get: Get) -> bool | None:
+        """Return whether it holds; None if CEL must say: the member is not there, or is of another type than the literal."""
+        value = get(self.name)
+        for member in self.members:
+            if type(value) is not dict or member not in value:
+                return None
+            value = value[member]
+        if type(value) is not self.kind or (self.kind is int and not -_MOST <= value < _MOST):
+            return None
+        return _COMPARE[self.operator](value, self.literal)
+
+    @property
+    def rank(self) -> tuple[int, int] | None:
+        """Return how well a rule can be found by it, less is better; None if not at all."""
+        if self.members or self.operator not in _TELLING or self.name not in INDEXED:
+            return None
+        return INDEXED.index(self.name), _TELLING.index(self.operator)
+
+
+def comparison_of(source: str) -> Comparison | None:
+    """Return the comparison with a literal that a CEL expression is; None if it is something else."""
+    found = next((match for form in _FORMS if (match := form.fullmatch(source))), None)
+    if found is None:
+        return None
+    parts = found.groupdict()
+    name, *members = found["path"].split(".")
+    literal: Any
+    if parts.get("number") is not None:
+        return Comparison(name, tuple(members), found["operator"], int(found["number"]), int)
+    if parts.get("texts") is not None:
+        literal = frozenset(text[1:-1] for text in _TEXTS.findall(found["texts"]))
+    else:
+        literal = found["text"][1:-1]
+    return Comparison(name, tuple(members), found["operator"], literal, str)
+
+
+class Conditions(NamedTuple):
+    """What a rule asks, all of which must hold. is_whole: it asks nothing else."""
+
+    comparisons: tuple[Comparison, ...]
+    is_whole: bool
+
+    @classmethod
+    def of(cls, source: str) -> Conditions:
+        """Return those of a CEL expression."""
+        found = [comparison_of(part) for part in parts_of(source)]
+        comparisons = tuple(comparison for comparison in found if comparison is not None)
+        return cls(comparisons, len(comparisons) == len(found))
+
+    def hold(self, get: Get) -> bool | None:
+        """Return whether they hold; None if CEL must say."""
+        answer: bool | None = True if self.is_whole else None
+        for comparison in self.comparisons:
+            holds = comparison.holds(get)
+            if holds is False:
+                return False
+            if holds is None:
+                answer = None
+        return answer
+
+    def found_by(self) -> Comparison | None:
+        """Return the most telling comparison; None if none is."""
+        ranked = [(rank, comparison) for comparison in self.comparisons if (rank := comparison.rank) is not None]
+        return min(ranked, key=lambda item: item[0])[1] if ranked else None
 
 
 def parts_of(source: str) -> list[str]:
@@ -59,42 +162,49 @@ def parts_of(source: str) -> list[str]:
     return [*parts, source[begin:]] if depth == 0 and not quote else [source]
 
 
-def literal_of(source: str) -> tuple[str, str] | None:
-    """Return the (variable, text) that must be equal for the expression to hold, by the most telling variable; else None."""
-    found: dict[str, str] = {}
-    for part in parts_of(source):
-        match = _LITERAL.match(part)
-        if match is not None:
-            found.setdefault(match[1], match[2] if match[2] is not None else match[3])
-    return next(((name, found[name]) for name in INDEXED if name in found), None)
+class _Numbered(NamedTuple, Generic[T]):
+    """A rule at its place among all."""
+
+    number: int
+    rule: T
+    conditions: Conditions
 
 
 class RuleIndex(Generic[T]):
     """Rules in their order, each with its expression. `candidates` returns those that may match, in that order."""
 
-    __slots__ = ("_always", "_by_literal")
+    __slots__ = ("_always", "_by_beginning", "_by_text")
 
     def __init__(self, rules: Iterable[tuple[str, T]]) -> None:
-        self._always: list[tuple[int, T]] = []
-        self._by_literal: dict[str, dict[str, list[tuple[int, T]]]] = {}
+        self._always: list[_Numbered[T]] = []
+        self._by_text: dict[str, dict[str, list[_Numbered[T]]]] = {}
+        # By the variable and the length of the beginning, so that a text is looked up once for each length.
+        self._by_beginning: dict[tuple[str, int], dict[str, list[_Numbered[T]]]] = {}
         for number, (source, rule) in enumerate(rules):
-            literal = literal_of(source)
-            if literal is None:
-                self._always.append((number, rule))
-            else:
-                self._by_literal.setdefault(literal[0], {}).setdefault(literal[1], []).append((number, rule))
+            self._add(_Numbered(number, rule, Conditions.of(source)))
 
-    def candidates(self, variable: Callable[[str], Any]) -> list[T]:
-        """Return the rules that the values of the indexed variables leave."""
-        found = self._always
-        for name, by_value in self._by_literal.items():
-            more = by_value.get(variable(name))
-            if more is not None:
-                found = found + more
-        if found is not self._always:
-            found = sorted(found, key=_number)
-        return [rule for _, rule in found]
+    def _add(self, item: _Numbered[T]) -> None:
+        by = item.conditions.found_by()
+        if by is None:
+            self._always.append(item)
+        elif by.operator == BEGINS:
+            self._by_beginning.setdefault((by.name, len(by.literal)), {}).setdefault(by.literal, []).append(item)
+        else:
+            for text in by.literal if by.operator == AMONG else (by.literal,):
+                self._by_text.setdefault(by.name, {}).setdefault(text, []).append(item)
+
+    def candidates(self, get: Get) -> list[tuple[T, bool | None]]:
+        """Return the rules that may match a step described by `get`, each with True if it does, None if CEL must say."""
+        found = list(self._always)
+        for name, by_text in self._by_text.items():
+            found += by_text.get(get(name), ())
+        for (name, length), by_beginning in self._by_beginning.items():
+            found += by_beginning.get(get(name)[:length], ())
+        if len(found) > 1:
+            found.sort(key=_number)
+        answers = ((item.rule, item.conditions.hold(get)) for item in found)
+        return [(rule, answer) for rule, answer in answers if answer is not False]
 
 
-def _number(item: tuple[int, Any]) -> int:
-    return item[0]
+def _number(item: _Numbered[Any]) -> int:
+    return item.number

@@ -3,10 +3,13 @@ their meaning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
-from tidegate.domain import canonical
+import cel
+
+from tidegate.domain import canonical, expressions
 from tidegate.domain.messages import Call
 from tidegate.gate.ledger import AttemptKey
 
@@ -59,7 +62,44 @@ MAKERS: Final[dict[str, Callable[[Subject], Any]]] = {
 }
 
 
-def step_variables(key: AttemptKey, account: str, call: Call, run: Money) -> dict[str, Any]:
-    """Return all variables of an attempt of a run; to limits, budgets have counted nothing."""
-    subject = Subject(key, account, call, run)
-    return {name: make(subject) for name, make in MAKERS.items()}
+VARIABLES: Final = frozenset(MAKERS)
+
+
+class Variables:
+    """What rules look at, made when it is first looked at: most rules look at little."""
+
+    __slots__ = ("_context", "_made", "_makers", "_subject")
+
+    def __init__(self, makers: Mapping[str, Callable[[Any], Any]], subject: Any) -> None:
+        """`makers`: name -> what makes its value of the subject."""
+        self._makers = makers
+        self._subject = subject
+        self._made: dict[str, Any] = {}
+        self._context: cel.Context | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Variables:
+        """Return variables that are all there already; what is not given is empty."""
+        return cls({name: partial(_value_of, name) for name in VARIABLES}, values)
+
+    @classmethod
+    def of_step(cls, key: AttemptKey, account: str, call: Call, run: Money) -> Variables:
+        """Return the variables of an attempt of a run, to limits: to them, budgets have counted nothing."""
+        return cls(MAKERS, Subject(key, account, call, run))
+
+    def get(self, name: str) -> Any:
+        """Return a variable's value; None if there is none of that name."""
+        value = self._made.get(name)
+        if value is None and (maker := self._makers.get(name)) is not None:
+            value = self._made[name] = maker(self._subject)
+        return value
+
+    def evaluate(self, source: str) -> Any:
+        """Evaluate a CEL expression over them. Raises ExpressionError."""
+        if self._context is None:
+            self._context = expressions.lazy_context(self.get)
+        return expressions.evaluate_in(source, self._context)
+
+
+def _value_of(name: str, values: Mapping[str, Any]) -> Any:
+    return values.get(name, "")

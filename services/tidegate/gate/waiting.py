@@ -18,7 +18,7 @@ from tidegate.gate import leasing
 from tidegate.gate.ledger import Attempt, AttemptKey, Leases, Ledger, Line, Name
 from tidegate.gate.limits import INSTANCE_PLACE, Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import Executor, FreeSlots
-from tidegate.gate.variables import step_variables
+from tidegate.gate.variables import Variables
 
 MAX_PLACEMENTS_PER_ENTRY: Final = 200
 MAX_NOTICES_PER_ENTRY: Final = 100
@@ -227,7 +227,7 @@ class _Round:
         fields = leasing.names(key, attempt.account)
         try:
             leases = self.desk.limits.leases(
-                step_variables(key, attempt.account, attempt.call, run), self.ledger.partition
+                Variables.of_step(key, attempt.account, attempt.call, run), self.ledger.partition
             )
         except LimitError as error:
             reason = f"a limit cannot be evaluated, which denies: {error}"[:500]
