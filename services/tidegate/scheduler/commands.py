@@ -157,15 +157,13 @@ def _resolved(run: RunState, step: StepState, command: RunCommand, answer: str, 
         # The gate would place it at once, and what the gate was told cannot be taken back.
         reason = f"run {run.run_id} is paused: resume it before you approve; the question stays open"
         return [_refused(command, "run_is_paused", reason)]
-    resolved = ev.ApprovalResolved(
-        command_id=command.command_id,
-        step_id=step.step_id,
-        attempt=asked.attempt,
-        why=asked.why,
+    resolved = attempts.resolved(
+        step,
+        asked,
         approved=approved,
         by=command.by,
         reason=command.reason,
-        arguments_hash=asked.arguments_hash,
+        command_id=command.command_id,
         answer=answer,
     )
     if not approved:
