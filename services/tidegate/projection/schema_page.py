@@ -135,7 +135,7 @@ MEANINGS: Final = {
     "graph_changes.kind": "`graph` (nodes and edges of a step) or `plan` (tool calls of an agent)",
     "graph_changes.status": "accepted, rejected, in part (of a plan's calls), open (a person decides) or withdrawn",
     "graph_hash": "SHA-256 of the graph's nodes and edges with the change; empty of a plan",
-    "kind": "step, agent, tool, wait_event, wait_until, sleep, ask or workflow",
+    "kind": "step, agent, tool, wait_event, wait_until, sleep, ask, outside or workflow",
     "lag": "records of the topic partition that are not in the tables yet",
     "last_at": "latest event",
     "last_event_at": "when the newest event in the tables happened",

@@ -16,6 +16,7 @@ from tidegate.domain import canonical
 from tidegate.domain.controls import is_control_key
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.domain.messages import Control, WorkflowPublished
+from tidegate.domain.run import RunState
 from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
@@ -165,6 +166,11 @@ class Client:
     def get(self, run_id: str) -> Run:
         """Return the run as it stands now. Raises RunNotFoundError."""
         return self._read(run_id).run()
+
+    def get_folded(self, run_id: str) -> tuple[Run, RunState]:
+        """Return the run as it stands now, and all that its events fold to. Raises RunNotFoundError."""
+        reader = self._read(run_id)
+        return reader.run(), reader.state
 
     def graph(self, run_id: str) -> dict[str, Any]:
         """Return the definition that a run goes by: the one it began with, and what it has added since. Raises RunNotFoundError."""
