@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     )
     from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
+    from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
     from tidegate.sdk.plan import Goto, Observation, Plan, Propose, State, ToolCall, Turn
 
 __all__ = [
+    "MODEL_RETRIES",
     "App",
     "AppError",
     "Change",
@@ -40,6 +42,7 @@ __all__ = [
     "Goto",
     "Graph",
     "GraphError",
+    "ModelError",
     "NonRetryable",
     "NotJsonError",
     "Observation",
@@ -60,6 +63,7 @@ __all__ = [
     "functions_of",
     "idempotency_key",
     "load_app",
+    "model_errors",
     "report_cost",
     "report_usage",
     "step",
@@ -86,6 +90,7 @@ _MODULES: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(("Change", "Graph"), "graph"),
     **dict.fromkeys(("load_app",), "loading"),
+    **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),
 }
 
