@@ -28,15 +28,16 @@ if TYPE_CHECKING:
         RunNotFinishedError,
         RunNotFoundError,
     )
-    from tidegate.sdk.graph import Graph
+    from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
     from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
-    from tidegate.sdk.plan import Goto, Observation, Plan, State, ToolCall, Turn
+    from tidegate.sdk.plan import Goto, Observation, Plan, Propose, State, ToolCall, Turn
 
 __all__ = [
     "MODEL_RETRIES",
     "App",
     "AppError",
+    "Change",
     "Client",
     "Goto",
     "Graph",
@@ -47,6 +48,7 @@ __all__ = [
     "Observation",
     "OutsideStepError",
     "Plan",
+    "Propose",
     "PublishConflictError",
     "RetryRule",
     "Run",
@@ -86,10 +88,10 @@ _MODULES: Final[dict[str, str]] = {
         ),
         "errors",
     ),
-    **dict.fromkeys(("Graph",), "graph"),
+    **dict.fromkeys(("Change", "Graph"), "graph"),
     **dict.fromkeys(("load_app",), "loading"),
     **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
-    **dict.fromkeys(("Goto", "Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
+    **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),
 }
 
 

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
+from tidegate.domain import canonical
+
 QUEUES = ("default", "gpu")
 STEPS = ("ok", "flaky", "fatal", "slow", "long", "dear", "once", "once_flaky", "odd")
 OFTEN = ("ok", "ok", "ok", "flaky", "once", "once_flaky", "long", "dear")
@@ -59,7 +61,38 @@ def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, A
         "max_steps": rng.choice((6, 50, 50, 50)),
         "failure_mode": rng.choice(("fail_fast", "continue")),
         "workflows": {"inner@1": _inner(rng, now_ms)} if children else {},
+        **({"evolution": _evolution(rng)} if rng.random() < 0.9 else {}),
     }
+
+
+def _evolution(rng: Random) -> dict[str, Any]:
+    """Return whether runs may change their graphs, and who decides."""
+    rules: dict[str, Any] = {"mode": rng.choice(("disabled", "optional", "optional", "optional", "required"))}
+    if rng.random() < 0.3:
+        rules["approval"] = True
+        if rng.random() < 0.6:
+            rules["expires_s"] = rng.choice((0.5, 2, 8))
+    if rng.random() < 0.3:
+        rules["max_changes"] = rng.randint(1, 2)
+    return rules
+
+
+def proposal(rng: Random, step_id: str) -> str:
+    """Return a change that a step proposes: few names, so that changes meet; some fit nowhere, and one is no JSON."""
+    if rng.random() < 0.03:
+        return rng.choice(("[", '{"nodes":{"x":5}}', "{}"))
+    names = rng.sample(("x0", "x1", "x2"), rng.randint(0, 2))
+    nodes: dict[str, Any] = {}
+    for name in names:
+        nodes[name] = {"kind": "step", "function": rng.choice(OFTEN)}
+        if rng.random() < 0.15:
+            nodes[name] = {"kind": "map", "function": rng.choice(OFTEN), "over": rng.choice(MAPPED)}
+        elif rng.random() < 0.1:
+            nodes[name] = _wait(rng, 0) if rng.random() < 0.5 else {"kind": "step", "function": "unknown"}
+    here = step_id.partition("/")[0]
+    before, after = (here, *names, here, "n0", "n1"), (*names, *names, "n2", "n3", "n4")
+    edges = [_edge(rng, rng.choice(before), rng.choice(after)) for _ in range(rng.choice((0, 0, 1, 2)))]
+    return canonical.dumps({"nodes": nodes, "edges": edges, "because": "sim"})
 
 
 def _inner(rng: Random, now_ms: int) -> dict[str, Any]:

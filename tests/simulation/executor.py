@@ -33,13 +33,14 @@ LAST_WORDS_TURNS = 20
 
 @dataclass(slots=True)
 class Outcome:
-    """What a function will do: for how long, how it ends, and what it reports to have cost."""
+    """What a function will do: for how long, how it ends, what it reports to have cost, and the change that it proposes."""
 
     runs_ms: int
     value: Any = None
     error: str = ""
     retryable: bool = True
     cost_micros: int | None = None
+    change: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -289,7 +290,7 @@ class ExecutorLife(Life):
 def _result(task: StepTask, outcome: Outcome, spent: results.Spent) -> StepResult:
     if outcome.error:
         return results.failed(task, outcome.error, "as it was made to", retryable=outcome.retryable, spent=spent)
-    return results.succeeded(task, outcome.value, spent)
+    return results.succeeded(task, outcome.value, spent, change=outcome.change)
 
 
 __all__ = ["ExecutorLife", "Outcome", "ProcessIdentity"]

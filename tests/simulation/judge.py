@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.budgets import PREFIXES, BudgetJudge
+from simulation.change_books import ChangeBooks
 from simulation.wait_books import WaitBooks
 from simulation.work import BOUNDS, RULES
 from tidegate import codec
@@ -125,6 +126,7 @@ class Judge:
         self.books = Books()
         self.limits = LimitBooks(BOUNDS)
         self.waits = WaitBooks(self.require)
+        self.changes = ChangeBooks(self.require)
         self.budgets = BudgetJudge(self.require, self.books.budgets)
         self.effects: Counter[tuple[str, str]] = Counter()
         self.commands: dict[tuple[str, str], RunCommand] = {}
@@ -179,6 +181,9 @@ class Judge:
                 "attempts lost": len(self.lost),
                 "waits ended": self.waits.ended,
                 "attempts held back": self.waits.held_back,
+                "changes accepted": self.changes.accepted,
+                "changes rejected": self.changes.rejected,
+                "changes in conflict": self.changes.conflicts,
                 "outside calls ended": self.waits.outside,
                 "failures under a rule": self.by_rule.total(),
                 **self.budgets.counts,
@@ -433,6 +438,7 @@ class Judge:
         run_id = entry.subject
         if getattr(event, "code", "") == "internal_error" or getattr(event, "error_class", "") == "InternalError":
             self.fail(f"{run_id}: a decision failed: {event}")
+        self.changes.event(run_id, event)
         if isinstance(event, re.RunStarted):
             self.definitions[run_id] = event.definition
         elif isinstance(event, re.StepReady):
@@ -449,9 +455,9 @@ class Judge:
         elif isinstance(event, re.StepSucceeded):
             self.ended[run_id, event.step_id, event.attempt] = "succeeded"
         elif isinstance(event, re.ApprovalResolved) and event.approved:
-            if event.why != "policy":
+            if event.why == "outcome_unknown":
                 self.granted.add((run_id, event.step_id, event.attempt))
-            elif self.budgets.was_about_a_rule(run_id, event.step_id):
+            elif event.why == "policy" and self.budgets.was_about_a_rule(run_id, event.step_id):
                 self.agreed.add((run_id, event.step_id, event.arguments_hash))
 
     def _counted_by_rule(self, run_id: str, event: re.AttemptEnded) -> None:
@@ -476,7 +482,7 @@ class Judge:
             self.require(key[:2] in self.held_from_the_start, f"(3) {name} asked for, but the step was never ready")
         else:
             self.require(
-                outcome is not None and outcome != "succeeded",
+                outcome is not None and outcome not in ("succeeded", "proposed"),
                 f"(3) {name} asked for, the one before {outcome or 'has not ended'}",
             )
         self.asked[key] = event.call

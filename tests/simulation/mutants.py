@@ -35,6 +35,7 @@ from tidegate.gate.ledger import HELD, Bucket
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import PolicySet, Verdict
 from tidegate.registry.lease import Lease
+from tidegate.scheduler import attempts as scheduler_attempts
 from tidegate.scheduler import commands as scheduler_commands
 from tidegate.scheduler import decide as scheduler_decide
 from tidegate.scheduler import holding
@@ -154,7 +155,7 @@ _on_lost = scheduler_decide._on_lost
 def _lost_is_repeated(run: Any, step: Any, item: Any) -> Any:
     events = _on_lost(run, step, item)
     if events and isinstance(events[-1], ev.ApprovalRequested):
-        return [events[0], scheduler_decide.next_attempt(step)]
+        return [events[0], scheduler_attempts.next_attempt(step)]
     return events
 
 

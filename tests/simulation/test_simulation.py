@@ -50,6 +50,9 @@ def test_there_was_work_and_trouble() -> None:
     assert total["paused by budgets"] > 50
     assert total["budgets exceeded"] > 10
     assert total["questions expired"] > 50
+    assert total["changes accepted"] > 40
+    assert total["changes rejected"] > 100
+    assert total["changes in conflict"] > 3
 
 
 def test_processes_died_at_every_failpoint() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from simulation.definitions import OUTSIDE, TOOLS, definition
+from simulation.definitions import OUTSIDE, TOOLS, definition, proposal
 from simulation.executor import Outcome
 from tidegate import codec
 from tidegate.audit.limits import Bound
@@ -67,7 +67,8 @@ def behaviour(rng: Random, task: StepTask) -> Outcome:
         cost = call.reserve_micros + rng.choice((0, 1, 30))
     elif trait == "odd" and rng.random() < 0.2:
         return Outcome(runs_ms, "this is no JSON", cost_micros=cost)
-    return Outcome(runs_ms, canonical.dumps({"n": rng.randint(0, 9)}), cost_micros=cost)
+    change = proposal(rng, task.step_id) if call.kind == "step" and rng.random() < 0.4 else ""
+    return Outcome(runs_ms, canonical.dumps({"n": rng.randint(0, 9)}), cost_micros=cost, change=change)
 
 
 def _plan(rng: Random, call: Call) -> str:

@@ -19,6 +19,7 @@ from tidegate import (
     App,
     NonRetryable,
     Plan,
+    Propose,
     State,
     ToolCall,
     context,
@@ -101,6 +102,14 @@ def three(n: int) -> dict[str, int]:
 
 
 app.graph("chain").chain(one, two, three)
+
+
+@app.step(cost_micros=10, backoff_s=0.05)
+def propose(change: dict[str, Any]) -> Propose:
+    """Propose the change that it is given."""
+    enter()
+    have_effect()
+    return Propose(change, output="proposed")
 
 
 @app.step(cost_micros=10, backoff_s=0.05)

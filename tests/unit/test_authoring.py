@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from support.pure import Pair
-from tidegate import App, Goto, Graph, NonRetryable, functions_of
+from tidegate import App, Graph, NonRetryable, functions_of
 from tidegate.domain import canonical
 from tidegate.domain.messages import StepTask
 from tidegate.domain.run import RunState
 from tidegate.domain.workflow import validate_definition, with_children
 from tidegate.sdk import json_form
 from tidegate.sdk.errors import BadArgumentsError
-from tidegate.sdk.plan import plan_of
+from tidegate.sdk.plan import given_by, plan_of
 
 PAGE = (Path(__file__).parents[2] / "docs/authoring.md").read_text(encoding="utf-8")
 CLAIM = re.compile(r"^`(\w+)` with `(.+?)` (gives|fails with) `(.+?)`[.;]", re.MULTILINE)
@@ -62,12 +62,11 @@ def call(app: App, p: Pair, task: StepTask) -> None:
         retryable = not isinstance(error, BadArgumentsError | NonRetryable)
         p.answer(task, "failed", error_class=type(error).__name__, error_message=str(error), retryable=retryable)
         return
+    given = given_by(value)
     if task.call.kind == "agent":
-        p.answer(task, value=plan_of(value).to_json())
-    elif isinstance(value, Goto):
-        p.answer(task, value=json_form.to_json(value.output), goto=value.node)
+        p.answer(task, value=plan_of(value).to_json(), change=given.change)
     else:
-        p.answer(task, value=json_form.to_json(value))
+        p.answer(task, value=json_form.to_json(given.output), goto=given.goto, change=given.change)
 
 
 def run(app: App, definition: dict[str, Any], value: Any) -> RunState:
@@ -87,6 +86,7 @@ def run(app: App, definition: dict[str, Any], value: Any) -> RunState:
 
 @pytest.mark.feature("G1")
 @pytest.mark.feature("G2")
+@pytest.mark.feature("G4")
 @pytest.mark.feature("G5")
 @pytest.mark.feature("G6")
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.graph} {claim.input}")

@@ -105,7 +105,10 @@ def test_names_of_workflows(workflow: str) -> None:
         ({"type": "signal", "run_id": "r"}, f"`event`: is missing; it {EVENT_RULE}"),
         ({"type": "signal", "run_id": "r", "event": "no name"}, f'`event`: {EVENT_RULE} (is "no name")'),
         ({"type": "respond", "run_id": "r", "attempt": 0}, "`attempt`: must be a whole number from 1 (is 0)"),
-        ({"type": "approve", "run_id": "r", "why": "x"}, '`why`: must be `policy` or `outcome_unknown` (is "x")'),
+        (
+            {"type": "approve", "run_id": "r", "why": "x"},
+            '`why`: must be `policy`, `outcome_unknown` or `change` (is "x")',
+        ),
         ([], "a request is a JSON object, not an array of 0"),
         ("5", "a request is a JSON object, not 5"),
         (

@@ -38,6 +38,7 @@ _NAMED: Final = (
     "outcome",
     "code",
     "status",
+    "conflicts_with",
     "rule",
     "why",
     "by",
@@ -161,6 +162,8 @@ def describe(event: Event) -> str:
         parts.append(f"(attempt {body.attempt})")
     if event.type == "ApprovalResolved":
         parts.append("approved" if body.approved else "rejected")
+    if event.type.startswith("GraphChange"):
+        parts.append(", ".join(body.nodes) or "no nodes")
     if event.type == "StepReady":
         parts.append(f"{body.call.function}({_one_line(body.call.arguments)})")
     parts += [f"{name}={value}" for name in _NAMED if (value := getattr(body, name, "")) and value != DEFAULT_RULE]
@@ -202,7 +205,12 @@ def ending(run: Run) -> list[Text]:
         lines.append(Text(json.dumps(run.output, ensure_ascii=False, indent=2)))
     for approval in run.approvals:
         arguments = json.dumps(approval.arguments, ensure_ascii=False)
-        lines.append(Text(f"  {approval.step_id} asks: {approval.function}({_one_line(arguments)})", style="magenta"))
+        asked = (
+            f"wants {_one_line(arguments)}"
+            if approval.why == "change"
+            else f"{approval.function}({_one_line(arguments)})"
+        )
+        lines.append(Text(f"  {approval.step_id} asks: {asked}", style="magenta"))
         lines.append(Text(f"    {approval.why}, rule {approval.rule or '-'}: {approval.reason or '-'}"))
         lines.append(_how_to_answer(run.run_id, approval.step_id, approval.attempt, approval.why))
     for wait in run.waits:

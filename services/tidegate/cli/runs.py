@@ -64,7 +64,7 @@ Attempt = Annotated[
     int | None, typer.Option("--attempt", min=1, help="Of the question that is meant; another one is not answered.")
 ]
 Why = Annotated[
-    str | None, typer.Option("--why", help="policy or outcome_unknown: as the question that is meant says.")
+    str | None, typer.Option("--why", help="policy, outcome_unknown or change: as the question that is meant says.")
 ]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0.0, help="Seconds after which to give up waiting.")]
 Url = Annotated[

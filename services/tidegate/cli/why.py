@@ -19,7 +19,7 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.sdk.bound_inputs import BoundInput, bound_inputs
-from tidegate.sdk.client import Client
+from tidegate.sdk.client import Client, Event
 from tidegate.sdk.reading import ValidEntries
 
 app = typer.Typer(add_completion=False)
@@ -53,17 +53,20 @@ def why(
 ) -> None:
     """Say why the gate allowed, denied, asked about, paused or keeps waiting a step: rule, version, values, budget numbers.
 
-    Of a step also how its input was bound: which expression read what, and gave which value. Read from the log itself.
+    Of a step also how its input was bound: which expression read what, and gave which value; and what became of the changes of the
+    run's graph that steps have proposed. Read from the logs themselves.
     Exit codes: 0 done; 3 Kafka does not answer; 4 there is no such run, or the gate was never asked.
     """
     broker = KafkaBroker(KafkaSettings())
     with Client(broker) as client:
         run, folded = client.get_folded(run_id)
+        changes = list(of_changes(client.events(run_id), step_id))
     bound = [] if step_id is None or step_id not in folded.steps else bound_inputs(folded, step_id)
     for part in bound:
         typer.echo(json.dumps(part._asdict(), ensure_ascii=False) if as_json else shown_input(part))
     with Console(stderr=True).status(f"reading {LEDGER} …"):
-        lines = list(story(_ledger_of(broker, run.account), run_id, step_id))
+        found = [*story(_ledger_of(broker, run.account), run_id, step_id), *changes]
+    lines = sorted(found, key=lambda line: line.at_ms)
     if not lines and not bound:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
         because = f": {run.reason}" if run.reason else ""
@@ -105,6 +108,22 @@ def story(messages: Iterable[Message], run_id: str, step_id: str | None) -> Iter
                 get("policy"),
                 get("values"),
             )
+
+
+def of_changes(events: Iterable[Event], step_id: str | None) -> Iterator[Line]:
+    """Yield what a run's log says of the changes of its graph."""
+    for at in events:
+        say = _OF_CHANGES.get(at.type)
+        if say is not None and step_id in (None, at.data.step_id):
+            change = getattr(at.data, "change", "")
+            yield Line(at.at_ms, at.data.step_id, getattr(at.data, "attempt", 0), say(at.data), "", "", change)
+
+
+_OF_CHANGES: Final[dict[str, Callable[[Any], str]]] = {
+    "GraphChangeProposed": lambda event: f"proposes to add {', '.join(event.nodes) or 'edges'}",
+    "GraphChangeAccepted": lambda event: f"its change was accepted: {', '.join(event.nodes) or 'edges'}",
+    "GraphChangeRejected": lambda event: f"its change was rejected ({event.code}): {event.reason}",
+}
 
 
 def vars_of(event: Any) -> Callable[[str], str]:

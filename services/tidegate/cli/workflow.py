@@ -139,12 +139,20 @@ def graph(
     name: Annotated[
         str,
         typer.Argument(help="A published workflow: `name` or `name@version`; or a file or an app, as for `validate`."),
-    ],
+    ] = "",
     functions_of: AppOption = "",
+    run_id: Annotated[
+        str, typer.Option("--run", metavar="RUN", help="Instead: the graph that this run goes by, as it has changed.")
+    ] = "",
     picture: Annotated[Picture, typer.Option("--format", help="What to write it as.")] = Picture.MERMAID,
 ) -> None:
     """Draw a definition as Mermaid or DOT. Of a file or an app, each of its definitions is drawn."""
-    if _is_published_name(name):
+    if bool(name) == bool(run_id):
+        usage("workflow graph", "name a workflow, a file or an app, or a run with --run")
+    if run_id:
+        with explained("workflow graph"), Client() as client:
+            definitions: list[Mapping[str, Any]] = [client.graph(run_id)]
+    elif _is_published_name(name):
         definitions = [_find("workflow graph", name)]
     else:
         with explained("workflow graph"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from tidegate.domain import expressions, waits
+from tidegate.domain.graph_changes import edge_ends
 from tidegate.domain.routes import Ancestry, form_of
 
 MAX_ROUTES: Final = 500  # each is a walk through the graph when it is judged
@@ -121,10 +122,7 @@ def _unbound(definition: Mapping[str, Any], ancestry: Ancestry, node_id: str | N
 
 
 def _edges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (edge["from"], edge["to"]) if isinstance(edge, dict) else (edge[0], edge[1])
-        for edge in definition.get("edges", ())
-    ]
+    return [edge_ends(edge) for edge in definition.get("edges", ())]
 
 
 def _routes(definition: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Iterable
 
 
-def fingerprint(
-    definition_hash: str, run_input: str, steps: Iterable[tuple[str, str, str]], status: str, output: str
-) -> str:
-    """Return SHA-256 (hex) over the definition, the input, (step id, status, output) in order of step id, and the end."""
+def fingerprint(graph: str, run_input: str, steps: Iterable[tuple[str, str, str]], status: str, output: str) -> str:
+    """Return SHA-256 (hex) over the graph, the input, (step id, status, output) in order of step id, and the end.
+
+    graph: see `Workflow.mark`.
+    """
     digest = hashlib.sha256()
 
     def add(text: str) -> None:
@@ -21,7 +22,7 @@ def fingerprint(
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
 
-    add(definition_hash)
+    add(graph)
     add(run_input)
     for step_id, step_status, step_output in sorted(steps):
         add(step_id)

@@ -404,7 +404,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
-    actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one.
+    actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one. change: the
+    nodes and edges that it proposes to add to the run's graph, JSON; empty for none.
     retry_after_ms: how long whoever refused it wants to be left alone; 0 if that was not said.
     """
 
@@ -425,6 +426,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finished_ms: int = 0
     goto: str = ""
     retry_after_ms: int = 0
+    change: str = ""
 
 
 # --- everybody ---------------------------------------------------------------

@@ -50,6 +50,11 @@ def after_success(run: RunState, step: StepState, output: str, goto: str = "") -
         return _stopped(run, changed, stop)
 
 
+def failed(run: RunState, step: StepState, code: str, reason: str) -> list[Any]:
+    """Return the failure of a step, for good, and what follows from it."""
+    return [ev.StepFailed(step_id=step.step_id, code=code, reason=reason), *after_failure(run, step, code, reason)]
+
+
 def after_failure(run: RunState, step: StepState, code: str, reason: str) -> list[Any]:
     """Return the events that follow `StepFailed`: an observation for the agent that called the tool, or what the failure
     modes say: the run's end, or what goes on without the node.
@@ -233,7 +238,7 @@ def _finish(
         if step.status == states.IN_CHILD:
             events.append(children.cancelled(step, reason))
     mark = fingerprint(
-        _workflow(run).definition_hash,
+        _workflow(run).mark,
         run.input,
         ((step_id, *final) for step_id, final in finals.items()),
         status,

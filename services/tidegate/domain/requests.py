@@ -205,7 +205,7 @@ class _Answer(_Request):
         default=None,
         description="The attempt that the question is about. If the open question is about another: refused.",
     )
-    why: Literal["policy", "outcome_unknown"] | None = Field(
+    why: Literal["policy", "outcome_unknown", "change"] | None = Field(
         default=None, description="Why it was asked. If the open question was asked for another reason: refused."
     )
 
@@ -303,7 +303,7 @@ _RULES: Final = {
     "by": "must be a string of at most 256 characters",
     "reason": "must be a string of at most 4096 characters",
     "attempt": "must be a whole number from 1",
-    "why": "must be `policy` or `outcome_unknown`",
+    "why": "must be `policy`, `outcome_unknown` or `change`",
     "event": "must be an event's name: up to 64 letters, digits, dots, dashes and underscores, no digit first",
     "key": f"must be a string of at most {MAX_KEY} characters",
 }

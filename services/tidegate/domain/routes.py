@@ -45,7 +45,7 @@ def form_of(
             (router, target)
             for router, targets in routes.items()
             for target in targets
-            if router not in _reached(roots, after, without=target)
+            if router not in reached(roots, after, without=target)
         }
         forward = [edge for edge in forward if edge not in back]
         for router, target in sorted(back):
@@ -102,7 +102,7 @@ def _successors(nodes: Iterable[str], edges: Iterable[Edge]) -> dict[str, list[s
     return found
 
 
-def _reached(starts: Iterable[str], after: Mapping[str, Iterable[str]], *, without: str = "") -> set[str]:
+def reached(starts: Iterable[str], after: Mapping[str, Iterable[str]], *, without: str = "") -> set[str]:
     """Return what can be reached from the starts (themselves included) on ways that do not pass `without`."""
     found: set[str] = set()
     ahead = [start for start in starts if start != without]
@@ -125,10 +125,10 @@ def _roots(
     """Return the nodes that a run begins with: those that nothing leads to, and the first node of a loop at the beginning."""
     led_to = {target for _, target in forward}
     roots = [node for node in nodes if node not in led_to or node in start]
-    reached = _reached(roots, after)
+    found = reached(roots, after)
     after_plain = {target for _, target in edges}
-    candidates = [node for node in nodes if node not in reached and node not in after_plain]
-    reach = {node: _reached([node], after) for node in candidates}
+    candidates = [node for node in nodes if node not in found and node not in after_plain]
+    reach = {node: reached([node], after) for node in candidates}
     for node in candidates:
         if any(node in reach[other] and other not in reach[node] for other in candidates):
             continue  # something else comes first
@@ -143,7 +143,7 @@ def _roots(
 def _body(router: str, target: str, nodes: Iterable[str], forward: Iterable[Edge]) -> frozenset[str]:
     """Return the nodes on ways from the target to the router."""
     before = _successors(nodes, [(b, a) for a, b in forward])
-    return frozenset({target, *_reached([router], before, without=target)})
+    return frozenset({target, *reached([router], before, without=target)})
 
 
 def _stuck(predecessors: Mapping[str, Sequence[str]], successors: Mapping[str, Sequence[str]]) -> list[str]:
@@ -171,7 +171,7 @@ def _held(
             for outside in successors[node]:
                 if outside in body:
                     continue
-                if node not in routes or router in _reached(roots, successors, without=node):
+                if node not in routes or router in reached(roots, successors, without=node):
                     problems.append(
                         f"edges: {node} -> {outside} leaves the loop from {router} back to {target}: only {router} may, "
                         f"and routes of nodes that every way to {router} passes"

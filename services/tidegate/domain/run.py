@@ -8,9 +8,10 @@ import msgspec
 
 from tidegate.domain import canonical, node_state, states, waits
 from tidegate.domain import run_events as ev
+from tidegate.domain.graph_changes import GRAPH, AcceptedChange, OpenProposal
 from tidegate.domain.messages import Call
 from tidegate.domain.node_state import NodeState
-from tidegate.domain.workflow import Workflow, pinned_definition
+from tidegate.domain.workflow import Workflow, evolved, pinned_definition
 
 
 class KeptSignal(msgspec.Struct, frozen=True, array_like=True):
@@ -28,7 +29,8 @@ class StepState(msgspec.Struct, array_like=True):
     attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
     doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
-    it is a workflow. rule_failures: of the failures, those that a retry rule counts, as (its label, how many).
+    it is a workflow. rule_failures: of the failures, those that a retry rule counts, as (its label, how many). proposal: the
+    change of the graph that it proposes, until that is decided on.
     """
 
     step_id: str
@@ -50,11 +52,13 @@ class StepState(msgspec.Struct, array_like=True):
     waits_for: str = ""
     child_run_id: str = ""
     rule_failures: tuple[tuple[str, int], ...] = ()  # no dict: nearly all steps have none
+    proposal: OpenProposal | None = None
 
 
 class RunState(msgspec.Struct, array_like=True):
     """One run. nodes: those that anything is known of; settled_nodes: how many of them are through. hops: routes taken.
-    failures: nodes that failed while the run went on, with code and reason, but for those that may.
+    failures: nodes that failed while the run went on, with code and reason, but for those that may. changes: those of its graph,
+    in order; `workflow` is the graph with them.
 
     head: SHA-256 of its last entry. changed_ms: time of its last event. Both kinds of state are msgspec structs so that
     snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `scheduler/snapshots.py`.
@@ -91,6 +95,7 @@ class RunState(msgspec.Struct, array_like=True):
     parent_run_id: str = ""
     parent_step_id: str = ""
     priority: int = 5
+    changes: tuple[AcceptedChange, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -210,6 +215,40 @@ def _approval_resolved(run: RunState, event: ev.ApprovalResolved, now_ms: int) -
     _leave_waiting(run, "ApprovalResolved")
 
 
+def _change_proposed(run: RunState, event: ev.GraphChangeProposed, now_ms: int) -> None:
+    if event.kind == GRAPH:
+        run.steps[event.step_id].proposal = OpenProposal(event.change, event.output, event.goto)
+
+
+def _change_accepted(run: RunState, event: ev.GraphChangeAccepted, now_ms: int) -> None:
+    if event.kind != GRAPH:
+        return
+    step = run.steps[event.step_id]
+    if step.proposal is None:
+        raise states.IllegalTransitionError(f"step {event.step_id} has proposed no change")
+    take_change(run, AcceptedChange(event.step_id, step.proposal.change))
+    step.proposal = None
+    if run.workflow is not None and run.workflow.graph_hash != event.graph_hash:
+        raise states.IllegalTransitionError(f"the change of step {event.step_id} gives another graph than it gave")
+
+
+def _change_rejected(run: RunState, event: ev.GraphChangeRejected, now_ms: int) -> None:
+    if event.kind == GRAPH:
+        run.steps[event.step_id].proposal = None
+
+
+def take_change(run: RunState, change: AcceptedChange) -> None:
+    """Make a change part of the run's graph."""
+    run.changes = (*run.changes, change)
+    run.workflow = graph_of(run)
+
+
+def graph_of(run: RunState) -> Workflow:
+    """Return the run's graph: its pinned definition with the changes that were accepted."""
+    assert run.workflow is not None  # noqa: S101 - a run that changes has a definition
+    return evolved(run.workflow.definition, tuple(one.change for one in run.changes))
+
+
 def _approval_expired(run: RunState, event: ev.ApprovalExpired, now_ms: int) -> None:
     step = run.steps[event.step_id]
     _move_step(step, "ApprovalExpired", states.ENDED)
@@ -258,8 +297,12 @@ def _signal_received(run: RunState, event: ev.SignalReceived, now_ms: int) -> No
 
 def _attempt_ended(run: RunState, event: ev.AttemptEnded, now_ms: int) -> None:
     step = run.steps[event.step_id]
+    was_asking = step.status == states.AWAITING_APPROVAL
     _move_step(step, "AttemptEnded", states.ENDED if event.retry_at_ms is None else states.BACKING_OFF)
     step.retry_at_ms = event.retry_at_ms
+    if was_asking:
+        step.approval = None
+        _leave_waiting(run, "AttemptEnded")
     step.error = f"{event.error_class}: {event.error_message}" if event.error_class else event.error_message
     if event.outcome == "lost":
         step.losses += 1
@@ -324,7 +367,7 @@ def _step_cancelled(run: RunState, event: ev.StepCancelled, now_ms: int) -> None
     step = run.steps[event.step_id]
     was_waiting = step.status in (states.AWAITING_APPROVAL, states.WAITING)
     _move_step(step, "StepCancelled", states.CANCELLED)
-    step.approval = None
+    step.approval = step.proposal = None
     step.retry_at_ms = None
     if was_waiting:
         _leave_waiting(run, "StepCancelled")
@@ -421,5 +464,8 @@ _HANDLERS: dict[type, Any] = {
     ev.ChildEnded: _child_ended,
     ev.ChildCancelled: _told,
     ev.EndReported: _told,
+    ev.GraphChangeProposed: _change_proposed,
+    ev.GraphChangeAccepted: _change_accepted,
+    ev.GraphChangeRejected: _change_rejected,
     **node_state.HANDLERS,
 }

@@ -137,7 +137,8 @@ class AttemptAwaitsBudget(
 class ApprovalRequested(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalRequested", tag_field=TAG_FIELD
 ):
-    """A human is asked. why: `policy` (the gate holds the attempt) or `outcome_unknown` (it may already have had its effect).
+    """A human is asked. why: `policy` (the gate holds the attempt), `outcome_unknown` (it may already have had its effect) or
+    `change` (the attempt has ended, and the change of the graph that it proposes is to be decided on).
 
     values: what the rule looked at, canonical JSON or empty. expires_at_ms: when the question lapses, 0 for never.
     """
@@ -247,9 +248,10 @@ class SignalReceived(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="S
 class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptEnded", tag_field=TAG_FIELD):
     """An attempt ended without success.
 
-    outcome: `failed`, `timed_out`, `released`, `busy`, `lost`, `denied` or `expired` (its approval; the answer crossed the
-    gate's clock). retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran,
-    0 if it did not. rule, policy, values: of a denial. retry_rule: the rule for its error class that counts it, if there is one.
+    outcome: `failed`, `timed_out`, `released`, `busy`, `lost`, `denied`, `expired` (its approval; the answer crossed the gate's
+    clock) or `proposed` (it did what it should; whether its step succeeds depends on the change that it proposes).
+    retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran, 0 if it did
+    not. rule, policy, values: of a denial. retry_rule: the rule for its error class that counts it, if there is one.
     """
 
     step_id: str
@@ -484,6 +486,58 @@ class EndReported(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="EndR
     reason: str
 
 
+class GraphChangeProposed(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="GraphChangeProposed", tag_field=TAG_FIELD
+):
+    """A step wants to have nodes and edges added to the run's graph, or, as an agent's plan, calls of tools.
+
+    kind: `graph` or `plan`. nodes: the nodes that it adds; of a plan, the steps of all its calls. change: canonical JSON with
+    `nodes`, `edges` and `because`; empty of a plan, whose calls stand in the step's output, and of what cannot be read. held: a
+    person decides; output and goto are then what the step gives besides, for when that is done.
+    """
+
+    step_id: str
+    node_id: str
+    attempt: int
+    kind: str
+    nodes: tuple[str, ...]
+    change: str = ""
+    held: bool = False
+    output: str = ""
+    goto: str = ""
+
+
+class GraphChangeAccepted(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="GraphChangeAccepted", tag_field=TAG_FIELD
+):
+    """What the step proposed is part of the run from here on. kind, nodes: as proposed; of a plan, the calls that can be made.
+
+    graph_hash: SHA-256 of the nodes and edges as they are then; empty of a plan.
+    """
+
+    step_id: str
+    kind: str
+    nodes: tuple[str, ...]
+    graph_hash: str = ""
+
+
+class GraphChangeRejected(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="GraphChangeRejected", tag_field=TAG_FIELD
+):
+    """What the step proposed is not done. kind: as proposed. nodes: of a plan, the calls that cannot be made.
+
+    code: `evolution_disabled`, `invalid`, `too_large`, `too_many`, `conflict` (it does not go together with an earlier change, of
+    step conflicts_with), `rejected` (by a person), `expired` (nobody decided in time) or `bad_calls` (of a plan).
+    """
+
+    step_id: str
+    kind: str
+    code: str
+    reason: str
+    conflicts_with: str = ""
+    nodes: tuple[str, ...] = ()
+
+
 RunEvent = (
     RunStarted
     | RunRefused
@@ -521,4 +575,7 @@ RunEvent = (
     | ChildCancelled
     | EndReported
     | AttemptAwaitsBudget
+    | GraphChangeProposed
+    | GraphChangeAccepted
+    | GraphChangeRejected
 )

@@ -44,6 +44,7 @@ RUN_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (RUNNING, "WaitStarted"): (WAITING,),
     (WAITING, "WaitStarted"): (WAITING,),
     (WAITING, "WaitEnded"): (RUNNING, WAITING),
+    (WAITING, "AttemptEnded"): (RUNNING, WAITING),
     (RUNNING, "RunFinished"): (SUCCEEDED, FAILED, CANCELLED),
 }
 
@@ -66,6 +67,8 @@ STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     # The lost attempt's result turned up while a human was being asked whether to repeat it: the question answers itself.
     (AWAITING_APPROVAL, "StepSucceeded"): (SUCCEEDED,),
     (BACKING_OFF, "StepSucceeded"): (SUCCEEDED,),
+    # That result proposes a change, on which a human is to decide: another question takes the place of this one.
+    (AWAITING_APPROVAL, "AttemptEnded"): (ENDED,),
     # Paused: the next attempt is due, but not asked for.
     (BACKING_OFF, "AttemptHeld"): (HELD,),
     (ENDED, "AttemptHeld"): (HELD,),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed, call_of
+from tidegate.domain.graph_changes import PLAN
 from tidegate.domain.identity import agent_turn_step, tool_call_step
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Workflow
+
+MAX_REASON: Final = 4_000
 
 
 def first_turn(workflow: Workflow, node_id: str, path: str, wave: int, value: str) -> ev.StepReady:
@@ -20,12 +23,32 @@ def first_turn(workflow: Workflow, node_id: str, path: str, wave: int, value: st
 def after_plan(run: RunState, workflow: Workflow, step: StepState, changed: Changed, plan: dict[str, Any]) -> list[Any]:
     """Return the steps of a plan's tool calls, or the next turn if it calls none that there is."""
     agent = workflow.document.nodes[step.node_id].function
-    tools = [
-        _called(workflow, step, agent, call)
-        for call in _calls_of(workflow, agent, step.step_id, plan)
-        if call.problem is None
+    calls = _calls_of(workflow, agent, step.step_id, plan)
+    tools = [_called(workflow, step, agent, call) for call in calls if call.problem is None]
+    following = tools or [_next_turn(run, workflow, step.node_id, step.step_id, step.wave + 1, changed, "")]
+    return [*_as_change(step, calls), *following]
+
+
+def _as_change(step: StepState, calls: list[_PlannedCall]) -> list[Any]:
+    """Return the calls of a plan as the change of the run that they are: what is proposed, and what becomes of it."""
+    if not calls:
+        return []
+    good = tuple(call.step_id for call in calls if call.problem is None)
+    bad = tuple(call.step_id for call in calls if call.problem is not None)
+    nodes = tuple(call.step_id for call in calls)
+    found: list[Any] = [
+        ev.GraphChangeProposed(step_id=step.step_id, node_id=step.node_id, attempt=step.attempt, kind=PLAN, nodes=nodes)
     ]
-    return tools or [_next_turn(run, workflow, step.node_id, step.step_id, step.wave + 1, changed, "")]
+    if good:
+        found.append(ev.GraphChangeAccepted(step_id=step.step_id, kind=PLAN, nodes=good))
+    if bad:
+        why = "; ".join(f"{call.step_id}: {call.problem}" for call in calls if call.problem is not None)
+        found.append(
+            ev.GraphChangeRejected(
+                step_id=step.step_id, kind=PLAN, code="bad_calls", reason=why[:MAX_REASON], nodes=bad
+            )
+        )
+    return found
 
 
 def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall) -> ev.StepReady | ev.WaitStarted:

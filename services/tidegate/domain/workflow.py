@@ -13,6 +13,7 @@ from referencing.jsonschema import DRAFT202012
 
 from tidegate.domain import canonical, expressions, retries, waits
 from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems
+from tidegate.domain.graph_changes import EVOLUTION_SCHEMA, Evolution, graph_hash, merged
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.retries import Retries
 from tidegate.domain.routes import form_of
@@ -107,6 +108,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
         "success": {"enum": ["all", "any"]},
         "aggregate": {"enum": ["latest", "all", "success_only"]},
         "max_hops": {"type": "integer", "minimum": 0, "maximum": 10_000},
+        "evolution": EVOLUTION_SCHEMA,
         "workflows": {"type": "object", "propertyNames": _workflow_label, "additionalProperties": {"type": "object"}},
         "output": {},
         "input_schema": {"type": ["object", "boolean"]},
@@ -221,10 +223,14 @@ class _Document(msgspec.Struct, frozen=True):
     success: str = "all"
     aggregate: str = ""
     workflows: dict[str, Any] = {}
+    evolution: Evolution = Evolution()
 
 
 class Workflow:
     """A compiled definition: immutable, shared by all runs of the same definition hash. `definition` is its text.
+
+    Of a run that has changed its graph, `document` and what follows from it are those of the graph as it is now, `definition`
+    and its hash those that the run has pinned; graph_hash: of the nodes and edges as changed, empty if nothing was.
 
     conditions: by node, (target, expression) of its edges that have one. needs: by node, how many of the edges that lead to it
     must be taken; only of nodes that do not wait for all. is_straight: without conditions, routes and such nodes, so that
@@ -240,6 +246,7 @@ class Workflow:
         "definition_hash",
         "document",
         "form",
+        "graph_hash",
         "is_straight",
         "needs",
         "output_reads",
@@ -251,8 +258,9 @@ class Workflow:
         "successors",
     )
 
-    def __init__(self, document: _Document, definition: str) -> None:
+    def __init__(self, document: _Document, definition: str, graph_hash: str = "") -> None:
         self.document = document
+        self.graph_hash = graph_hash
         self.definition = definition
         self.definition_hash = canonical.digest(definition)
         edges: list[tuple[str, str]] = []
@@ -296,6 +304,11 @@ class Workflow:
     def label(self) -> str:
         """Return `name@version`."""
         return f"{self.document.name}@{self.document.version}"
+
+    @property
+    def mark(self) -> str:
+        """Return what a run's fingerprint names its graph by: the pinned definition and what changes have made of it."""
+        return self.definition_hash + self.graph_hash
 
     def function(self, name: str) -> Function:
         """Return a function's pinned settings."""
@@ -480,3 +493,12 @@ def compile_definition(definition: str) -> Workflow:
 def pinned_definition(definition: str) -> Workflow:
     """Compile a definition that a log holds: it was judged when its run began, by the rules of that time."""
     return Workflow(msgspec.json.decode(definition, type=_Document), definition)
+
+
+@lru_cache(maxsize=256)
+def evolved(definition: str, changes: tuple[str, ...]) -> Workflow:
+    """Return the graph that accepted changes, canonical JSON in order, have made of a pinned definition."""
+    if not changes:
+        return pinned_definition(definition)
+    made = merged(canonical.loads(definition), changes)
+    return Workflow(msgspec.json.decode(canonical.dumps(made), type=_Document), definition, graph_hash(made))

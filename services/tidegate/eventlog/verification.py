@@ -112,7 +112,7 @@ def _verify_end(name: str, run: RunState, report: Report) -> None:
     if run.workflow is None or not run.fingerprint:
         return
     steps: list[tuple[str, str, str]] = [(s.step_id, s.status, s.output or "") for s in run.steps.values()]
-    if fingerprint(run.workflow.definition_hash, run.input, steps, run.status, run.output) != run.fingerprint:
+    if fingerprint(run.workflow.mark, run.input, steps, run.status, run.output) != run.fingerprint:
         report.note(f"{name}: its fingerprint is not that of its steps and its output")
 
 

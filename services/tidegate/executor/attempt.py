@@ -194,7 +194,7 @@ class Attempt:
 
     def _result(self, ending: Ending) -> StepResult:
         if ending.outcome == results.SUCCEEDED:
-            return results.succeeded(self.task, ending.output, self._spent(), ending.goto)
+            return results.succeeded(self.task, ending.output, self._spent(), ending.goto, ending.change)
         if ending.outcome == results.TIMED_OUT:
             return results.timed_out(self.task, self._call.timeout_ms / 1000, self._spent(), ending.error_message)
         return results.failed(

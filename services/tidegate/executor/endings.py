@@ -9,24 +9,27 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.domain import canonical
+from tidegate.domain.graph_changes import MAX_CHANGE_BYTES
 from tidegate.domain.retries import MAX_RETRY_AFTER_MS
 from tidegate.executor import results
 from tidegate.sdk import json_form
-from tidegate.sdk.binding import AGENT, STEP
+from tidegate.sdk.binding import AGENT, TOOL
 from tidegate.sdk.context import Meter
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
-from tidegate.sdk.plan import Goto, plan_of
+from tidegate.sdk.plan import Given, given_by, plan_of
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """How a function ended. outcome: as in a result. output: canonical JSON; goto: the node that it chose, if any.
+    """How a function ended. outcome: as in a result. output: canonical JSON.
 
+    goto: the node that it chose; change: what it proposes to add to the graph of its run; both may be empty.
     error_class, error_message, retryable: of a failure. retry_after_ms: for how long it asks to be left alone.
     """
 
     outcome: str
     output: str = ""
     goto: str = ""
+    change: str = ""
     error_class: str = ""
     error_message: str = ""
     retryable: bool = True
@@ -70,7 +73,7 @@ def returned(kind: str, value: Any, meter: Meter, output_max_bytes: int) -> Endi
     """The function of that kind returned. Raises what `raised` makes a failure of, if the value cannot be used."""
     if inspect.isawaitable(value):
         raise NotJsonError("output: an awaitable; declare the function with `async def`")
-    goto = ""
+    given = Given(value) if kind == TOOL else given_by(value)
     if kind == AGENT:
         plan = plan_of(value)
         if plan.cost_micros is not None:
@@ -78,16 +81,17 @@ def returned(kind: str, value: Any, meter: Meter, output_max_bytes: int) -> Endi
         meter.add_usage(plan.usage)
         text = canonical.dumps(plan.to_json())
     else:
-        if isinstance(value, Goto) and kind == STEP:
-            goto, value = value.node, value.output
-        text = json_form.to_text(value)
+        text = json_form.to_text(given.output)
     size = len(text.encode())
     if size > output_max_bytes:
         raise OutputTooLargeError(
             f"the output has {size} bytes as JSON, at most {output_max_bytes} are taken "
             "(TIDEGATE_EXECUTOR_OUTPUT_MAX_BYTES, or the function's output_max_bytes); keep it elsewhere and return where"
         )
-    return Ending(outcome=results.SUCCEEDED, output=text, goto=goto)
+    if (size := len(given.change.encode())) > MAX_CHANGE_BYTES:
+        raise OutputTooLargeError(f"the change has {size} bytes as JSON, at most {MAX_CHANGE_BYTES} are taken")
+    goto = "" if kind == AGENT else given.goto
+    return Ending(outcome=results.SUCCEEDED, output=text, goto=goto, change=given.change)
 
 
 def raised(error: BaseException, *, has_returned: bool) -> Ending:

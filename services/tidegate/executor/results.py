@@ -35,11 +35,14 @@ class Spent:
 NOTHING_SPENT: Final = Spent(None, {}, 0, 0)
 
 
-def succeeded(task: StepTask, output: str, spent: Spent, goto: str = "") -> StepResult:
-    """The function returned, and perhaps chose the next node. Without a report it cost what was set aside for it."""
+def succeeded(task: StepTask, output: str, spent: Spent, goto: str = "", change: str = "") -> StepResult:
+    """The function returned, and perhaps chose the next node or proposed a change of the graph.
+
+    Without a report it cost what was set aside for it.
+    """
     declared = task.call.reserve_micros if task.call is not None else 0
     cost = declared if spent.cost_micros is None else spent.cost_micros
-    return _result(task, SUCCEEDED, spent, output=output, actual_micros=cost, goto=goto)
+    return _result(task, SUCCEEDED, spent, output=output, actual_micros=cost, goto=goto, change=change)
 
 
 def failed(

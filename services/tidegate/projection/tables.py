@@ -45,6 +45,7 @@ REBUILT_VIEWS: Final = (
     "spend",
     "approvals",
     "waits",
+    "graph_changes",
     "instances",
     "dead_letters",
     "unreadable",

@@ -7,11 +7,13 @@ from typing import Any, Final
 
 from tidegate.domain import canonical, children, progress, states, waits
 from tidegate.domain import run_events as ev
+from tidegate.domain.evolution import Problem
 from tidegate.domain.messages import RunCommand
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.domain.workflow import FAILURE_MODES, DefinitionError, compile_definition
+from tidegate.scheduler import attempts, evolution
 from tidegate.scheduler import waits as waiting
-from tidegate.scheduler.decide import failed, next_attempt, output_problem
+from tidegate.scheduler.decide import output_problem
 
 UNKNOWN: Final = "outcome_unknown"
 AGAIN, FAIL, DONE = "again", "fail", "done"
@@ -159,23 +161,25 @@ def _resolved(run: RunState, step: StepState, command: RunCommand, answer: str, 
         # The gate would place it at once, and what the gate was told cannot be taken back.
         reason = f"run {run.run_id} is paused: resume it before you approve; the question stays open"
         return [_refused(command, "run_is_paused", reason)]
-    resolved = ev.ApprovalResolved(
-        command_id=command.command_id,
-        step_id=step.step_id,
-        attempt=asked.attempt,
-        why=asked.why,
+    resolved = attempts.resolved(
+        step,
+        asked,
         approved=approved,
         by=command.by,
         reason=command.reason,
-        arguments_hash=asked.arguments_hash,
+        command_id=command.command_id,
         answer=answer,
     )
     if not approved:
         reason = f"rejected by {command.by or 'a human'}" + (f": {command.reason}" if command.reason else "")
-        return [resolved, *failed(run, step, "rejected", reason)]
+        if asked.why == evolution.CHANGE:
+            return [resolved, *evolution.declined(run, step, Problem("rejected", reason))]
+        return [resolved, *progress.failed(run, step, "rejected", reason)]
+    if asked.why == evolution.CHANGE:
+        return [resolved, *evolution.approved(run, step)]
     if asked.why == "policy" or answer == DONE:
         return [resolved]
-    return [resolved, next_attempt(step)]
+    return [resolved, attempts.next_attempt(step)]
 
 
 def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str) -> StepState | ev.CommandRefused:
@@ -255,7 +259,7 @@ def _outcome_known(run: RunState, step: StepState, command: RunCommand) -> Event
         return [_refused(command, "invalid_answer", f"{step.step_id}: {problem}; the question stays open")]
     return [
         *_resolved(run, step, command, DONE, approved=True),
-        waiting.output_given(step, output, command.by or "a human"),
+        attempts.output_given(step, output, command.by or "a human"),
         *progress.after_success(run, step, output),
     ]
 

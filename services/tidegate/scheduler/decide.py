@@ -27,7 +27,7 @@ from tidegate.domain.messages import (
     Unanswered,
 )
 from tidegate.domain.run import RunState, StepState, apply
-from tidegate.scheduler import waits
+from tidegate.scheduler import attempts, evolution, waits
 
 MAX_LOSSES: Final = 10
 BUSY_RETRY_MS: Final = 25
@@ -138,10 +138,10 @@ def _on_unanswered(run: RunState, step: StepState, item: Unanswered) -> Events:
             step_id=step.step_id, attempt=item.attempt, rule=item.rule, policy=item.policy, reason=item.reason
         )
     elif step.status == states.REQUESTED:
-        ended = _ended(step, item.attempt, "expired", "ApprovalExpired", item.reason)
+        ended = attempts.ended(step, item.attempt, "expired", "ApprovalExpired", item.reason)
     else:
         return []
-    return [ended, *failed(run, step, "approval_expired", item.reason)]
+    return [ended, *progress.failed(run, step, "approval_expired", item.reason)]
 
 
 def _on_answered(step: StepState, item: Answered) -> Events:
@@ -150,16 +150,7 @@ def _on_answered(step: StepState, item: Answered) -> Events:
     if step.status != states.AWAITING_APPROVAL or asked is None or asked.why != "policy":
         return []
     return [
-        ev.ApprovalResolved(
-            command_id="",
-            step_id=step.step_id,
-            attempt=item.attempt,
-            why=asked.why,
-            approved=True,
-            by=item.by,
-            reason=item.reason,
-            arguments_hash=asked.arguments_hash,
-        )
+        attempts.resolved(step, asked, approved=True, by=item.by, reason=item.reason),
     ]
 
 
@@ -168,9 +159,9 @@ def _on_denied(run: RunState, step: StepState, item: Denied) -> Events:
     code = "queue_full" if item.rule == "queue_full" else "denied"
     later = f"; try again in {item.retry_after_ms} ms" if item.retry_after_ms else ""
     reason = f"{item.reason}{later}"
-    ended = _ended(step, item.attempt, "denied", "QueueFull" if code == "queue_full" else "Denied", reason)
+    ended = attempts.ended(step, item.attempt, "denied", "QueueFull" if code == "queue_full" else "Denied", reason)
     ended = msgspec.structs.replace(ended, rule=item.rule, policy=item.policy, values=item.values)
-    return [ended, *failed(run, step, code, f"denied by {item.rule}: {reason}")]
+    return [ended, *progress.failed(run, step, code, f"denied by {item.rule}: {reason}")]
 
 
 def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
@@ -190,7 +181,7 @@ def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
         incarnation=item.incarnation,
     )
     if step.losses + 1 >= MAX_LOSSES:
-        return [ended, *failed(run, step, "attempts_exhausted", f"its executor went away {MAX_LOSSES} times")]
+        return [ended, *progress.failed(run, step, "attempts_exhausted", f"its executor went away {MAX_LOSSES} times")]
     if not step.call.idempotent:
         return [
             ended,
@@ -204,7 +195,7 @@ def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
                 arguments_hash=canonical.digest(step.call.arguments),
             ),
         ]
-    return [ended, next_attempt(step)]
+    return [ended, attempts.next_attempt(step)]
 
 
 # --- results ---------------------------------------------------------------
@@ -221,7 +212,7 @@ def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
     if run.is_over or result.attempt != step.attempt or not _still_counts(step, result):
         return [_ignored(run, step, result)]
     if result.outcome == "succeeded":
-        return _on_success(run, step, result)
+        return _on_success(run, step, result, now_ms)
     return _on_failure(run, step, result, now_ms)
 
 
@@ -262,7 +253,7 @@ def on_error(run: RunState, record: GateDecision | StepResult, error: Exception)
         if not run.is_over and step is not None and step.attempt == attempt and step.status not in states.STEP_TERMINAL:
             result = _bounded(record) if isinstance(record, StepResult) else None
             return [
-                _ended(step, attempt, "failed", "InternalError", reason, result),
+                attempts.ended(step, attempt, "failed", "InternalError", reason, result),
                 ev.StepFailed(step_id=step_id, code="internal_error", reason=reason),
                 *progress.broken(run, step, f"step {step_id}: {reason}"),
             ]
@@ -308,24 +299,14 @@ def _ignored(run: RunState, step: StepState, result: StepResult) -> ev.ResultIgn
     )
 
 
-def _on_success(run: RunState, step: StepState, result: StepResult) -> Events:
+def _on_success(run: RunState, step: StepState, result: StepResult, now_ms: int) -> Events:
     problem = output_problem(step, result.output)
     if problem is not None:
-        ended = _ended(step, result.attempt, "failed", "BadOutput", problem, result)
-        return [ended, *failed(run, step, "bad_output", problem)]
-    succeeded = ev.StepSucceeded(
-        step_id=step.step_id,
-        attempt=result.attempt,
-        output=result.output,
-        actual_micros=result.actual_micros,
-        usage=result.usage,
-        instance_id=result.instance_id,
-        incarnation=result.incarnation,
-        started_ms=result.started_ms,
-        finished_ms=result.finished_ms,
-        goto=result.goto,
-    )
-    return [succeeded, *progress.after_success(run, step, result.output, result.goto)]
+        ended = attempts.ended(step, result.attempt, "failed", "BadOutput", problem, result)
+        return [ended, *progress.failed(run, step, "bad_output", problem)]
+    if result.change:
+        return evolution.proposed(run, step, result, now_ms)
+    return [attempts.succeeded(step, result), *progress.after_success(run, step, result.output, result.goto)]
 
 
 def output_problem(step: StepState, output: str) -> str | None:
@@ -348,16 +329,19 @@ def output_problem(step: StepState, output: str) -> str | None:
 
 def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int) -> Events:
     if result.outcome == "busy":
-        retry_at_ms = now_ms + BUSY_RETRY_MS + int(BUSY_RETRY_MS * _jitter(run.run_id, step))
-        return [_ended(step, result.attempt, "busy", "Busy", "the executor had no free slot", result, retry_at_ms)]
+        again_ms = now_ms + BUSY_RETRY_MS + int(BUSY_RETRY_MS * _jitter(run.run_id, step))
+        return [attempts.ended(step, result.attempt, "busy", "Busy", "the executor had no free slot", result, again_ms)]
     if result.outcome == "released":
-        return [_ended(step, result.attempt, "released", "Released", result.error_message, result), next_attempt(step)]
+        return [
+            attempts.ended(step, result.attempt, "released", "Released", result.error_message, result),
+            attempts.next_attempt(step),
+        ]
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
     settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
     failure = retries.Failure(result.error_class, result.retryable, result.retry_after_ms)
     verdict = retries.judge(settings, failure, dict(step.rule_failures), step.failures, _jitter(run.run_id, step))
     due_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
-    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, due_ms)
+    ended = attempts.ended(step, result.attempt, outcome, result.error_class, result.error_message, result, due_ms)
     if verdict.rule:
         ended = msgspec.structs.replace(ended, retry_rule=verdict.rule)
     if due_ms is not None:
@@ -366,14 +350,14 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
     if verdict.code == retries.EXHAUSTED:
         under = f" under the retry rule {verdict.rule}" if verdict.rule else ""
         reason = f"{verdict.failures} of {verdict.max_attempts} attempts failed{under}, the last with {reason}"
-    return [ended, *failed(run, step, verdict.code, reason)]
+    return [ended, *progress.failed(run, step, verdict.code, reason)]
 
 
 # --- timers ---------------------------------------------------------------
 
 
 def on_timer(run: RunState, step_id: str, attempt: int, now_ms: int) -> Events:
-    """Return what time does to this step after `attempt`: a back-off or a wait is over."""
+    """Return what time does to this step after `attempt`: a back-off, a wait or a question is over."""
     step = run.steps.get(step_id)
     if step is None or run.is_over or step.attempt != attempt:
         return []
@@ -382,46 +366,12 @@ def on_timer(run: RunState, step_id: str, attempt: int, now_ms: int) -> Events:
         return []
     if step.status == states.WAITING:
         return waits.on_due(run, step, now_ms)
-    return [next_attempt(step)]
+    if step.status == states.AWAITING_APPROVAL:
+        return evolution.expired(run, step)
+    return [attempts.next_attempt(step)]
 
 
 # --- parts ---------------------------------------------------------------
-
-
-def next_attempt(step: StepState) -> ev.AttemptRequested:
-    return ev.AttemptRequested(step_id=step.step_id, attempt=step.attempt + 1, call=step.call)
-
-
-def _ended(
-    step: StepState,
-    attempt: int,
-    outcome: str,
-    error_class: str,
-    message: str,
-    result: StepResult | None = None,
-    retry_at_ms: int | None = None,
-) -> ev.AttemptEnded:
-    return ev.AttemptEnded(
-        step_id=step.step_id,
-        attempt=attempt,
-        outcome=outcome,
-        error_class=error_class,
-        error_message=message,
-        actual_micros=0 if result is None else result.actual_micros,
-        usage={} if result is None else result.usage,
-        retry_at_ms=retry_at_ms,
-        instance_id="" if result is None else result.instance_id,
-        incarnation=-1 if result is None else result.incarnation,
-        started_ms=0 if result is None else result.started_ms,
-        finished_ms=0 if result is None else result.finished_ms,
-    )
-
-
-def failed(run: RunState, step: StepState, code: str, reason: str) -> Events:
-    return [
-        ev.StepFailed(step_id=step.step_id, code=code, reason=reason),
-        *progress.after_failure(run, step, code, reason),
-    ]
 
 
 def _jitter(run_id: str, step: StepState) -> float:

@@ -9,12 +9,12 @@ import msgspec
 
 from tidegate.domain import states
 from tidegate.domain.messages import Call
-from tidegate.domain.run import RunState, StepState
+from tidegate.domain.run import RunState, StepState, graph_of
 from tidegate.domain.workflow import Workflow, pinned_definition
 from tidegate.scheduler import waits
 
 # Counts up with every change of the fields of RunState and StepState, or of what they mean.
-SNAPSHOT_FORMAT: Final = 6
+SNAPSHOT_FORMAT: Final = 7
 
 NO_CALL: Final = Call(
     kind="", function="", queue="", arguments="", timeout_ms=0, reserve_micros=0, idempotent=True
@@ -73,7 +73,10 @@ def load(data: bytes, definitions: Mapping[str, str]) -> RunState:
     def compiled(_: type, definition_hash: Any) -> Workflow:
         return pinned_definition(definitions[definition_hash])
 
-    return msgspec.msgpack.decode(_parts(data)[2], type=RunState, dec_hook=compiled)
+    run = msgspec.msgpack.decode(_parts(data)[2], type=RunState, dec_hook=compiled)
+    if run.changes:
+        run.workflow = graph_of(run)
+    return run
 
 
 def outlook(data: bytes) -> Outlook:

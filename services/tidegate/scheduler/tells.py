@@ -131,7 +131,7 @@ def _end(event: ev.AttemptEnded | ev.ResultIgnored) -> GateItem | None:
         return None
     if event.outcome in _UNPAID and not event.actual_micros:
         return Release(step_id=event.step_id, attempt=event.attempt, reason=event.outcome)
-    return _settlement(event, event.outcome)
+    return _settlement(event, "succeeded" if event.outcome == "proposed" else event.outcome)
 
 
 def _void(event: ev.StepCancelled) -> GateItem | None:

@@ -7,6 +7,8 @@ from typing import Any, Final
 from tidegate.domain import progress, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.run import KeptSignal, RunState, StepState
+from tidegate.scheduler import attempts
+from tidegate.scheduler.evolution import CHANGE
 
 DUE: Final = "due"
 SIGNALLED: Final = "signalled"
@@ -23,10 +25,13 @@ Events = list[Any]
 def due_ms(run: RunState, step: StepState) -> int | None:
     """Return when something happens to this step by itself, Unix milliseconds; None for never.
 
-    The end of a back-off or of a wait; 0 for a wait whose event is there already.
+    The end of a back-off, of a wait or of a question about a change; 0 for a wait whose event is there already. Other questions
+    lapse by the gate's clock.
     """
     if step.status == states.BACKING_OFF:
         return step.retry_at_ms
+    if step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == CHANGE:
+        return step.approval.expires_at_ms or None
     if step.status != states.WAITING or step.wait is None:
         return None
     if kept_for(run, step.wait) is not None:
@@ -57,8 +62,7 @@ def _timed_out(run: RunState, step: StepState, wait: ev.WaitStarted) -> Events:
     if wait.on_timeout == waits.VALUE:
         return [ended, *_succeeded(run, step, wait.timeout_value)]
     reason = f"nothing came within {(wait.timeout_ms or 0) / 1000:g} s: {described(wait)}"
-    failed = ev.StepFailed(step_id=step.step_id, code="wait_timed_out", reason=reason)
-    return [ended, failed, *progress.after_failure(run, step, "wait_timed_out", reason)]
+    return [ended, *progress.failed(run, step, "wait_timed_out", reason)]
 
 
 def answered(run: RunState, step: StepState, value: str, command_id: str, by: str, reason: str) -> Events:
@@ -81,23 +85,7 @@ def signalled(run: RunState, step: StepState, payload: str) -> Events:
 
 
 def _succeeded(run: RunState, step: StepState, output: str, given_by: str = "") -> Events:
-    return [output_given(step, output, given_by), *progress.after_success(run, step, output)]
-
-
-def output_given(step: StepState, output: str, given_by: str) -> ev.StepSucceeded:
-    """Return the success of a step whose output comes from no attempt."""
-    return ev.StepSucceeded(
-        step_id=step.step_id,
-        attempt=0,
-        output=output,
-        actual_micros=0,
-        usage={},
-        instance_id="",
-        incarnation=-1,
-        started_ms=0,
-        finished_ms=0,
-        given_by=given_by,
-    )
+    return [attempts.output_given(step, output, given_by), *progress.after_success(run, step, output)]
 
 
 # --- events that come ---------------------------------------------------------------

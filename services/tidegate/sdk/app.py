@@ -18,7 +18,7 @@ from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, GraphError
-from tidegate.sdk.graph import Graph, GraphOptions, Schema, schema_of
+from tidegate.sdk.graph import Change, Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
 DEFAULT_TIMEOUT_S: Final = 30.0
@@ -369,6 +369,12 @@ class App:
         """Begin a graph of this app; see `GraphOptions`."""
         return self.add(Graph(name, version, **options))
 
+    def change(self, because: str = "") -> Change:
+        """Begin a change of the graph of a run, for a function to return within `Propose`."""
+        made = Change(because)
+        made.app = self
+        return made
+
     def add(self, graph: Graph) -> Graph:
         """Make a graph belong to this app, so that it is published with it."""
         graph.app = self
@@ -403,7 +409,14 @@ class App:
             return {}, [
                 f"workflows.{graph.label}: {' -> '.join((*around, graph.label))}: a workflow cannot hold itself"
             ]
-        definition, problems = graph.to_definition(self._resolve)
+        definition, problems = graph.to_definition(self.resolve)
+        named = [self.resolve(reference) for reference in graph.may_use]
+        problems += [
+            f"evolution.functions: {getattr(reference, '__name__', reference)!r} is no step or agent of app {self.name!r}"
+            for reference, found in zip(graph.may_use, named, strict=True)
+            if found is None or found[1] not in self._functions
+        ]
+        definition["functions"] = self._pinned([found[1] for found in named if found is not None])
         definition = self.completed(definition)
         for label, child in graph.children.items():
             if isinstance(child, Graph):
@@ -453,7 +466,7 @@ class App:
         agents = [function.name for function in self._functions.values() if function.kind == AGENT]
         return [*map(self.definition, self._graphs), *map(self.agent_definition, agents)]
 
-    def _resolve(self, reference: Reference) -> tuple[str, str] | None:
+    def resolve(self, reference: Reference) -> tuple[str, str] | None:
         """Return (kind, name) of a function; None if a callable is not registered. An unknown name counts as a step."""
         name = reference if isinstance(reference, str) else self.name_of(reference)
         if name is None:

@@ -165,15 +165,23 @@ class Client:
 
     def get(self, run_id: str) -> Run:
         """Return the run as it stands now. Raises RunNotFoundError."""
-        return self.get_folded(run_id)[0]
+        return self._read(run_id).run()
 
     def get_folded(self, run_id: str) -> tuple[Run, RunState]:
         """Return the run as it stands now, and all that its events fold to. Raises RunNotFoundError."""
+        reader = self._read(run_id)
+        return reader.run(), reader.state
+
+    def graph(self, run_id: str) -> dict[str, Any]:
+        """Return the definition that a run goes by: the one it began with, and what it has added since. Raises RunNotFoundError."""
+        return self._read(run_id).graph()
+
+    def _read(self, run_id: str) -> RunReader:
         reader = RunReader(run_id)
         reader.read(self._present(run_id))
         if not reader.exists:
             raise RunNotFoundError(f"the log has no run {run_id}")
-        return reader.run(), reader.state
+        return reader
 
     def events(self, run_id: str, *, follow: bool = False) -> Iterator[Event]:
         """Yield the run's events; with `follow` also those to come, until the run is over. Blocks between them.

@@ -11,7 +11,7 @@ import pydantic
 from tidegate.domain import waits
 from tidegate.domain.workflow import DEFAULT_MAX_STEPS
 from tidegate.sdk import json_form
-from tidegate.sdk.errors import NotJsonError
+from tidegate.sdk.errors import GraphError, NotJsonError
 
 if TYPE_CHECKING:
     from tidegate.sdk.app import App
@@ -75,6 +75,19 @@ class MapOptions(NodeOptions, total=False):
     results: Literal["all", "success_only"]
 
 
+class EvolutionOptions(TypedDict, total=False):
+    """How runs of a graph may change it.
+
+    functions: what nodes of changes may run besides the functions of the graph's own nodes. approval (False): a person decides on
+    each change; expires_s: within so many seconds, or it is rejected. max_changes (50): of one run.
+    """
+
+    functions: Sequence[Reference]
+    approval: bool
+    expires_s: float
+    max_changes: int
+
+
 class ChildOptions(NodeOptions, total=False):
     """What a node that is a workflow may say besides. budget_micros: the most that its run may cost, if less than this one's."""
 
@@ -106,6 +119,8 @@ class Graph:
         self._waits: dict[str, dict[str, Any]] = {}
         self._edges: list[list[str] | dict[str, str]] = []
         self._start: list[str] = []
+        self._evolution: dict[str, Any] = {}
+        self.may_use: list[Reference] = []  # functions that only changes name
         self._output: Any = UNSET
         self._input_schema: Any = UNSET
         self._problems: list[str] = []
@@ -257,6 +272,18 @@ class Graph:
         self._input_schema = schema_of(schema)
         return self
 
+    def evolves(
+        self, mode: Literal["disabled", "optional", "required"], /, **options: Unpack[EvolutionOptions]
+    ) -> Graph:
+        """Say whether steps of a run may propose changes of its graph by returning `Propose`.
+
+        disabled: every proposal is rejected, as if this was never called. optional: one that is rejected changes nothing, and the
+        run goes on. required: the step of a rejected one fails.
+        """
+        self.may_use = list(options.pop("functions", ()))
+        self._evolution = {"mode": mode, **options}
+        return self
+
     def to_definition(self, resolve: Resolve) -> tuple[dict[str, Any], list[str]]:
         """Return the definition without `functions` and `workflows`, and what is wrong with it as far as it is seen here.
 
@@ -272,12 +299,38 @@ class Graph:
             "edges": [edge.copy() for edge in self._edges],
             **self._options,
         }
+        if self._evolution:
+            definition["evolution"] = dict(self._evolution)
         if self._start:
             definition["start"] = list(self._start)
         for key, value in (("output", self._output), ("input_schema", self._input_schema)):
             if value is not UNSET:
                 definition[key] = _template(value, key, problems)
         return definition, problems
+
+
+class Change(Graph):
+    """Nodes and edges that a step proposes to add to the graph of its run; made by `App.change`.
+
+    The methods are those of a graph, but for `start`, `output`, `input_schema` and `evolves`. Edges may name nodes that the run's
+    graph has. A node that no edge of the change leads to comes after the step that proposes it. because: said to whoever decides,
+    and to whoever looks at the run later.
+    """
+
+    def __init__(self, because: str = "") -> None:
+        super().__init__("change")
+        self.because = because
+
+    def to_change(self) -> dict[str, Any]:
+        """Return the change as it is recorded. Raises GraphError listing what is wrong with it, as far as it is seen here."""
+        if self.app is None:
+            raise GraphError("change", ["it belongs to no app: make it with `app.change()`"])
+        definition, problems = self.to_definition(self.app.resolve)
+        foreign = sorted(definition.keys() & {"start", "output", "input_schema", "evolution"})
+        problems += [f"{name}: a change has none" for name in foreign]
+        if problems:
+            raise GraphError("change", problems)
+        return {"nodes": definition["nodes"], "edges": definition["edges"], "because": self.because}
 
 
 def _to_node(node_id: str, node: _Node, resolve: Resolve, problems: list[str]) -> dict[str, Any]:

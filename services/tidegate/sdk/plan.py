@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from tidegate.domain import canonical
 from tidegate.sdk import json_form
+from tidegate.sdk.graph import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,19 @@ class Goto:
 
     node: str
     output: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """What a step or agent returns to have nodes and edges added to the graph of its run.
+
+    change: made by `App.change`, or a mapping of `nodes`, `edges` and `because` as in a definition. output: its output as usual;
+    it counts whether the change is accepted or not, unless the graph requires changes to be. goto: as of `Goto`.
+    """
+
+    change: Change | Mapping[str, Any]
+    output: Any = None
+    goto: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +89,30 @@ def plan_of(returned: Any) -> Plan:
     """Return what an agent function returned as a Plan: any other value is its final output."""
     if isinstance(returned, Goto):
         return Plan(final=True, output=returned.output, goto=returned.node)
+    if isinstance(returned, Propose):
+        return Plan(final=True, output=returned.output, goto=returned.goto)
     return returned if isinstance(returned, Plan) else Plan(final=True, output=returned)
+
+
+class Given(NamedTuple):
+    """What a function gave, taken apart: its output, the node to go on with, and the change that it proposes, as JSON."""
+
+    output: Any
+    goto: str = ""
+    change: str = ""
+
+
+def given_by(returned: Any) -> Given:
+    """Take apart what a step or an agent returned.
+
+    Raises GraphError for a change that is wrong in itself, NotJsonError for one that is no JSON.
+    """
+    if isinstance(returned, Goto):
+        return Given(returned.output, returned.node)
+    if not isinstance(returned, Propose):
+        return Given(returned)
+    change = returned.change.to_change() if isinstance(returned.change, Change) else returned.change
+    return Given(returned.output, returned.goto, canonical.dumps(json_form.to_json(change, "change")))
 
 
 @dataclass(frozen=True, slots=True)

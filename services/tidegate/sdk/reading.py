@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 from tidegate import codec
 from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
+from tidegate.domain.graph_changes import merged
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.epochs import stated_epoch
 from tidegate.eventlog.interface import EventLogError, Message
@@ -37,7 +38,8 @@ class Event(NamedTuple):
 class Approval(NamedTuple):
     """A question that waits for a human: may this attempt run? `arguments` is what it would be called with.
 
-    why: `policy`, or `outcome_unknown`: it may have had its effect already. expires_at_ms: 0 for never.
+    why: `policy`; `outcome_unknown`: it may have had its effect already; or `change`: the step has run and wants to change the
+    graph of its run, by `arguments`. expires_at_ms: 0 for never.
     """
 
     step_id: str
@@ -77,7 +79,8 @@ class Run(NamedTuple):
 
     status: `running`, `waiting` (for the `approvals` or `waits`), `succeeded`, `failed`, `cancelled` or `refused`; code and
     reason say why it ended badly. paused: by somebody, so that nothing further starts. held: steps that would start if nothing
-    was paused. spent_micros: what its attempts have cost so far, in micro-dollars.
+    was paused. changes: the steps whose changes of the graph were accepted, in that order. spent_micros: what its attempts have
+    cost so far, in micro-dollars.
     """
 
     run_id: str
@@ -95,6 +98,7 @@ class Run(NamedTuple):
     waits: tuple[Wait, ...] = ()
     paused: bool = False
     held: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -189,7 +193,7 @@ class RunReader:
                 Approval(
                     step.step_id,
                     step.call.function,
-                    canonical.loads(step.call.arguments),
+                    canonical.loads(step.proposal.change if step.proposal else step.call.arguments),
                     step.approval.why,
                     step.approval.reason,
                     step.approval.rule,
@@ -206,7 +210,15 @@ class RunReader:
             waits=tuple(_wait(step.wait) for step in state.open_waits() if step.wait is not None),
             paused=state.paused is not None and not state.is_over,
             held=tuple(step.step_id for step in state.held_steps()),
+            changes=tuple(change.step_id for change in state.changes),
         )
+
+    def graph(self) -> dict[str, Any]:
+        """Return the definition that the run has pinned, with the changes that its graph has had since."""
+        state = self._state
+        if state.workflow is None:
+            return {}
+        return merged(canonical.loads(state.workflow.definition), [change.change for change in state.changes])
 
 
 def _wait(started: ev.WaitStarted) -> Wait:

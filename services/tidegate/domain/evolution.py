@@ -1,0 +1,213 @@
+"""What a change of a running graph may be, and which of two that do not go together is in force. Pure.
+
+A step proposes nodes and edges. They are judged against the graph as it is then, by rules that look at the form of the graph
+and not at how far the run is: whether a change fits does not depend on the order in which other branches come. Only when two
+changes do not go together does the order count: the one that the log has first is in force, the later one is a conflict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import jsonschema
+
+from tidegate.domain import canonical
+from tidegate.domain.graph_changes import (
+    DISABLED,
+    MAX_CHANGE_BYTES,
+    MAX_CHANGE_EDGES,
+    MAX_CHANGE_NODES,
+    AcceptedChange,
+    edge_ends,
+    merged,
+)
+from tidegate.domain.routes import reached
+from tidegate.domain.workflow import DEFINITION_SCHEMA, Workflow, evolved, validate_definition
+
+INVALID: Final = "invalid"
+CONFLICT: Final = "conflict"
+MAX_BECAUSE: Final = 2_000
+MAX_LOOKED_BACK: Final = 8  # changes that a conflict is looked for in: each is a look at the whole graph
+_MAX_PROBLEMS: Final = 10
+
+_properties: Final = DEFINITION_SCHEMA["properties"]
+CHANGE_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "nodes": {**_properties["nodes"], "minProperties": 0, "maxProperties": MAX_CHANGE_NODES},
+        "edges": {**_properties["edges"], "maxItems": MAX_CHANGE_EDGES},
+        "because": {"type": "string", "maxLength": MAX_BECAUSE},
+    },
+}
+_validator: Final = jsonschema.Draft202012Validator(CHANGE_SCHEMA)
+
+
+class Problem(NamedTuple):
+    """Why a change is rejected. conflicts_with: the step whose change it does not go together with; or empty."""
+
+    code: str
+    reason: str
+    conflicts_with: str = ""
+
+
+class Verdict(NamedTuple):
+    """What became of a proposal. change: as it is recorded, canonical JSON, empty if it cannot be read; nodes: those it adds."""
+
+    change: str
+    nodes: tuple[str, ...]
+    problem: Problem | None = None
+
+
+def judge(workflow: Workflow, accepted: Sequence[AcceptedChange], node_id: str, text: str) -> Verdict:
+    """Judge what a step of this node proposes, against the graph that the accepted changes have made."""
+    size = len(text.encode())
+    if size > MAX_CHANGE_BYTES:
+        return Verdict("", (), Problem("too_large", f"the change has {size} bytes, at most {MAX_CHANGE_BYTES}"))
+    proposed, problem = _read(text)
+    if problem is not None:
+        return Verdict("", (), problem)
+    rules = workflow.document.evolution
+    definition = canonical.loads(workflow.definition)
+    change, problem = _completed(workflow, definition, accepted, node_id, proposed)
+    verdict = Verdict(canonical.dumps(change), tuple(change["nodes"]))
+    if rules.mode == DISABLED:
+        problem = Problem("evolution_disabled", "this workflow does not let its runs change their graph (`evolution`)")
+    elif len(accepted) >= rules.max_changes:
+        problem = Problem("too_many", f"the run has changed {len(accepted)} times, at most {rules.max_changes} it may")
+    elif problem is None:
+        problem = _misfit(workflow, definition, accepted, node_id, verdict.change)
+    return verdict._replace(problem=problem)
+
+
+def _read(text: str) -> tuple[dict[str, Any], Problem | None]:
+    try:
+        value = canonical.loads(text)
+    except canonical.NotJsonError as error:
+        return {}, Problem(INVALID, f"the change is not JSON: {error}")
+    found = sorted(
+        f"{'.'.join(map(str, error.absolute_path)) or 'change'}: {error.message[:300]}"
+        for error in _validator.iter_errors(value)
+    )
+    if not found and not value.get("nodes") and not value.get("edges"):
+        found = ["change: it adds no node and no edge"]
+    return value, _invalid(found) if found else None
+
+
+def _invalid(problems: Sequence[str]) -> Problem:
+    more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+    return Problem(INVALID, "; ".join(problems[:_MAX_PROBLEMS]) + more)
+
+
+def _completed(
+    workflow: Workflow,
+    definition: Mapping[str, Any],
+    accepted: Sequence[AcceptedChange],
+    node_id: str,
+    proposed: Mapping[str, Any],
+) -> tuple[dict[str, Any], Problem | None]:
+    """Return the change without what is there already, and with an edge from its node to whatever nothing leads to."""
+    by: dict[str, tuple[str, Any]] = {}
+    edges_there = set(map(canonical.dumps, definition.get("edges", ())))
+    for one in accepted:
+        earlier = canonical.loads(one.change)
+        by |= {name: (one.step_id, node) for name, node in earlier["nodes"].items()}
+        edges_there |= set(map(canonical.dumps, earlier["edges"]))
+    problem = None
+    nodes = {}
+    for name, node in sorted(proposed.get("nodes", {}).items()):
+        if name not in workflow.document.nodes:
+            nodes[name] = node
+        elif name not in by:
+            problem = problem or Problem(INVALID, f"nodes.{name}: the definition has a node of that name")
+        elif by[name][1] != node:
+            reason = f"nodes.{name}: step {by[name][0]} has added another node of that name"
+            problem = problem or Problem(CONFLICT, reason, by[name][0])
+    edges = [edge for edge in proposed.get("edges", ()) if canonical.dumps(edge) not in edges_there]
+    led_to = {edge_ends(edge)[1] for edge in edges}
+    led_to.update(target for node in nodes.values() for target in node.get("routes", ()))
+    edges += [[node_id, name] for name in nodes if name not in led_to]
+    return {"nodes": nodes, "edges": edges, "because": proposed.get("because", "")}, problem
+
+
+def _misfit(
+    workflow: Workflow, definition: Mapping[str, Any], accepted: Sequence[AcceptedChange], node_id: str, change: str
+) -> Problem | None:
+    """Return why the change does not fit. One that would fit without changes that came before it is in conflict with them."""
+    problems = _problems(workflow, definition, [one.change for one in accepted], node_id, change)
+    if not problems:
+        return None
+    for count in range(len(accepted) - 1, max(-1, len(accepted) - 1 - MAX_LOOKED_BACK), -1):
+        before = [one.change for one in accepted[:count]]
+        if not _problems(evolved(workflow.definition, tuple(before)), definition, before, node_id, change):
+            other = accepted[count].step_id
+            reason = f"it does not go together with the change of step {other}: {_invalid(problems).reason}"
+            return Problem(CONFLICT, reason, other)
+    return _invalid(problems)
+
+
+def _problems(
+    workflow: Workflow, definition: Mapping[str, Any], accepted: Sequence[str], node_id: str, change: str
+) -> list[str]:
+    """Return everything that is wrong with the change in this graph; `workflow` is the graph."""
+    if node_id not in workflow.document.nodes:
+        return [f"there is no node {node_id!r}"]
+    if any(node_id in body for body in workflow.form.loops.values()):
+        return [f"node {node_id} lies in a loop: what is repeated cannot change the graph"]
+    added = canonical.loads(change)
+    nodes, ends = added["nodes"], [edge_ends(edge) for edge in added["edges"]]
+    ends += [(router, target) for router, node in nodes.items() for target in node.get("routes", ())]
+    names = {*workflow.document.nodes, *nodes}
+    unknown = [f"edges: {a} -> {b} names an unknown node" for a, b in ends if a not in names or b not in names]
+    if unknown:
+        return unknown
+    conditional = {edge_ends(edge) for edge in added["edges"] if isinstance(edge, dict) and edge.get("when")}
+    found = [
+        problem
+        for source, target in ends
+        for problem in (
+            _source_problem(workflow, node_id, nodes, source, target, is_conditional=(source, target) in conditional),
+            _target_problem(workflow, node_id, nodes, source, target),
+        )
+        if problem
+    ]
+    found += validate_definition(merged(definition, [*accepted, change]))
+    return found or _form_problems(workflow, evolved(workflow.definition, (*accepted, change)), node_id, nodes)
+
+
+def _source_problem(
+    workflow: Workflow, node_id: str, nodes: Collection[str], source: str, target: str, *, is_conditional: bool
+) -> str:
+    """An edge may begin where nothing has been decided yet of what comes next, or where nothing ever is."""
+    if source in nodes or source == node_id:
+        return ""
+    if source in workflow.routes or source in workflow.conditions:
+        return f"edges: {source} -> {target}: {source} chooses among its own edges, and may have chosen already"
+    if is_conditional:
+        return f"edges: {source} -> {target}: `when` is for edges from {node_id} and from new nodes"
+    return ""
+
+
+def _target_problem(workflow: Workflow, node_id: str, nodes: Collection[str], source: str, target: str) -> str:
+    """An edge may lead only to what cannot have begun: to new nodes, and to those that must wait for the proposing one."""
+    if target in nodes:
+        return ""
+    early = workflow.needs.keys()
+    after = workflow.form.successors.items()
+    waits_for_all = {name: [one for one in followers if one not in early] for name, followers in after}
+    if target != node_id and target in reached([node_id], waits_for_all):
+        return ""
+    return f"edges: {source} -> {target}: {target} need not wait for {node_id}, so it may have begun already"
+
+
+def _form_problems(old: Workflow, new: Workflow, node_id: str, nodes: Collection[str]) -> list[str]:
+    later = reached([node_id], new.form.successors)
+    found = [
+        f"nodes.{name}: it must come after {node_id}, whose step proposes it" for name in nodes if name not in later
+    ]
+    for (router, target), body in new.form.loops.items():
+        if old.form.loops.get((router, target)) != body and not body <= set(nodes):
+            found.append(f"nodes.{router}: a loop back to {target} may only be of new nodes")
+    found += [f"nodes.{router}: its loop would be gone" for router, _ in old.form.loops.keys() - new.form.loops.keys()]
+    return sorted(found)
