@@ -19,10 +19,11 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.sdk.client import Client
-from tidegate.sdk.reading import ValidEntries
+from tidegate.sdk.reading import Event, ValidEntries
 
 app = typer.Typer(add_completion=False)
 LEDGER: Final = "gate-ledger"
+SETTINGS_RULE: Final = "retries"  # of a document no rule of which is about the error's class
 VOID: Final = (
     "void"  # the ledger's word for what a run has given up: it ended, was cancelled, or an answer came too late
 )
@@ -56,8 +57,10 @@ def why(
     broker = KafkaBroker(KafkaSettings())
     with Client(broker) as client:
         run = client.get(run_id)
+        lines = list(repeats(client.events(run_id), step_id))
     with Console(stderr=True).status(f"reading {LEDGER} …"):
-        lines = list(story(_ledger_of(broker, run.account), run_id, step_id))
+        lines += story(_ledger_of(broker, run.account), run_id, step_id)
+    lines.sort(key=lambda line: line.at_ms)
     if not lines:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
         because = f": {run.reason}" if run.reason else ""
@@ -101,6 +104,26 @@ def story(messages: Iterable[Message], run_id: str, step_id: str | None) -> Iter
             )
 
 
+def repeats(events: Iterable[Event], step_id: str | None) -> Iterator[Line]:
+    """Yield what was decided about the repetition of failed attempts by retry documents, or by rules for their error classes."""
+    for event in events:
+        body = event.data
+        if event.type != "AttemptEnded" or step_id not in (None, body.step_id):
+            continue
+        if body.retry_document or body.retry_rule:
+            then = f"again at {_time(body.retry_at_ms)}" if body.retry_at_ms is not None else "not again"
+            said = f"{body.outcome} with {body.error_class}: {then},"
+            yield Line(
+                event.at_ms,
+                body.step_id,
+                body.attempt,
+                said,
+                body.retry_rule or SETTINGS_RULE,
+                body.retry_document,
+                "",
+            )
+
+
 def vars_of(event: Any) -> Callable[[str], str]:
     """Return what looks a field of an event up: empty if it has none."""
     return lambda name: str(getattr(event, name, ""))
@@ -126,13 +149,14 @@ def _reserved(event: ev.AttemptReserved) -> str:
 
 
 def _held(event: ev.ApprovalHeld) -> str:
-    until = f", until {_time(event.expires_at_ms)}" if event.expires_at_ms else ""
+    until = f", open until {_time(event.expires_at_ms)}" if event.expires_at_ms else ""
     return f"held for approval{until}: {event.reason};"
 
 
 def _paused(event: ev.AttemptPaused) -> str:
-    until = f", at the latest until {_time(event.until_ms)}" if event.until_ms else ""
-    return f"paused for lack of budget{until}: {event.reason};"
+    until = f"; the next window begins at {_time(event.until_ms)}" if event.until_ms else ""
+    what = "waits for a run above its own" if event.rule == "family" else "paused for lack of budget"
+    return f"{what}{until}: {event.reason};"
 
 
 def _settled(event: ev.AttemptSettled) -> str:

@@ -121,6 +121,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "queue": _name,
                     "timeout_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
                     **retries.PROPERTIES,
+                    "retry": _name,
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
                     "provider": _label,
@@ -167,6 +168,7 @@ class Function(Retries, frozen=True, kw_only=True):
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()
+    retry: str = ""  # the retry document that says how it is repeated, if that is in force
 
 
 class Node(msgspec.Struct, frozen=True):
