@@ -15,7 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import App, agent, functions_of, step, tool
+    from tidegate.sdk.app import App, RetryRule, agent, functions_of, step, tool
     from tidegate.sdk.client import Client, Run
     from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
     from tidegate.sdk.errors import (
@@ -45,6 +45,7 @@ __all__ = [
     "OutsideStepError",
     "Plan",
     "PublishConflictError",
+    "RetryRule",
     "Run",
     "RunNotFinishedError",
     "RunNotFoundError",
@@ -65,7 +66,7 @@ __all__ = [
 
 # Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
 _MODULES: Final[dict[str, str]] = {
-    **dict.fromkeys(("App", "agent", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("App", "RetryRule", "agent", "functions_of", "step", "tool"), "app"),
     **dict.fromkeys(("Client", "Run"), "client"),
     **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
     **dict.fromkeys(

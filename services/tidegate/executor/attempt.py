@@ -7,6 +7,7 @@ import concurrent.futures
 import contextvars
 import datetime
 import inspect
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,6 +16,7 @@ import structlog
 
 from tidegate.domain import canonical
 from tidegate.domain.messages import Call, StepResult, StepTask
+from tidegate.domain.retries import MAX_RETRY_AFTER_MS
 from tidegate.executor import results
 from tidegate.failpoints import failpoint
 from tidegate.sdk import json_form
@@ -154,6 +156,13 @@ class Attempt:
             function=self._call.function,
             idempotency_key=task.idempotency_key,
             deadline=datetime.datetime.now(datetime.UTC) + timeout,
+            provider=self._call.provider,
+            model=self._call.model,
+            operation=self._call.operation,
+            agent=self._call.agent,
+            rule=self.task.rule,
+            policy=self.task.policy,
+            reserved_micros=self.task.reserved_micros,
         )
         answer_for(context, self._meter)
 
@@ -198,7 +207,10 @@ class Attempt:
         )
         if isinstance(error, LeaseLapsedError):
             self._aborted = self._answered = True
-        return results.failed(self.task, error_class, message, retryable=retryable, spent=self._spent())
+        after_ms = _retry_after_ms(error)
+        return results.failed(
+            self.task, error_class, message, retryable=retryable, spent=self._spent(), retry_after_ms=after_ms
+        )
 
     def _spent(self) -> results.Spent:
         finished_ms = _now_ms() if self._started_ms else 0
@@ -275,6 +287,14 @@ def _message_of(error: BaseException) -> str:
         return str(error)
     except Exception as broken:  # an exception that cannot even say what it is
         return f"(its message cannot be read: {type(broken).__name__})"
+
+
+def _retry_after_ms(error: BaseException) -> int:
+    """Return for how long an exception asks to be left alone: its `retry_after_s`, if that is a number of seconds."""
+    after_s = getattr(error, "retry_after_s", None)
+    if not isinstance(after_s, int | float) or isinstance(after_s, bool) or not 0 < after_s < MAX_RETRY_AFTER_MS:
+        return 0
+    return min(math.ceil(after_s * 1000), MAX_RETRY_AFTER_MS)
 
 
 def _now_ms() -> int:
