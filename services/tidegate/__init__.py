@@ -30,15 +30,18 @@ if TYPE_CHECKING:
     )
     from tidegate.sdk.graph import Graph
     from tidegate.sdk.loading import load_app
+    from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
     from tidegate.sdk.plan import Goto, Observation, Plan, State, ToolCall, Turn
 
 __all__ = [
+    "MODEL_RETRIES",
     "App",
     "AppError",
     "Client",
     "Goto",
     "Graph",
     "GraphError",
+    "ModelError",
     "NonRetryable",
     "NotJsonError",
     "Observation",
@@ -58,6 +61,7 @@ __all__ = [
     "functions_of",
     "idempotency_key",
     "load_app",
+    "model_errors",
     "report_cost",
     "report_usage",
     "step",
@@ -84,6 +88,7 @@ _MODULES: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(("Graph",), "graph"),
     **dict.fromkeys(("load_app",), "loading"),
+    **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
 }
 

@@ -14,8 +14,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tidegate import App, NonRetryable, Plan, State, ToolCall, context, idempotency_key, report_cost
-from tidegate.sdk.model_errors import MODEL_RETRIES, model_errors
+from tidegate import (
+    MODEL_RETRIES,
+    App,
+    NonRetryable,
+    Plan,
+    State,
+    ToolCall,
+    context,
+    idempotency_key,
+    model_errors,
+    report_cost,
+)
 
 app = App("faults")
 

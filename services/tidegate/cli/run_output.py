@@ -111,7 +111,9 @@ def waited_for(wait: Body) -> str:
     if wait["kind"] == waits.EVENT:
         return f"waits for event {wait['event']}" + (f" with key {wait['key']}" if wait["key"] else "")
     if wait["kind"] == waits.OUTSIDE:
-        return f"waits for an answer of {wait['function']}({_one_line(canonical.dumps(wait['arguments']))})"
+        given = wait["arguments"]  # the live view has a text, which may be cut
+        text = given if isinstance(given, str) else canonical.dumps(given)
+        return f"waits for an answer of {wait['function']}({_one_line(text)})"
     return f"waits until {moment(wait['due_ms'])}"
 
 

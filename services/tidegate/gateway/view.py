@@ -62,6 +62,7 @@ class OpenWait(msgspec.Struct, kw_only=True):
     timeout_at_ms: int
     since_ms: int
     function: str = ""
+    arguments: str = ""
 
 
 class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -221,6 +222,7 @@ def _wait_started(row: RunRow, event: ev.WaitStarted, now_ms: int) -> None:
             timeout_at_ms=event.timeout_at_ms or 0,
             since_ms=now_ms,
             function=event.function,
+            arguments=_cut(event.input) if event.function else "",
         )
 
 

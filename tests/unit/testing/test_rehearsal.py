@@ -113,6 +113,13 @@ def test_agents_see_what_they_would_see(rehearsal: Rehearsal) -> None:
     assert rehearsal.run(agent="clerk").output == [[True, "A"], [False, None], [False, None]]
 
 
+def test_a_stand_in_for_an_agent_is_asked_with_its_state(rehearsal: Rehearsal) -> None:
+    plan = Plan(tool_calls=[ToolCall("look_up", {"name": "b"})])
+    stub = rehearsal.stub("clerk", returns=plan).then(calls=lambda state: Plan(output=state.output_of("look_up")))
+    assert rehearsal.run(agent="clerk").output == "B"
+    assert [asked["turn"] for asked in stub.calls] == [1, 2]
+
+
 @pytest.mark.feature("D2")
 def test_back_off_takes_no_real_time(rehearsal: Rehearsal) -> None:
     stub = rehearsal.stub("work", raises=Busy()).then(raises=Busy()).then(raises=ValueError()).then(returns=4)
