@@ -73,10 +73,11 @@ class Options(TypedDict, total=False):
     after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
     `backoff_max_s` (60). retry_on, no_retry_on: exceptions, or names of their classes, after which alone, or after which never,
     it is repeated; a subclass must be named itself. retry_rules: other patience for some classes, see `RetryRule`. retry: name of
-    a retry document, which says all this instead as long as it is in force. idempotent (True): if False, an attempt of unknown outcome is not repeated unless a human says so. cost_micros (0): what is set aside
-    before it runs, in micro-dollars. queue: whose executors run it; the app's if not given. provider, model, operation: what it
-    uses, for rules and limits to look at. prefer: an instance that should run it if it has a free slot. max_input_tokens,
-    max_output_tokens (0): the most that one attempt uses of its model; with them, and without cost_micros, the price table says
+    a retry document, which says all this instead as long as it is in force. idempotent (True): if False, an attempt of unknown
+    outcome is not repeated unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue:
+    whose executors run it; the app's if not given. provider, model, operation: what it uses, for rules and limits to look at.
+    prefer: an instance that should run it if it has a free slot. max_input_tokens, max_output_tokens (0): the most that one
+    attempt uses of its model; with them, and without cost_micros, the price table says
     what is set aside. isolation (as usual): `subprocess` or `job`, to have it run in a process or in a Kubernetes Job of its
     own; a policy may demand more. memory_mib: the most memory that it may use there; cpu_millis, image: thousandths of a
     processor that a Job asks for, and its image; where not said, and for a Job without memory_mib, the executor's settings
