@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from support import fault_app
 from support.stack import WAIT_S, WholeStack, assert_whole, eventually
 from tidegate.cli.__main__ import app
 from tidegate.embedded import sql
@@ -151,6 +154,67 @@ def test_without_room_a_strict_budget_denies_and_an_asking_one_asks(whole: Whole
     assert over(whole, asks).status == "succeeded"
     said = cli(whole, "why", asks, "two")
     assert "approved by ann" in said
+
+
+@pytest.mark.feature("P2", "P4")
+def test_a_top_up_answers_an_open_question(whole: WholeStack) -> None:
+    asks = whole.client.start("chain", 1, run_id="answered", account="desk/b")
+    eventually(lambda: open_questions(whole, asks, "two"), "the question about two")
+    cli(whole, "budget", "topup", "asking", "--account", "desk", "--run", asks, "--calls", "2")
+    assert over(whole, asks).status == "succeeded"
+    resolved = [event.data for event in whole.client.events(asks) if event.type == "ApprovalResolved"]
+    assert [(event.step_id, event.command_id, event.by[:6]) for event in resolved] == [("two", "", "topup:")]
+    assert "needs no approval any more, because of topup:" in cli(whole, "why", asks, "two")
+
+
+@pytest.mark.feature("P2", "G2")
+def test_children_spend_the_budget_of_their_parent(whole: WholeStack) -> None:
+    chain = next(definition for definition in fault_app.app.definitions() if definition["name"] == "chain")
+    family = {
+        "name": "family",
+        "version": "1",
+        "nodes": {name: {"kind": "workflow", "workflow": f"chain@{chain['version']}"} for name in ("x", "y")},
+        "edges": [["x", "y"]],
+        "functions": {},
+        "workflows": {f"chain@{chain['version']}": chain},
+    }
+    whole.client.publish(family)
+    first = whole.client.start("family", 1, run_id="enough", account="kin/a", budget_micros=1_000)
+    second = whole.client.start("family", 1, run_id="short", account="kin/a", budget_micros=60)
+    assert over(whole, first).status == "succeeded"
+    ended = over(whole, second)
+    assert (ended.status, ended.code) == ("failed", "child_failed"), ended
+    assert "the budget of run short, which this run is a part of: needs" in ended.reason
+
+
+@pytest.mark.feature("P1", "D2")
+def test_a_retry_policy_is_applied_named_and_recorded(whole: WholeStack, tmp_path: Path) -> None:
+    file = tmp_path / "patient.yaml"
+    rules = "[{on: [ValueError, RuntimeError, BrokenError], name: broken, max_attempts: 2, backoff_ms: 10}]"
+    file.write_text(
+        f"kind: retry\nretry: patient\nversion: '1'\naccount: trying\nretries:\n  max_attempts: 2\n  retry_rules: {rules}\n",
+        encoding="utf-8",
+    )
+    cli(whole, "policy", "apply", str(file))
+    assert '"retry": "patient"' in cli(whole, "policy", "show", "retry:patient")
+    wait_until_in_force(whole)
+    run_id = whole.client.start("fail", 1, run_id="tries", account="trying/hard")
+    assert over(whole, run_id).status == "failed"
+    ended = [event.data for event in whole.client.events(run_id) if event.type == "AttemptEnded"]
+    assert [event.retry_document for event in ended] == ["patient@1"] * 2
+    assert "by patient@1/" in cli(whole, "why", run_id)
+
+
+def wait_until_in_force(whole: WholeStack) -> None:
+    """Wait until the scheduler has read the document: runs are started until an attempt of one is decided by it."""
+    numbers = itertools.count()
+
+    def is_in_force() -> bool:
+        run_id = whole.client.start("fail", 1, run_id=f"tries-{next(numbers)}", account="trying/first")
+        over(whole, run_id)
+        return any(getattr(event.data, "retry_document", "") for event in whole.client.events(run_id))
+
+    eventually(is_in_force, "the retry document in force")
 
 
 def open_questions(whole: WholeStack, run_id: str, step: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain.entry import Entry
 from tidegate.domain.messages import PolicyPublished
+from tidegate.domain.retry_documents import KEY_PREFIX, RetryDocuments
 
 if TYPE_CHECKING:
     from simulation.work import Work
@@ -31,7 +32,7 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
     "flow": {"account": "*/*", "workflow": "w0", "window": "month"},
 }
 METERS: Final = {"micros": "money_micros", "calls": "calls", "wall_ms": "wall_seconds"}
-PREFIXES: Final = (b"budget:", b"topup:")
+PREFIXES: Final = (b"budget:", b"topup:", b"retry:")
 RULE: Final = "budget:"
 AttemptKey = tuple[str, str, int]
 
@@ -84,6 +85,27 @@ class Treasury:
         }
         self._write(f"topup:{name}", document)
 
+    def publish_retry(self) -> None:
+        """Say how failed attempts are repeated, or take back what was said."""
+        name = self.rng.choice(("patient", "hasty"))
+        if self.rng.random() < 0.3:
+            self._write(f"retry:{name}", None)
+            return
+        settings: dict[str, Any] = {
+            "max_attempts": self.rng.choice((1, 2, 4)),
+            "backoff_ms": self.rng.choice((10, 300)),
+        }
+        if self.rng.random() < 0.5:
+            settings["retry_rules"] = [{"on": ["Flaky"], "max_attempts": self.rng.choice((2, 5)), "backoff_ms": 50}]
+        document = {
+            "kind": "retry",
+            "retry": name,
+            "version": str(self.work.number()),
+            "retries": settings,
+            "account": self.rng.choice(("*", "acme", "beta/*")),
+        }
+        self._write(f"retry:{name}", document)
+
     def lift_pauses(self) -> None:
         """Let nothing wait for a budget any more: everything is to come to rest."""
         for name, document in sorted(self.in_force.items()):
@@ -103,10 +125,13 @@ class Treasury:
 
     def _write(self, key: str, document: dict[str, Any] | None) -> None:
         self.world.judge.budgets.document(key, document)
-        row = document and PolicyPublished(
-            policy_id=key, version=document["version"], document=canonical.dumps(document), by="sim", at_ms=0
-        )
+        row = document and _row(key, document)
         self.world.write("policies", 0, key, None if row is None else codec.encode(row))
+
+
+def _row(key: str, document: dict[str, Any]) -> PolicyPublished:
+    text = canonical.dumps(document)
+    return PolicyPublished(policy_id=key, version=document["version"], document=text, by="sim", at_ms=0)
 
 
 class Held(NamedTuple):
@@ -141,6 +166,14 @@ class BudgetJudge:
         assert self._next is not None
         self._written.append((offset, *self._next))
 
+    def retries(self, version: int) -> RetryDocuments:
+        """Return the retry documents that were in force at a version of the table."""
+        found = RetryDocuments()
+        for offset, key, document in self._written:
+            if offset < version and key.startswith(KEY_PREFIX):
+                found.take(key, document and _row(key, document))
+        return found
+
     def _in_force(self, entry: Entry, kind: str) -> dict[str, dict[str, Any]]:
         latest = {key: doc for offset, key, doc in self._written if offset < entry.tables["policies"]}
         prefix = f"{kind}:"
@@ -154,6 +187,8 @@ class BudgetJudge:
             self._parents[event.child_run_id] = entry.subject
         elif isinstance(event, re.ApprovalRequested):
             self._asked[entry.subject, event.step_id] = event
+        elif isinstance(event, re.AttemptEnded) and event.retry_document:
+            self.counts["retries by documents"] += 1
         elif isinstance(event, re.ApprovalExpired):
             self._expired.add((entry.subject, event.step_id, event.attempt))
             self.counts["questions expired"] += 1

@@ -318,6 +318,7 @@ class Judge:
             return
         state: RunsOfPartition = part.state
         controls = self.scheduler._controls = self.waits.controls(entry.tables["controls"])
+        self.scheduler._retries = self.budgets.retries(entry.tables["policies"])
         if entry.cause.startswith("timer:"):
             _, _, step_and_attempt = entry.cause.split(":", 2)
             step_id, _, attempt = step_and_attempt.rpartition(":")

@@ -69,6 +69,7 @@ WORK = {
     "publish_limit": 0.1,
     "publish_budget": 0.2,
     "top_up": 0.15,
+    "publish_retry": 0.1,
 }
 
 

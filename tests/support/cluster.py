@@ -79,6 +79,7 @@ class Cluster:
         self.entered: Counter[tuple[str, str, int]] = Counter()
         self.seen_ranks: dict[int, int] = {}
         self.running = ""  # whose turn it is
+        self.fails: dict[str, str] = {}  # error classes of the functions that fail
         self.holds_back = False  # whether the executor keeps its results
         self.held_back: list[tuple[int, StepResult]] = []
         self.skew_ms = 0  # how far the owners' clocks are off
@@ -182,7 +183,12 @@ class Cluster:
             if task.type != "run":
                 continue
             self.entered[task.run_id, task.step_id, task.attempt] += 1
-            result = result_of(task, output='{"ok":true}', actual_micros=2)
+            error_class = self.fails.get(task.call.function) if task.call is not None else None
+            result = (
+                result_of(task, output='{"ok":true}', actual_micros=2)
+                if error_class is None
+                else result_of(task, outcome="failed", output="", error_class=error_class)
+            )
             if self.holds_back:
                 self.held_back.append((task.result_partition, result))
             else:

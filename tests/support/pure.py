@@ -99,12 +99,15 @@ class Pair:
         row = PolicyPublished(
             policy_id=key, version=document.get("version", "1"), document=canonical.dumps(document), by="t", at_ms=0
         )
-        self.gate.table_changed("policies", key, row, 0)
-        self.settle_down()
+        self._publish(key, row)
 
     def forget(self, key: str) -> None:
         """Remove a document."""
-        self.gate.table_changed("policies", key, None, 0)
+        self._publish(key, None)
+
+    def _publish(self, key: str, row: PolicyPublished | None) -> None:
+        for machine in (self.scheduler, self.gate):
+            machine.table_changed("policies", key, row, 0)
         self.settle_down()
 
     def control(self, queue: str, *, paused: bool) -> None:

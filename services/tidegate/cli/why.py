@@ -19,11 +19,12 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.sdk.bound_inputs import BoundInput, bound_inputs
-from tidegate.sdk.client import Client, Event
-from tidegate.sdk.reading import ValidEntries
+from tidegate.sdk.client import Client
+from tidegate.sdk.reading import Event, ValidEntries
 
 app = typer.Typer(add_completion=False)
 LEDGER: Final = "gate-ledger"
+SETTINGS_RULE: Final = "retries"  # of a document no rule of which is about the error's class
 MAX_SHOWN: Final = 500
 VOID: Final = (
     "void"  # the ledger's word for what a run has given up: it ended, was cancelled, or an answer came too late
@@ -60,13 +61,17 @@ def why(
     broker = KafkaBroker(KafkaSettings())
     with Client(broker) as client:
         run, folded = client.get_folded(run_id)
-        changes = list(of_changes(client.events(run_id), step_id))
+        events = list(client.events(run_id))
     bound = [] if step_id is None or step_id not in folded.steps else bound_inputs(folded, step_id)
     for part in bound:
         typer.echo(json.dumps(part._asdict(), ensure_ascii=False) if as_json else shown_input(part))
     with Console(stderr=True).status(f"reading {LEDGER} …"):
-        found = [*story(_ledger_of(broker, run.account), run_id, step_id), *changes]
-    lines = sorted(found, key=lambda line: line.at_ms)
+        lines = [
+            *story(_ledger_of(broker, run.account), run_id, step_id),
+            *of_changes(events, step_id),
+            *repeats(events, step_id),
+        ]
+    lines.sort(key=lambda line: line.at_ms)
     if not lines and not bound:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
         because = f": {run.reason}" if run.reason else ""
@@ -126,6 +131,26 @@ _OF_CHANGES: Final[dict[str, Callable[[Any], str]]] = {
 }
 
 
+def repeats(events: Iterable[Event], step_id: str | None) -> Iterator[Line]:
+    """Yield what was decided about the repetition of failed attempts by retry documents, or by rules for their error classes."""
+    for event in events:
+        body = event.data
+        if event.type != "AttemptEnded" or step_id not in (None, body.step_id):
+            continue
+        if body.retry_document or body.retry_rule:
+            then = f"again at {_time(body.retry_at_ms)}" if body.retry_at_ms is not None else "not again"
+            said = f"{body.outcome} with {body.error_class}: {then},"
+            yield Line(
+                event.at_ms,
+                body.step_id,
+                body.attempt,
+                said,
+                body.retry_rule or SETTINGS_RULE,
+                body.retry_document,
+                "",
+            )
+
+
 def vars_of(event: Any) -> Callable[[str], str]:
     """Return what looks a field of an event up: empty if it has none."""
     return lambda name: str(getattr(event, name, ""))
@@ -161,13 +186,14 @@ def _reserved(event: ev.AttemptReserved) -> str:
 
 
 def _held(event: ev.ApprovalHeld) -> str:
-    until = f", until {_time(event.expires_at_ms)}" if event.expires_at_ms else ""
+    until = f", open until {_time(event.expires_at_ms)}" if event.expires_at_ms else ""
     return f"held for approval{until}: {event.reason};"
 
 
 def _paused(event: ev.AttemptPaused) -> str:
-    until = f", at the latest until {_time(event.until_ms)}" if event.until_ms else ""
-    return f"paused for lack of budget{until}: {event.reason};"
+    until = f"; the next window begins at {_time(event.until_ms)}" if event.until_ms else ""
+    what = "waits for a run above its own" if event.rule == "family" else "paused for lack of budget"
+    return f"{what}{until}: {event.reason};"
 
 
 def _settled(event: ev.AttemptSettled) -> str:

@@ -53,6 +53,12 @@ def partition_of(name: str, partition_count: int) -> int:
     return zlib.crc32(name.encode()) % partition_count
 
 
+def account_fits(pattern: str, account: str) -> bool:
+    """Tell whether an account is the one of a pattern, or below it; `*` in a pattern is any name in its place."""
+    wanted, path = pattern.split("/"), account.split("/")
+    return len(wanted) <= len(path) and all(a in ("*", b) for a, b in zip(wanted, path, strict=False))
+
+
 def account_root(account: str) -> str:
     """Return the first element of an account path: what the gate's partitions are chosen by."""
     return account.partition("/")[0]

@@ -252,6 +252,8 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     clock) or `proposed` (it did what it should; whether its step succeeds depends on the change that it proposes).
     retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran, 0 if it did
     not. rule, policy, values: of a denial. retry_rule: the rule for its error class that counts it, if there is one.
+    retry_document: the retry document, `name@version`, by which it was decided whether there is a next attempt; empty if it was
+    by the settings of the function itself.
     """
 
     step_id: str
@@ -270,6 +272,7 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     policy: str = ""
     values: str = ""
     retry_rule: str = ""
+    retry_document: str = ""
 
 
 class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):

@@ -124,6 +124,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "queue": _name,
                     "timeout_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
                     **retries.PROPERTIES,
+                    "retry": _name,
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
                     "provider": _label,
@@ -178,6 +179,7 @@ class Function(Retries, frozen=True, kw_only=True):
     tools: tuple[str, ...] = ()
     outside: bool = False
     output: Any = True
+    retry: str = ""  # the retry document that says how it is repeated, if that is in force
 
 
 class Node(msgspec.Struct, frozen=True):

@@ -12,7 +12,14 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tidegate.domain import ledger_events as ev
-from tidegate.domain.identity import ACCOUNT_PATTERN, MAX_MICROS, NAME_PATTERN, RUN_ID_PATTERN, account_root
+from tidegate.domain.identity import (
+    ACCOUNT_PATTERN,
+    MAX_MICROS,
+    NAME_PATTERN,
+    RUN_ID_PATTERN,
+    account_fits,
+    account_root,
+)
 from tidegate.domain.messages import Amounts, Call
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import METERS, Bucket, Learned, Ledger
@@ -166,9 +173,8 @@ class Budgets:
         parts = account.split("/")
         found = []
         for budget in (*self._by_root.get(parts[0], ()), *self._by_root.get(EVERY_ROOT, ())):
-            pattern = budget.account.split("/")
-            if len(pattern) <= len(parts) and all(a in (EVERY_ROOT, b) for a, b in zip(pattern, parts, strict=False)):
-                found.append(Scope(budget, "/".join(parts[: len(pattern)])))
+            if account_fits(budget.account, account):
+                found.append(Scope(budget, "/".join(parts[: budget.account.count("/") + 1])))
         return sorted(found, key=lambda scope: scope.budget.budget)
 
     def limits_of(self, scope: Scope, run_id: str, window: Window) -> tuple[ev.Ceilings, tuple[str, ...]]:

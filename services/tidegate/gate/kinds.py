@@ -6,6 +6,7 @@ from tidegate.gate.budgets import Budget, TopUp
 from tidegate.gate.documents import Document, DocumentError, Problem, parse, read, read_values
 from tidegate.gate.limits import Limit, Queue
 from tidegate.gate.policy import Policy
+from tidegate.gate.retries import Retry
 
 __all__ = [
     "Budget",
@@ -15,6 +16,7 @@ __all__ = [
     "Policy",
     "Problem",
     "Queue",
+    "Retry",
     "TopUp",
     "parse",
     "read",

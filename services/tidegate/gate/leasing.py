@@ -2,8 +2,9 @@
 
 A limit that holds across account roots has one owner partition for each value of its key. An attempt elsewhere asks it, one
 partition after the other in ascending order, and holds what it has while it asks the next one; what its own partition
-decides on, and the slot, it takes last and together. So nobody can wait for somebody who waits for him. A message is a tell
-of a ledger entry, deduplicated by position: an ask is heard once, and what was given comes back once, whoever crashes.
+decides on, and the slot, it takes last and together. Two that wait for each other because of that are parted by `idle`. A
+message is a tell of a ledger entry, deduplicated by position: an ask is heard once, and what was given comes back once, whoever
+crashes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.gate import decide, leasing, snapshots, waiting
 from tidegate.gate.budgets import Budget, Budgets, TopUp
-from tidegate.gate.kinds import Document, DocumentError, parse
+from tidegate.gate.kinds import Document, DocumentError, Retry, parse
 from tidegate.gate.ledger import Ledger, apply, derive
 from tidegate.gate.limits import Desk, Limit, LimitSet, Queue
 from tidegate.gate.placement import Executors
@@ -33,6 +33,10 @@ INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
+
+
+# A top-up could only have allowed more; retries are no matter of the gate's.
+_DENIES_NOTHING: Final = (TopUp.KIND, Retry.KIND)
 
 
 class MisroutedError(ValueError):
@@ -244,7 +248,7 @@ def _unreadable(key: str, row: PolicyPublished | Unreadable, offset: int) -> Pol
     """Return what stands in for a document that this version cannot read and whose earlier text is not known; None if nothing
     need be denied, because it could only have allowed more."""
     kind, _, name = key.rpartition(":")
-    if not _is_name(name) or name.endswith("\n") or kind == TopUp.KIND:
+    if not _is_name(name) or name.endswith("\n") or kind in _DENIES_NOTHING:
         return None  # nothing can be hidden under a key that no document has
     about = f'queue == "{name}"' if kind == Queue.KIND else "true"
     cause = row if isinstance(row, Unreadable) else f"{POLICIES}-0@{offset}"

@@ -26,6 +26,7 @@ from tidegate.domain.messages import (
     Throttled,
     Unanswered,
 )
+from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.scheduler import attempts, evolution, waits
 
@@ -201,7 +202,7 @@ def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
 # --- results ---------------------------------------------------------------
 
 
-def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
+def on_result(run: RunState, result: StepResult, now_ms: int, documents: RetryDocuments = NO_DOCUMENTS) -> Events:
     """Return what an executor's result causes. A doubled one causes nothing, a late one only that its cost is settled."""
     step = run.steps.get(result.step_id)
     if step is None or result.attempt in step.reported or result.attempt > step.attempt or result.attempt < 1:
@@ -213,7 +214,7 @@ def on_result(run: RunState, result: StepResult, now_ms: int) -> Events:
         return [_ignored(run, step, result)]
     if result.outcome == "succeeded":
         return _on_success(run, step, result, now_ms)
-    return _on_failure(run, step, result, now_ms)
+    return _on_failure(run, step, result, now_ms, documents)
 
 
 def _bounded(result: StepResult) -> StepResult:
@@ -327,7 +328,7 @@ def output_problem(step: StepState, output: str) -> str | None:
     return None
 
 
-def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int) -> Events:
+def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int, documents: RetryDocuments) -> Events:
     if result.outcome == "busy":
         again_ms = now_ms + BUSY_RETRY_MS + int(BUSY_RETRY_MS * _jitter(run.run_id, step))
         return [attempts.ended(step, result.attempt, "busy", "Busy", "the executor had no free slot", result, again_ms)]
@@ -337,18 +338,21 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
             attempts.next_attempt(step),
         ]
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
-    settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
+    function = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
+    workflow = run.workflow_label.partition("@")[0]
+    settings, document = documents.choose(function, Attempted(step.call.function, run.account, workflow, run.tags))
     failure = retries.Failure(result.error_class, result.retryable, result.retry_after_ms)
     verdict = retries.judge(settings, failure, dict(step.rule_failures), step.failures, _jitter(run.run_id, step))
     due_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
     ended = attempts.ended(step, result.attempt, outcome, result.error_class, result.error_message, result, due_ms)
-    if verdict.rule:
-        ended = msgspec.structs.replace(ended, retry_rule=verdict.rule)
+    if verdict.rule or document:
+        ended = msgspec.structs.replace(ended, retry_rule=verdict.rule, retry_document=document)
     if due_ms is not None:
         return [ended]
     reason = f"{result.error_class}: {result.error_message}"
     if verdict.code == retries.EXHAUSTED:
         under = f" under the retry rule {verdict.rule}" if verdict.rule else ""
+        under += f" of {document}" if document else ""
         reason = f"{verdict.failures} of {verdict.max_attempts} attempts failed{under}, the last with {reason}"
     return [ended, *progress.failed(run, step, verdict.code, reason)]
 

@@ -14,7 +14,8 @@ from tidegate.domain import run_events as ev
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import Control, GateDecision, RunCommand, StepResult
+from tidegate.domain.messages import GateDecision, RunCommand, StepResult
+from tidegate.domain.retry_documents import RetryDocuments
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import Decision, Standing, Tell
@@ -27,6 +28,7 @@ _log = structlog.get_logger()
 
 
 CONTROLS: Final = "controls"
+POLICIES: Final = "policies"
 
 
 class RunsOfPartition:
@@ -95,9 +97,11 @@ class MisroutedError(ValueError):
     """A message lies in another partition than its run's: its writer computed the partition wrongly."""
 
 
-def _decide(run: RunState, record: RunCommand | GateDecision | StepResult, now_ms: int) -> list[Any]:
+def _decide(
+    run: RunState, record: RunCommand | GateDecision | StepResult, now_ms: int, documents: RetryDocuments
+) -> list[Any]:
     if isinstance(record, StepResult):
-        return decide.on_result(run, record, now_ms)
+        return decide.on_result(run, record, now_ms, documents)
     if isinstance(record, GateDecision):
         return decide.on_decision(run, record)
     return commands.on_command(run, record)
@@ -118,13 +122,14 @@ class SchedulerMachine:
     lead_topic: Final = "run-commands"
     other_topics: Final = ("gate-decisions", "step-results")
     snapshot_topic: Final = "run-snapshots"
-    table_topics: Final = (CONTROLS,)
+    table_topics: Final = (CONTROLS, POLICIES)
     marked_topics: Final = {"gate-decisions": "gate-ledger"}
 
     def __init__(self, run_partitions: int, account_partitions: int) -> None:
         self._run_partitions = run_partitions
         self._account_partitions = account_partitions
         self._controls = Controls()
+        self._retries = RetryDocuments()
 
     def new_state(self, partition: int, shelf: Shelf) -> RunsOfPartition:
         """Return a partition without runs."""
@@ -142,7 +147,7 @@ class SchedulerMachine:
         if not isinstance(record, _INPUTS):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
         try:
-            events = holding.finished(run, _decide(run, record, now_ms), self._controls, now_ms)
+            events = holding.finished(run, _decide(run, record, now_ms, self._retries), self._controls, now_ms)
         except Exception as error:
             _log.exception("decision failed: the run is told", run_id=run.run_id, input=type(record).__name__)
             events = _on_error(run, record, error)
@@ -290,8 +295,14 @@ class SchedulerMachine:
     def tables_loaded(self) -> None:
         """What was paused before counts as what is paused from now on."""
 
-    def table_changed(self, topic: str, key: str, row: Control | None, offset: int) -> None:
-        """Take note of what is paused. Of workflows nothing is read: the commands carry what is needed."""
+    def table_changed(self, topic: str, key: str, row: Any | None, offset: int) -> None:
+        """Take note of what is paused, and of how attempts are repeated. Of workflows nothing is read: the commands carry what is
+        needed."""
+        if topic == POLICIES:
+            problem = self._retries.take(key, row)
+            if problem:
+                _log.error("retry document ignored", document=key, offset=offset, error=problem)
+            return
         self._controls.take(key, row, is_unknown=isinstance(row, Unreadable))
 
 

@@ -49,6 +49,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "model": "",
     "operation": "",
     "prefer": "",
+    "retry": "",
     "max_input_tokens": 0,
     "max_output_tokens": 0,
     "isolation": IN_PROCESS,
@@ -61,7 +62,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
 
 _COUNTS: Final = ("max_input_tokens", "max_output_tokens", "memory_mib", "cpu_millis", "output_max_bytes")
 _MAX_IMAGE: Final = 512
-_LABELS: Final = ("provider", "model", "operation", "prefer")
+_LABELS: Final = ("provider", "model", "operation", "prefer", "retry")
 _MAX_LABEL: Final = 128
 
 
@@ -71,11 +72,12 @@ class Options(TypedDict, total=False):
     name: instead of the function's own. timeout_s: how long one attempt may take (30). retries: how often it may be repeated
     after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
     `backoff_max_s` (60). retry_on, no_retry_on: exceptions, or names of their classes, after which alone, or after which never,
-    it is repeated; a subclass must be named itself. retry_rules: other patience for some classes, see `RetryRule`. idempotent
-    (True): if False, an attempt of unknown outcome is not repeated unless a human says so. cost_micros (0): what is set aside
-    before it runs, in micro-dollars. queue: whose executors run it; the app's if not given. provider, model, operation: what it
-    uses, for rules and limits to look at. prefer: an instance that should run it if it has a free slot. max_input_tokens,
-    max_output_tokens (0): the most that one attempt uses of its model; with them, and without cost_micros, the price table says
+    it is repeated; a subclass must be named itself. retry_rules: other patience for some classes, see `RetryRule`. retry: name of
+    a retry document, which says all this instead as long as it is in force. idempotent (True): if False, an attempt of unknown
+    outcome is not repeated unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue:
+    whose executors run it; the app's if not given. provider, model, operation: what it uses, for rules and limits to look at.
+    prefer: an instance that should run it if it has a free slot. max_input_tokens, max_output_tokens (0): the most that one
+    attempt uses of its model; with them, and without cost_micros, the price table says
     what is set aside. isolation (as usual): `subprocess` or `job`, to have it run in a process or in a Kubernetes Job of its
     own; a policy may demand more. memory_mib: the most memory that it may use there; cpu_millis, image: thousandths of a
     processor that a Job asks for, and its image; where not said, and for a Job without memory_mib, the executor's settings
@@ -99,6 +101,7 @@ class Options(TypedDict, total=False):
     model: str
     operation: str
     prefer: str
+    retry: str
     max_input_tokens: int
     max_output_tokens: int
     isolation: str
@@ -164,6 +167,7 @@ class Settings:
     model: str = ""
     operation: str = ""
     prefer: str = ""
+    retry: str = ""
     max_input_tokens: int = 0
     max_output_tokens: int = 0
     retry_on: tuple[str, ...] = ()

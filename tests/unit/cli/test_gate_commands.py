@@ -84,7 +84,7 @@ def test_one_command_says_why(shell: Shell) -> None:
     assert [line["rule"] for line in lines] == ["budget:daily"]
     assert lines[0]["policy"] == "daily@3"
     assert json.loads(lines[0]["values"]) == VALUES
-    assert "paused for lack of budget, at the latest until 2026-09-22T00:00:00+00:00" in lines[0]["said"]
+    assert "paused for lack of budget; the next window begins at 2026-09-22T00:00:00+00:00: " in lines[0]["said"]
     never = shell(why.app, "t", "nothing")
     assert never.exit_code == 4
     assert "never asked about step nothing of run t" in never.stderr
@@ -167,3 +167,20 @@ def test_open_questions_are_listed_oldest_first(monkeypatch: pytest.MonkeyPatch)
     assert "too [big]" in table.stdout
     helped = CliRunner().invoke(approvals.app, ["approve", "--help"])
     assert helped.exit_code == 0
+
+
+@pytest.mark.feature("P1")
+@pytest.mark.feature("D2")
+def test_why_names_the_document_and_the_rule_that_an_attempt_is_repeated_by(shell: Shell) -> None:
+    rules = [{"on": ["Flaky"], "name": "slow-down", "max_attempts": 2, "backoff_ms": 100}]
+    shell.publish(
+        {"kind": "retry", "retry": "patient", "version": "4", "account": "*", "retries": {"retry_rules": rules}}
+    )
+    shell.cluster.fails = {"a": "Flaky"}
+    shell.cluster.start_run("r", "a")
+    shell.cluster.settle()
+    said = [line for line in shell(why.app, "r", "a").stdout.splitlines() if "Flaky" in line]
+    assert len(said) == 2
+    assert "a#1  failed with Flaky: again at 2026-" in said[0]
+    assert "a#2  failed with Flaky: not again," in said[1]
+    assert all(line.endswith(" by patient@4/slow-down") for line in said)
