@@ -39,19 +39,45 @@ KEYS = {
         "early",
     },
     "MEM": {"runs", "portion", "seconds", "resident_mib", "growth_mib"},
+    "SC": {
+        "runs",
+        "steps",
+        "seconds",
+        "steps_per_s",
+        "p50_ms",
+        "p99_ms",
+        "projection_lag_records",
+        "projection_caught_up_s",
+        "replicas",
+        "cpu_ms_per_step",
+        "cores_used",
+    },
     "W6": {"events", "identical_count", "seconds", "seconds_with_start", "events_per_s"},
 }
 
 
 def test_small_works_print_a_json_line_per_figure(tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
-    words = ["bench", "--works", "W4,W1,W2,W6,W5,W7,MEM", "--runs", "20", "--out", str(out)]
+    words = ["bench", "--works", "W4,W1,W2,W6,W5,W7,MEM,SC", "--runs", "20", "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "tidegate.cli", *words], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     figures = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [figure["work"] for figure in figures] == ["W4", "W4", "W4", "W1", "W2", "W6", "W5", "W5", "W7", "MEM"]
+    assert [figure["work"] for figure in figures] == [
+        "W4",
+        "W4",
+        "W4",
+        "W1",
+        "W2",
+        "W6",
+        "W5",
+        "W5",
+        "W7",
+        "MEM",
+        *["SC"] * 3,
+    ]
+    assert [figure["replicas"] for figure in figures[10:]] == [1, 2, 4]
     assert [figure["killed"] for figure in figures[:3]] == ["executor", "scheduler", "gate"]
     for figure in figures:
         assert set(figure) == COMMON | KEYS[figure["work"]]

@@ -42,6 +42,7 @@ TARGETS: Final[dict[str, Target]] = {
         ),
     ),
     "HO": Target("≤ 10 s, the session, when nobody comes back", lambda figure: figure["pause_max_s"] <= 12),
+    "SC": Target("≤ 0.8 ms of processor time a step", lambda figure: figure["cpu_ms_per_step"] <= 0.8),
     "MEM": Target(
         "flat in the second half (± 10 MiB)",
         lambda figure: all(
@@ -63,6 +64,7 @@ _SUMMARIES: Final[dict[str, str]] = {
     "ready {ready_s} s after kill -9; late p50 {late_p50_ms} ms, p99 {late_p99_ms} ms, most {late_max_ms} ms",
     "HO": "{action}: pause per partition {pause_median_s} s in the middle, {pause_max_s} s at most, of {partitions} that moved",
     "MEM": "MiB gained in the second half: {growth_mib}",
+    "SC": "{steps_per_s:,} steps/s, {cpu_ms_per_step} ms of processor time a step, {cores_used} cores in use",
 }
 _SIZES: Final[dict[str, str]] = {
     "W1": "{runs:,} runs",
@@ -75,6 +77,7 @@ _SIZES: Final[dict[str, str]] = {
     "W8": "{rules} rules, {budgets} budgets, {limits} limits",
     "HO": "{runs:,} runs",
     "MEM": "{runs:,} runs",
+    "SC": "{runs:,} runs, {replicas} of each owner",
 }
 
 

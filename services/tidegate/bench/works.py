@@ -45,6 +45,8 @@ HANDOVER_AFTER_S: Final = 15.0  # longer than a session
 HANDOVER_REST_S: Final = 3.0
 MEMORY_RUNS: Final = 100_000
 MEMORY_CHUNK: Final = 5_000
+SCALES: Final = (1, 2, 4)
+SCALING_RUNS: Final = 5_000
 EVENTS_PER_RUN: Final = 20  # of both logs, about: what decides how many runs a rebuild needs to be worth measuring
 FIRST_WARM_UP_RUNS: Final = 3_000
 WARM_UP_RUNS: Final = 200
@@ -70,6 +72,7 @@ class Sizes:
     w6_events: int = W6_EVENTS_WANTED
     w7_runs: int = W7_RUNS
     memory_runs: int = MEMORY_RUNS
+    scaling_runs: int = SCALING_RUNS
     first_warm_up_runs: int = FIRST_WARM_UP_RUNS
     warm_up_runs: int = WARM_UP_RUNS
 
@@ -87,6 +90,7 @@ class Sizes:
             w6_events=runs * EVENTS_PER_RUN,
             w7_runs=runs,
             memory_runs=runs,
+            scaling_runs=runs,
             first_warm_up_runs=min(runs, FIRST_WARM_UP_RUNS),
             warm_up_runs=min(runs, WARM_UP_RUNS),
         )
@@ -105,30 +109,61 @@ def run_works(lab: Lab, names: Iterable[str], sizes: Sizes) -> Iterable[Figure]:
 def w1_throughput(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
     """Runs of three steps, asked for as fast as the log takes them, whatever becomes of the earlier ones."""
     for runs in sizes.w1_runs:
-        _warm_up(lab, sizes.warm_up_runs)
-        _settle(lab)
-        lab.say(f"W1: {runs} runs of {STEPS_OF_THREE} steps at once")
-        load = _load()
-        with lab.meter() as meter:
-            asked = lab.request_many("three", runs)
-            ended = lab.wait(asked, TIMEOUT_S)
-            done_at_s = max(ended.values())
-            ends = sql.log_ends(lab.broker)
-            behind = sql.lag(lab.data_dir, ends)
-            caught_up_at_s = sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
-        seconds = done_at_s - min(asked.values())
-        yield _figure(
-            "W1",
-            load,
-            meter.costs(),
-            runs=runs,
-            steps=runs * STEPS_OF_THREE,
-            seconds=round(seconds, 2),
-            steps_per_s=round(runs * STEPS_OF_THREE / seconds),
-            **_latencies(asked, ended),
-            projection_lag_records=behind,
-            projection_caught_up_s=round(max(0.0, caught_up_at_s - done_at_s), 2),
-        )
+        yield _at_once(lab, "W1", runs, sizes.warm_up_runs)
+
+
+def _at_once(lab: Lab, work: str, runs: int, warm_up_runs: int) -> Figure:
+    _warm_up(lab, warm_up_runs)
+    _settle(lab)
+    lab.say(f"{work}: {runs} runs of {STEPS_OF_THREE} steps at once")
+    load = _load()
+    with lab.meter() as meter:
+        asked = lab.request_many("three", runs)
+        ended = lab.wait(asked, TIMEOUT_S)
+        done_at_s = max(ended.values())
+        ends = sql.log_ends(lab.broker)
+        behind = sql.lag(lab.data_dir, ends)
+        caught_up_at_s = sql.wait_caught_up(lab.data_dir, ends, TIMEOUT_S)
+    seconds = done_at_s - min(asked.values())
+    return _figure(
+        work,
+        load,
+        meter.costs(),
+        runs=runs,
+        steps=runs * STEPS_OF_THREE,
+        seconds=round(seconds, 2),
+        steps_per_s=round(runs * STEPS_OF_THREE / seconds),
+        **_latencies(asked, ended),
+        projection_lag_records=behind,
+        projection_caught_up_s=round(max(0.0, caught_up_at_s - done_at_s), 2),
+    )
+
+
+# -- scaling ---------------------------------------------------------------
+
+
+def scaling(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
+    """W1 with 1, 2 and 4 schedulers and as many gates: what a step costs then, over all processes of a kind."""
+    for replicas in SCALES:
+        for service in ("scheduler", "gate"):
+            lab.scale(service, replicas)
+        figure = _at_once(lab, "SC", sizes.scaling_runs, max(replicas, sizes.warm_up_runs))
+        for service in ("scheduler", "gate"):
+            parts = [figure["processes"].pop(name) for name in list(figure["processes"]) if name.startswith(service)]
+            figure["processes"][service] = {
+                "cpu_s": round(sum(part["cpu_s"] for part in parts), 2),
+                "peak_rss_mib": max(part["peak_rss_mib"] for part in parts),
+            }
+        cpu_s = sum(cost["cpu_s"] for cost in figure["processes"].values())
+        took_s = figure["seconds"] + figure["projection_caught_up_s"]  # the processes were metered until then
+        figure |= {
+            "replicas": replicas,
+            "cpu_ms_per_step": round(1_000 * cpu_s / figure["steps"], 3),
+            "cores_used": round(cpu_s / took_s, 2),
+        }
+        yield figure
+    for service in ("scheduler", "gate"):
+        lab.scale(service, 1)
 
 
 # -- W2: latency ---------------------------------------------------------------
@@ -557,6 +592,7 @@ WORKS: Final[dict[str, Callable[[Lab, Sizes], Iterable[Figure]]]] = {
     "W7": w7_sleep,
     "MEM": memory,
     "HO": handover,
+    "SC": scaling,
 }
 # The others take minutes: only when they are asked for.
 STANDARD: Final = ("W4", "W1", "W2", "W3", "W6", "W5")
