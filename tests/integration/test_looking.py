@@ -419,6 +419,10 @@ ANSWERS: dict[str, Check] = {
         and len(rows) == len(buckets(day))
     ),
     "Why do runs fail": lambda rows, day: total(rows, "runs") == ended(day, "failed") + len(day.of("RunRefused")),
+    "Is a new version better": lambda rows, day: (
+        total(rows, "runs") == len(day.of("RunFinished"))
+        and round(sum(row["failed"] * row["runs"] for row in rows)) == ended(day, "failed")
+    ),
     "What do functions raise": lambda rows, _: the(rows, raised="OSError")["attempts"] == 10,
     "Which functions need retries": lambda rows, day: (
         total(rows, "attempts") == len(day.of("StepReady", "AttemptRequested", "ChildStarted"))
