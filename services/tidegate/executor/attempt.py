@@ -198,7 +198,12 @@ class Attempt:
         if ending.outcome == results.TIMED_OUT:
             return results.timed_out(self.task, self._call.timeout_ms / 1000, self._spent(), ending.error_message)
         return results.failed(
-            self.task, ending.error_class, ending.error_message, retryable=ending.retryable, spent=self._spent()
+            self.task,
+            ending.error_class,
+            ending.error_message,
+            retryable=ending.retryable,
+            spent=self._spent(),
+            retry_after_ms=ending.retry_after_ms,
         )
 
     def _spent(self) -> results.Spent:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, Final
 
 import msgspec
 
 from tidegate.domain import canonical
+from tidegate.domain.retries import MAX_RETRY_AFTER_MS
 from tidegate.executor import results
 from tidegate.sdk import json_form
 from tidegate.sdk.binding import AGENT, STEP
@@ -19,7 +21,7 @@ from tidegate.sdk.plan import Goto, plan_of
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """How a function ended. outcome: as in a result. output: canonical JSON; goto: the node that it chose, if any.
 
-    error_class, error_message, retryable: of a failure.
+    error_class, error_message, retryable: of a failure. retry_after_ms: for how long it asks to be left alone.
     """
 
     outcome: str
@@ -28,6 +30,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     error_class: str = ""
     error_message: str = ""
     retryable: bool = True
+    retry_after_ms: int = 0
 
 
 class LeaseLapsedError(RuntimeError):
@@ -94,6 +97,7 @@ def raised(error: BaseException, *, has_returned: bool) -> Ending:
         error_class=_ERROR_CLASSES.get(type(error), type(error).__name__),
         error_message=results.bounded(_message_of(error)),
         retryable=not (has_returned or isinstance(error, (NonRetryable, *_ERROR_CLASSES))),
+        retry_after_ms=_retry_after_ms(error),
     )
 
 
@@ -116,3 +120,11 @@ def _message_of(error: BaseException) -> str:
         return str(error)
     except Exception as broken:  # an exception that cannot even say what it is
         return f"(its message cannot be read: {type(broken).__name__})"
+
+
+def _retry_after_ms(error: BaseException) -> int:
+    """Return for how long an exception asks to be left alone: its `retry_after_s`, if that is a number of seconds."""
+    after_s = getattr(error, "retry_after_s", None)
+    if not isinstance(after_s, int | float) or isinstance(after_s, bool) or not 0 < after_s < MAX_RETRY_AFTER_MS:
+        return 0
+    return min(math.ceil(after_s * 1000), MAX_RETRY_AFTER_MS)

@@ -43,10 +43,16 @@ def succeeded(task: StepTask, output: str, spent: Spent, goto: str = "") -> Step
 
 
 def failed(
-    task: StepTask, error_class: str, message: str, *, retryable: bool = True, spent: Spent = NOTHING_SPENT
+    task: StepTask,
+    error_class: str,
+    message: str,
+    *,
+    retryable: bool = True,
+    spent: Spent = NOTHING_SPENT,
+    retry_after_ms: int = 0,
 ) -> StepResult:
     """The function raised, or could not be called, or what it returned cannot be used."""
-    return _error(task, FAILED, error_class, message, retryable, spent)
+    return _error(task, FAILED, error_class, message, retryable, spent, retry_after_ms)
 
 
 def timed_out(task: StepTask, timeout_s: float, spent: Spent, detail: str = "") -> StepResult:
@@ -77,7 +83,15 @@ def busy(task: StepTask) -> StepResult:
     return _error(task, BUSY, "Busy", "no free slot", True, NOTHING_SPENT)
 
 
-def _error(task: StepTask, outcome: str, error_class: str, message: str, retryable: bool, spent: Spent) -> StepResult:
+def _error(
+    task: StepTask,
+    outcome: str,
+    error_class: str,
+    message: str,
+    retryable: bool,
+    spent: Spent,
+    retry_after_ms: int = 0,
+) -> StepResult:
     return _result(
         task,
         outcome,
@@ -86,6 +100,7 @@ def _error(task: StepTask, outcome: str, error_class: str, message: str, retryab
         error_message=bounded(message),
         retryable=retryable,
         actual_micros=spent.cost_micros or 0,
+        retry_after_ms=retry_after_ms,
     )
 
 

@@ -26,6 +26,13 @@ def context_of(task: StepTask, call: Call) -> StepContext:
         function=call.function,
         idempotency_key=task.idempotency_key,
         deadline=deadline_after(call.timeout_ms),
+        provider=call.provider,
+        model=call.model,
+        operation=call.operation,
+        agent=call.agent,
+        rule=task.rule,
+        policy=task.policy,
+        reserved_micros=task.reserved_micros,
     )
 
 
