@@ -144,12 +144,12 @@ def test_a_cancelled_run_deletes_its_job_and_so_does_the_next_incarnation_of_a_k
     cluster: Cluster, load: Load
 ) -> None:
     with Client(load.settings) as client:
-        asleep = client.start("asleep")
+        asleep = client.start("until-ended")
         eventually(lambda: jobs_there(cluster), "a Job")
         client.cancel(asleep)
         assert client.wait(asleep, WAIT_S).status == "cancelled"
         eventually(lambda: jobs_there(cluster) == [], "the Job to be gone")
-        orphaned = client.start("asleep")
+        orphaned = client.start("until-ended")
         (job, *_) = eventually(lambda: [name for name in jobs_there(cluster) if "job" in name], "a Job")
         eventually(lambda: "Running" in cluster.run(f"kubectl -n {JOBS_NAMESPACE} get pods"), "its pod")
         cluster.kubectl(f"delete pod {NAME}-executor-tools-0 --grace-period=0 --force", check=False)

@@ -61,10 +61,10 @@ def too_large() -> int:
 
 
 @app.step(isolation="job", memory_mib=256, cpu_millis=20, timeout_s=600, retries=2)
-def asleep() -> None:
+def until_ended() -> None:
     """Sleep until somebody ends it."""
     time.sleep(3600)
 
 
-for function in (as_job, as_usual, in_process, too_slow, failing, too_large, asleep):
+for function in (as_job, as_usual, in_process, too_slow, failing, too_large, until_ended):
     app.graph(function.__name__.replace("_", "-")).chain(function)
