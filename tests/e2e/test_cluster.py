@@ -171,9 +171,11 @@ def test_an_executor_of_jobs_may_do_nothing_else(cluster: Cluster) -> None:
         answer = cluster.run(f"kubectl -n {namespace} auth can-i {what} --as {account}", check=False)
         return answer.strip() == "yes"
 
-    assert all(may(what, JOBS_NAMESPACE) for what in ("create jobs", "delete jobs", "list pods", "get pods/log"))
+    assert all(
+        may(what, JOBS_NAMESPACE) for what in ("create jobs", "delete jobs", "list pods", "get pods --subresource=log")
+    )
     assert not may("create jobs", NAMESPACE)
-    for what in ("get secrets", "create pods", "create pods/exec", "patch jobs", "delete pods"):
+    for what in ("get secrets", "create pods", "create pods --subresource=exec", "patch jobs", "delete pods"):
         assert not may(what, JOBS_NAMESPACE), what
 
 
