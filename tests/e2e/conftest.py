@@ -25,6 +25,7 @@ from tidegate.sdk.client import Client
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 NAMESPACE: Final = "tidegate-e2e"
+JOBS_NAMESPACE: Final = f"{NAMESPACE}-jobs"
 RELEASE: Final = "tg"
 EVERY_S: Final = 0.5
 WAIT_S: Final = 300.0
@@ -83,6 +84,13 @@ def values_of(bootstrap: str, **more: Any) -> dict[str, Any]:
         "minReadySeconds": 1,
         "resources": SMALL,
     }
+    tools = executor | {
+        "name": "tools",
+        "app": "tidegate.demo.isolation:app",
+        "queue": "tools",
+        "replicas": 1,
+        "jobs": {"namespace": JOBS_NAMESPACE},
+    }
     made: dict[str, Any] = {
         "image": {
             "repository": IMAGE,
@@ -101,21 +109,23 @@ def values_of(bootstrap: str, **more: Any) -> dict[str, Any]:
             "persistence": {"size": "1Gi", "storageClass": os.environ.get("E2E_STORAGE_CLASS", "")},
             "sql": {"enabled": True},
         },
-        "executors": [executor],
+        "executors": [executor, tools],
     }
     return made | more
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """An empty namespace that refuses pods which are not restricted; removed at the end."""
+    """Empty namespaces, for the release and for Jobs, that refuse pods which are not restricted; removed at the end."""
     there = Cluster()
-    there.run(f"kubectl delete namespace {NAMESPACE} --ignore-not-found --wait=true")
-    there.run(f"kubectl create namespace {NAMESPACE}")
-    there.run(f"kubectl label namespace {NAMESPACE} pod-security.kubernetes.io/enforce=restricted")
+    for namespace in (NAMESPACE, JOBS_NAMESPACE):
+        there.run(f"kubectl delete namespace {namespace} --ignore-not-found --wait=true")
+        there.run(f"kubectl create namespace {namespace}")
+        there.run(f"kubectl label namespace {namespace} pod-security.kubernetes.io/enforce=restricted")
     yield there
     there.helm(f"uninstall {RELEASE} --ignore-not-found", check=False)
-    there.run(f"kubectl delete namespace {NAMESPACE} --wait=false", check=False)
+    for namespace in (NAMESPACE, JOBS_NAMESPACE):
+        there.run(f"kubectl delete namespace {namespace} --wait=false", check=False)
 
 
 @pytest.fixture(scope="session")

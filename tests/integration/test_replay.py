@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +25,7 @@ from integration.test_projection import (
     wait_for_rows,
 )
 from support.clickhouse import StandIn
+from support.fake_cluster import FakeCluster, serving
 from support.logs import LogWriter, dead_letter_record, instance_record
 from support.projections import ProjectionProcess, Topics
 from support.stack import eventually
@@ -197,4 +202,65 @@ def test_a_replay_that_is_killed_goes_on_and_repairs_what_was_wrong(
         check_money(log.valid, server)  # type: ignore[arg-type]
         assert server.rows("SELECT count() AS n FROM system.databases WHERE name = 'tidegate_replay'") == [{"n": 0}]
         projection.stop()
+    topics.close()
+
+
+def replay_offsets(topics: Topics, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "TIDEGATE_KAFKA_BOOTSTRAP": topics.settings.bootstrap,
+        "TIDEGATE_KAFKA_TOPIC_PREFIX": topics.settings.topic_prefix,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        **variables,
+    }
+    command = [sys.executable, "-m", "tidegate.cli", "replay", "offsets", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_reset_by_command_scales_down_and_up_and_goes_on_when_it_was_killed(
+    bootstrap: str, topic_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics = Topics(bootstrap, topic_prefix)
+    topics.write(LogWriter(3, 2).take(long_story().decided, trouble=0.3))
+    name = "statefulsets/tidegate-projection"
+    asked = ("--workload", "statefulset/tidegate-projection", "-n", "here")
+    with (
+        ProjectionProcess(topics, tmp_path / "data") as projection,
+        serving(FakeCluster("here", tmp_path), monkeypatch) as cluster,
+    ):
+        projection.start().wait_caught_up()
+        before = projection.contents()
+        refused = replay_offsets(topics, "--wait-s", "1")
+        assert (refused.returncode, "has members" in refused.stderr) == (1, True), refused
+        workload = {"metadata": {"name": "tidegate-projection"}, "spec": {"replicas": 1}}
+        cluster.workloads[name] = workload
+        scaled: list[int] = []
+
+        def scale(_: str, replicas: int) -> None:
+            if replicas != (scaled[-1] if scaled else 1):
+                projection.start() if replicas else projection.stop()
+            scaled.append(replicas)
+
+        cluster.on_scale = scale
+        for place in ("scaled-down", "reset"):
+            killed = replay_offsets(topics, *asked, TIDEGATE_FAILPOINTS=f"replay-offsets.{place}=kill")
+            assert killed.returncode == -signal.SIGKILL, killed
+            assert workload["spec"] == {"replicas": 0}
+        done = replay_offsets(topics, *asked)
+        assert done.returncode == 0, done
+        assert workload == {"metadata": {"name": "tidegate-projection", "annotations": {}}, "spec": {"replicas": 1}}
+        assert scaled == [0, 0, 0, 1]
+        assert "run-events:2  to 0 of " in done.stdout
+        assert "caught up" in done.stdout
+        projection.wait_caught_up()
+        assert projection.contents() == before
+
+        projection.stop()
+        by_hand = replay_offsets(topics, "--to", "7")
+        assert by_hand.returncode == 0, by_hand
+        committed = topics.broker.committed("tidegate-projection", "run-events")
+        ends = topics.ends()
+        assert committed == {at.partition: min(7, end) for at, end in ends.items() if at.topic == "run-events"}
+        assert replay_offsets(topics, "--to", "yesterday").returncode == 2
+        assert replay_offsets(topics, "--workload", "pod/x").returncode == 2
     topics.close()

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.cli.addresses import AddressError, address_file, read_address
+from tidegate.cli.replay_offsets import offsets
 from tidegate.cli.wording import counted, moment_ms
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
@@ -138,6 +139,8 @@ def _user() -> str:
     except (KeyError, OSError):  # a container's user without a name
         return str(os.getuid())
 
+
+app.command()(offsets)
 
 # --- asking the projection ----------------------------------------------------------------------------------------------
 

@@ -77,6 +77,10 @@ class UnknownTopicError(EventLogError):
     """The topic or partition does not exist."""
 
 
+class GroupInUseError(EventLogError):
+    """A consumer group has members: only they can say where it reads on."""
+
+
 class OffsetOutOfRangeError(EventLogError):
     """A position lies below the first offset kept or beyond the end."""
 

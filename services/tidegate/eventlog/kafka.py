@@ -28,6 +28,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import (
     EventLogError,
+    GroupInUseError,
     Message,
     OffsetOutOfRangeError,
     Offsets,
@@ -243,6 +244,30 @@ class KafkaBroker:
                 wanted = [KafkaPartition(self.physical_name(topic), number) for number in reader.partitions(topic)]
             found = _patiently(lambda: consumer.committed(wanted, REQUEST_TIMEOUT_S))
             return {at.partition: at.offset for at in found if at.offset >= 0}
+        finally:
+            consumer.close()
+
+    def reset_group(self, group: str, positions: Mapping[TopicPartition, int]) -> None:
+        """Have a group read on from other offsets. Blocks for some round trips.
+
+        Raises GroupInUseError as long as the group has members: Kafka itself refuses it then, so there is no race. EventLogError.
+        """
+        config = {
+            **_connection(self._settings),
+            "group.id": self._settings.topic_prefix + group,
+            "enable.auto.commit": False,
+        }
+        wanted = [KafkaPartition(self.physical_name(at.topic), at.partition, to) for at, to in positions.items()]
+        consumer = make_consumer(self._settings, config)
+        try:
+            with _as_log_errors(f"offsets of group {group}"):
+                for done in consumer.commit(offsets=wanted, asynchronous=False):
+                    if done.error is not None:
+                        raise KafkaException(done.error)
+        except EventLogError as error:
+            if isinstance(error.__cause__, KafkaException) and error.__cause__.args[0].code() in _HAS_MEMBERS:
+                raise GroupInUseError(f"group {group} has members, so Kafka refuses to reset it") from error
+            raise
         finally:
             consumer.close()
 
@@ -908,6 +933,11 @@ def _log_error(error: KafkaError, where: str = "") -> EventLogError:
     if error.code() in _OUT_OF_RANGE:
         return OffsetOutOfRangeError(text)
     return EventLogError(text)
+
+
+_HAS_MEMBERS = frozenset(
+    {KafkaError.UNKNOWN_MEMBER_ID, KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS}
+)
 
 
 def _patiently(ask: Callable[[], T]) -> T:
