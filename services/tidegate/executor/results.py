@@ -55,12 +55,16 @@ def failed(
     return _error(task, FAILED, error_class, message, retryable, spent, retry_after_ms)
 
 
-def timed_out(task: StepTask, timeout_s: float, spent: Spent) -> StepResult:
-    """The deadline passed. What the function did until then is not known: not to be repeated unless that is harmless."""
+def timed_out(task: StepTask, timeout_s: float, spent: Spent, detail: str = "") -> StepResult:
+    """The deadline passed. What the function did until then is not known: not to be repeated unless that is harmless.
+
+    detail: what else there is to say.
+    """
     idempotent = task.call is not None and task.call.idempotent
     message = f"not finished after {timeout_s:g} s"
     if not idempotent:
         message += "; it may have had its effect, and is not idempotent"
+    message += f"\n{detail}" if detail else ""
     return _error(task, TIMED_OUT, "TimedOut", message, idempotent, spent)
 
 
@@ -93,7 +97,7 @@ def _error(
         outcome,
         spent,
         error_class=error_class[:200],
-        error_message=_bounded(message),
+        error_message=bounded(message),
         retryable=retryable,
         actual_micros=spent.cost_micros or 0,
         retry_after_ms=retry_after_ms,
@@ -116,7 +120,8 @@ def _result(task: StepTask, outcome: str, spent: Spent, **fields: object) -> Ste
     )
 
 
-def _bounded(message: str) -> str:
+def bounded(message: str) -> str:
+    """Return a message as a result may hold it."""
     # What somebody's exception says may hold anything, lone surrogates included.
     text = message.encode("utf-8", "replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 1] + "…"

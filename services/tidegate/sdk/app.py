@@ -13,6 +13,7 @@ import jsonschema
 
 from tidegate.domain import canonical, retries
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.isolation import IN_PROCESS, ISOLATIONS, SUBPROCESS
 from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
@@ -50,9 +51,16 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "prefer": "",
     "max_input_tokens": 0,
     "max_output_tokens": 0,
+    "isolation": IN_PROCESS,
+    "memory_mib": 0,
+    "cpu_millis": 0,
+    "image": "",
+    "output_max_bytes": 0,
 }
 
 
+_COUNTS: Final = ("max_input_tokens", "max_output_tokens", "memory_mib", "cpu_millis", "output_max_bytes")
+_MAX_IMAGE: Final = 512
 _LABELS: Final = ("provider", "model", "operation", "prefer")
 _MAX_LABEL: Final = 128
 
@@ -68,7 +76,11 @@ class Options(TypedDict, total=False):
     before it runs, in micro-dollars. queue: whose executors run it; the app's if not given. provider, model, operation: what it
     uses, for rules and limits to look at. prefer: an instance that should run it if it has a free slot. max_input_tokens,
     max_output_tokens (0): the most that one attempt uses of its model; with them, and without cost_micros, the price table says
-    what is set aside.
+    what is set aside. isolation (as usual): `subprocess` or `job`, to have it run in a process or in a Kubernetes Job of its
+    own; a policy may demand more. memory_mib: the most memory that it may use there; cpu_millis, image: thousandths of a
+    processor that a Job asks for, and its image; where not said, and for a Job without memory_mib, the executor's settings
+    count. output_max_bytes: less than the executor takes anyway. These five say how this executor runs the function: no workflow
+    pins them.
     """
 
     name: str
@@ -89,6 +101,11 @@ class Options(TypedDict, total=False):
     prefer: str
     max_input_tokens: int
     max_output_tokens: int
+    isolation: str
+    memory_mib: int
+    cpu_millis: int
+    image: str
+    output_max_bytes: int
 
 
 class AgentOptions(Options, total=False):
@@ -131,7 +148,9 @@ class RetryRule:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How calls of a function are run. They are pinned into the definitions of the workflows that use it."""
+    """How calls of a function are run. They are pinned into the definitions of the workflows that use it, but for what only
+    its executor needs: isolation, memory_mib, cpu_millis, image, output_max_bytes.
+    """
 
     queue: str
     timeout_s: float
@@ -150,6 +169,11 @@ class Settings:
     retry_on: tuple[str, ...] = ()
     no_retry_on: tuple[str, ...] = ()
     retry_rules: tuple[RetryRule, ...] = ()
+    isolation: str = IN_PROCESS
+    memory_mib: int = 0
+    cpu_millis: int = 0
+    image: str = ""
+    output_max_bytes: int = 0
 
     def to_definition(self) -> dict[str, Any]:
         """Return the settings as a definition names them. What was not said is left out: the hashes of older ones stay."""
@@ -470,8 +494,10 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
             (not settings.backoff_factor >= 1, "backoff_factor must be at least 1"),
             (not settings.backoff_max_s >= settings.backoff_s, "backoff_max_s must be at least backoff_s"),
             (not settings.cost_micros >= 0, "cost_micros must be at least 0"),
-            (not settings.max_input_tokens >= 0, "max_input_tokens must be at least 0"),
-            (not settings.max_output_tokens >= 0, "max_output_tokens must be at least 0"),
+            *((not getattr(settings, count) >= 0, f"{count} must be at least 0") for count in _COUNTS),
+            (settings.isolation not in ISOLATIONS, "isolation must be subprocess or job"),
+            (settings.image and settings.isolation == SUBPROCESS, "image is for isolation job"),
+            (not isinstance(settings.image, str) or len(settings.image) > _MAX_IMAGE, "image must be an image's name"),
             *(
                 (
                     not isinstance(text, str) or len(text) > _MAX_LABEL,

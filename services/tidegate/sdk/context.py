@@ -79,6 +79,11 @@ class Meter:
             for name, count in counts.items():
                 self._usage[name] = _sum(self._usage.get(name, 0), count, f"usage {name!r}")
 
+    def take_over(self, cost_micros: int | None, usage: Mapping[str, int]) -> None:
+        """Hold what another meter holds: that of the process in which the function runs."""
+        with self._lock:
+            self._cost_micros, self._usage = cost_micros, dict(usage)
+
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_MICROS
