@@ -402,6 +402,9 @@ ANSWERS: dict[str, Check] = {
     "What does each workflow cost per day": lambda rows, day: near(
         the(rows, workflow="chain")["dollars"], settled_by(day, lambda fact: workflow_of(day, fact.run_id))["chain"]
     ),
+    "Which models and services refuse us, and which rules wait for them": lambda rows, _: (
+        [(row["rule"], row["failures"], row["given_up"]) for row in rows] == [("OSError", 10, 0)]
+    ),
     "Which tools cost most": lambda rows, _: [(row["tool"], row["attempts"]) for row in rows] == [("look", 3)],
     "What was spent for nothing": lambda rows, day: near(
         the(rows, function="fail", outcome="failed")["dollars"], day.spent(HOPELESS) + day.spent("day-fail-1")

@@ -20,6 +20,7 @@ from tidegate import (
     NonRetryable,
     Plan,
     Propose,
+    RetryRule,
     State,
     ToolCall,
     context,
@@ -182,7 +183,7 @@ def fail(anything: Any) -> None:
     raise ValueError("no luck \ud800 today")
 
 
-@app.step(cost_micros=10, retries=5, backoff_s=0.02)
+@app.step(cost_micros=10, retries=0, retry_rules=[RetryRule(on=[OSError], retries=5, backoff_s=0.02)])
 def fail_twice(n: int) -> int:
     """Raise in the first two attempts."""
     enter()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
+import dataclasses
 import threading
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -11,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from tidegate.domain import canonical
+from tidegate.domain.isolation import IN_PROCESS
 from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import results
 from tidegate.executor.attempt import Attempt
@@ -63,7 +66,7 @@ class Performer:
                 spent = results.Spent(None, {}, now_ms, now_ms + took_ms)
                 return Performed(results.timed_out(task, call.timeout_ms / 1000, spent), took_ms)
             function = standing_in(function, act)
-        entered = self._entered(task, call, function)
+        entered = self._entered(msgspec.structs.replace(task, isolation=IN_PROCESS), call, _here(function))
         return Performed(_at(entered, now_ms, took_ms), took_ms)
 
     def _entered(self, task: StepTask, call: Call, function: Function | None) -> StepResult:
@@ -85,6 +88,15 @@ class Performer:
         )
         attempt.begin(function, self._threads)
         return await answer
+
+
+def _here(function: Function | None) -> Function | None:
+    """Return the function without the isolation that it declares: whatever is demanded, a rehearsal runs it in this process."""
+    if function is None or function.settings.isolation == IN_PROCESS:
+        return function
+    made = copy.copy(function)
+    made.settings = dataclasses.replace(function.settings, isolation=IN_PROCESS)
+    return made
 
 
 def _at(result: StepResult, now_ms: int, took_ms: int) -> StepResult:

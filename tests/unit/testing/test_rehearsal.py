@@ -218,3 +218,25 @@ def test_a_function_can_ask_what_it_uses_and_what_allowed_it() -> None:
         assert rehearsal.run(agent="looker").output == ["acme", "m-1", "embed", "looker", "p@3", "tools", 7]
     with Rehearsal(asked) as rehearsal:
         assert rehearsal.run(agent="looker").output[4:6] == ["", "default"]
+
+
+@pytest.mark.feature("T4")
+def test_functions_run_in_this_process_whatever_isolation_is_demanded() -> None:
+    apart = App("apart")
+
+    @apart.step(isolation="subprocess")
+    def first(value: int) -> int:
+        seen.append(value)
+        return value
+
+    @apart.step
+    def second(value: int) -> int:
+        return value + 1
+
+    seen: list[int] = []
+    apart.graph("both").chain(first, second)
+    rule = {"name": "apart", "when": 'name == "second"', "then": "allow", "isolation": "subprocess"}
+    with Rehearsal(apart, policies=[{"policy": "p", "version": "1", "rules": [rule]}]) as rehearsal:
+        outcome = rehearsal.run("both", 1)
+        assert (outcome.output, seen) == (2, [1]), outcome.reason
+        assert [event.isolation for event in outcome.seen("AttemptDispatched")] == ["", "subprocess"]
