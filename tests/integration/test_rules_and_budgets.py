@@ -173,7 +173,10 @@ def test_children_spend_the_budget_of_their_parent(whole: WholeStack) -> None:
     family = {
         "name": "family",
         "version": "1",
-        "nodes": {name: {"kind": "workflow", "workflow": f"chain@{chain['version']}"} for name in ("x", "y")},
+        "nodes": {
+            name: {"kind": "workflow", "workflow": f"chain@{chain['version']}", "input": "${ input }"}
+            for name in ("x", "y")
+        },
         "edges": [["x", "y"]],
         "functions": {},
         "workflows": {f"chain@{chain['version']}": chain},
