@@ -15,11 +15,14 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import App, agent, functions_of, step, tool
+    from tidegate.sdk.app import App, agent, flow, functions_of, step, tool
     from tidegate.sdk.client import Client, Run
     from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
     from tidegate.sdk.errors import (
         AppError,
+        CallFailedError,
+        FlowChangedError,
+        FlowError,
         GraphError,
         NonRetryable,
         NotJsonError,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         RunNotFinishedError,
         RunNotFoundError,
     )
+    from tidegate.sdk.flow import Result, merge
     from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
     from tidegate.sdk.plan import Goto, Observation, Plan, Propose, State, ToolCall, Turn
@@ -35,8 +39,11 @@ if TYPE_CHECKING:
 __all__ = [
     "App",
     "AppError",
+    "CallFailedError",
     "Change",
     "Client",
+    "FlowChangedError",
+    "FlowError",
     "Goto",
     "Graph",
     "GraphError",
@@ -47,6 +54,7 @@ __all__ = [
     "Plan",
     "Propose",
     "PublishConflictError",
+    "Result",
     "Run",
     "RunNotFinishedError",
     "RunNotFoundError",
@@ -56,9 +64,11 @@ __all__ = [
     "Turn",
     "agent",
     "context",
+    "flow",
     "functions_of",
     "idempotency_key",
     "load_app",
+    "merge",
     "report_cost",
     "report_usage",
     "step",
@@ -67,12 +77,15 @@ __all__ = [
 
 # Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
 _MODULES: Final[dict[str, str]] = {
-    **dict.fromkeys(("App", "agent", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("App", "agent", "flow", "functions_of", "step", "tool"), "app"),
     **dict.fromkeys(("Client", "Run"), "client"),
     **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
     **dict.fromkeys(
         (
             "AppError",
+            "CallFailedError",
+            "FlowChangedError",
+            "FlowError",
             "GraphError",
             "NonRetryable",
             "NotJsonError",
@@ -84,6 +97,7 @@ _MODULES: Final[dict[str, str]] = {
         "errors",
     ),
     **dict.fromkeys(("Change", "Graph"), "graph"),
+    **dict.fromkeys(("Result", "merge"), "flow"),
     **dict.fromkeys(("load_app",), "loading"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),
 }

@@ -21,7 +21,7 @@ from tidegate.executor import results
 from tidegate.failpoints import failpoint
 from tidegate.sdk import json_form
 from tidegate.sdk.app import Function
-from tidegate.sdk.binding import AGENT, TOOL, Bound
+from tidegate.sdk.binding import AGENT, FLOW, TOOL, Bound
 from tidegate.sdk.context import Meter, StepContext, running
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
 from tidegate.sdk.plan import Given, given_by, plan_of
@@ -186,7 +186,8 @@ class Attempt:
     def _from_error(self, error: BaseException) -> StepResult:
         """Return the failure that an exception means. Once the function has returned, repeating it cannot help."""
         error_class = _ERROR_CLASSES.get(type(error), type(error).__name__)
-        retryable = not (self._returned or isinstance(error, (NonRetryable, *_ERROR_CLASSES)))
+        is_final = self._returned or self._call.kind == FLOW  # a flow that is played again does the same again
+        retryable = not (is_final or isinstance(error, (NonRetryable, *_ERROR_CLASSES)))
         message = _message_of(error)
         _log.warning(
             "attempt failed",
