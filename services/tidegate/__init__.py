@@ -15,7 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import App, agent, flow, functions_of, step, tool
+    from tidegate.sdk.app import App, RetryRule, agent, flow, functions_of, step, tool
     from tidegate.sdk.client import Client, Run
     from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
     from tidegate.sdk.errors import (
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from tidegate.sdk.flow import Result, merge
     from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
+    from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
     from tidegate.sdk.plan import Goto, Observation, Plan, Propose, State, ToolCall, Turn
 
 __all__ = [
+    "MODEL_RETRIES",
     "App",
     "AppError",
     "CallFailedError",
@@ -47,6 +49,7 @@ __all__ = [
     "Goto",
     "Graph",
     "GraphError",
+    "ModelError",
     "NonRetryable",
     "NotJsonError",
     "Observation",
@@ -55,6 +58,7 @@ __all__ = [
     "Propose",
     "PublishConflictError",
     "Result",
+    "RetryRule",
     "Run",
     "RunNotFinishedError",
     "RunNotFoundError",
@@ -69,6 +73,7 @@ __all__ = [
     "idempotency_key",
     "load_app",
     "merge",
+    "model_errors",
     "report_cost",
     "report_usage",
     "step",
@@ -77,7 +82,7 @@ __all__ = [
 
 # Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
 _MODULES: Final[dict[str, str]] = {
-    **dict.fromkeys(("App", "agent", "flow", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("App", "RetryRule", "agent", "flow", "functions_of", "step", "tool"), "app"),
     **dict.fromkeys(("Client", "Run"), "client"),
     **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
     **dict.fromkeys(
@@ -99,6 +104,7 @@ _MODULES: Final[dict[str, str]] = {
     **dict.fromkeys(("Change", "Graph"), "graph"),
     **dict.fromkeys(("Result", "merge"), "flow"),
     **dict.fromkeys(("load_app",), "loading"),
+    **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),
 }
 

@@ -113,6 +113,17 @@ class Story(Pair):
         self.play_losses()
         self.play_humans()
         self.play_ends()
+        self.play_changes()
+
+    def play_changes(self) -> None:
+        """Play a step that adds a node to its run's graph, where it may and where it may not."""
+        for kind, mode in (("changed", "optional"), ("unchanged", "disabled")):
+            run_id = f"{self.name}-{kind}"
+            definition = chain("a", "b") | {"evolution": {"mode": mode}}
+            self.start(run_id, definition, {"order": kind})
+            self.do(run_id, change='{"nodes":{"x":{"kind":"step","function":"b"}},"because":"it was asked for"}')
+            while any(task.run_id == run_id and task.type == "run" for task in self.tasks):
+                self.do(run_id)
 
     def play_plain(self, number: int, account: str = "acme/support") -> str:
         """Play a run of three steps that succeeds."""

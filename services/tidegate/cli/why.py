@@ -1,4 +1,4 @@
-"""`tidegate why RUN [STEP]`: what the gate decided about a step, by which rule or budget, and on which values."""
+"""`tidegate why RUN [STEP]`: how a step's input was bound, what the gate decided about it, by which rule, on which values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from tidegate.eventlog.interface import Broker, Message, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.sdk.bound_inputs import BoundInput, bound_inputs
 from tidegate.sdk.client import Client, Event
 from tidegate.sdk.reading import ValidEntries
 
 app = typer.Typer(add_completion=False)
 LEDGER: Final = "gate-ledger"
+MAX_SHOWN: Final = 500
 VOID: Final = (
     "void"  # the ledger's word for what a run has given up: it ended, was cancelled, or an answer came too late
 )
@@ -51,17 +53,21 @@ def why(
 ) -> None:
     """Say why the gate allowed, denied, asked about, paused or keeps waiting a step: rule, version, values, budget numbers.
 
-    Also what became of the changes of the run's graph that steps have proposed. Read from the logs themselves.
+    Of a step also how its input was bound: which expression read what, and gave which value; and what became of the changes of the
+    run's graph that steps have proposed. Read from the logs themselves.
     Exit codes: 0 done; 3 Kafka does not answer; 4 there is no such run, or the gate was never asked.
     """
     broker = KafkaBroker(KafkaSettings())
     with Client(broker) as client:
-        run = client.get(run_id)
+        run, folded = client.get_folded(run_id)
         changes = list(of_changes(client.events(run_id), step_id))
+    bound = [] if step_id is None or step_id not in folded.steps else bound_inputs(folded, step_id)
+    for part in bound:
+        typer.echo(json.dumps(part._asdict(), ensure_ascii=False) if as_json else shown_input(part))
     with Console(stderr=True).status(f"reading {LEDGER} …"):
         found = [*story(_ledger_of(broker, run.account), run_id, step_id), *changes]
     lines = sorted(found, key=lambda line: line.at_ms)
-    if not lines:
+    if not lines and not bound:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
         because = f": {run.reason}" if run.reason else ""
         typer.echo(f"the gate was never asked about {asked}; the run is {run.status}{because}", err=True)
@@ -133,6 +139,16 @@ def shown(line: Line) -> str:
     return f"{at}  {line.step_id}#{line.attempt}  {line.said}{by}{looked}"
 
 
+def shown_input(part: BoundInput) -> str:
+    """Return for people how a part of a step's input came about."""
+    where = f"input {part.part}" if part.part else "input"
+    by = f" = {part.expression}" if part.expression else ""
+    sources = f" from {', '.join(part.sources)}" if part.sources else ""
+    value = json.dumps(part.value, ensure_ascii=False)
+    cut = value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "…"
+    return f"{where}{by}{sources}\n    it was {cut}"
+
+
 def _time(at_ms: int) -> str:
     return datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC).isoformat(timespec="seconds")
 
@@ -173,6 +189,7 @@ _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: lambda event: f"denied: {event.reason};",
     ev.ApprovalHeld: _held,
+    ev.QuestionAnswered: lambda event: f"needs no approval any more, because of {event.by}: {event.reason};",
     ev.ApprovalLapsed: lambda event: f"the approval expired: {event.reason};",
     ev.AttemptPaused: _paused,
     ev.AttemptQueued: lambda event: f"waits for a free slot of an executor of queue {event.call.queue}",

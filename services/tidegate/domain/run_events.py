@@ -157,7 +157,8 @@ class ApprovalRequested(
 class ApprovalResolved(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalResolved", tag_field=TAG_FIELD
 ):
-    """A human answered the open approval of this attempt.
+    """A human answered the open approval of this attempt; or the gate did (command_id is empty), because a budget that asked has
+    room now: then `by` names the document that made it.
 
     answer: to a question about an unknown outcome `done` (its output is given), `again` or `fail`; else empty.
     """
@@ -186,10 +187,12 @@ class ApprovalExpired(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
 class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitStarted", tag_field=TAG_FIELD):
     """A step exists that runs nothing: it waits for an event, a time or a person's answer. wave: as in `StepReady`.
 
-    kind: `wait_event`, `wait_until`, `sleep` or `ask`. input: canonical JSON; the output of a wait for a time. event, key: name
-    and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an answer (schema:
-    JSON text; empty for none). due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout: `fail`, or
-    `value` for going on with timeout_value. after_ms, timeout_ms: what those times were reckoned from, in `now_ms` of the entry.
+    kind: `wait_event`, `wait_until`, `sleep`, `ask` or `outside`, a tool that somebody outside does. input: canonical JSON; the
+    output of a wait for a time, the arguments of a tool. function: the tool; then key is the id that the model gave the call.
+    event, key: name and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an
+    answer (schema: JSON text; empty for none). due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout:
+    `fail`, or `value` for going on with timeout_value. after_ms, timeout_ms: what those times were reckoned from, in `now_ms` of
+    the entry.
     """
 
     step_id: str
@@ -209,12 +212,14 @@ class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Wait
     timeout_at_ms: int | None = None
     on_timeout: str = "fail"
     timeout_value: str = "null"
+    function: str = ""
 
 
 class WaitEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitEnded", tag_field=TAG_FIELD):
     """A wait is over; what follows says whether its step succeeded.
 
-    outcome: `due` (its time came), `signalled`, `answered` or `timed_out`. command_id, by, reason: of an answer. signal_seq: seq
+    outcome: `due` (its time came), `signalled`, `answered`, `rejected` (whoever does the outside tool could not) or `timed_out`.
+    command_id, by, reason: of an answer. signal_seq: seq
     of the kept `SignalReceived` that it took; 0 for none.
     """
 
@@ -246,7 +251,7 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     outcome: `failed`, `timed_out`, `released`, `busy`, `lost`, `denied`, `expired` (its approval; the answer crossed the gate's
     clock) or `proposed` (it did what it should; whether its step succeeds depends on the change that it proposes).
     retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran, 0 if it did
-    not. rule, policy, values: of a denial.
+    not. rule, policy, values: of a denial. retry_rule: the rule for its error class that counts it, if there is one.
     """
 
     step_id: str
@@ -264,6 +269,7 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     rule: str = ""
     policy: str = ""
     values: str = ""
+    retry_rule: str = ""
 
 
 class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):
@@ -483,9 +489,9 @@ class EndReported(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="EndR
 class GraphChangeProposed(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="GraphChangeProposed", tag_field=TAG_FIELD
 ):
-    """A step wants to have nodes and edges added to the run's graph, or, as an agent's plan, calls of tools.
+    """A step wants to have nodes and edges added to the run's graph, or, as a plan or a turn of a flow, calls made.
 
-    kind: `graph` or `plan`. nodes: the nodes that it adds; of a plan, the steps of all its calls. change: canonical JSON with
+    kind: `graph`, `plan` or `flow`. nodes: the nodes that it adds; of a plan or a flow, the steps of all its calls. change: canonical JSON with
     `nodes`, `edges` and `because`; empty of a plan, whose calls stand in the step's output, and of what cannot be read. held: a
     person decides; output and goto are then what the step gives besides, for when that is done.
     """

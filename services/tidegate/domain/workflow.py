@@ -11,10 +11,11 @@ import msgspec
 import referencing
 from referencing.jsonschema import DRAFT202012
 
-from tidegate.domain import canonical, expressions, waits
+from tidegate.domain import canonical, expressions, retries, waits
 from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems
 from tidegate.domain.graph_changes import EVOLUTION_SCHEMA, Evolution, graph_hash, merged
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.retries import Retries
 from tidegate.domain.routes import form_of
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
@@ -32,6 +33,7 @@ MAX_NESTING: Final = 8  # of workflows in workflows
 ALL: Final = 0  # as `needs`: every edge that leads here
 
 _expression = {"type": "string", "minLength": 1}
+_OF_OUTSIDE_TOOLS: Final = frozenset({"kind", "outside", "timeout_ms", "description", "parameters", "output"})
 _workflow_label = {
     "type": "string",
     "pattern": r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}@[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
@@ -39,7 +41,6 @@ _workflow_label = {
 _name = {"type": "string", "pattern": NAME_PATTERN}
 _label = {"type": "string", "maxLength": 128}
 _count = {"type": "integer", "minimum": 0, "maximum": 2**53}
-_error_classes = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 200}, "maxItems": 100}
 
 DEFINITION_SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -122,12 +123,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "kind": {"enum": ["step", "agent", "tool", "flow"]},
                     "queue": _name,
                     "timeout_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
-                    "max_attempts": {"type": "integer", "minimum": 1, "maximum": 1000},
-                    "backoff_ms": {"type": "integer", "minimum": 1, "maximum": 24 * 3_600_000},
-                    "backoff_factor": {"type": "number", "minimum": 1, "maximum": 100},
-                    "backoff_max_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
-                    "retry_on": _error_classes,
-                    "no_retry_on": _error_classes,
+                    **retries.PROPERTIES,
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
                     "provider": _label,
@@ -139,6 +135,8 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "description": {"type": "string"},
                     "parameters": {"type": ["object", "boolean"]},
                     "tools": {"type": "array", "items": _name},
+                    "outside": {"type": "boolean"},
+                    "output": {"type": ["object", "boolean"]},
                 },
             },
         },
@@ -157,21 +155,16 @@ class DefinitionError(ValueError):
         self.problems = problems
 
 
-class Function(msgspec.Struct, frozen=True):
-    """A function of an app as a workflow pins it. Times in milliseconds, money in micro-dollars.
+class Function(Retries, frozen=True, kw_only=True):
+    """A function of an app as a workflow pins it, and how it is repeated. Times in milliseconds, money in micro-dollars.
 
-    retry_on: names of the error classes after which it is repeated; none for all. no_retry_on: those after which it is not.
+    outside: a tool that no executor has: somebody outside answers each call, within `timeout_ms`. output: what the answer must
+    fit, a JSON Schema.
     """
 
     kind: str
     queue: str = "default"
     timeout_ms: int = 30_000
-    max_attempts: int = 5
-    backoff_ms: int = 200
-    backoff_factor: float = 2.0
-    backoff_max_ms: int = 60_000
-    retry_on: tuple[str, ...] = ()
-    no_retry_on: tuple[str, ...] = ()
     reserve_micros: int = 0
     idempotent: bool = True
     provider: str = ""
@@ -183,6 +176,8 @@ class Function(msgspec.Struct, frozen=True):
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()
+    outside: bool = False
+    output: Any = True
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -380,6 +375,7 @@ def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
     schemas = {"input_schema": definition.get("input_schema", True), **waits.schemas(definition)}
     for name, function in definition["functions"].items():
         schemas[f"functions.{name}.parameters"] = function.get("parameters", True)
+        schemas[f"functions.{name}.output"] = function.get("output", True)
     found = []
     for where, schema in schemas.items():
         try:
@@ -427,10 +423,23 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
             found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
     for name, function in functions.items():
         wanted = "step" if function["kind"] == "flow" else "tool"
+        found += retries.problems(function, f"functions.{name}") + _outside_problems(name, function)
         for tool in function.get("tools", ()):
             if functions.get(tool, {}).get("kind") != wanted:
                 found.append(f"functions.{name}.tools: {tool!r} is not a {wanted} of this definition")
     return found
+
+
+def _outside_problems(name: str, function: Mapping[str, Any]) -> list[str]:
+    where = f"functions.{name}"
+    if not function.get("outside"):
+        return (
+            [f"{where}.output: only a tool that is `outside` says what its output is"] if "output" in function else []
+        )
+    if function["kind"] != "tool":
+        return [f"{where}.outside: a {function['kind']} cannot be done outside, only a tool can"]
+    foreign = sorted(function.keys() - _OF_OUTSIDE_TOOLS)
+    return [f"{where}.{setting}: nothing of an outside tool is run here" for setting in foreign]
 
 
 def with_children(definitions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tidegate.domain import ledger_events as ev
 from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Bucket, Gauge, Learned, Ledger, RunMoney
 
 # Counts up with every change of the fields of RunMoney and Attempt, or of what they mean.
-SNAPSHOT_FORMAT: Final = 3
+SNAPSHOT_FORMAT: Final = 4
 
 _State = tuple[RunMoney, list[Attempt]]
 

@@ -69,3 +69,27 @@ def output_given(step: StepState, output: str, given_by: str = "", goto: str = "
         given_by=given_by,
         goto=goto,
     )
+
+
+def resolved(
+    step: StepState,
+    asked: ev.ApprovalRequested,
+    *,
+    approved: bool,
+    by: str,
+    reason: str,
+    command_id: str = "",
+    answer: str = "",
+) -> ev.ApprovalResolved:
+    """Return that the open question of a step is answered. answer: see the event. command_id: empty if the gate answered it."""
+    return ev.ApprovalResolved(
+        command_id=command_id,
+        step_id=step.step_id,
+        attempt=asked.attempt,
+        why=asked.why,
+        approved=approved,
+        by=by,
+        reason=reason,
+        arguments_hash=asked.arguments_hash,
+        answer=answer,
+    )

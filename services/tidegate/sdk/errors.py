@@ -36,6 +36,10 @@ class FlowChangedError(FlowError):
     """The code of a flow does not make the calls that the log of its run has. The message names the call."""
 
 
+class FlowFailedError(NonRetryable):
+    """A flow has raised an exception, which the message names: a call failed that it does not catch, say."""
+
+
 class CallFailedError(Exception):
     """Raised in a flow where it awaits a call whose step has failed for good. node_id: the call; reason: why."""
 
