@@ -492,7 +492,7 @@ class GraphChangeProposed(
     """A step wants to have nodes and edges added to the run's graph, or, as a plan or a turn of a flow, calls made.
 
     kind: `graph`, `plan` or `flow`. nodes: the nodes that it adds; of a plan or a flow, the steps of all its calls. change: as
-    canonical JSON `nodes`, `edges` and `because`; empty of a plan, whose calls stand in the step output, and of what cannot be read.
+    canonical JSON `nodes`, `edges` and `because`; empty of a plan, whose calls stand in the output, and of what cannot be read.
     held: a person decides; output and goto are then what the step gives besides, for when that is done.
     """
 
