@@ -15,11 +15,14 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import App, RetryRule, agent, functions_of, step, tool
+    from tidegate.sdk.app import App, RetryRule, agent, flow, functions_of, step, tool
     from tidegate.sdk.client import Client, Run
     from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
     from tidegate.sdk.errors import (
         AppError,
+        CallFailedError,
+        FlowChangedError,
+        FlowError,
         GraphError,
         NonRetryable,
         NotJsonError,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         RunNotFinishedError,
         RunNotFoundError,
     )
+    from tidegate.sdk.flow import Result, merge
     from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
     from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
@@ -37,8 +41,11 @@ __all__ = [
     "MODEL_RETRIES",
     "App",
     "AppError",
+    "CallFailedError",
     "Change",
     "Client",
+    "FlowChangedError",
+    "FlowError",
     "Goto",
     "Graph",
     "GraphError",
@@ -50,6 +57,7 @@ __all__ = [
     "Plan",
     "Propose",
     "PublishConflictError",
+    "Result",
     "RetryRule",
     "Run",
     "RunNotFinishedError",
@@ -60,9 +68,11 @@ __all__ = [
     "Turn",
     "agent",
     "context",
+    "flow",
     "functions_of",
     "idempotency_key",
     "load_app",
+    "merge",
     "model_errors",
     "report_cost",
     "report_usage",
@@ -72,12 +82,15 @@ __all__ = [
 
 # Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
 _MODULES: Final[dict[str, str]] = {
-    **dict.fromkeys(("App", "RetryRule", "agent", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("App", "RetryRule", "agent", "flow", "functions_of", "step", "tool"), "app"),
     **dict.fromkeys(("Client", "Run"), "client"),
     **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
     **dict.fromkeys(
         (
             "AppError",
+            "CallFailedError",
+            "FlowChangedError",
+            "FlowError",
             "GraphError",
             "NonRetryable",
             "NotJsonError",
@@ -89,6 +102,7 @@ _MODULES: Final[dict[str, str]] = {
         "errors",
     ),
     **dict.fromkeys(("Change", "Graph"), "graph"),
+    **dict.fromkeys(("Result", "merge"), "flow"),
     **dict.fromkeys(("load_app",), "loading"),
     **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),

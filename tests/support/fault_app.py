@@ -25,6 +25,7 @@ from tidegate import (
     ToolCall,
     context,
     idempotency_key,
+    merge,
     model_errors,
     report_cost,
 )
@@ -132,6 +133,15 @@ async def wait_here(seconds: float) -> str:
     await asyncio.sleep(seconds)
     have_effect()
     return "done"
+
+
+@app.flow(steps=[one, wait_here])
+async def errands(n: int) -> dict[str, Any]:
+    """Call steps one by one and side by side, and say where the last value comes from."""
+    first = await one(n)  # type: ignore[misc]  # in a flow, calls are awaited
+    second, _ = await asyncio.gather(one(first), wait_here(1.5))  # type: ignore[call-overload]
+    third = await one(merge(second.value + first.value, first, second))  # type: ignore[misc]
+    return {"value": third.value, "parents": list(third.parents)}
 
 
 @app.step(cost_micros=40, timeout_s=60)

@@ -1,4 +1,4 @@
-"""The examples of docs/authoring.md: they run, and give what the page says."""
+"""The examples of docs/authoring.md and docs/flows.md: they run, and give what the pages say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tidegate.sdk import json_form
 from tidegate.sdk.errors import BadArgumentsError
 from tidegate.sdk.plan import given_by, plan_of
 
-PAGE = (Path(__file__).parents[2] / "docs/authoring.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = "\n".join((DOCS / name).read_text(encoding="utf-8") for name in ("authoring.md", "flows.md"))
 CLAIM = re.compile(r"^`(\w+)` with `(.+?)` (gives|fails with) `(.+?)`[.;]", re.MULTILINE)
 
 
@@ -45,6 +46,8 @@ def examples() -> dict[str, Any]:
     exec("\n".join(blocks("python")), names)  # noqa: S102 - our own page
     app: App = names["app"]
     found = {name: app.definition(graph) for name, graph in names.items() if isinstance(graph, Graph)}
+    flows = [name for name, function in app.functions.items() if function.kind == "flow"]
+    found |= {name: app.flow_definition(name) for name in flows}
     for text in blocks("yaml"):
         definition = app.completed(yaml.safe_load(text))
         found[definition["name"]] = with_children([definition, *found.values()])[0]
@@ -89,6 +92,7 @@ def run(app: App, definition: dict[str, Any], value: Any) -> RunState:
 @pytest.mark.feature("G4")
 @pytest.mark.feature("G5")
 @pytest.mark.feature("G6")
+@pytest.mark.feature("T6")
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.graph} {claim.input}")
 def test_what_the_page_says_is_so(examples: dict[str, Any], claim: Claim) -> None:
     definition = examples[claim.graph]

@@ -54,6 +54,7 @@ _MERMAID_SHAPES: Final[Mapping[str, tuple[str, str]]] = {
     "step": ("[", "]"),
     "agent": ("([", "])"),
     "map": ("[[", "]]"),
+    "flow": ("[(", ")]"),
     "router": ("{", "}"),
     "workflow": ("[/", "/]"),
 }
@@ -62,6 +63,7 @@ _DOT_SHAPES: Final[Mapping[str, str]] = {
     "step": "box",
     "agent": "ellipse",
     "map": "box3d",
+    "flow": "component",
     "router": "diamond",
     "workflow": "folder",
 }

@@ -26,7 +26,6 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables, readable
 from tidegate.sdk.app import App
-from tidegate.sdk.binding import AGENT
 from tidegate.sdk.client import WORKFLOWS, Client
 from tidegate.sdk.errors import GraphError
 from tidegate.sdk.loading import load_app
@@ -192,8 +191,7 @@ def _definitions(what: Definitions, found: dict[str, list[str]]) -> list[Mapping
             definitions.append(what.definition(each))
         except GraphError as error:
             found[error.label] = error.problems
-    agents = [function.name for function in what.functions.values() if function.kind == AGENT]
-    return [*definitions, *map(what.agent_definition, agents)]
+    return [*definitions, *what.alone()]
 
 
 def _load(command: str, source: str, functions_of: str) -> Definitions:

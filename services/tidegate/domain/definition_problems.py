@@ -21,6 +21,7 @@ _FIELDS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
         frozenset({"function", "over"}),
         frozenset({"on_failure", "at_once", "max_items", "on_item_failure", "results"}),
     ),
+    "flow": (frozenset({"function"}), frozenset({"on_failure"})),
     "router": (frozenset({"choose", "routes"}), frozenset()),
     **dict.fromkeys(waits.KINDS, (frozenset[str](), frozenset({"on_failure", "wait", "function"}))),  # see `waits.py`
     "workflow": (frozenset({"workflow"}), frozenset({"on_failure", "budget_micros"})),

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from tidegate.domain import canonical, children, mapping, states, waits
+from tidegate.domain import canonical, children, flow_turns, mapping, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.bindings import NO_HOP, Hop, Sight
 from tidegate.domain.calls import call_of
@@ -228,6 +228,10 @@ class Flow:
         value = self.sight.input_of(node_id, used, hop)
         self.events.append(first_turn(self.workflow, node_id, self._path(node_id), wave, value))
 
+    def _start_flow(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
+        value = self.sight.input_of(node_id, used, hop)
+        self.events.append(flow_turns.first_turn(self.workflow, node_id, self._path(node_id), wave, value))
+
     def _start_router(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
         value = self.sight.input_of(node_id, used, hop)
         goto = self.sight.choice_of(node_id, used, canonical.loads(value))
@@ -304,6 +308,7 @@ class Flow:
 _STARTS: dict[str, Callable[[Flow, str, tuple[str, ...], int, Hop], None]] = {
     "step": Flow._start_step,
     "agent": Flow._start_agent,
+    "flow": Flow._start_flow,
     "router": Flow._start_router,
     "map": Flow._start_map,
     "workflow": Flow._start_child,

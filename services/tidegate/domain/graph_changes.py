@@ -14,6 +14,7 @@ from tidegate.domain import canonical
 
 GRAPH: Final = "graph"  # nodes and edges of the run's graph
 PLAN: Final = "plan"  # an agent's tool calls
+FLOW: Final = "flow"  # a flow's calls
 
 DISABLED: Final = "disabled"
 OPTIONAL: Final = "optional"

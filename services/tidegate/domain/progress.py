@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
-from tidegate.domain import canonical, children, mapping, states, turns
+from tidegate.domain import canonical, children, flow_turns, mapping, states, turns
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed
 from tidegate.domain.fingerprint import fingerprint
@@ -40,6 +40,9 @@ def after_success(run: RunState, step: StepState, output: str, goto: str = "") -
         if step.call.kind == "tool":
             return _limited(run, turns.after_tool(run, _workflow(run), step, changed))
         done = node_output(run, step, output)
+        if done is None and step.node_id in _workflow(run).flow_nodes:
+            follows = flow_turns.after_turn if step.call.kind == "flow" else flow_turns.after_call
+            return _limited(run, follows(run, _workflow(run), step, changed))
         if done is None:
             plan = canonical.loads(output)
             return _limited(run, turns.after_plan(run, _workflow(run), step, changed, plan))
@@ -63,6 +66,8 @@ def after_failure(run: RunState, step: StepState, code: str, reason: str) -> lis
     try:
         if step.call.kind == "tool":
             return _limited(run, turns.after_tool(run, _workflow(run), step, changed, reason))
+        if step.call.kind == "step" and step.node_id in _workflow(run).flow_nodes:
+            return _limited(run, flow_turns.after_call(run, _workflow(run), step, changed, reason))
         node = _workflow(run).document.nodes[step.node_id]
         if node.kind == "map" and node.on_item_failure == CONTINUE:
             return _after_part(run, step, changed, None)
@@ -100,6 +105,7 @@ def _after_part(run: RunState, step: StepState, changed: Changed, output: str | 
         _after_item(run, flow, step, output, goto)
     else:
         assert output is not None  # noqa: S101 - only of an item there is none
+        _cancel_below(run, flow, step)
         flow.succeeded(step.node_id, output, step.wave, goto)
     return _what_follows(run, flow, changed)
 
@@ -136,15 +142,22 @@ def _node_failed(run: RunState, step: StepState, changed: Changed, code: str, re
         return _finish(run, changed, states.FAILED, "", code, reason)
     flow = Flow(run, workflow)
     state = run.nodes[step.node_id]
-    if state.map is not None:
-        items = visit_path(step.node_id, state.visit) + "/#"
-        for other_id in sorted(run.steps):
-            other = run.steps[other_id]
-            if other_id.startswith(items) and other_id != step.step_id and other.status not in states.STEP_TERMINAL:
-                flow.events.append(ev.StepCancelled(step_id=other_id, attempt=_attempt_out(other)))
-                flow.cancelled.add(other_id)
+    _cancel_below(run, flow, step)
     flow.failed(step.node_id, max(state.wave, step.wave), code, reason)
     return _what_follows(run, flow, changed)
+
+
+def _cancel_below(run: RunState, flow: Flow, step: StepState) -> None:
+    """Cancel what else is open of the node of this step: items of a map, calls of a flow."""
+    state = run.nodes[step.node_id]
+    if state.map is None and step.node_id not in flow.workflow.flow_nodes:
+        return
+    below = visit_path(step.node_id, state.visit) + "/"
+    for other_id in sorted(run.steps):
+        other = run.steps[other_id]
+        if other_id.startswith(below) and other_id != step.step_id and other.status not in states.STEP_TERMINAL:
+            flow.events.append(ev.StepCancelled(step_id=other_id, attempt=_attempt_out(other)))
+            flow.cancelled.add(other_id)
 
 
 def _what_follows(run: RunState, flow: Flow, changed: Changed | None) -> list[Any]:
@@ -178,8 +191,12 @@ def _verdict(flow: Flow) -> tuple[str, str, str]:
 def _limited(run: RunState, events: list[Any]) -> list[Any]:
     """Return the events if the run may have the steps that they begin. Raises Stop."""
     begun = [event for event in events if type(event) in (ev.StepReady, ev.ChildStarted, ev.WaitStarted)]
-    limit = _workflow(run).document.max_steps
-    if len(run.steps) + len(begun) > limit:
+    workflow = _workflow(run)
+    limit = workflow.document.max_steps
+    count = len(run.steps) + len(begun)
+    if count > limit and workflow.flow_nodes:  # turns of a flow only say what its calls are: these are counted
+        count -= run.flow_turns + sum(isinstance(event, ev.StepReady) and event.call.kind == "flow" for event in begun)
+    if count > limit:
         raise Stop("max_steps", f"the run would need more than {limit} steps (`max_steps` of its definition)")
     if len(begun) > 1 and len(run.steps) + len(begun) > MAX_OPEN_STEPS:  # a chain never has more than before
         count = len(begun) + sum(step.status not in states.STEP_TERMINAL for step in run.steps.values())

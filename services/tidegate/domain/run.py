@@ -58,7 +58,7 @@ class StepState(msgspec.Struct, array_like=True):
 class RunState(msgspec.Struct, array_like=True):
     """One run. nodes: those that anything is known of; settled_nodes: how many of them are through. hops: routes taken.
     failures: nodes that failed while the run went on, with code and reason, but for those that may. changes: those of its graph,
-    in order; `workflow` is the graph with them.
+    in order; `workflow` is the graph with them. flow_turns: how many of its steps are turns of flows.
 
     head: SHA-256 of its last entry. changed_ms: time of its last event. Both kinds of state are msgspec structs so that
     snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `scheduler/snapshots.py`.
@@ -96,6 +96,7 @@ class RunState(msgspec.Struct, array_like=True):
     parent_step_id: str = ""
     priority: int = 5
     changes: tuple[AcceptedChange, ...] = ()
+    flow_turns: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -167,6 +168,7 @@ def _step_ready(run: RunState, event: ev.StepReady, now_ms: int) -> None:
     if event.held:
         step.status, step.attempt = states.HELD, 0
     run.steps[event.step_id] = step
+    run.flow_turns += event.call.kind == "flow"
     node_state.begin_step(run, step, "StepReady")
 
 
@@ -411,9 +413,12 @@ def _leave_waiting(run: RunState, event: str) -> None:
 def node_output(run: RunState, step: StepState, output: str | None = None) -> str | None:
     """Return the node's output if this step's output (or the one given) completes its node, else None.
 
-    A plain step or a wait completes its node; an agent's plan does if it is final; a tool call never does.
+    A plain step or a wait completes its node; an agent's plan and a flow's turn do if they are final; a tool call or a call of
+    a flow never does.
     """
     text = step.output if output is None else output
+    if run.workflow is not None and step.node_id in run.workflow.flow_nodes:
+        return flow_output(text) if step.call.kind == "flow" and text is not None else None
     if step.call.kind in ("step", "workflow") or step.call.kind in waits.KINDS:
         return text
     if step.call.kind == "tool" or text is None:
@@ -422,6 +427,12 @@ def node_output(run: RunState, step: StepState, output: str | None = None) -> st
     if not plan_is_final(plan):
         return None
     return canonical.dumps(plan.get("output") if plan.get("output") is not None else plan.get("content", ""))
+
+
+def flow_output(turn: str) -> str | None:
+    """Return the output of a flow if this turn, canonical JSON, says it, else None."""
+    said = canonical.loads(turn)
+    return canonical.dumps(said["output"]) if "output" in said else None
 
 
 def plan_is_final(plan: dict[str, Any]) -> bool:

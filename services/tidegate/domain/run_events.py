@@ -492,11 +492,11 @@ class EndReported(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="EndR
 class GraphChangeProposed(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="GraphChangeProposed", tag_field=TAG_FIELD
 ):
-    """A step wants to have nodes and edges added to the run's graph, or, as an agent's plan, calls of tools.
+    """A step wants to have nodes and edges added to the run's graph, or, as a plan or a turn of a flow, calls made.
 
-    kind: `graph` or `plan`. nodes: the nodes that it adds; of a plan, the steps of all its calls. change: canonical JSON with
-    `nodes`, `edges` and `because`; empty of a plan, whose calls stand in the step's output, and of what cannot be read. held: a
-    person decides; output and goto are then what the step gives besides, for when that is done.
+    kind: `graph`, `plan` or `flow`. nodes: the nodes that it adds; of a plan or a flow, the steps of all its calls. change: as
+    canonical JSON `nodes`, `edges` and `because`; empty of a plan, whose calls stand in the output, and of what cannot be read.
+    held: a person decides; output and goto are then what the step gives besides, for when that is done.
     """
 
     step_id: str

@@ -61,7 +61,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                 "additionalProperties": False,
                 "required": ["kind"],
                 "properties": {
-                    "kind": {"enum": ["step", "agent", "map", "router", "workflow", *sorted(waits.KINDS)]},
+                    "kind": {"enum": ["step", "agent", "map", "router", "workflow", "flow", *sorted(waits.KINDS)]},
                     "function": _name,
                     "input": {},
                     "wait": waits.SETTINGS_SCHEMA,
@@ -120,7 +120,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                 "additionalProperties": False,
                 "required": ["kind"],
                 "properties": {
-                    "kind": {"enum": ["step", "agent", "tool"]},
+                    "kind": {"enum": ["step", "agent", "tool", "flow"]},
                     "queue": _name,
                     "timeout_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
                     **retries.PROPERTIES,
@@ -236,7 +236,8 @@ class Workflow:
 
     conditions: by node, (target, expression) of its edges that have one. needs: by node, how many of the edges that lead to it
     must be taken; only of nodes that do not wait for all. is_straight: without conditions, routes and such nodes, so that
-    whatever comes before a node has led to it. reads: by node, what its input's expressions look at (None: at anything).
+    whatever comes before a node has led to it. flow_nodes: those that are flows.
+    reads: by node, what its input's expressions look at (None: at anything).
     """
 
     __slots__ = (
@@ -247,6 +248,7 @@ class Workflow:
         "definition",
         "definition_hash",
         "document",
+        "flow_nodes",
         "form",
         "graph_hash",
         "is_straight",
@@ -285,6 +287,7 @@ class Workflow:
             for node_id, node in document.nodes.items()
             if node.join != "all"
         }
+        self.flow_nodes = frozenset(node_id for node_id, node in document.nodes.items() if node.kind == "flow")
         self.is_straight = not (self.conditions or self.routes or self.needs)
         self.reads = {
             node_id: expressions.nodes_read_by([node.input, *msgspec.structs.astuple(node.wait)])
@@ -416,15 +419,16 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
                 f"nodes.{node_id}: unknown function {node['function']!r} (known: {', '.join(functions) or 'none'})"
             )
         elif node["kind"] == "map":
-            if function["kind"] == "tool":
-                found.append(f"nodes.{node_id}: {node['function']!r} is a tool, not a step or an agent")
+            if function["kind"] not in ("step", "agent"):
+                found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a step or an agent")
         elif function["kind"] != node["kind"]:
             found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
     for name, function in functions.items():
+        wanted = "step" if function["kind"] == "flow" else "tool"
         found += retries.problems(function, f"functions.{name}") + _outside_problems(name, function)
         for tool in function.get("tools", ()):
-            if functions.get(tool, {}).get("kind") != "tool":
-                found.append(f"functions.{name}.tools: {tool!r} is not a tool of this definition")
+            if functions.get(tool, {}).get("kind") != wanted:
+                found.append(f"functions.{name}.tools: {tool!r} is not a {wanted} of this definition")
     return found
 
 

@@ -55,7 +55,7 @@ MAX_LEASES: Final = 16  # of one attempt
 MAX_REDACTED: Final = 1_000
 MAX_ARGUMENTS: Final = 8 * 1024 * 1024
 MAX_TIMEOUT_MS: Final = 7 * 24 * 3_600_000
-KINDS: Final = frozenset(("step", "agent", "tool"))
+KINDS: Final = frozenset(("step", "agent", "tool", "flow"))
 
 _is_name = re.compile(NAME_PATTERN).fullmatch
 

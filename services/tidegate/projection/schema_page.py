@@ -136,7 +136,7 @@ MEANINGS: Final = {
     "input": "JSON",
     "instance_id": "name of the process",
     "is_closed": "whether the window is over and settled",
-    "graph_changes.kind": "`graph` (nodes and edges of a step) or `plan` (tool calls of an agent)",
+    "graph_changes.kind": "`graph` (nodes and edges of a step), `plan` (tool calls of an agent) or `flow` (calls of a flow)",
     "graph_changes.status": "accepted, rejected, in part (of a plan's calls), open (a person decides) or withdrawn",
     "graph_hash": "SHA-256 of the graph's nodes and edges with the change; empty of a plan",
     "kind": "step, agent, tool, wait_event, wait_until, sleep, ask, outside or workflow",

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.domain import canonical, progress, retries, states
+from tidegate.domain import canonical, flow_turns, progress, retries, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import (
@@ -318,6 +318,8 @@ def output_problem(step: StepState, output: str) -> str | None:
         value = canonical.loads(output)
     except canonical.NotJsonError as error:
         return f"output is not JSON: {error}"
+    if step.call.kind == "flow":
+        return flow_turns.problem(step.call.arguments, value)
     if step.call.kind != "agent":
         return None
     calls = value.get("tool_calls", []) if isinstance(value, dict) else None

@@ -16,8 +16,9 @@ from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.isolation import IN_PROCESS, ISOLATIONS, SUBPROCESS
 from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
-from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
-from tidegate.sdk.errors import AppError, GraphError
+from tidegate.sdk.binding import AGENT, FLOW, STEP, TOOL, Binder
+from tidegate.sdk.errors import AppError, FlowFailedError, GraphError, NonRetryable
+from tidegate.sdk.flow import Player, path_here, playing
 from tidegate.sdk.graph import Change, Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
@@ -109,6 +110,16 @@ class Options(TypedDict, total=False):
     cpu_millis: int
     image: str
     output_max_bytes: int
+
+
+class FlowOptions(Options, total=False):
+    """What `@flow` may be given. timeout_s, retries and so on are those of a turn, which only plays what is recorded.
+
+    steps: what it may call, functions or names. max_steps: bounds a run of the flow alone (50); turns do not count.
+    """
+
+    steps: Sequence[Reference]
+    max_steps: int
 
 
 class AgentOptions(Options, total=False):
@@ -219,6 +230,7 @@ class Function:
         self.settings = settings
         self.tools = tools
         self.max_steps = max_steps
+        self.public: Any = call  # what the decorator returned
         self.is_async = inspect.iscoroutinefunction(call) or (
             not inspect.isroutine(call) and inspect.iscoroutinefunction(type(call).__call__)
         )
@@ -243,15 +255,44 @@ class Function:
         if self.kind == TOOL:
             definition["description"] = inspect.getdoc(self.call) or ""
             definition["parameters"] = binder.parameters()
-        if self.kind == AGENT:
+        if self.kind in (AGENT, FLOW):
             definition["tools"] = list(self.tools)
         return definition
+
+
+class FlowFunction(Function):
+    """A flow. Its `call` plays a turn, given the record of those before; `coroutine` is what the author wrote."""
+
+    def __init__(self, name: str, coroutine: Callable[..., Any], settings: Settings, **options: Any) -> None:
+        if not inspect.iscoroutinefunction(coroutine):
+            raise AppError(f"flow {name!r} must be declared with `async def`")
+        super().__init__(FLOW, name, self._turn, settings, **options)
+        self.coroutine = coroutine
+
+    @functools.cached_property
+    def inputs(self) -> Binder:
+        """Return what binds the flow's input to its signature. Raises AppError."""
+        try:
+            return Binder(STEP, self.coroutine)
+        except AppError as error:
+            raise AppError(f"flow {self.name!r}: {error}") from None
+
+    def _turn(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        bound = self.inputs.bind(canonical.dumps(state["input"]))
+        player = Player(self.name, self.tools, path_here(self.name))
+        try:
+            return player.play(lambda: self.coroutine(*bound.args, **bound.kwargs), state["turns"])
+        except NonRetryable:
+            raise
+        except Exception as error:  # played again it would do the same again
+            raise FlowFailedError(f"{type(error).__name__}: {error}") from error
 
 
 class App:
     """A set of named functions and graphs, made once when its module is imported.
 
-    The decorators return the function unchanged, so it can be called directly, in a test for instance.
+    What the decorators return can be called as the function itself, in a test for instance. Only while a flow is played a call of
+    it is one that the log has: see `flow`.
     """
 
     def __init__(self, name: str, *, queue: str = DEFAULT_QUEUE) -> None:
@@ -293,6 +334,18 @@ class App:
         """Register a function State -> Plan; a returned value that is no Plan is its final output. See `AgentOptions`."""
         return self._decorate(AGENT, function, options)
 
+    @overload
+    def flow(self, function: F, /) -> F: ...
+    @overload
+    def flow(self, /, **options: Unpack[FlowOptions]) -> Callable[[F], F]: ...
+    def flow(self, function: Any = None, /, **options: Any) -> Any:
+        """Register an async function that calls steps: each call is a step of the run, recorded and never repeated.
+
+        It is played from its beginning whenever a call has brought something, so it must depend on nothing but its input and what
+        its calls give. docs/flows.md shows it. See `FlowOptions`.
+        """
+        return self._decorate(FLOW, function, options)
+
     def outside_tool(
         self,
         name: str,
@@ -327,32 +380,40 @@ class App:
         return self._outside
 
     def _decorate(self, kind: str, function: F | None, options: dict[str, Any]) -> F | Callable[[F], F]:
-        tools = tuple(self._tool_name(tool) for tool in options.pop("tools", ()))
+        named = options.pop("steps" if kind == FLOW else "tools", ())
+        tools = tuple(self._name_here(reference, "step" if kind == FLOW else "tool") for reference in named)
         max_steps = options.pop("max_steps", DEFAULT_MAX_STEPS)
 
         def register(call: F) -> F:
             name = _checked_name(kind, str(options.get("name") or getattr(call, "__name__", "")))
             given = {key: value for key, value in options.items() if key != "name" and value is not None}
             settings = _settings(kind, name, {"queue": self.queue, **given})
-            self._add(Function(kind, name, call, settings, tools=tools, max_steps=max_steps))
-            return call
+            more: dict[str, Any] = {"tools": tools, "max_steps": max_steps}
+            if kind == FLOW:
+                return self._add(FlowFunction(name, call, settings, **more), call)
+            return self._add(Function(kind, name, call, settings, **more), call)
 
         return register if function is None else register(function)
 
-    def _add(self, function: Function) -> None:
+    def _add(self, function: Function, call: F) -> F:
+        """Register a function; return what stands in its place: the same, but in flows."""
         self._refuse_taken(function.kind, function.name)
         self._functions[function.name] = function
-        self._names[id(function.call)] = function.name
+        public = call if function.kind == FLOW or not inspect.isroutine(call) else _seen_by_flows(function, call)
+        function.public = public
+        for reference in (call, public):
+            self._names[id(reference)] = function.name
+        return public
 
     def _refuse_taken(self, kind: str, name: str) -> None:
         there = self._functions[name].kind if name in self._functions else TOOL if name in self._outside else ""
         if there:
             raise AppError(f"{kind} {name!r}: app {self.name!r} has a {there} of that name already")
 
-    def _tool_name(self, tool: Reference) -> str:
-        name = tool if isinstance(tool, str) else self.name_of(tool)
+    def _name_here(self, reference: Reference, kind: str) -> str:
+        name = reference if isinstance(reference, str) else self.name_of(reference)
         if name is None:
-            raise AppError(f"{tool!r} is not a tool of app {self.name!r}: decorate it with @tool first")
+            raise AppError(f"{reference!r} is not a {kind} of app {self.name!r}: decorate it with @{kind} first")
         return name
 
     @property
@@ -449,15 +510,27 @@ class App:
 
         Its version is made of its content: a changed agent is another version of it. Raises GraphError, AppError.
         """
-        function = self._functions.get(agent)
-        if function is None or function.kind != AGENT:
-            raise AppError(f"app {self.name!r} has no agent {agent!r}")
+        return self._alone(AGENT, agent, f"{AGENT_PREFIX}{agent}")
+
+    def flow_definition(self, flow: str) -> dict[str, Any]:
+        """Return the workflow that a flow is alone, named like it; its version is made of its content.
+
+        Raises GraphError, AppError.
+        """
+        if any(graph.name == flow for graph in self._graphs):
+            raise AppError(f"flow {flow!r}: app {self.name!r} has a graph of that name; a flow is a workflow by itself")
+        return self._alone(FLOW, flow, flow)
+
+    def _alone(self, kind: str, name: str, label: str) -> dict[str, Any]:
+        function = self._functions.get(name)
+        if function is None or function.kind != kind:
+            raise AppError(f"app {self.name!r} has no {kind} {name!r}")
         definition: dict[str, Any] = {
-            "name": f"{AGENT_PREFIX}{agent}",
-            "nodes": {agent: {"kind": AGENT, "function": agent}},
+            "name": label,
+            "nodes": {name: {"kind": kind, "function": name}},
             "edges": [],
             "max_steps": function.max_steps,
-            "functions": self._pinned([agent]),
+            "functions": self._pinned([name]),
         }
         definition["version"] = canonical.digest(canonical.dumps(definition))[:12]
         problems = validate_definition(definition)
@@ -466,9 +539,13 @@ class App:
         return definition
 
     def definitions(self) -> list[dict[str, Any]]:
-        """Return the definitions of all graphs, and of every agent alone. Raises GraphError, AppError."""
-        agents = [function.name for function in self._functions.values() if function.kind == AGENT]
-        return [*map(self.definition, self._graphs), *map(self.agent_definition, agents)]
+        """Return the definitions of all graphs, and of every agent and every flow alone. Raises GraphError, AppError."""
+        return [*map(self.definition, self._graphs), *self.alone()]
+
+    def alone(self) -> list[dict[str, Any]]:
+        """Return the definitions of every agent and every flow as a workflow by itself. Raises GraphError, AppError."""
+        made = {AGENT: self.agent_definition, FLOW: self.flow_definition}
+        return [made[function.kind](function.name) for function in self._functions.values() if function.kind in made]
 
     def resolve(self, reference: Reference) -> tuple[str, str] | None:
         """Return (kind, name) of a function; None if a callable is not registered. An unknown name counts as a step."""
@@ -476,7 +553,7 @@ class App:
         if name is None:
             return None
         function = self._functions.get(name)
-        return (AGENT if function is not None and function.kind == AGENT else STEP), name
+        return (function.kind if function is not None and function.kind in (AGENT, FLOW) else STEP), name
 
     def _pinned(self, names: Any) -> dict[str, Any]:
         used = {name: self._functions[name] for name in names if name in self._functions}
@@ -485,6 +562,17 @@ class App:
         pinned = {name: function.to_definition() for name, function in used.items()}
         pinned |= {tool: self._outside[tool] for tool in called if tool in self._outside}
         return dict(sorted(pinned.items()))
+
+
+def _seen_by_flows(function: Function, call: F) -> F:
+    """Return the function itself for everybody but a flow that is being played: its call is noted and not made."""
+
+    @functools.wraps(call)
+    def public(*args: Any, **kwargs: Any) -> Any:
+        player = playing()
+        return call(*args, **kwargs) if player is None else player.call(function, args, kwargs)
+
+    return public  # type: ignore[return-value]  # it is called as the function is
 
 
 def _checked_name(what: str, name: str) -> str:
@@ -584,3 +672,4 @@ default_app: Final = App("default")
 tool = default_app.tool
 step = default_app.step
 agent = default_app.agent
+flow = default_app.flow

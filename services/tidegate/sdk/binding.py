@@ -4,6 +4,7 @@
 - step with one parameter: that parameter is the whole input. With several: the input is an object whose members are
   the arguments. Without any: the input is ignored.
 - agent: its one parameter is the State.
+- flow: its input is bound as a step's, in each turn; what is bound here is the record of the turns before.
 
 Annotations are enforced by pydantic as for JSON: a `date` is read from text, a model from an object; no annotation accepts
 anything.
@@ -28,6 +29,7 @@ from tidegate.sdk.plan import State
 STEP: Final = "step"
 AGENT: Final = "agent"
 TOOL: Final = "tool"
+FLOW: Final = "flow"
 MAX_PROBLEMS: Final = 10
 
 
@@ -44,12 +46,14 @@ class Binder:
     def __init__(self, kind: str, call: Callable[..., Any]) -> None:
         """Raises AppError if the signature cannot be called with the arguments of this kind."""
         self._kind = kind
+        self._value: pydantic.TypeAdapter[Any] | None = None
+        self._members: pydantic.TypeAdapter[Any] | None = None
+        if kind == FLOW:
+            return
         signature, hints = _signature(kind, call)
         self._names = tuple(signature.parameters)
         if kind == AGENT and len(self._names) != 1:
             raise AppError(f"an agent takes one parameter, its State; this takes {len(self._names)}")
-        self._value: pydantic.TypeAdapter[Any] | None = None
-        self._members: pydantic.TypeAdapter[Any] | None = None
         try:
             if kind == STEP and len(self._names) == 1:
                 self._value = pydantic.TypeAdapter(hints.get(self._names[0], Any))
@@ -71,6 +75,8 @@ class Binder:
     def bind(self, arguments: str) -> Bound:
         """Return the arguments for a call from their JSON text. Raises BadArgumentsError with a readable message."""
         try:
+            if self._kind == FLOW:
+                return Bound((canonical.loads(arguments),), {})
             if self._kind == AGENT:
                 return Bound((State.from_json(canonical.loads(arguments)),), {})
             if self._value is not None:

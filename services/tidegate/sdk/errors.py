@@ -28,6 +28,27 @@ class BadArgumentsError(ValueError):
     """The arguments do not fit the function's signature."""
 
 
+class FlowError(NonRetryable):
+    """A flow does what flows cannot do: it awaits something else than calls of its steps, say."""
+
+
+class FlowChangedError(FlowError):
+    """The code of a flow does not make the calls that the log of its run has. The message names the call."""
+
+
+class FlowFailedError(NonRetryable):
+    """A flow has raised an exception, which the message names: a call failed that it does not catch, say."""
+
+
+class CallFailedError(Exception):
+    """Raised in a flow where it awaits a call whose step has failed for good. node_id: the call; reason: why."""
+
+    def __init__(self, node_id: str, reason: str) -> None:
+        super().__init__(f"{node_id}: {reason}")
+        self.node_id = node_id
+        self.reason = reason
+
+
 class OutsideStepError(RuntimeError):
     """Something that exists only while a function runs for a run was asked for elsewhere."""
 

@@ -1,0 +1,42 @@
+"""What must not happen to flows, on a whole system whose scheduler and executor are killed while one is under way."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from support.fault_app import app
+from support.stack import WholeStack, assert_whole
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
+    with WholeStack(tmp_path_factory.mktemp("flows")) as stack:
+        stack.client.publish([app.flow_definition("errands")])
+        yield stack
+        assert_whole(stack)
+
+
+@pytest.mark.kafka
+@pytest.mark.feature("T6")
+def test_a_flow_goes_on_where_it_was_and_its_log_says_where_values_come_from(whole: WholeStack) -> None:
+    run_id = f"errands-{uuid.uuid4().hex[:8]}"
+    whole.client.start("errands", 1, run_id=run_id)
+    whole.until(run_id, "GraphChangeAccepted", 2)  # the second turn has made its calls
+    whole.kill("scheduler-0")
+    run = whole.wait(run_id)
+    assert run.status == "succeeded", run.reason
+    assert run.output == {"value": 6, "parents": ["errands/one", "errands/one#2"]}
+    # No call was made twice, and what a turn plays again has no effect.
+    assert sorted(line.step_id for line in whole.entered(run_id)) == [
+        "errands/one",
+        "errands/one#2",
+        "errands/one#3",
+        "errands/wait_here",
+    ]
+    # No edge is lost: what was merged is a parent.
+    edges = [event.data.change for event in whole.events(run_id) if event.type == "GraphChangeProposed"]
+    assert '["errands/one#2","errands/one#3"]' in edges[-1]
+    assert '["errands/one","errands/one#3"]' in edges[-1]

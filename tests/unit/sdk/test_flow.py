@@ -1,0 +1,275 @@
+"""Flows, from the function to the log: calls are steps, what came is not asked again, and changed code is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from support.pure import Pair
+from tidegate import App, CallFailedError, functions_of, merge
+from tidegate.domain import canonical
+from tidegate.sdk.errors import NonRetryable
+from tidegate.sdk.testkit import step_context
+
+pytestmark = pytest.mark.feature("T6")
+
+
+class World:
+    """An app whose flow runs on a scheduler and a gate without a log."""
+
+    def __init__(self, flow: Callable[..., Any], **options: Any) -> None:
+        self.app = App("flows")
+        self.done: list[Any] = []
+
+        @self.app.step(retries=0)
+        def double(n: int) -> int:
+            self.done.append(n)
+            if n < 0:
+                raise ValueError("too small")
+            return 2 * n
+
+        @self.app.step
+        def add(a: int, b: int) -> int:
+            return a + b
+
+        self.double, self.add = double, add
+        self.flow = flow
+        self.app.flow(name="f", steps=[double, add], **options)(self.play)
+        self.p = Pair(functions=tuple(functions_of(self.app)))
+
+    async def play(self, value: Any) -> Any:
+        return await self.flow(self, value)
+
+    def begin(self, value: Any = None) -> None:
+        self.p.start("r", self.app.flow_definition("f"), value)
+
+    def do(self, task: Any) -> None:
+        function = self.app.functions[task.call.function]
+        bound = function.binder.bind(task.call.arguments)
+        try:
+            with step_context("r", task.step_id):
+                value = function.call(*bound.args, **bound.kwargs)
+        except Exception as error:
+            retryable = not isinstance(error, NonRetryable)
+            self.p.answer(
+                task, "failed", error_class=type(error).__name__, error_message=str(error), retryable=retryable
+            )
+        else:
+            self.p.answer(task, value=value)
+
+    def next(self, step_id: str) -> None:
+        task = next(task for task in self.p.tasks if task.step_id == step_id and task.type == "run")
+        self.p.tasks.remove(task)
+        self.do(task)
+
+    def finish(self) -> Any:
+        while self.p.tasks:
+            task = self.p.tasks.popleft()
+            if task.type == "run":
+                self.do(task)
+        return self.run
+
+    @property
+    def run(self) -> Any:
+        return self.p.run("r")
+
+
+async def chain(w: World, n: int) -> int:
+    first = await w.double(n)  # type: ignore[misc] # a step is awaited in flows
+    second = await w.double(first)  # type: ignore[misc]
+    return second.value
+
+
+def test_calls_are_steps_and_nothing_is_done_twice() -> None:
+    w = World(chain)
+    w.begin(3)
+    run = w.finish()
+    assert (run.status, run.output) == ("succeeded", "12")
+    assert list(run.steps) == ["f/1", "f/double", "f/2", "f/double#2", "f/3"]
+    assert w.done == [3, 6]
+    assert run.flow_turns == 3
+
+
+def test_the_graph_has_the_calls_and_where_their_arguments_come_from() -> None:
+    async def sums(w: World, n: int) -> Any:
+        a, b = await asyncio.gather(w.double(n), w.double(n + 1))
+        both = merge(a.value + b.value, a, b)
+        total = await w.add(a, both)
+        return {"value": total, "of": [total.node_id, total.producer, list(total.parents)], "id": a.artifact_id}
+
+    w = World(sums)
+    w.begin(1)
+    run = w.finish()
+    assert run.status == "succeeded", run.reason
+    output = canonical.loads(run.output)
+    assert output == {
+        "value": 8,
+        "of": ["f/add", "add", ["f/double", "f/double#2"]],
+        "id": canonical.digest("2"),
+    }
+    edges = [
+        edge
+        for _, event in w.p.events
+        if type(event).__name__ == "GraphChangeProposed"
+        for edge in canonical.loads(event.change)["edges"]
+    ]
+    assert edges == [["f", "f/double"], ["f", "f/double#2"], ["f/double", "f/add"], ["f/double#2", "f/add"]]
+
+
+def test_a_branch_goes_on_while_another_waits_and_plays_the_same_ever_after() -> None:
+    async def branch(w: World, n: int) -> int:
+        first = await w.double(n)
+        second = await w.double(first)
+        return second.value
+
+    async def two(w: World, n: int) -> list[int]:
+        return list(await asyncio.gather(branch(w, n), branch(w, n + 10)))
+
+    w = World(two)
+    w.begin(1)
+    w.next("f/1")
+    w.next("f/double#2")  # the second branch is faster
+    w.next("f/2")
+    assert "f/double#3" in w.run.steps
+    assert canonical.loads(w.run.steps["f/double#3"].call.arguments) == 22
+    run = w.finish()
+    assert (run.status, run.output) == ("succeeded", "[4,44]"), run.reason
+
+
+def test_a_gather_is_played_once_for_all_of_its_calls() -> None:
+    async def many(w: World, n: int) -> list[int]:
+        return [result.value for result in await asyncio.gather(*(w.double(i) for i in range(n)))]
+
+    w = World(many)
+    w.begin(5)
+    run = w.finish()
+    assert run.output == "[0,2,4,6,8]"
+    assert run.flow_turns == 2
+
+
+def test_a_call_that_fails_raises_where_it_is_awaited() -> None:
+    async def careful(w: World, n: int) -> str:
+        try:
+            await w.double(n)
+        except CallFailedError as error:
+            return f"{error.node_id} failed"
+        return "fine"
+
+    w = World(careful)
+    w.begin(-1)
+    assert w.finish().output == '"f/double failed"'
+
+
+def test_a_failure_that_is_not_caught_fails_the_run_and_cancels_what_is_open() -> None:
+    async def careless(w: World, n: int) -> None:
+        await asyncio.gather(w.double(n), w.double(-1))
+
+    w = World(careless)
+    w.begin(1)
+    w.next("f/1")
+    w.next("f/double#2")
+    w.next("f/2")
+    run = w.run
+    assert (run.status, run.code) == ("failed", "not_retryable")
+    assert "too small" in run.reason
+    assert run.steps["f/double"].status == "cancelled"
+
+
+def test_what_is_open_when_the_flow_returns_is_cancelled() -> None:
+    async def first_wins(w: World, n: int) -> int:
+        w.double(n)
+        return (await w.double(n + 1)).value
+
+    w = World(first_wins)
+    w.begin(1)
+    w.next("f/1")
+    w.next("f/double#2")
+    w.next("f/2")
+    assert (w.run.status, w.run.output) == ("succeeded", "4")
+    assert w.run.steps["f/double"].status == "cancelled"
+
+
+def test_cancelling_the_run_reaches_calls_and_turns() -> None:
+    w = World(chain)
+    w.begin(3)
+    w.next("f/1")
+    w.p.command("r", "cancel")
+    assert {step.status for step in w.run.steps.values()} == {"succeeded", "cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        (lambda w, n: w.add(n, 1), "the log has call double, and the code calls add"),
+        (lambda w, n: w.double(n + 1), "the log has call double with other arguments than"),
+    ],
+)
+def test_code_that_no_longer_matches_the_log_fails_with_the_call_that_differs(changed: Any, names: str) -> None:
+    w = World(chain)
+    w.begin(3)
+    w.next("f/1")
+
+    async def other(w: World, n: int) -> Any:
+        return (await changed(w, n)).value
+
+    w.flow = other
+    run = w.finish()
+    assert run.status == "failed"
+    assert "FlowChangedError" in run.steps["f/2"].error or "does not do what its log says" in run.reason
+    assert names in run.reason
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda: asyncio.sleep(1), "call_later"),
+        (lambda: asyncio.to_thread(print), "run_in_executor"),
+        (lambda: asyncio.Event().wait(), "it would wait for ever"),
+    ],
+)
+def test_a_flow_awaits_calls_and_nothing_else(wrong: Any, reason: str) -> None:
+    async def odd(w: World, n: int) -> None:
+        await wrong()
+
+    w = World(odd)
+    w.begin(1)
+    run = w.finish()
+    assert run.status == "failed"
+    assert reason in run.reason
+
+
+def test_a_step_that_the_flow_does_not_name_is_refused_and_not_run() -> None:
+    async def foreign(w: World, n: int) -> None:
+        await w.other(n)  # type: ignore[attr-defined]
+
+    w = World(foreign)
+
+    @w.app.step
+    def other(n: int) -> None:
+        raise AssertionError("it ran")
+
+    w.other = other  # type: ignore[attr-defined]
+    w.begin(1)
+    assert "its `steps` do not name it" in w.finish().reason
+
+
+def test_turns_do_not_count_against_max_steps_and_calls_do() -> None:
+    async def some(w: World, n: int) -> int:
+        for _ in range(n):
+            await w.double(1)
+        return n
+
+    w = World(some, max_steps=3)
+    w.begin(3)
+    assert w.finish().status == "succeeded"
+    w = World(some, max_steps=3)
+    w.begin(4)
+    assert w.finish().code == "max_steps"
+
+
+def test_outside_flows_a_step_is_the_function_itself() -> None:
+    w = World(chain)
+    assert w.double(4) == 8
