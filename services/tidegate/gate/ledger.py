@@ -226,6 +226,14 @@ class Learned(msgspec.Struct, array_like=True, frozen=True):
     mean: tuple[int, ...]
 
 
+class Carried(msgspec.Struct, array_like=True, frozen=True):
+    """When, at which seq and by which document's wish the balances were carried forward for the last time."""
+
+    at_ms: int
+    seq: int
+    policy: str
+
+
 def _ceilings(limits: ev.Ceilings) -> tuple[int | None, ...]:
     return (limits.micros, limits.input_tokens, limits.output_tokens, limits.calls, limits.wall_ms)
 
@@ -324,7 +332,7 @@ class Ledger:
     paused: attempts that wait for room in a budget, by bucket, the first one first. questions, window_ends: heaps of (when,
     what): questions that lapse and buckets whose window ends; what does not stand any more may still be in them. stirred:
     whether there may be room that paused attempts were not offered yet; look_again_ms: when time alone may make some, 0 for
-    never. of_run: buckets of single runs.
+    never. of_run: buckets of single runs. carried: when balances were carried forward last.
     """
 
     __slots__ = (
@@ -334,6 +342,7 @@ class Ledger:
         "attempts",
         "buckets",
         "busy",
+        "carried",
         "depth",
         "gauges",
         "granted",
@@ -387,6 +396,7 @@ class Ledger:
         self.window_ends: list[tuple[int, str]] = []
         self.stirred = True
         self.look_again_ms = 0
+        self.carried: Carried | None = None
 
     @property
     def subject(self) -> str:
@@ -875,6 +885,11 @@ def _usage_learned(ledger: Ledger, event: ev.UsageLearned) -> None:
     ledger.learned[event.function] = Learned(event.count, meters_of(event.mean))
 
 
+def _ledger_carried(ledger: Ledger, event: ev.LedgerCarried, now_ms: int) -> None:
+    """It says what there is anyway; only that it was said is new."""
+    ledger.carried = Carried(now_ms, ledger.seq, event.policy)
+
+
 _HANDLERS: dict[type, Any] = {
     ev.ApprovalLapsed: _lapsed,
     ev.AttemptPaused: _paused,
@@ -913,4 +928,5 @@ _TIMED_HANDLERS: dict[type, Any] = {
     ev.TokenTaken: _token_taken,
     ev.FailureCounted: _failure_counted,
     ev.ScaleOutWanted: _scale_out_wanted,
+    ev.LedgerCarried: _ledger_carried,
 }
