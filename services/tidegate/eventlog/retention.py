@@ -34,6 +34,7 @@ class Retirer:
         self._broker = broker
         self._send = send
         self._done = NOTHING
+        self._under_way = NOTHING
         self._at = NOTHING
         self._retired = 0
 
@@ -46,6 +47,8 @@ class Retirer:
         carried_at = part.as_of.get(wanted.unit, NOTHING)
         if carried_at == self._done or not self._is_safe(carried_at):
             return
+        if carried_at != self._under_way:
+            self._under_way, self._at = carried_at, NOTHING
         topic, partition = part.machine.log_topic, part.partition
         begin = max(self._at, self._broker.offsets(topic, partition).start)
         end = min(begin + OFFSETS_PER_TURN, carried_at)
@@ -59,7 +62,7 @@ class Retirer:
         self._at = end
         if end >= carried_at:
             _log.info("ledger entries retired", log=topic, partition=partition, count=self._retired, before=carried_at)
-            self._done, self._at, self._retired = carried_at, NOTHING, 0
+            self._done, self._retired = carried_at, 0
 
     def _is_safe(self, carried_at: int) -> bool:
         part = self._part
