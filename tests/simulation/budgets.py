@@ -130,6 +130,7 @@ class BudgetJudge:
         self._written: list[tuple[int, str, dict[str, Any] | None]] = []
         self._next: tuple[str, dict[str, Any] | None] | None = None
         self._workflows: dict[str, str] = {}
+        self._parents: dict[str, str] = {}
         self._held: dict[AttemptKey, list[Held]] = {}
         self._asked: dict[tuple[str, str], re.ApprovalRequested] = {}
         self._yes: dict[AttemptKey, list[str]] = {}
@@ -154,12 +155,14 @@ class BudgetJudge:
 
     def run_event(self, entry: Entry, event: Any) -> None:
         """Note who asked what, and who said yes."""
-        if isinstance(event, re.ApprovalRequested):
+        if isinstance(event, re.ChildStarted):
+            self._parents[event.child_run_id] = entry.subject
+        elif isinstance(event, re.ApprovalRequested):
             self._asked[entry.subject, event.step_id] = event
         elif isinstance(event, re.ApprovalExpired):
             self._expired.add((entry.subject, event.step_id, event.attempt))
             self.counts["questions expired"] += 1
-        elif isinstance(event, re.ApprovalResolved) and event.approved and event.why == "policy":
+        elif isinstance(event, re.ApprovalResolved) and event.approved and event.why == "policy" and event.command_id:
             rule = self._asked[entry.subject, event.step_id].rule
             self._yes.setdefault((entry.subject, event.step_id, event.attempt), []).append(rule)
 
@@ -187,13 +190,17 @@ class BudgetJudge:
         elif isinstance(event, le.ApprovalHeld):
             self._held.setdefault(key, []).append(Held(event.rule, event.expires_at_ms))
             self._does(entry, event, "ask")
+        elif isinstance(event, le.QuestionAnswered):
+            self.counts["questions answered by documents"] += 1
+            question = self._held[key].pop()
+            self._require(question.rule.startswith(RULE), f"(2) {event.by} answered the question of {question.rule}")
         elif isinstance(event, le.ApprovalLapsed):
             due_ms = self._held[key][-1].expires_at_ms
             self._require(
                 0 < due_ms <= entry.now_ms, f"(2) the question of {key} lapsed at {entry.now_ms}, due {due_ms}"
             )
         elif isinstance(event, le.AttemptPaused):
-            self.counts["paused by budgets"] += 1
+            self.counts["paused by families" if event.rule == "family" else "paused by budgets"] += 1
             self._does(entry, event, "pause")
         elif isinstance(event, le.AttemptRefused):
             self._does(entry, event, "deny")
@@ -219,7 +226,7 @@ class BudgetJudge:
             if not fits or document.get("workflow", "") not in ("", self._workflows[event.run_id]):
                 continue
             account, window = "/".join(path[: len(pattern)]), _window(document["window"], entry.now_ms)
-            run_id = event.run_id if document["window"] == "run" else ""
+            run_id = self._family(event.run_id) if document["window"] == "run" else ""
             key = f"{name}|{account}|{f'run:{run_id}' if run_id else window[0] if window[1] else 'total'}"
             expected[key] = self._limits(entry, name, document, account, run_id, window)
         self._require(
@@ -230,6 +237,12 @@ class BudgetJudge:
             bucket = self._books.buckets.get(key)
             said = {meter: bucket.limits[meter] for meter in METERS} if bucket is not None else limits
             self._require(said == limits, f"(5) {key} has limits {said}, its documents say {limits}")
+
+    def _family(self, run_id: str) -> str:
+        """Return the run that all runs above this one, and itself, are done for."""
+        while run_id in self._parents:
+            run_id = self._parents[run_id]
+        return run_id
 
     def _limits(
         self, entry: Entry, name: str, document: dict[str, Any], account: str, run_id: str, window: tuple[int, int]

@@ -29,7 +29,7 @@ from tidegate.eventlog.validity import EpochTracker
 from tidegate.executor import decide as executor_decide
 from tidegate.executor import holdings
 from tidegate.gate import decide as gate_decide
-from tidegate.gate import leasing
+from tidegate.gate import family, leasing
 from tidegate.gate import tells as gate_tells
 from tidegate.gate.ledger import HELD, Bucket
 from tidegate.gate.placement import Executors
@@ -228,7 +228,7 @@ MUTANTS: dict[str, Patch] = {
     "once": _replaced(scheduler_decide, "_on_lost", _lost_is_repeated),
     "late-results": _replaced(scheduler_tells, "_GATE_ITEMS", _items_without_late_results),
     "idempotency-key": _replaced(gate_tells, "idempotency_key", _key_of_its_own),
-    "budget": _replaced(gate_decide._Money, "has_room_for", lambda money, micros: True),
+    "budget": _replaced(family, "without_room", lambda ledger, run_id, run, micros: None),
     "policy": _replaced(PolicySet, "judge", lambda policies, variables: Verdict("allow", "default", "", "")),
     "gate-lease": _replaced(Executors, "expire", lambda executors, table_version: None),
     "gate-watch": _replaced(Executors, "watch", lambda executors, lives: None),

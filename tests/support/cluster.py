@@ -40,6 +40,7 @@ TOPICS = {
     "step-tasks.default": 1,
     "instances": 1,
     "policies": 1,
+    "workflows": 1,
     "controls": 1,
     "dead-letters": 1,
     "schemas": 1,

@@ -102,6 +102,11 @@ class Pair:
         self.gate.table_changed("policies", key, row, 0)
         self.settle_down()
 
+    def forget(self, key: str) -> None:
+        """Remove a document."""
+        self.gate.table_changed("policies", key, None, 0)
+        self.settle_down()
+
     def control(self, queue: str, *, paused: bool) -> None:
         """Pause or resume a queue, or everything (`*`); both services read it before anything else happens."""
         row = Control(queue=queue, paused=paused, by="t", reason="", at_ms=self.now_ms)

@@ -4,14 +4,18 @@ import random
 
 import pytest
 
+from support.cluster import RUN_PARTITIONS, Cluster
 from support.logs import LogWriter, Story
 from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
-from tidegate.eventlog import epochs
+from tidegate.domain.identity import partition_of
+from tidegate.domain.run_events import CommandRefused
+from tidegate.eventlog import epochs, owner
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Record
+from tidegate.eventlog.machine import Decision
 from tidegate.eventlog.memory import MemoryBroker
-from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
+from tidegate.eventlog.validity import EPOCH_HEADER, NO_EPOCH, EpochTracker
 
 pytestmark = pytest.mark.feature("L4")
 
@@ -104,3 +108,42 @@ def test_rubbish_in_the_log_is_no_evidence() -> None:
 
     assert epoch_before(broker, "run-events", 0, 1) == NO_EPOCH
     assert epoch_before(broker, "run-events", 0, len(records)) >= 0
+
+
+def test_what_a_zombie_can_write_does_not_fill_the_first_look_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it sees where its records came to lie, an owner writes one turn. Here it is as full as turns can be, it repeats the
+    announcement in it, and another owner has taken over meanwhile."""
+    cluster = Cluster()
+    cluster.settle()
+    zombie = cluster.owners["scheduler"]
+    partition = partition_of("r", RUN_PARTITIONS)
+    part = zombie.owned[partition]
+    part.since_announcement = owner.ANNOUNCE_EVERY_ENTRIES - 1
+    refused = CommandRefused(command_id="c", type="cancel", source="s", code="unknown_run", reason="", original=b"")
+    monkeypatch.setattr(
+        zombie.machine,
+        "due",
+        lambda state, *_: ("timer:1", Decision("r", "", [refused])) if state is part.state else None,
+    )
+    for number in range(owner.MAX_BATCH):
+        cluster.command("r", "cancel", command_id=f"c{number}")
+
+    def point(name: str) -> None:
+        if name == "owner.before-log" and cluster.owners["scheduler"] is zombie and part.unacknowledged:
+            cluster.broker.expire("tidegate-scheduler", "scheduler-0")
+            cluster.start("scheduler", "scheduler-1")
+            for _ in range(RUN_PARTITIONS):
+                cluster.owners["scheduler"].run_once(0.0)
+
+    monkeypatch.setattr(owner, "failpoint", point)
+    zombie.run_once(0.0)
+
+    in_force = cluster.owners["scheduler"].owned[partition].epoch
+    log = cluster.messages("run-events", partition)
+    after = [dict(message.headers)[EPOCH_HEADER] for message in log if message.offset > in_force]
+    void = [epoch for epoch in after if epoch == b"%d" % part.epoch]
+    assert len(void) > owner.MAX_BATCH + owner.MAX_DUE_PER_TURN  # the turn was full, and there was the announcement
+    assert len(void) < epochs.FIRST_SPAN
+    assert epoch_before(cluster.broker, "run-events", partition, len(log)) == in_force
+    # The owner in force repeats itself at least once in what is left of the span, so one look is enough.
+    assert len(void) + owner.ANNOUNCE_EVERY_ENTRIES < epochs.FIRST_SPAN

@@ -10,7 +10,7 @@ from tidegate.audit.budgets import LARGEST, METERS, BucketBooks
 if TYPE_CHECKING:
     from tidegate.audit.money import Books
 
-RUN_FIELDS: Final = ("account", "budget_micros", "reserved_micros", "settled_micros", "closed")
+RUN_FIELDS: Final = ("account", "budget_micros", "reserved_micros", "settled_micros", "closed", "parent")
 
 
 def contradictions(books: Books, runs: set[str], buckets: set[str], event: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -31,13 +31,13 @@ def contradictions(books: Books, runs: set[str], buckets: set[str], event: dict[
 
 
 def _said_of_run(books: Books, run_id: str) -> dict[str, Any] | None:
-    """Return what must be carried of a run; None if nothing: it is closed, and nothing of it is open."""
+    """Return what must be carried of a run; None if nothing: it and its family are over."""
     run = books.runs[run_id]
     attempts = {
         f"{name.step_id}#{name.attempt}": (attempt.status, attempt.reserved_micros or 0)
         for name, attempt in books.attempts_of(run_id)
     }
-    if run.closed and not attempts:
+    if run.over or (run.is_alone and run.closed and not attempts):
         return None
     said = {name: getattr(run, name) for name in RUN_FIELDS}
     return said | {"settled_micros": min(run.settled_micros, LARGEST), "attempts": attempts}
@@ -48,7 +48,8 @@ def _carried_run(run: dict[str, Any]) -> dict[str, Any]:
         f"{attempt['step_id']}#{attempt['attempt']}": (attempt["status"], attempt["reserved_micros"])
         for attempt in run["attempts"]
     }
-    return {name: run[name] for name in RUN_FIELDS} | {"attempts": attempts}
+    fields = run | {"parent": run["parent_run_id"], "attempts": attempts}
+    return {name: fields[name] for name in (*RUN_FIELDS, "attempts")}
 
 
 def _said_of_bucket(bucket: BucketBooks) -> dict[str, Any]:

@@ -28,7 +28,7 @@ BODY: Final = 10
 LARGEST_MICROS: Final = 2**63 - 1  # what a field can hold: sums stop there
 
 HELD, REFUSED, RESERVED, QUEUED, PLACED, LOST = "held", "refused", "reserved", "queued", "placed", "lost"
-SETTLED, RELEASED, PAUSED, LAPSED = "settled", "released", "paused", "lapsed"
+SETTLED, RELEASED, PAUSED, LAPSED, ANSWERED = "settled", "released", "paused", "lapsed", "answered"
 ENDED: Final = frozenset({REFUSED, SETTLED, RELEASED, LAPSED})
 
 # (what became of an attempt so far, event) -> what becomes of it. What is not here breaks the rules of the ledger.
@@ -41,6 +41,10 @@ ATTEMPTS: Final[dict[tuple[str, str], str]] = {
     (HELD, "ApprovalHeld"): HELD,  # a rule's question was answered, now a budget has one
     (HELD, "AttemptPaused"): PAUSED,
     (HELD, "ApprovalLapsed"): LAPSED,
+    (HELD, "QuestionAnswered"): ANSWERED,  # by the gate: how it goes on stands in the same entry
+    (ANSWERED, "AttemptReserved"): RESERVED,
+    (ANSWERED, "AttemptRefused"): REFUSED,
+    (ANSWERED, "AttemptPaused"): PAUSED,
     (PAUSED, "AttemptPaused"): PAUSED,
     (PAUSED, "ApprovalHeld"): HELD,
     (PAUSED, "AttemptReserved"): RESERVED,
@@ -118,7 +122,11 @@ class Problem(NamedTuple):
 
 @dataclass(slots=True)
 class RunBooks:
-    """What a run may spend and what became of it, in micro-dollars. `budget_micros` None: no limit."""
+    """What a run may spend and what became of it, in micro-dollars. `budget_micros` None: no limit.
+
+    parent: the run that it does a step of, which bills the same account; empty for none. below_micros: what is set aside for and
+    spent by all runs below it. is_alone: whether it is of no family. over: whether its family is said to be over.
+    """
 
     account: str
     budget_micros: int | None
@@ -126,6 +134,10 @@ class RunBooks:
     settled_micros: int = 0
     overshoot_micros: int = 0
     closed: bool = False
+    parent: str = ""
+    below_micros: int = 0
+    over: bool = False
+    is_alone: bool = True
 
 
 @dataclass(slots=True)
@@ -346,7 +358,12 @@ class _Page:
                 run["reserved_micros"],
                 run["settled_micros"],
                 closed=run["closed"],
+                parent=run["parent_run_id"],
+                is_alone=not run["parent_run_id"] and not run["has_children"],
             )
+        for run_id in partition.runs:
+            begun = books.runs[run_id]
+            self._bill_above(begun, begun.reserved_micros + begun.settled_micros)
         for bucket in event["buckets"]:
             partition.buckets.add(bucket["bucket"])
             books.budgets.begin(bucket)
@@ -371,8 +388,13 @@ class _Page:
             return
         if budget_micros is not None and budget_micros < 0:
             self._note(run_id, f"{run_id}: a budget of {budget_micros}")
-        self._books.runs[run_id] = RunBooks(event["account"], budget_micros)
+        parent = event.get("parent_run_id", "")
+        is_alone = not parent and not event.get("has_children", False)
+        run = self._books.runs[run_id] = RunBooks(event["account"], budget_micros, parent=parent, is_alone=is_alone)
         self._partition.runs.add(run_id)
+        above = self._books.runs.get(run.parent)
+        if above is not None and above.account != run.account:
+            self._note(run_id, f"{run_id}: billed to {run.account}, its parent to {above.account}")
 
     def _closed(self, _: str, event: dict[str, Any]) -> None:
         run = self._run(event)
@@ -384,6 +406,32 @@ class _Page:
         if settled_micros != min(run.settled_micros, LARGEST_MICROS):
             self._note(run_id, f"{run_id}: closed with {settled_micros} spent, {run.settled_micros} were")
         run.closed = True
+
+    def _over(self, _: str, event: dict[str, Any]) -> None:
+        run_id, run = event["run_id"], self._run(event)
+        if run is None:
+            return
+        if not run.closed or run.reserved_micros or run.over:
+            self._note(run_id, f"{run_id}: its family is said to be over, it is not, or was before")
+        run.over = True
+
+    def _bill_above(self, run: RunBooks, micros: int) -> None:
+        """Count what changed about a run in all above it."""
+        while micros and (above := self._books.runs.get(run.parent)) is not None:
+            above.below_micros += micros
+            run = above
+
+    def _may_spend(self, name: AttemptName, run: RunBooks) -> None:
+        """What is set aside for a run has room in the budgets of all above it, and these are open."""
+        while run.parent:
+            above_id, above = run.parent, self._books.runs.get(run.parent)
+            if above is None or above.closed:
+                self._note(name.run_id, f"{_said(name)}: reserved below {above_id}, which is not open")
+                return
+            micros = above.reserved_micros + above.settled_micros + above.below_micros
+            if above.budget_micros is not None and micros > above.budget_micros:
+                self._note(name.run_id, f"{_said(name)}: with it, {micros} of the {above.budget_micros} of {above_id}")
+            run = above
 
     def _run(self, event: dict[str, Any]) -> RunBooks | None:
         run_id, account = event["run_id"], event["account"]
@@ -414,8 +462,12 @@ class _Page:
             run = self._run(event)
             if run is None:
                 return
+            before_micros = run.reserved_micros + run.settled_micros
             for problem in post(run, attempt, event):
                 self._note(name.run_id, f"{_said(name)}: {problem}")
+            self._bill_above(run, run.reserved_micros + run.settled_micros - before_micros)
+            if kind == "AttemptReserved":
+                self._may_spend(name, run)
         attempt.status = becomes
         self._books.attempts[name] = attempt
         self._books._names.setdefault(name.run_id, {})[name] = None
@@ -430,6 +482,7 @@ _RUNS: Final[dict[str, Callable[[_Page, str, dict[str, Any]], None]]] = {
     "RunOpened": _Page._opened,
     "RunClosed": _Page._closed,
     "LedgerCarried": _Page._carried,
+    "FamilyOver": _Page._over,
 }
 _KINDS: Final = frozenset(kind for _, kind in ATTEMPTS)
 
@@ -453,9 +506,11 @@ def _reserved(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> It
     attempt.reserved_micros = micros
     attempt.is_declared = event.get("basis", "") in ("", "declared")
     run.reserved_micros += micros
-    if run.budget_micros is not None and run.reserved_micros + run.settled_micros > run.budget_micros:
+    total_micros = run.reserved_micros + run.settled_micros + run.below_micros
+    if run.budget_micros is not None and total_micros > run.budget_micros:
+        below = f" ({run.below_micros} more below it)" if run.below_micros else ""
         yield (
-            f"{micros} reserved; with that {run.reserved_micros} are set aside and {run.settled_micros} spent "
+            f"{micros} reserved; with that {run.reserved_micros} are set aside and {run.settled_micros} spent{below} "
             f"of {run.budget_micros}"
         )
 

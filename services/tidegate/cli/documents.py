@@ -13,7 +13,7 @@ from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.interface import Broker, Record
-from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.gate.kinds import Document, DocumentError, read
 from tidegate.sdk.client import user_name
@@ -22,11 +22,16 @@ POLICIES: Final = "policies"
 EXIT_WRONG: Final = 2
 
 
-def in_force(broker: Broker) -> dict[str, PolicyPublished]:
-    """Return the published documents by key. Blocks; raises EventLogError."""
+def in_topic(broker: Broker) -> dict[str, PolicyPublished | Unreadable]:
+    """Return what stands under each key of the topic, rows that cannot be read too. Blocks; raises EventLogError."""
     tables = Tables((POLICIES,))
     tables.load(broker)
     return tables.rows[POLICIES]
+
+
+def in_force(broker: Broker) -> dict[str, PolicyPublished]:
+    """Return the published documents by key. Blocks; raises EventLogError."""
+    return readable(in_topic(broker))
 
 
 def value_of(row: PolicyPublished) -> Any:
@@ -34,8 +39,10 @@ def value_of(row: PolicyPublished) -> Any:
     return canonical.loads(row.document)
 
 
-def kind_of(row: PolicyPublished) -> str:
-    """Return the kind of a published document."""
+def kind_of(row: PolicyPublished | Unreadable) -> str:
+    """Return the kind of a published document; `?` if it cannot be read."""
+    if isinstance(row, Unreadable):
+        return "?"
     value = value_of(row)
     return str(value.get("kind", "policy")) if isinstance(value, dict) else "?"
 

@@ -13,12 +13,13 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from tidegate.cli.documents import EXIT_WRONG, in_force, kind_of, publish, read_files, value_of
+from tidegate.cli.documents import EXIT_WRONG, in_force, in_topic, kind_of, publish, read_files, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.tables import Unreadable
 from tidegate.gate.documents import Document, DocumentError, read_values
 from tidegate.gate.policy import Policy
 from tidegate.gate.policy_cases import checked, tried
@@ -31,6 +32,7 @@ app = typer.Typer(
     "4 there is no such document.",
 )
 EXIT_DIFFERENT = 1
+Rows = dict[str, PolicyPublished | Unreadable]
 
 Files = Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)]
 Key = Annotated[str, typer.Argument(metavar="DOCUMENT", help="A policy's name, or `kind:name`.")]
@@ -132,7 +134,7 @@ def try_out(
 def remove(key: Key) -> None:
     """Take a document out of force."""
     broker = KafkaBroker(KafkaSettings())
-    _found(in_force(broker), key)
+    _found(in_topic(broker), key)
     publish(broker, (), [key])
     typer.echo(f"removed {key} (gates let go of it within a second)")
 
@@ -141,16 +143,21 @@ def remove(key: Key) -> None:
 @explained("policy list")
 def list_(as_json: Json = False) -> None:
     """List the documents in force."""
-    rows = sorted(in_force(KafkaBroker(KafkaSettings())).items())
+    rows = sorted(in_topic(KafkaBroker(KafkaSettings())).items())
     if as_json:
         found = [
-            {"key": key, "kind": kind_of(row), "version": row.version, "by": row.by, "at_ms": row.at_ms}
+            unreadable_of(row)
+            if isinstance(row, Unreadable)
+            else {"key": key, "kind": kind_of(row), "version": row.version, "by": row.by, "at_ms": row.at_ms}
             for key, row in rows
         ]
         typer.echo(json.dumps(found, indent=2))
         return
     table = plain_table("document", "kind", "version", "rules", "by")
     for key, row in rows:
+        if isinstance(row, Unreadable):
+            table.add_row(escape(key), "?", "", "", escape(f"{row}; apply it again, or remove it"))
+            continue
         rules = value_of(row).get("rules") if kind_of(row) == "policy" else None
         table.add_row(escape(key), kind_of(row), row.version, "" if rules is None else str(len(rules)), escape(row.by))
     Console().print(table)
@@ -159,18 +166,23 @@ def list_(as_json: Json = False) -> None:
 @app.command()
 @explained("policy show")
 def show(key: Key) -> None:
-    """Print a document in force as JSON."""
-    row = _found(in_force(KafkaBroker(KafkaSettings())), key)
-    json.dump(value_of(row), sys.stdout, indent=2)
+    """Print a document in force as JSON; of one that cannot be read, where it is and what is wrong with it."""
+    row = _found(in_topic(KafkaBroker(KafkaSettings())), key)
+    json.dump(unreadable_of(row) if isinstance(row, Unreadable) else value_of(row), sys.stdout, indent=2)
     sys.stdout.write("\n")
 
 
-def _named(rows: dict[str, PolicyPublished]) -> list[str]:
+def unreadable_of(row: Unreadable) -> dict[str, Any]:
+    """Return what is said of a document that cannot be read."""
+    return {"key": row.key, "unreadable": row.problem, "topic": row.topic, "partition": 0, "offset": row.offset}
+
+
+def _named(rows: Rows) -> list[str]:
     """Return what there is to name; top-ups come and go by themselves."""
     return sorted(key for key, row in rows.items() if kind_of(row) != "topup")
 
 
-def _found(rows: dict[str, PolicyPublished], key: str) -> PolicyPublished:
+def _found(rows: Rows, key: str) -> PolicyPublished | Unreadable:
     if key not in rows:
         typer.echo(f"there is no document {key!r}; there are: {', '.join(_named(rows)) or 'none'}", err=True)
         raise typer.Exit(EXIT_REFUSED)

@@ -154,6 +154,7 @@ _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: lambda event: f"denied: {event.reason};",
     ev.ApprovalHeld: _held,
+    ev.QuestionAnswered: lambda event: f"needs no approval any more, because of {event.by}: {event.reason};",
     ev.ApprovalLapsed: lambda event: f"the approval expired: {event.reason};",
     ev.AttemptPaused: _paused,
     ev.AttemptQueued: lambda event: f"waits for a free slot of an executor of queue {event.call.queue}",

@@ -24,7 +24,7 @@ from tidegate.domain.requests import parse_json
 from tidegate.domain.workflow import AGENT_PREFIX, validate_definition, with_children
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.tables import Tables, readable
 from tidegate.sdk.app import App
 from tidegate.sdk.binding import AGENT
 from tidegate.sdk.client import WORKFLOWS, Client
@@ -215,5 +215,5 @@ def _published(command: str) -> dict[str, WorkflowPublished]:
     tables = Tables((WORKFLOWS,))
     with explained(command):
         tables.load(KafkaBroker(KafkaSettings()))
-    rows, offsets = tables.rows[WORKFLOWS], tables.offsets[WORKFLOWS]
+    rows, offsets = readable(tables.rows[WORKFLOWS]), tables.offsets[WORKFLOWS]
     return {label: rows[label] for label in sorted(rows, key=lambda key: offsets[key])}

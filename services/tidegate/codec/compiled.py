@@ -23,6 +23,8 @@ Decoder = Callable[[Any], Any]  # of bytes
 
 SHORT: Final = 8192  # numbers from 0 up to here, and lengths, are written by looking them up
 _PAIRS: Final = 1 << 14
+_TWO_PAIRS: Final = 1 << 28
+_THREE_PAIRS: Final = 1 << 42
 MAX_NAMES: Final = 5_000  # in the source of one function; our largest schema needs a twentieth of them
 _DOUBLE: Final = struct.Struct("<d")
 _PRIMITIVES: Final = frozenset(("null", "boolean", "int", "long", "double", "string", "bytes"))
@@ -45,6 +47,10 @@ def write_long(number: int) -> bytes:
     zigzag = number << 1 if number >= 0 else ~(number << 1)
     if zigzag < _PAIRS:
         return _LAST[zigzag]
+    if zigzag < _TWO_PAIRS:  # offsets
+        return _MIDDLE[zigzag & 0x3FFF] + _LAST[zigzag >> 14]
+    if zigzag < _THREE_PAIRS:  # times
+        return _MIDDLE[zigzag & 0x3FFF] + _MIDDLE[zigzag >> 14 & 0x3FFF] + _LAST[zigzag >> 28]
     if zigzag >> 64:
         raise OverflowError(f"{number} does not fit into 64 bits")
     out = _MIDDLE[zigzag & 0x3FFF]
@@ -57,8 +63,13 @@ def write_long(number: int) -> bytes:
 
 def read_long(data: bytes, at: int, first: int) -> tuple[int, int]:
     """Return a number of more than one byte, and where it ends; `first` is the byte before `at`."""
-    number = first & 127
-    shift = 7
+    byte = data[at]
+    if byte < 128:  # two bytes, as most have that have more than one
+        number = first & 127 | byte << 7
+        return number >> 1 ^ -(number & 1), at + 1
+    number = first & 127 | (byte & 127) << 7
+    at += 1
+    shift = 14
     while (byte := data[at]) > 127:
         if shift > 56:
             raise ValueError("a number of more than 64 bits")
@@ -298,11 +309,12 @@ class _Reader:
         """Return statements that read a value into the variable `to` and move `p` behind it."""
         schema = self.maker.resolve(schema)
         if schema in ("string", "bytes"):
+            empty, decoded = ("''", ".decode()") if schema == "string" else ("b''", "")
             return [
-                "n = d[p]; q = p + 1",
-                "if n & 129: n, q = read_length(d, q, n); p = q + n",
-                "else: p = q + (n >> 1)",
-                f"{to} = d[q:p]{'.decode()' if schema == 'string' else ''}",
+                "n = d[p]; p += 1",
+                f"if not n: {to} = {empty}",  # as many are
+                f"elif n & 129: n, q = read_length(d, p, n); p = q + n; {to} = d[q:p]{decoded}",
+                f"else: q = p; p += n >> 1; {to} = d[q:p]{decoded}",
             ]
         if schema in ("int", "long"):
             return _number("read_long", to, 128, "n >> 1 ^ -(n & 1)")

@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 
 _decoder = msgspec.json.Decoder()
+# Made once: `json.dumps` makes an encoder for every call that asks for anything special.
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 class NotJsonError(ValueError):
@@ -22,7 +24,7 @@ class NotJsonError(ValueError):
 def dumps(value: Any) -> str:
     """Return the canonical JSON text of `value`. Raises NotJsonError; never blocks."""
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return _encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise NotJsonError(str(error)) from None
 

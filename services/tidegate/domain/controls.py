@@ -23,11 +23,14 @@ class Controls:
     def __init__(self) -> None:
         self._paused: set[str] = set()
 
-    def take(self, key: str, row: Control | None) -> None:
-        """Note a changed row; None: it was removed. A row under a key that names nothing is ignored."""
+    def take(self, key: str, row: Control | None, *, is_unknown: bool = False) -> None:
+        """Note a changed row; None: it was removed. A row under a key that names nothing is ignored.
+
+        is_unknown: there is one, and nobody can tell what it says. It may be a pause after an incident, so it is one.
+        """
         if not is_control_key(key):
             return
-        if row is not None and row.paused:
+        if is_unknown or (row is not None and row.paused):
             self._paused.add(key)
         else:
             self._paused.discard(key)

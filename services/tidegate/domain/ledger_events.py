@@ -12,7 +12,11 @@ from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
 
 
 class RunOpened(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunOpened", tag_field=TAG_FIELD):
-    """A run may ask for attempts. budget_micros: its own limit, null for none. request_id: the command that started it."""
+    """A run may ask for attempts. budget_micros: its own limit, null for none, which bounds it and all runs below it together.
+
+    request_id: the command that started it. parent_run_id: the run that it does a step of; empty for none.
+    has_children: whether steps of it may be runs.
+    """
 
     account: str
     run_id: str
@@ -21,6 +25,8 @@ class RunOpened(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunOpe
     tags: dict[str, str]
     priority: int = 5
     request_id: str = ""
+    parent_run_id: str = ""
+    has_children: bool = False
 
 
 class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptReserved", tag_field=TAG_FIELD):
@@ -190,6 +196,16 @@ class RunClosed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunClo
     account: str
     run_id: str
     settled_micros: int
+
+
+class FamilyOver(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="FamilyOver", tag_field=TAG_FIELD):
+    """Nothing can change any more about this run, those above it and those below it: it is forgotten, what it spent with it.
+
+    Once for each run of the family, in one entry. A run that is alone is forgotten without it, as soon as it can be.
+    """
+
+    account: str
+    run_id: str
 
 
 class AttemptThrottled(
@@ -368,11 +384,28 @@ class ApprovalLapsed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     reason: str
 
 
+class QuestionAnswered(
+    msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="QuestionAnswered", tag_field=TAG_FIELD
+):
+    """A budget asked about the attempt, and needs no answer any more: it has room now, or does not count the run.
+
+    by: the document that made it so: `topup:NAME`, or `budget:NAME@VERSION`, without a version if it was removed.
+    """
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    by: str
+    reason: str
+
+
 class AttemptPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptPaused", tag_field=TAG_FIELD):
     """A budget has no room for the attempt now: it waits, first come first served, with nothing set aside.
 
-    bucket: the one that has no room. until_ms: when its window turns, 0 for never. approved_by: who has answered a rule's
-    question about it before; empty if nobody. redact: paths of arguments that projections must not show.
+    bucket: the one that has no room; `family:RUN` if it waits for that run, which is above its own, to be open. until_ms: when
+    its window turns, 0 for never. approved_by: who has answered a rule's question about it before; empty if nobody. redact:
+    paths of arguments that projections must not show.
     """
 
     account: str
@@ -492,6 +525,8 @@ class CarriedRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reserved_micros: int
     settled_micros: int
     closed: bool
+    parent_run_id: str
+    has_children: bool
     attempts: tuple[CarriedAttempt, ...]
 
 
@@ -562,4 +597,6 @@ LedgerEvent = (
     | BudgetClosed
     | UsageLearned
     | LedgerCarried
+    | FamilyOver
+    | QuestionAnswered
 )

@@ -108,9 +108,11 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class OpenRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="OpenRun", tag_field=TAG_FIELD):
-    """A run begins. budget_micros: the most that its steps may cost together; null for no limit of its own.
+    """A run begins. budget_micros: the most that its steps and the runs below it may cost together; null for no limit of its own.
 
     priority: 0 to 9, more goes first among the runs of its account root. request_id: the command that started it.
+    parent_run_id: the run that it does a step of; empty for none.
+    has_children: whether steps of it may be runs.
     """
 
     budget_micros: int | None
@@ -118,6 +120,8 @@ class OpenRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="OpenRun"
     tags: dict[str, str]
     priority: int = 5
     request_id: str = ""
+    parent_run_id: str = ""
+    has_children: bool = False
 
 
 class Authorise(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Authorise", tag_field=TAG_FIELD):
@@ -280,7 +284,16 @@ class Unanswered(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Unans
     reason: str
 
 
-DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled | BudgetPaused | Unanswered
+class Answered(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Answered", tag_field=TAG_FIELD):
+    """The question about the attempt needs no answer any more: a budget has room for it now. by: the document that made it so."""
+
+    step_id: str
+    attempt: int
+    by: str
+    reason: str
+
+
+DecisionItem = Allowed | Denied | ApprovalRequired | Lost | Throttled | BudgetPaused | Unanswered | Answered
 
 
 class GateDecision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -388,6 +401,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
     actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one.
+    retry_after_ms: how long whoever refused it wants to be left alone; 0 if that was not said.
     """
 
     run_id: str
@@ -406,6 +420,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     started_ms: int = 0
     finished_ms: int = 0
     goto: str = ""
+    retry_after_ms: int = 0
 
 
 # --- everybody ---------------------------------------------------------------

@@ -28,7 +28,7 @@ class StepState(msgspec.Struct, array_like=True):
     attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
     doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
-    it is a workflow.
+    it is a workflow. rule_failures: of the failures, those that a retry rule counts, by its label.
     """
 
     step_id: str
@@ -49,6 +49,7 @@ class StepState(msgspec.Struct, array_like=True):
     wait: ev.WaitStarted | None = None
     waits_for: str = ""
     child_run_id: str = ""
+    rule_failures: dict[str, int] = {}
 
 
 class RunState(msgspec.Struct, array_like=True):
@@ -203,7 +204,8 @@ def _approval_resolved(run: RunState, event: ev.ApprovalResolved, now_ms: int) -
     step = run.steps[event.step_id]
     resumes = event.approved and event.why == "policy"
     _move_step(step, "ApprovalResolved", states.REQUESTED if resumes else states.ENDED)
-    run.command_ids.add(event.command_id)
+    if event.command_id:
+        run.command_ids.add(event.command_id)
     step.approval = None
     _leave_waiting(run, "ApprovalResolved")
 
@@ -254,6 +256,9 @@ def _attempt_ended(run: RunState, event: ev.AttemptEnded, now_ms: int) -> None:
     step.reported = (*step.reported, event.attempt)
     if event.outcome in ("failed", "timed_out"):
         step.failures += 1
+        if event.retry_rule:
+            counted = step.rule_failures.get(event.retry_rule, 0) + 1
+            step.rule_failures = {**step.rule_failures, event.retry_rule: counted}
 
 
 def _step_succeeded(run: RunState, event: ev.StepSucceeded, now_ms: int) -> None:

@@ -156,7 +156,8 @@ class ApprovalRequested(
 class ApprovalResolved(
     msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ApprovalResolved", tag_field=TAG_FIELD
 ):
-    """A human answered the open approval of this attempt.
+    """A human answered the open approval of this attempt; or the gate did (command_id is empty), because a budget that asked has
+    room now: then `by` names the document that made it.
 
     answer: to a question about an unknown outcome `done` (its output is given), `again` or `fail`; else empty.
     """
@@ -185,9 +186,9 @@ class ApprovalExpired(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
 class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitStarted", tag_field=TAG_FIELD):
     """A step exists that runs nothing: it waits for an event, a time or a person's answer. wave: as in `StepReady`.
 
-    kind: `wait_event`, `wait_until`, `sleep` or `ask`. input: canonical JSON; the output of a wait for a time. event, key: name
-    and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an answer (schema:
-    JSON text; empty for none). due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout: `fail`, or
+    kind: `wait_event`, `wait_until`, `sleep`, `ask` or `outside`, a tool that somebody outside does. input: canonical JSON; the
+    output of a wait for a time, the arguments of a tool. event, key: name and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an answer (schema:
+    JSON text; empty for none). function: the tool. due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout: `fail`, or
     `value` for going on with timeout_value. after_ms, timeout_ms: what those times were reckoned from, in `now_ms` of the entry.
     """
 
@@ -208,6 +209,7 @@ class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Wait
     timeout_at_ms: int | None = None
     on_timeout: str = "fail"
     timeout_value: str = "null"
+    function: str = ""
 
 
 class WaitEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitEnded", tag_field=TAG_FIELD):
@@ -244,7 +246,7 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
 
     outcome: `failed`, `timed_out`, `released`, `busy`, `lost`, `denied` or `expired` (its approval; the answer crossed the
     gate's clock). retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran,
-    0 if it did not. rule, policy, values: of a denial.
+    0 if it did not. rule, policy, values: of a denial. retry_rule: the rule for its error class that counts it, if there is one.
     """
 
     step_id: str
@@ -262,6 +264,7 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     rule: str = ""
     policy: str = ""
     values: str = ""
+    retry_rule: str = ""
 
 
 class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):

@@ -11,9 +11,10 @@ import msgspec
 import referencing
 from referencing.jsonschema import DRAFT202012
 
-from tidegate.domain import canonical, expressions, waits
+from tidegate.domain import canonical, expressions, retries, waits
 from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.retries import Retries
 from tidegate.domain.routes import form_of
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
@@ -38,7 +39,6 @@ _workflow_label = {
 _name = {"type": "string", "pattern": NAME_PATTERN}
 _label = {"type": "string", "maxLength": 128}
 _count = {"type": "integer", "minimum": 0, "maximum": 2**53}
-_error_classes = {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 200}, "maxItems": 100}
 
 DEFINITION_SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -120,12 +120,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "kind": {"enum": ["step", "agent", "tool"]},
                     "queue": _name,
                     "timeout_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
-                    "max_attempts": {"type": "integer", "minimum": 1, "maximum": 1000},
-                    "backoff_ms": {"type": "integer", "minimum": 1, "maximum": 24 * 3_600_000},
-                    "backoff_factor": {"type": "number", "minimum": 1, "maximum": 100},
-                    "backoff_max_ms": {"type": "integer", "minimum": 1, "maximum": 7 * 24 * 3_600_000},
-                    "retry_on": _error_classes,
-                    "no_retry_on": _error_classes,
+                    **retries.PROPERTIES,
                     "reserve_micros": _count,
                     "idempotent": {"type": "boolean"},
                     "provider": _label,
@@ -155,21 +150,12 @@ class DefinitionError(ValueError):
         self.problems = problems
 
 
-class Function(msgspec.Struct, frozen=True):
-    """A function of an app as a workflow pins it. Times in milliseconds, money in micro-dollars.
-
-    retry_on: names of the error classes after which it is repeated; none for all. no_retry_on: those after which it is not.
-    """
+class Function(Retries, frozen=True, kw_only=True):
+    """A function of an app as a workflow pins it, and how it is repeated. Times in milliseconds, money in micro-dollars."""
 
     kind: str
     queue: str = "default"
     timeout_ms: int = 30_000
-    max_attempts: int = 5
-    backoff_ms: int = 200
-    backoff_factor: float = 2.0
-    backoff_max_ms: int = 60_000
-    retry_on: tuple[str, ...] = ()
-    no_retry_on: tuple[str, ...] = ()
     reserve_micros: int = 0
     idempotent: bool = True
     provider: str = ""
@@ -410,6 +396,7 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
         elif function["kind"] != node["kind"]:
             found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
     for name, function in functions.items():
+        found += retries.problems(function, f"functions.{name}")
         for tool in function.get("tools", ()):
             if functions.get(tool, {}).get("kind") != "tool":
                 found.append(f"functions.{name}.tools: {tool!r} is not a tool of this definition")

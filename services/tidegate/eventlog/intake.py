@@ -17,6 +17,7 @@ from tidegate.domain.identity import MAX_MICROS, NAME_PATTERN, NOWHERE, is_accou
 from tidegate.domain.messages import (
     Allowed,
     Amounts,
+    Answered,
     ApprovalRequired,
     Approve,
     Authorise,
@@ -188,6 +189,8 @@ def _used(used: Amounts) -> str:
 def _open(item: OpenRun) -> str:
     if len(item.workflow) > MAX_NAME or len(item.request_id) > MAX_NAME:
         return "workflow or request_id"
+    if item.parent_run_id and not is_run_id(item.parent_run_id):
+        return "parent_run_id"
     if not 0 <= item.priority <= MAX_PRIORITY:
         return "priority"
     return _budget(item.budget_micros) or _tags(item.tags)
@@ -231,6 +234,12 @@ def _answer(item: Denied | ApprovalRequired | BudgetPaused | Unanswered) -> str:
     if max(len(item.rule), len(item.policy)) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
         return "rule, policy or reason is too long"
     return _attempt(item) or _moment(getattr(item, "retry_after_ms", 0))
+
+
+def _answered(item: Answered) -> str:
+    if len(item.by) > MAX_NAME or len(item.reason) > MAX_REASON_CHARACTERS:
+        return "by or reason is too long"
+    return _attempt(item)
 
 
 def _lost(item: Lost) -> str:
@@ -288,6 +297,7 @@ _ITEMS: Final[dict[type, Callable[[Any], str]]] = {
     ApprovalRequired: _answer,
     BudgetPaused: _answer,
     Unanswered: _answer,
+    Answered: _answered,
     Lost: _lost,
     Throttled: _throttled,
     LeaseAsk: _lease_ask,

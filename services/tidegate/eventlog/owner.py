@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -74,6 +75,7 @@ class OwnerLoop:
         self._monotonic_s = monotonic_s
         self._log_writer: Writer = broker.writer()
         self._tell_writer: Writer = broker.writer()
+        self._to_log: list[tuple[Record, Callable[[int], None]]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
         self.tables = Tables(machine.table_topics, self._decoded)
         self.owned: dict[int, OwnedPartition] = {}
@@ -106,7 +108,7 @@ class OwnerLoop:
         try:
             failpoint("owner.before-close")
             self._record_positions(force=True)
-            self._log_writer.flush(WRITE_DEADLINE_S)
+            self._write_log()
             self._tell_writer.flush(WRITE_DEADLINE_S)
             failpoint("owner.after-last-flush")
             self._commit(force=True)
@@ -145,6 +147,7 @@ class OwnerLoop:
         self._retire()
         self._commit()
         self._record_positions()
+        self._send_gathered()
         self.meter.turn_done(self._monotonic_s(), self.owned, self._inbox.ends)
         return logged
 
@@ -270,16 +273,14 @@ class OwnerLoop:
         entry, value = part.make_entry(decision, cause, dict(self.tables.versions))
         slot: list[int] = []
         part.unacknowledged.append((entry, slot))
-        self._log_writer.send(
-            Record(
-                self.machine.log_topic,
-                part.partition,
-                entry_key(entry.subject, entry.first_seq, entry.epoch).encode(),
-                value,
-                ((TYPE_HEADER, self.machine.entry_kind.encode()), (EPOCH_HEADER, b"%d" % entry.epoch)),
-            ),
-            lambda offset: part.acknowledged(slot, offset),
+        record = Record(
+            self.machine.log_topic,
+            part.partition,
+            entry_key(entry.subject, entry.first_seq, entry.epoch).encode(),
+            value,
+            ((TYPE_HEADER, self.machine.entry_kind.encode()), (EPOCH_HEADER, b"%d" % entry.epoch)),
         )
+        self._to_log.append((record, partial(part.acknowledged, slot)))
         part.since_announcement += 1
         if part.since_announcement >= ANNOUNCE_EVERY_ENTRIES:
             self._announce_again(part)
@@ -289,7 +290,7 @@ class OwnerLoop:
         busy = [part for part in self.owned.values() if part.unacknowledged or part.doubt]
         if not busy:
             return 0
-        self._log_writer.flush(WRITE_DEADLINE_S)
+        self._write_log()
         failpoint("owner.after-log")
         logged = 0
         for part in busy:
@@ -304,6 +305,22 @@ class OwnerLoop:
                 self.meter.logged(entry, self._tell(part, entry, slot[0]))
             failpoint("owner.after-tell")
         return logged
+
+    def _send_gathered(self) -> None:
+        """Send what a turn has for the log, in order. Raises EventLogError.
+
+        All at once: sent one by one while the turn still decides, the first records of every partition would go out in requests
+        of their own, and requests are what a broker works for.
+        """
+        send = self._log_writer.send
+        for record, acked in self._to_log:
+            send(record, acked)
+        self._to_log.clear()
+
+    def _write_log(self) -> None:
+        """Send what was gathered and wait for all acknowledgements. Raises EventLogError."""
+        self._send_gathered()
+        self._log_writer.flush(WRITE_DEADLINE_S)
 
     def _tell(self, part: OwnedPartition, entry: Entry, offset: int) -> int:
         """Send what follows from an entry; returns how many messages that were."""
@@ -446,8 +463,8 @@ class OwnerLoop:
         """Announce for the first time and return the epoch. The key is made unique by who announced and when."""
         offsets: list[int] = []
         name = f"{self._instance_id}:{time.time_ns()}"
-        self._log_writer.send(self._announcement(partition, identity, NO_EPOCH, 0, name), offsets.append)
-        self._log_writer.flush(WRITE_DEADLINE_S)
+        self._to_log.append((self._announcement(partition, identity, NO_EPOCH, 0, name), offsets.append))
+        self._write_log()
         return offsets[0]
 
     def _announce_again(self, part: OwnedPartition) -> None:
@@ -471,7 +488,7 @@ class OwnerLoop:
         """Announce a finished checkpoint and wait for it; tells whether the announcement stands where ours must."""
         part.checkpoint = checkpoint
         self._announce_again(part)
-        self._log_writer.flush(WRITE_DEADLINE_S)
+        self._write_log()
         return not part.doubt
 
     def _make_checkpoints(self) -> None:
@@ -488,7 +505,7 @@ class OwnerLoop:
                 retirer.work(self._now_ms(part))
 
     def _send_to_log(self, part: OwnedPartition, record: Record) -> None:
-        self._log_writer.send(record, lambda offset: part.acknowledged([], offset))
+        self._to_log.append((record, partial(part.acknowledged, [])))
 
     def _record_positions(self, *, force: bool = False) -> None:
         """Record how far inputs were read that caused no entry, before their retention may remove them.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -18,7 +18,28 @@ _ROWS: Final = {
     "controls": Control,
 }
 
+# Where a row that cannot be read must not be taken for none. Instances repeat theirs with every heartbeat.
+_KEEPS_UNREADABLE: Final = frozenset({"workflows", "policies", "controls"})
+
+MAX_PROBLEM: Final = 200
 _log = structlog.get_logger()
+
+
+class Unreadable(NamedTuple):
+    """Stands in a table for a row of which nothing is known: its latest record cannot be read, and Kafka has none of before."""
+
+    topic: str
+    key: str
+    offset: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"the record at {self.topic}-0@{self.offset}, under the key {self.key!r}, cannot be read: {self.problem}"
+
+
+def readable(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows of a table that can be read."""
+    return {key: row for key, row in rows.items() if not isinstance(row, Unreadable)}
 
 
 class Tables:
@@ -51,7 +72,8 @@ class Tables:
         """Fold one record of a table; returns whether it changed anything: a row is there, or a tombstone removed one.
 
         A record that is broken or of another kind is logged and skipped: the row of before stays, so that one bad writer
-        cannot take a policy or an executor away.
+        cannot take a policy or an executor away. If there is no row of before, Kafka may have compacted it away: then the row
+        is `Unreadable`, and whoever decides by it must do what is safe whatever it said.
         """
         rows, key = self.rows[message.topic], (message.key or b"").decode("utf-8", "replace")
         self.versions[message.topic] = message.offset + 1
@@ -64,7 +86,9 @@ class Tables:
                 raise codec.DecodeError(f"a {type(row).__name__} has no place here")
         except codec.DecodeError as error:
             _log.error("table record skipped", topic=message.topic, offset=message.offset, key=key, error=str(error))
-            return False
+            if message.topic not in _KEEPS_UNREADABLE or not isinstance(rows.get(key), Unreadable | None):
+                return False
+            row = Unreadable(message.topic, key, message.offset, str(error)[:MAX_PROBLEM])
         rows[key] = row
         self.offsets[message.topic][key] = message.offset
         return True

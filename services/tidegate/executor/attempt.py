@@ -9,7 +9,6 @@ import datetime
 import inspect
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import structlog
@@ -21,7 +20,7 @@ from tidegate.failpoints import failpoint
 from tidegate.sdk import json_form
 from tidegate.sdk.app import Function
 from tidegate.sdk.binding import AGENT, STEP, Bound
-from tidegate.sdk.context import Meter, StepContext, running
+from tidegate.sdk.context import Meter, StepContext, answer_for
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
 from tidegate.sdk.plan import Goto, plan_of
 
@@ -113,9 +112,9 @@ class Attempt:
 
     async def _run_async(self, function: Function, bound: Bound) -> StepResult:
         try:
-            with running(self._context(), self._meter), self._named_in_logs():
-                self._enter()
-                return self._success(await function.call(*bound.args, **bound.kwargs))
+            self._introduce()
+            self._enter()
+            return self._success(await function.call(*bound.args, **bound.kwargs))
         except asyncio.CancelledError:
             if self._expired or self._cancel_wanted or self._aborted:
                 raise
@@ -125,9 +124,9 @@ class Attempt:
 
     def _run_sync(self, function: Function, bound: Bound) -> StepResult:
         try:
-            with running(self._context(), self._meter), self._named_in_logs():
-                self._enter()
-                return self._success(function.call(*bound.args, **bound.kwargs))
+            self._introduce()
+            self._enter()
+            return self._success(function.call(*bound.args, **bound.kwargs))
         except BaseException as error:
             return self._from_error(error)
 
@@ -139,23 +138,24 @@ class Attempt:
         if self._aborted or not self._lease_held():
             raise LeaseLapsedError("the attempt was given up before the function was entered")
 
-    def _named_in_logs(self) -> AbstractContextManager[object]:
-        """Have everything that the function logs with structlog name its run, step and attempt."""
-        return structlog.contextvars.bound_contextvars(
-            run_id=self.task.run_id, step_id=self.task.step_id, attempt=self.task.attempt
-        )
+    def _introduce(self) -> None:
+        """Tell the function what it runs for, and have all that it logs with structlog name its run, step and attempt.
 
-    def _context(self) -> StepContext:
+        The context belongs to this attempt alone (its task's, or the copy that its thread runs in), so it ends with it.
+        """
+        task = self.task
+        structlog.contextvars.bind_contextvars(run_id=task.run_id, step_id=task.step_id, attempt=task.attempt)
         timeout = datetime.timedelta(milliseconds=self._call.timeout_ms)
-        return StepContext(
-            run_id=self.task.run_id,
-            step_id=self.task.step_id,
-            attempt=self.task.attempt,
-            account=self.task.account,
+        context = StepContext(
+            run_id=task.run_id,
+            step_id=task.step_id,
+            attempt=task.attempt,
+            account=task.account,
             function=self._call.function,
-            idempotency_key=self.task.idempotency_key,
+            idempotency_key=task.idempotency_key,
             deadline=datetime.datetime.now(datetime.UTC) + timeout,
         )
+        answer_for(context, self._meter)
 
     def _success(self, value: Any) -> StepResult:
         self._returned = True

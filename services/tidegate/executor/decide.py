@@ -44,7 +44,8 @@ def judge_task(
     """
     if task.instance_id != instance_id or task.incarnation != incarnation:
         return Verdict.NOT_OURS
-    if task.source.rank() <= marks.get(mark_name(task.source.partition), NO_MARK):
+    source = task.source
+    if source.rank() <= marks.get(mark_name(source.partition), NO_MARK):
         return Verdict.SEEN_BEFORE
     if task.type == CANCEL_TASK:
         return Verdict.CANCEL

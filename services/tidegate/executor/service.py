@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable
 from typing import Final
 
 import structlog
+from prometheus_client import Counter, Histogram
 
 from tidegate import metrics
 from tidegate.domain.messages import StepResult, StepTask
@@ -39,6 +41,12 @@ FLUSH_S: Final = 5.0
 LAST_WORDS_S: Final = 2.0  # after a lapse: for what had ended before it
 
 _log = structlog.get_logger()
+
+
+@functools.cache
+def _meters(outcome: str) -> tuple[Counter, Histogram]:
+    """Return what counts the answers with an outcome and what measures their attempts; there are six outcomes."""
+    return metrics.executor_attempts.labels(outcome), metrics.executor_attempt_seconds.labels(outcome)
 
 
 class Executor:
@@ -194,10 +202,10 @@ class Executor:
 
     def _send(self, task: StepTask, result: StepResult) -> None:
         key = key_of(task)
-        metrics.executor_attempts.labels(result.outcome).inc()
+        answered, seconds = _meters(result.outcome)
+        answered.inc()
         if result.started_ms:
-            seconds = max(0, result.finished_ms - result.started_ms) / 1000
-            metrics.executor_attempt_seconds.labels(result.outcome).observe(seconds)
+            seconds.observe(max(0, result.finished_ms - result.started_ms) / 1000)
         self._sender.send(results.to_record(task, result), lambda: self._holdings.answered(key))
 
     # --- ending ---

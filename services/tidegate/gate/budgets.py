@@ -28,6 +28,7 @@ EVERY_ROOT: Final = "*"
 MAX_ALERTS: Final = 20
 MAX_LEARNED: Final = 10_000  # functions that a ledger partition keeps averages of
 AVERAGED_OVER: Final = 100
+LACK_RULE: Final = "budget:"  # before a budget's name: what decisions name as the rule
 SEPARATOR: Final = "|"  # neither run ids, accounts nor names have it
 
 _Limit = Field(default=None, ge=0, le=MAX_MICROS)
@@ -260,7 +261,7 @@ class Lack(NamedTuple):
     @property
     def rule(self) -> str:
         """Return what decisions name as the rule."""
-        return f"budget:{self.budget.budget}"
+        return f"{LACK_RULE}{self.budget.budget}"
 
     def said(self) -> str:
         """Return the reason for people."""
@@ -395,8 +396,8 @@ class Tally:
             self._closed.add(key)
             self._events.append(ev.BudgetClosed(account=bucket.account, bucket=key, spent=amounts_of(bucket.spent)))
 
-    def close_run(self, run_id: str) -> None:
-        """Forget the buckets of a run that is over, those in which nothing is set aside."""
+    def close_buckets(self, run_id: str) -> None:
+        """Forget the buckets of a run, or of a family by the run at its top, that is over: those in which nothing is set aside."""
         keys = set(self._ledger.of_run.get(run_id, ()))
         keys.update(key for key, bucket in self._changed.items() if bucket.run_id == run_id)
         for key in sorted(keys):

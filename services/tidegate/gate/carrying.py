@@ -78,6 +78,8 @@ def _runs(ledger: Ledger) -> Iterator[ev.CarriedRun]:
             reserved_micros=run.reserved_micros,
             settled_micros=run.settled_micros,
             closed=run.closed,
+            parent_run_id=run.parent_run_id,
+            has_children=run.has_children,
             attempts=tuple(
                 ev.CarriedAttempt(
                     step_id=key.step_id,

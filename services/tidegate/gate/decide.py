@@ -27,8 +27,9 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
-from tidegate.gate import leasing
+from tidegate.gate import family, leasing
 from tidegate.gate.budgets import (
+    LACK_RULE,
     MAX_LEARNED,
     NO_BUDGETS,
     Budget,
@@ -36,6 +37,7 @@ from tidegate.gate.budgets import (
     Estimate,
     Lack,
     Tally,
+    TopUp,
     amounts_of,
     estimate,
     learn,
@@ -63,6 +65,7 @@ from tidegate.gate.variables import MAKERS, Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 
 BUDGET_RULE: Final = "budget"
+FAMILY_RULE: Final = "family"
 QUEUE_FULL_RULE: Final = "queue_full"
 MAX_LOSSES_PER_ENTRY: Final = 500
 MAX_LAPSES_PER_ENTRY: Final = 100
@@ -74,18 +77,26 @@ NO_POSITION: Final = Position(0, 0, 0)
 class _Money:
     """A run's money as it stands inside one decision."""
 
-    __slots__ = ("budget_micros", "closed", "reserved_micros", "settled_micros", "tags", "workflow")
+    __slots__ = (
+        "budget_micros",
+        "closed",
+        "is_alone",
+        "parent_run_id",
+        "reserved_micros",
+        "settled_micros",
+        "tags",
+        "workflow",
+    )
 
     def __init__(self, run: RunMoney) -> None:
+        self.parent_run_id = run.parent_run_id
+        self.is_alone = run.is_alone
         self.budget_micros = run.budget_micros
         self.reserved_micros = run.reserved_micros
         self.settled_micros = run.settled_micros
         self.workflow = run.workflow
         self.tags = run.tags
         self.closed = run.closed
-
-    def has_room_for(self, micros: int) -> bool:
-        return self.budget_micros is None or self.reserved_micros + self.settled_micros + micros <= self.budget_micros
 
 
 class Draft:
@@ -115,6 +126,16 @@ class Draft:
         self.approved = {} if known is None else known.approved
         self.money = None if known is None else _Money(known)
 
+    @property
+    def family(self) -> str:
+        """Return the run at the top of the family, by which budgets per run count; the run itself if it is alone."""
+        run_id = self.request.run_id
+        return (
+            run_id
+            if self.money is None or not self.money.parent_run_id
+            else family.root(self.ledger, run_id, self.money.parent_run_id)
+        )
+
     def key(self, item: Any) -> AttemptKey:
         """Return the key of the attempt that an item of the request names."""
         return AttemptKey(self.request.run_id, item.step_id, item.attempt)
@@ -127,7 +148,7 @@ class Draft:
     def end(self, item: Any, attempt: Attempt, used: Amounts, outcome: str = "") -> None:
         """Note that the attempt ends here: what it did not use, its slot and its leases are free for what follows."""
         self.ended.add(self.key(item))
-        is_run_over = self.money is None or self.money.closed
+        is_run_over = _ends_its_buckets(self.money)
         for bucket in attempt.buckets:
             self.tally.settle(bucket, self.names(item), attempt.amounts, used, is_run_over=is_run_over)
         self.events += leasing.given_back(self.desk, self.key(item), attempt, outcome)
@@ -144,6 +165,11 @@ class Draft:
             "step_id": item.step_id,
             "attempt": item.attempt,
         }
+
+
+def _ends_its_buckets(run: RunMoney | _Money | None) -> bool:
+    """Tell whether what is set aside last for a run ends what budgets count for it: those of a family end with the family."""
+    return run is None or (run.closed and run.is_alone)
 
 
 def on_request(draft: Draft) -> list[Any]:
@@ -174,9 +200,9 @@ def _free_budgets(tally: Tally, ledger: Ledger, events: list[Any]) -> None:
         if attempt is None or not attempt.buckets:
             continue
         names = leasing.names(key, event.account)
-        run = ledger.runs.get(event.run_id)
+        is_run_over = _ends_its_buckets(ledger.runs.get(event.run_id))
         for bucket in attempt.buckets:
-            tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run is None or run.closed)
+            tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=is_run_over)
 
 
 def _open_run(draft: Draft, item: OpenRun) -> None:
@@ -191,9 +217,20 @@ def _open_run(draft: Draft, item: OpenRun) -> None:
             tags=item.tags,
             priority=item.priority,
             request_id=item.request_id,
+            parent_run_id=item.parent_run_id,
+            has_children=item.has_children,
         )
     )
-    draft.money = _Money(RunMoney(draft.request.account, item.budget_micros, item.workflow, item.tags))
+    draft.money = _Money(
+        RunMoney(
+            draft.request.account,
+            item.budget_micros,
+            item.workflow,
+            item.tags,
+            parent_run_id=item.parent_run_id,
+            has_children=item.has_children,
+        )
+    )
 
 
 def _close_run(draft: Draft, item: CloseRun) -> None:
@@ -205,7 +242,8 @@ def _close_run(draft: Draft, item: CloseRun) -> None:
             account=draft.request.account, run_id=draft.request.run_id, settled_micros=draft.money.settled_micros
         )
     )
-    draft.tally.close_run(draft.request.run_id)
+    if draft.money.is_alone:
+        draft.tally.close_buckets(draft.request.run_id)
 
 
 # --- authorise ---------------------------------------------------------------
@@ -226,8 +264,8 @@ def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> No
     verdict = _verdict(draft, item, call, money)
     approved_by = ""
     if verdict.effect == "require_approval":
-        arguments, approved_by = draft.approved.get(item.step_id, ("", ""))
-        if not approved_by or arguments != call.arguments:
+        approved_by = _approved_by(draft, item, call)
+        if not approved_by:
             expires_at_ms = draft.now_ms + verdict.expires_s * 1000 if verdict.expires_s else 0
             _ask(draft, item, call, verdict, expires_at_ms)
             return
@@ -235,6 +273,12 @@ def _judge_and_reserve(draft: Draft, item: Any, call: Call, money: _Money) -> No
         _refuse(draft, item, verdict.rule, verdict.policy, verdict.reason, values=verdict.values, redact=verdict.redact)
         return
     _reserve_and_place(draft, item, call, verdict, approved_by)
+
+
+def _approved_by(draft: Draft, item: Any, call: Call) -> str:
+    """Return who allowed the step with these arguments before; empty if nobody did."""
+    arguments, approved_by = draft.approved.get(item.step_id, ("", ""))
+    return approved_by if arguments == call.arguments else ""
 
 
 def _ask(draft: Draft, item: Any, call: Call, verdict: Verdict, expires_at_ms: int, **more: Any) -> None:
@@ -262,8 +306,7 @@ def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
 
 
 def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
-    request = draft.request
-    return draft.tally.seen(request.account, request.run_id, money.workflow.partition("@")[0], money.tags)
+    return draft.tally.seen(draft.request.account, draft.family, money.workflow.partition("@")[0], money.tags)
 
 
 def _refuse(
@@ -298,13 +341,17 @@ def _reserve_and_place(
     if money is None:
         _refuse(draft, item, "unknown_run", verdict.policy, "the run is not open at the gate")
         return
-    opened = _opened(draft, money)
-    wanted = _estimate(draft, call, is_counted=bool(opened))
-    micros = wanted.amounts[0]
-    if not money.has_room_for(micros):
-        _refuse(draft, item, BUDGET_RULE, verdict.policy, _no_room(money, micros), redact=verdict.redact)
+    above_id = family.not_open(draft.ledger, money)
+    if above_id:
+        _await_family(draft, item, call, above_id, verdict, "" if exceeds else approved_by)
         return
-    lacks = draft.tally.lacks(opened, wanted.amounts) if opened else []
+    opened, wanted, lacks = _room(draft, call, money)
+    micros = wanted.amounts[0]
+    no_room = family.without_room(draft.ledger, draft.request.run_id, money, micros)
+    if no_room is not None:
+        values = canonical.dumps(no_room.values())
+        _refuse(draft, item, BUDGET_RULE, "", no_room.said(), values=values, redact=verdict.redact)
+        return
     if any(lack.key not in exceeds for lack in lacks):
         # Who let it exceed other budgets answered no rule's question.
         _without_room(draft, item, call, lacks, verdict, "" if exceeds else approved_by)
@@ -356,9 +403,22 @@ def _reserve_and_place(
 
 def _opened(draft: Draft, money: _Money) -> list[tuple[str, Bucket, Budget]]:
     """Return the buckets that count the run now, with the limits that are in force."""
-    account, run_id = draft.request.account, draft.request.run_id
-    counted = draft.tally.of_run(account, run_id, money.workflow.partition("@")[0], money.tags)
-    return [(key, draft.tally.current(key, scope, run_id), scope.budget) for key, scope in counted]
+    counted = draft.tally.of_run(draft.request.account, draft.family, money.workflow.partition("@")[0], money.tags)
+    return [(key, draft.tally.current(key, scope, draft.family), scope.budget) for key, scope in counted]
+
+
+class _Room(NamedTuple):
+    """The buckets that count an attempt, what it is expected to use, and those that have no room for that."""
+
+    opened: list[tuple[str, Bucket, Budget]]
+    wanted: Estimate
+    lacks: list[Lack]
+
+
+def _room(draft: Draft, call: Call, money: _Money) -> _Room:
+    opened = _opened(draft, money)
+    wanted = _estimate(draft, call, is_counted=bool(opened))
+    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts) if opened else [])
 
 
 def _estimate(draft: Draft, call: Call, *, is_counted: bool) -> Estimate:
@@ -378,20 +438,32 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
         exceeds = tuple(other.key for other in lacks)
         _ask(draft, item, call, question, expires_at_ms, exceeds=exceeds, approved_by=approved_by)
     else:
-        draft.events.append(
-            ev.AttemptPaused(
-                **draft.names(item),
-                rule=lack.rule,
-                policy=lack.budget.label,
-                reason=reason,
-                bucket=lack.key,
-                until_ms=lack.bucket.until_ms,
-                call=call,
-                values=values,
-                approved_by=approved_by,
-                redact=verdict.redact,
-            )
+        waits = verdict._replace(rule=lack.rule, policy=lack.budget.label, reason=reason, values=values)
+        _pause(draft, item, call, waits, lack.key, lack.bucket.until_ms, approved_by)
+
+
+def _await_family(draft: Draft, item: Any, call: Call, above_id: str, verdict: Verdict, approved_by: str) -> None:
+    """Let it wait for a run above its own: for its beginning, or for the cancellation that follows from its end."""
+    reason = f"run {above_id}, which this run is a part of, is not open at the gate"
+    waits = verdict._replace(rule=FAMILY_RULE, policy="", reason=reason, values="")
+    _pause(draft, item, call, waits, f"{FAMILY_RULE}:{above_id}", 0, approved_by)
+
+
+def _pause(draft: Draft, item: Any, call: Call, why: Verdict, bucket: str, until_ms: int, approved_by: str) -> None:
+    draft.events.append(
+        ev.AttemptPaused(
+            **draft.names(item),
+            rule=why.rule,
+            policy=why.policy,
+            reason=why.reason[:MAX_REASON],
+            bucket=bucket,
+            until_ms=until_ms,
+            call=call,
+            values=why.values,
+            approved_by=approved_by,
+            redact=why.redact,
         )
+    )
 
 
 class _Entrance(NamedTuple):
@@ -453,13 +525,6 @@ def _place_at_once(draft: Draft, key: AttemptKey, attempt: Attempt) -> bool:
     draft.events += desk.take(leases)
     draft.events.append(placed(key, attempt, executor, leases))
     return True
-
-
-def _no_room(money: _Money, micros: int) -> str:
-    return (
-        f"needs {micros} micro-dollars; of the run's {money.budget_micros}, {money.settled_micros} are spent "
-        f"and {money.reserved_micros} reserved"
-    )
 
 
 def _approve(draft: Draft, item: Approve) -> None:
@@ -530,7 +595,7 @@ def _count_late(draft: Draft, item: Settle, used: Amounts) -> None:
     if draft.money is None:
         return  # nothing is known of the run any more but its account; its cost stays in the ledger
     for key, _, _ in _opened(draft, draft.money):
-        draft.tally.settle(key, draft.names(item), NOTHING, used, is_run_over=draft.money.closed)
+        draft.tally.settle(key, draft.names(item), NOTHING, used, is_run_over=_ends_its_buckets(draft.money))
 
 
 def _learn(draft: Draft, call: Call, used: tuple[int, ...]) -> None:
@@ -631,39 +696,103 @@ def closings(ledger: Ledger, now_ms: int) -> list[Any]:
     return events
 
 
-def resumption(ledger: Ledger, policies: PolicySet, budgets: Budgets, slots: FreeSlots, desk: Desk) -> list[Any]:
-    """Return what becomes of the first paused attempt for which there is room now; empty if there is room for none."""
-    tried = 0
-    for line in ledger.paused.values():
-        for key in itertools.islice(line, MAX_PAUSED_TRIED):
-            tried += 1
-            attempt, run = ledger.attempts[key], ledger.runs[key.run_id]
-            request = GateRequest(run_id=key.run_id, account=attempt.account, source=NO_POSITION, items=())
-            if attempt.call is None or not _has_room(
-                Draft(ledger, request, policies, slots, desk, budgets), attempt.call
-            ):
-                continue
-            draft = Draft(ledger, request, policies, slots, desk, budgets)
-            _judge_and_reserve(draft, Waiter(key.step_id, key.attempt), attempt.call, _Money(run))
-            return draft.events
-        if tried >= MAX_PAUSED_TRIED:
-            break
+def family_end(ledger: Ledger, now_ms: int) -> list[Any]:
+    """Return the end of a family that is over, all of it in one entry: a part would be missed in what the rest may spend."""
+    run_id = next(iter(ledger.families_over), "")
+    if not run_id:
+        return []
+    events: list[Any] = []
+    Tally(ledger, NO_BUDGETS, now_ms, events).close_buckets(run_id)
+    return events + [
+        ev.FamilyOver(account=ledger.runs[each].account, run_id=each) for each in family.members(ledger, run_id)
+    ]
+
+
+class Turn(NamedTuple):
+    """All that deciding about attempts besides a request rests on."""
+
+    ledger: Ledger
+    policies: PolicySet
+    budgets: Budgets
+    slots: FreeSlots
+    desk: Desk
+
+    def draft(self, key: AttemptKey, attempt: Attempt) -> Draft:
+        """Return the draft of a decision about an attempt that is there already, as a request of its run would have it."""
+        request = GateRequest(run_id=key.run_id, account=attempt.account, source=NO_POSITION, items=())
+        return Draft(self.ledger, request, self.policies, self.slots, self.desk, self.budgets)
+
+
+def resumption(turn: Turn) -> list[Any]:
+    """Return what becomes of the first attempt that waits for a budget, or about which one asks, and that need not any more.
+
+    Empty if there is none. Those that wait come before those that a human is asked about: they are sure to be wanted.
+    """
+    waiting = itertools.chain.from_iterable(
+        itertools.islice(line, MAX_PAUSED_TRIED) for line in turn.ledger.paused.values()
+    )
+    for key in itertools.islice(waiting, MAX_PAUSED_TRIED):
+        attempt = turn.ledger.attempts[key]
+        lacks = _lacks_now(turn, key, attempt)
+        if lacks is None or (lacks and lacks[0].budget.on_exceed == "pause"):
+            continue
+        return _judged_again(turn, key, attempt)
+    for key in itertools.islice(turn.ledger.budget_questions, MAX_PAUSED_TRIED):
+        attempt = turn.ledger.attempts[key]
+        if _lacks_now(turn, key, attempt) == [] and not _would_ask(turn, key, attempt):
+            return [_answered(turn, key, attempt), *_judged_again(turn, key, attempt)]
     return []
 
 
-def _has_room(draft: Draft, call: Call) -> bool:
-    """Tell whether no budget would pause this any more. The draft is thrown away."""
-    if draft.money is None:
+def _judged_again(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Any]:
+    assert attempt.call is not None  # noqa: S101 - what waits has a call
+    draft = turn.draft(key, attempt)
+    _judge_and_reserve(draft, Waiter(key.step_id, key.attempt), attempt.call, _Money(turn.ledger.runs[key.run_id]))
+    return draft.events
+
+
+def _lacks_now(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Lack] | None:
+    """Return the budgets that have no room for an attempt as it is now; None if it must wait for a run above its own."""
+    draft = turn.draft(key, attempt)  # thrown away
+    if draft.money is None or attempt.call is None or family.not_open(turn.ledger, draft.money):
+        return None
+    return _room(draft, attempt.call, draft.money).lacks
+
+
+def _would_ask(turn: Turn, key: AttemptKey, attempt: Attempt) -> bool:
+    """Tell whether a rule has a question by now that nobody answered. The answer to a budget's may be on its way: it must not be
+    taken for one to the rule's, so the budget's stays open until it is there."""
+    draft = turn.draft(key, attempt)
+    if draft.money is None or attempt.call is None:
         return True
-    opened = _opened(draft, draft.money)
-    wanted = _estimate(draft, call, is_counted=bool(opened))
-    lacks = draft.tally.lacks(opened, wanted.amounts)
-    return not lacks or lacks[0].budget.on_exceed != "pause"
+    waiter = Waiter(key.step_id, key.attempt)
+    verdict = _verdict(draft, waiter, attempt.call, draft.money)
+    return verdict.effect == "require_approval" and not _approved_by(draft, waiter, attempt.call)
+
+
+def _answered(turn: Turn, key: AttemptKey, attempt: Attempt) -> ev.QuestionAnswered:
+    """Return the answer to a budget's question, which there is room for now, by the document that made it."""
+    name = attempt.rule.removeprefix(LACK_RULE)
+    budget = turn.budgets.named(name)
+    draft = turn.draft(key, attempt)
+    opened = () if draft.money is None else _opened(draft, draft.money)
+    bucket = next((bucket for bucket_key, bucket, _ in opened if bucket_key == attempt.exceeds[0]), None)
+    if budget is None:
+        by, reason = f"{LACK_RULE}{name}", f"budget {name} is not in force any more"
+    elif bucket is None:
+        by, reason = f"{LACK_RULE}{budget.label}", f"{budget.label} counts it elsewhere or not at all now"
+    else:
+        is_topped_up = bool(bucket.top_ups) and budget.label == attempt.policy
+        by = f"{TopUp.KIND}:{bucket.top_ups[-1]}" if is_topped_up else f"{LACK_RULE}{budget.label}"
+        reason = f"{budget.label} has room for it now"
+    return ev.QuestionAnswered(**leasing.names(key, attempt.account), by=by, reason=reason)
 
 
 def look_again_ms(ledger: Ledger, now_ms: int) -> int:
     """Return when the next window turns that somebody waits for; 0 if none does."""
-    ends = (ledger.buckets[key].until_ms for key in ledger.paused if key in ledger.buckets)
+    asked = (key for question in ledger.budget_questions for key in ledger.attempts[question].exceeds)
+    names = itertools.chain(ledger.paused, asked)
+    ends = (ledger.buckets[key].until_ms for key in names if key in ledger.buckets)
     return min((until_ms for until_ms in ends if until_ms > now_ms), default=0)
 
 
@@ -694,8 +823,9 @@ def losses(
                 ev.PlacementLost(**names, instance_id=life.instance_id, incarnation=life.incarnation, reason=reason)
             )
             events += leasing.given_back(desk or Desk(ledger, LimitSet(), 0), key, attempt, "lost", "lost")
-            if ledger.runs[key.run_id].closed:
+            run = ledger.runs[key.run_id]
+            if run.closed:
                 events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason="lost"))
                 for bucket in attempt.buckets:
-                    tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=True)
+                    tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run.is_alone)
     return events

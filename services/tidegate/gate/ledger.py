@@ -13,6 +13,7 @@ import msgspec
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
+from tidegate.gate import family
 
 K = TypeVar("K")
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
@@ -42,8 +43,9 @@ class Incarnation(NamedTuple):
 class RunMoney(msgspec.Struct, array_like=True):
     """What a run may spend, has set aside and has spent, in micro-dollars, and which of its steps a human approved.
 
-    open: its attempts that have not ended, as keys. approved: step id -> (arguments, who). Like Attempt, a msgspec struct so
-    that snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `snapshots.py`.
+    open: its attempts that have not ended, as keys. approved: step id -> (arguments, who). parent_run_id, has_children: as
+    in RunOpened. Like Attempt, a msgspec struct so that snapshots need no code per field; the order of the fields
+    is the format of `SNAPSHOT_FORMAT` in `snapshots.py`.
     """
 
     account: str
@@ -56,6 +58,13 @@ class RunMoney(msgspec.Struct, array_like=True):
     open: dict[AttemptKey, None] = {}
     approved: dict[str, tuple[str, str]] = {}
     priority: int = 5
+    parent_run_id: str = ""
+    has_children: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Tell whether it does no step of another run, and none of its steps is a run."""
+        return not self.parent_run_id and not self.has_children
 
 
 class Attempt(msgspec.Struct, array_like=True):
@@ -329,10 +338,13 @@ class Ledger:
     those that have them all and are not placed, by when. unnoticed: queued attempts that were not told why they wait.
     scale_out: queues that want more executors. depth: how many wait for a queue.
 
-    paused: attempts that wait for room in a budget, by bucket, the first one first. questions, window_ends: heaps of (when,
+    paused: attempts that wait for room in a budget, by bucket, the first one first. budget_questions: those about which a budget
+    asks, likewise. questions, window_ends: heaps of (when,
     what): questions that lapse and buckets whose window ends; what does not stand any more may still be in them. stirred:
     whether there may be room that paused attempts were not offered yet; look_again_ms: when time alone may make some, 0 for
-    never. of_run: buckets of single runs. carried: when balances were carried forward last.
+    never. of_run: buckets of single runs, or of families, by the run at its top. below: what the runs below a run come to, by
+    run, those that have any. families_over: of families of which nothing can change any more, the run at the top.
+    carried: when balances were carried forward last.
     """
 
     __slots__ = (
@@ -340,10 +352,13 @@ class Ledger:
         "asking",
         "asks",
         "attempts",
+        "below",
         "buckets",
+        "budget_questions",
         "busy",
         "carried",
         "depth",
+        "families_over",
         "gauges",
         "granted",
         "head",
@@ -391,7 +406,10 @@ class Ledger:
         self.buckets: dict[str, Bucket] = {}
         self.learned: dict[str, Learned] = {}
         self.of_run: dict[str, dict[str, None]] = {}
+        self.below: dict[str, family.Below] = {}
+        self.families_over: dict[str, None] = {}
         self.paused: dict[str, dict[AttemptKey, int]] = {}
+        self.budget_questions: dict[AttemptKey, None] = {}
         self.questions: list[tuple[int, AttemptKey]] = []
         self.window_ends: list[tuple[int, str]] = []
         self.stirred = True
@@ -440,9 +458,12 @@ def derive(ledger: Ledger) -> None:
             _join_asks(ledger, key, ask)
     for name, bucket in ledger.buckets.items():
         _note_bucket(ledger, name, bucket)
+    family.derive(ledger)
 
 
 def _note_question(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    if attempt.exceeds:
+        ledger.budget_questions[key] = None
     if attempt.expires_at_ms:
         heapq.heappush(ledger.questions, (attempt.expires_at_ms, key))
 
@@ -498,8 +519,15 @@ def _key(event: Any) -> AttemptKey:
 
 def _run_opened(ledger: Ledger, event: ev.RunOpened) -> None:
     ledger.runs[event.run_id] = RunMoney(
-        event.account, event.budget_micros, event.workflow, event.tags, priority=event.priority
+        event.account,
+        event.budget_micros,
+        event.workflow,
+        event.tags,
+        priority=event.priority,
+        parent_run_id=event.parent_run_id,
+        has_children=event.has_children,
     )
+    family.opened(ledger, event.run_id)
 
 
 def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | None, status: str) -> Attempt:
@@ -519,6 +547,7 @@ def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
     attempt.redact, attempt.isolation = event.redact, event.isolation
     run = ledger.runs[event.run_id]
     run.reserved_micros += event.reserved_micros
+    family.bill(ledger, event.run_id, reserved_micros=event.reserved_micros)
     # What was approved beyond a budget was approved for this attempt; what a rule asked for, for the step.
     if event.approved_by and attempt.call is not None and not attempt.exceeds:
         run.approved[event.step_id] = (attempt.call.arguments, event.approved_by)
@@ -526,6 +555,8 @@ def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
 
 
 def _leave_pause(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
+    """It waits for no budget any more, nor for what a human says to exceeding it."""
+    ledger.budget_questions.pop(key, None)
     if attempt.status != PAUSED:
         return
     line = ledger.paused[attempt.paused_on]
@@ -542,7 +573,7 @@ def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, event.call, HELD)
     _leave_pause(ledger, key, attempt)
-    attempt.status = HELD
+    attempt.status, attempt.turn = HELD, ledger.seq
     attempt.rule, attempt.policy = event.rule, event.policy
     attempt.exceeds, attempt.expires_at_ms, attempt.redact = event.exceeds, event.expires_at_ms, event.redact
     _note_approval(ledger, event)
@@ -559,6 +590,14 @@ def _paused(ledger: Ledger, event: ev.AttemptPaused) -> None:
     attempt.expires_at_ms, attempt.exceeds = 0, ()
     ledger.paused.setdefault(event.bucket, {})[key] = attempt.turn
     _note_approval(ledger, event)
+    _forget_answered(ledger)
+
+
+def _answered(ledger: Ledger, event: ev.QuestionAnswered) -> None:
+    """What follows in the same entry says how it goes on."""
+    attempt = ledger.attempts[_key(event)]
+    _leave_pause(ledger, _key(event), attempt)
+    attempt.exceeds, attempt.expires_at_ms = (), 0
     _forget_answered(ledger)
 
 
@@ -671,7 +710,9 @@ def _throttled(ledger: Ledger, event: ev.AttemptThrottled) -> None:
 def _settled(ledger: Ledger, event: ev.AttemptSettled) -> None:
     run = ledger.runs.get(event.run_id)
     if run is not None:
-        run.settled_micros = min(run.settled_micros + event.actual_micros, MAX_SETTLED_MICROS)
+        before = run.settled_micros
+        run.settled_micros = min(before + event.actual_micros, MAX_SETTLED_MICROS)
+        family.bill(ledger, event.run_id, settled_micros=run.settled_micros - before)
     _end(ledger, _key(event))
 
 
@@ -692,6 +733,7 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
+    family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
     ledger.stirred = True
     del run.open[key]
     _forget_if_done(ledger, key.run_id)
@@ -714,9 +756,12 @@ def _closed(ledger: Ledger, event: ev.RunClosed) -> None:
 
 
 def _forget_if_done(ledger: Ledger, run_id: str) -> None:
-    run = ledger.runs[run_id]
-    if run.closed and not run.open:
-        del ledger.runs[run_id]
+    if family.is_done(ledger.runs[run_id]):
+        family.done(ledger, run_id)
+
+
+def _family_over(ledger: Ledger, event: ev.FamilyOver) -> None:
+    family.forgotten(ledger, event.run_id)
 
 
 # --- leases of other partitions ---------------------------------------------------------------
@@ -892,6 +937,7 @@ def _ledger_carried(ledger: Ledger, event: ev.LedgerCarried, now_ms: int) -> Non
 
 _HANDLERS: dict[type, Any] = {
     ev.ApprovalLapsed: _lapsed,
+    ev.QuestionAnswered: _answered,
     ev.AttemptPaused: _paused,
     ev.BudgetSet: _budget_set,
     ev.BudgetReserved: _budget_reserved,
@@ -909,6 +955,7 @@ _HANDLERS: dict[type, Any] = {
     ev.AttemptCancelTold: _cancel_told,
     ev.PlacementLost: _lost,
     ev.RunClosed: _closed,
+    ev.FamilyOver: _family_over,
     ev.AttemptThrottled: _throttled,
     ev.LeasesAsked: _leases_asked,
     ev.LeasesReturned: _leases_returned,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -10,13 +11,13 @@ import structlog
 from tidegate.domain import canonical
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
-from tidegate.domain.identity import account_root, partition_of
+from tidegate.domain.identity import NAME_PATTERN, account_root, partition_of
 from tidegate.domain.ledger_events import LedgerCarried
 from tidegate.domain.messages import GateLeases, GateRequest, PolicyPublished
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import CorruptLogError, Decision, Retirement, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
-from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.gate import carrying, decide, leasing, snapshots, waiting
 from tidegate.gate.budgets import Budget, Budgets, TopUp
 from tidegate.gate.carrying import Retention
@@ -28,6 +29,7 @@ from tidegate.gate.policy import MAX_REASON, Policy, PolicySet, Rule
 from tidegate.gate.tells import tells
 
 _log = structlog.get_logger()
+_is_name: Final = re.compile(NAME_PATTERN).fullmatch
 
 INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
@@ -102,12 +104,12 @@ class GateMachine:
             lost = decide.losses(state, self.executors.ended, desk, self._budgets)
             if lost:
                 return cause, Decision(state.subject, "", lost)
-        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms)
+        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
         if timely:
             return f"timer:{now_ms}", Decision(state.subject, "", timely)
-        if state.paused and (state.stirred or 0 < state.look_again_ms <= now_ms):
+        if (state.paused or state.budget_questions) and (state.stirred or 0 < state.look_again_ms <= now_ms):
             slots = self.executors.free_slots(self._ledgers)
-            resumed = decide.resumption(state, self._policies, self._budgets, slots, desk)
+            resumed = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
             if resumed:
                 return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", resumed)
             state.stirred, state.look_again_ms = False, decide.look_again_ms(state, now_ms)
@@ -236,20 +238,21 @@ class GateMachine:
         elif topic == POLICIES:
             self._document_changed(key, row, offset)
         elif topic == CONTROLS:
-            self._controls.take(key, row)
+            self._controls.take(key, row, is_unknown=isinstance(row, Unreadable))
             self.executors.pause(self._controls.is_paused)
 
     def tables_loaded(self) -> None:
         """From here on, what is heard of executors is news."""
         self.executors.listen()
 
-    def _document_changed(self, key: str, row: PolicyPublished | None, offset: int) -> None:
+    def _document_changed(self, key: str, row: PolicyPublished | Unreadable | None, offset: int) -> None:
         """Put a document in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
 
-        After a restart the one of before is not known any more. Then everything is denied, and says which document is broken.
+        After a restart the one of before is not known any more. Then what it may have been about is denied, and the reason says
+        which document is broken.
         """
         before = self._documents.pop(key, None)
-        now = None if row is None else _read(key, row) or before or _unreadable(key)
+        now = None if row is None else _read(key, row) or before or _unreadable(key, row, offset)
         if now is not None:
             self._documents[key] = now
         documents = self._documents
@@ -269,8 +272,10 @@ class GateMachine:
         _log.info("documents in force", changed=key, documents=len(documents))
 
 
-def _read(key: str, row: PolicyPublished) -> Document | None:
+def _read(key: str, row: PolicyPublished | Unreadable) -> Document | None:
     """Return a published document, or None if this version cannot read it."""
+    if isinstance(row, Unreadable):
+        return None  # the table has said so
     try:
         return parse(canonical.loads(row.document))
     except (DocumentError, canonical.NotJsonError) as error:
@@ -278,8 +283,14 @@ def _read(key: str, row: PolicyPublished) -> Document | None:
         return None
 
 
-def _unreadable(key: str) -> Policy:
-    """Return what stands in for a document that this version cannot read and whose earlier text is not known."""
-    reason = f"document {key!r} cannot be read by this gate; apply it again, or remove it"
-    rule = Rule(name="unreadable", when="true", then="deny", reason=reason[:MAX_REASON])
+def _unreadable(key: str, row: PolicyPublished | Unreadable, offset: int) -> Policy | None:
+    """Return what stands in for a document that this version cannot read and whose earlier text is not known; None if nothing
+    need be denied, because it could only have allowed more."""
+    kind, _, name = key.rpartition(":")
+    if not _is_name(name) or name.endswith("\n") or kind == TopUp.KIND:
+        return None  # nothing can be hidden under a key that no document has
+    about = f'queue == "{name}"' if kind == Queue.KIND else "true"
+    cause = row if isinstance(row, Unreadable) else f"{POLICIES}-0@{offset}"
+    reason = f"document {key!r} cannot be read by this gate; apply it again, or remove it ({cause})"
+    rule = Rule(name="unreadable", when=about, then="deny", reason=reason[:MAX_REASON])
     return Policy(policy="unreadable", version="0", rules=[rule])

@@ -10,6 +10,7 @@ from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import entry_key, idempotency_key, partition_of
 from tidegate.domain.messages import (
     Allowed,
+    Answered,
     ApprovalRequired,
     BudgetPaused,
     DecisionItem,
@@ -130,6 +131,10 @@ def _unanswered(event: ev.ApprovalLapsed) -> DecisionItem:
     )
 
 
+def _answered(event: ev.QuestionAnswered) -> DecisionItem:
+    return Answered(step_id=event.step_id, attempt=event.attempt, by=event.by, reason=event.reason)
+
+
 def _budget_paused(event: ev.AttemptPaused) -> DecisionItem:
     return BudgetPaused(
         step_id=event.step_id,
@@ -170,6 +175,7 @@ _DECISIONS: Final[dict[type, Callable[[Any], DecisionItem]]] = {
     ev.ApprovalHeld: _approval,
     ev.PlacementLost: _lost,
     ev.ApprovalLapsed: _unanswered,
+    ev.QuestionAnswered: _answered,
     ev.AttemptPaused: _budget_paused,
     ev.AttemptThrottled: _throttled,
 }

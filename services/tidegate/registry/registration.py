@@ -80,6 +80,7 @@ def task_partition_of(instance_id: str, partition_count: int) -> int:
     return partition_of(instance_id, partition_count)
 
 
+@functools.cache
 def mark_name(ledger_partition: int) -> str:
     """Return the name under which marks of a ledger partition are kept, the same as in the marks of entries."""
     return f"gate-ledger-{ledger_partition}"

@@ -16,7 +16,7 @@ from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.eventlog.interface import Broker, Message, Record, TopicPartition
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.subscription import KafkaSubscription
-from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.failpoints import failpoint
 from tidegate.scheduler.admit import admit
@@ -122,12 +122,13 @@ class PublishedWorkflows:
         row = self._tables.rows[WORKFLOWS].get(key)
         if row is None:
             return
-        offset = self._tables.offsets[WORKFLOWS][key]
-        if offset >= self._latest.get(row.name, (-1, ""))[0]:
-            self._latest[row.name] = (offset, key)
+        offset, name = self._tables.offsets[WORKFLOWS][key], key.partition("@")[0]
+        if offset >= self._latest.get(name, (-1, ""))[0]:
+            self._latest[name] = (offset, key)
 
-    def find(self, wanted: str) -> WorkflowPublished | None:
-        """Return the definition under `name@version`, or the one published last under `name`.
+    def find(self, wanted: str) -> WorkflowPublished | Unreadable | None:
+        """Return the definition under `name@version`, or the one published last under `name`; `Unreadable` if nobody can tell
+        what that is: an older one must not be taken for it.
 
         If there is none, the table is read to its end first, once per batch: publishing before asking is always enough.
         """
@@ -138,8 +139,8 @@ class PublishedWorkflows:
             found = self._find(wanted)
         return found
 
-    def _find(self, wanted: str) -> WorkflowPublished | None:
-        rows: dict[str, WorkflowPublished] = self._tables.rows[WORKFLOWS]
+    def _find(self, wanted: str) -> WorkflowPublished | Unreadable | None:
+        rows: dict[str, WorkflowPublished | Unreadable] = self._tables.rows[WORKFLOWS]
         return rows.get(wanted) if "@" in wanted else rows.get(self._latest.get(wanted, (-1, ""))[1])
 
     def _read_to_end(self) -> None:

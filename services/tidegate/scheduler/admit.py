@@ -27,11 +27,12 @@ from tidegate.domain.requests import (
 from tidegate.domain.workflow import AGENT_PREFIX, DefinitionError, compile_definition
 from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS, dead_letter
+from tidegate.eventlog.tables import Unreadable
 
 _log = structlog.get_logger()
 
 MAX_REASON: Final = 500
-Lookup = Callable[[str], WorkflowPublished | None]
+Lookup = Callable[[str], WorkflowPublished | Unreadable | None]
 Command = CancelRequest | ApproveRequest | RejectRequest | RespondRequest | SignalRequest | PauseRequest | ResumeRequest
 
 
@@ -107,6 +108,8 @@ def _start(message: Message, request: StartRequest, lookup: Lookup, now_ms: int)
     published = lookup(wanted)
     if published is None:
         raise RequestError("unknown_workflow", f"there is no workflow {wanted!r}; publish it first", run_id)
+    if isinstance(published, Unreadable):
+        raise RequestError("unknown_workflow", f"workflow {wanted!r}: {published}; publish it again", run_id)
     try:
         workflow = compile_definition(published.definition)
     except DefinitionError as error:

@@ -11,11 +11,12 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.domain import canonical, progress, states
+from tidegate.domain import canonical, progress, retries, states
 from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import (
     Allowed,
+    Answered,
     ApprovalRequired,
     BudgetPaused,
     Denied,
@@ -26,7 +27,6 @@ from tidegate.domain.messages import (
     Unanswered,
 )
 from tidegate.domain.run import RunState, StepState, apply
-from tidegate.domain.workflow import Function
 from tidegate.scheduler import waits
 
 MAX_LOSSES: Final = 10
@@ -67,6 +67,8 @@ def _on_item(run: RunState, item: Any) -> Events:
         return _on_lost(run, step, item)
     if isinstance(item, Unanswered):
         return _on_unanswered(run, step, item)
+    if isinstance(item, Answered):
+        return _on_answered(step, item)
     if step.status != states.REQUESTED:
         return []
     if isinstance(item, Allowed):
@@ -140,6 +142,25 @@ def _on_unanswered(run: RunState, step: StepState, item: Unanswered) -> Events:
     else:
         return []
     return [ended, *failed(run, step, "approval_expired", item.reason)]
+
+
+def _on_answered(step: StepState, item: Answered) -> Events:
+    """The gate's question needs no answer any more. If there was one that crossed this on its way, that one stands."""
+    asked = step.approval
+    if step.status != states.AWAITING_APPROVAL or asked is None or asked.why != "policy":
+        return []
+    return [
+        ev.ApprovalResolved(
+            command_id="",
+            step_id=step.step_id,
+            attempt=item.attempt,
+            why=asked.why,
+            approved=True,
+            by=item.by,
+            reason=item.reason,
+            arguments_hash=asked.arguments_hash,
+        )
+    ]
 
 
 def _on_denied(run: RunState, step: StepState, item: Denied) -> Events:
@@ -332,26 +353,20 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
     if result.outcome == "released":
         return [_ended(step, result.attempt, "released", "Released", result.error_message, result), next_attempt(step)]
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
-    failures = step.failures + 1
     settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
+    failure = retries.Failure(result.error_class, result.retryable, result.retry_after_ms)
+    verdict = retries.judge(settings, failure, step.rule_failures, step.failures, _jitter(run.run_id, step))
+    retry_at_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
+    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, retry_at_ms)
+    if verdict.rule:
+        ended = msgspec.structs.replace(ended, retry_rule=verdict.rule)
+    if retry_at_ms is not None:
+        return [ended]
     reason = f"{result.error_class}: {result.error_message}"
-    is_retried = result.retryable and _is_retried(settings, result.error_class)
-    if is_retried and failures < settings.max_attempts:
-        backoff_ms = min(settings.backoff_ms * settings.backoff_factor ** (failures - 1), settings.backoff_max_ms)
-        retry_at_ms = now_ms + int(backoff_ms * (0.5 + _jitter(run.run_id, step) / 2))
-        return [_ended(step, result.attempt, outcome, result.error_class, result.error_message, result, retry_at_ms)]
-    code = "attempts_exhausted" if is_retried else "not_retryable"
-    if is_retried:
-        reason = f"{failures} of {settings.max_attempts} attempts failed, the last with {reason}"
-    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result)
-    return [ended, *failed(run, step, code, reason)]
-
-
-def _is_retried(settings: Function, error_class: str) -> bool:
-    """Tell whether the function's settings let an error of this class be tried again."""
-    if error_class in settings.no_retry_on:
-        return False
-    return not settings.retry_on or error_class in settings.retry_on
+    if verdict.code == retries.EXHAUSTED:
+        under = f" under the retry rule {verdict.rule}" if verdict.rule else ""
+        reason = f"{verdict.failures} of {verdict.max_attempts} attempts failed{under}, the last with {reason}"
+    return [ended, *failed(run, step, verdict.code, reason)]
 
 
 # --- timers ---------------------------------------------------------------

@@ -19,7 +19,7 @@ from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import Decision, Retirement, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
-from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.scheduler import commands, decide, holding, snapshots, waits
 from tidegate.scheduler.tells import tells
 
@@ -291,7 +291,7 @@ class SchedulerMachine:
 
     def table_changed(self, topic: str, key: str, row: Control | None, offset: int) -> None:
         """Take note of what is paused. Of workflows nothing is read: the commands carry what is needed."""
-        self._controls.take(key, row)
+        self._controls.take(key, row, is_unknown=isinstance(row, Unreadable))
 
 
 _INPUTS: Final = (RunCommand, GateDecision, StepResult)

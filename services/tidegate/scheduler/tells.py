@@ -26,6 +26,7 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
+from tidegate.domain.workflow import pinned_definition
 from tidegate.eventlog.machine import Tell
 
 GATE_REQUESTS: Final = "gate-requests"
@@ -80,6 +81,8 @@ def _open(event: ev.RunStarted) -> GateItem:
         tags=event.tags,
         priority=event.priority,
         request_id=event.command_id,
+        parent_run_id=event.parent_run_id,
+        has_children=bool(pinned_definition(event.definition).document.workflows),
     )
 
 
@@ -92,8 +95,8 @@ def _authorise_next(event: ev.AttemptRequested) -> GateItem:
 
 
 def _resolve(event: ev.ApprovalResolved) -> GateItem | None:
-    if event.why != "policy":
-        return None  # the gate holds nothing: it was the run that asked
+    if event.why != "policy" or not event.command_id:
+        return None  # the gate holds nothing: it was the run that asked, or the gate that answered
     if not event.approved:
         return Void(step_id=event.step_id, attempt=event.attempt)
     return Approve(step_id=event.step_id, attempt=event.attempt, by=event.by, arguments_hash=event.arguments_hash)

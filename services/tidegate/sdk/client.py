@@ -20,7 +20,7 @@ from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.eventlog.tables import Tables
+from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.sdk import json_form
 from tidegate.sdk.app import App, default_app
@@ -93,7 +93,7 @@ class Client:
         wanted = [_published(definition, self._by) for definition in _definitions(what)]
         table = Tables((WORKFLOWS,))
         table.load(self._broker)
-        there, offsets = table.rows[WORKFLOWS], table.offsets[WORKFLOWS]
+        there, offsets = readable(table.rows[WORKFLOWS]), table.offsets[WORKFLOWS]
         conflicts = [label for label, row in wanted if label in there and _differs(there[label], row)]
         if conflicts:
             raise PublishConflictError(
@@ -101,8 +101,8 @@ class Client:
                 "name never changes: give it another version"
             )
         for label, row in wanted:
-            newest = max((offsets[key] for key, other in there.items() if other.name == row.name), default=-1)
-            if newest == -1 or offsets.get(label) != newest:  # the one published last is what a bare name means
+            newest = max((at for key, at in offsets.items() if key.partition("@")[0] == row.name), default=-1)
+            if label not in there or offsets[label] != newest:  # the one published last is what a bare name means
                 self._send(Record(WORKFLOWS, 0, label.encode(), codec.encode(row), _headers("WorkflowPublished")))
         self._flush()
         return [label for label, _ in wanted]
@@ -307,7 +307,7 @@ class Client:
         """Return what is paused, by queue; `*` is everything."""
         table = Tables((CONTROLS,))
         table.load(self._broker)
-        rows: dict[str, Control] = table.rows[CONTROLS]
+        rows = {queue: _control_of(row) for queue, row in table.rows[CONTROLS].items()}
         return {queue: row for queue, row in sorted(rows.items()) if row.paused}
 
     def _control(self, queue: str, *, paused: bool, reason: str) -> None:
@@ -448,6 +448,13 @@ def _published(definition: Mapping[str, Any], by: str) -> tuple[str, WorkflowPub
 
 def _differs(there: WorkflowPublished, row: WorkflowPublished) -> bool:
     return there.definition_hash != row.definition_hash
+
+
+def _control_of(row: Control | Unreadable) -> Control:
+    """Return a row of `controls`; services take one that cannot be read for a pause."""
+    if not isinstance(row, Unreadable):
+        return row
+    return Control(queue=row.key, paused=is_control_key(row.key), by="", reason=f"{row}; resume it", at_ms=0)
 
 
 def _headers(kind: str) -> tuple[tuple[str, bytes], ...]:

@@ -91,6 +91,14 @@ def running(context: StepContext, meter: Meter) -> Iterator[None]:
         _current.reset(token)
 
 
+def answer_for(context: StepContext, meter: Meter) -> None:
+    """Make the functions of this module answer for an attempt from here on, in this task or copied context and what it begins.
+
+    For executors, which give every attempt a context of its own: nothing is there to be put back.
+    """
+    _current.set((context, meter))
+
+
 def context() -> StepContext:
     """Return the attempt that the calling function runs for. Raises OutsideStepError elsewhere.
 

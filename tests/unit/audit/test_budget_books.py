@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.logs import Decided
+from support.pure import chain, step
 from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.messages import NOTHING, Amounts
@@ -31,6 +32,22 @@ BUDGETS = (
     },
     {"budget": "each", "window": "run", "limits": {"output_tokens": 40, "wall_seconds": 120}},
 )
+
+
+def _parent(first: dict[str, Any], name: str, *others: dict[str, Any]) -> dict[str, Any]:
+    """Return a workflow of a step and of runs that follow it: two of `first`, one of each other one."""
+    children = {"x": first, "y": first} if not others else {"x": first, **{f"z{n}": o for n, o in enumerate(others)}}
+    return {
+        "name": name,
+        "version": "1",
+        "nodes": {
+            "a": {"kind": "step", "function": "a"},
+            **{node: {"kind": "workflow", "workflow": f"{child['name']}@1"} for node, child in children.items()},
+        },
+        "edges": [["a", node] for node in children],
+        "functions": {"a": step(reserve_micros=500)},
+        "workflows": {f"{child['name']}@1": child for child in children.values()},
+    }
 
 
 class BudgetPlayer(Player):
@@ -57,11 +74,35 @@ class BudgetPlayer(Player):
             changed | {"version": f"v{micros}", "limits": {"money_micros": 1_000 + micros, "calls": 2 + which}}
         )
 
+    def begin_family(self, which: int, micros: int) -> None:
+        """Start a run whose step is followed by two runs, one of them with another two below it."""
+        leaf = {**chain("b", b=step(reserve_micros=1_000)), "name": "leaf"}
+        definition = _parent(_parent(leaf, "middle"), "parent", leaf)
+        number = len(self.begun)
+        run_id = f"run-{number}"
+        account = ("acme/support", "umbrella/lab")[which % 2]
+        budget = None if micros % 5 == 0 else micros * 2
+        self.story.start(run_id, definition, account=account, budget_micros=budget)
+        self.begun.append(run_id)
+
     def turn(self, which: int, micros: int) -> None:
         self.story.pass_time(DAY_MS if which % 3 else 3_600_000)
 
 
-MOVES = ("begin", "begin", "begin", "succeed", "succeed", "fail", "release", "come_late", "come_twice", "die")
+MOVES = (
+    "begin",
+    "begin",
+    "begin_family",
+    "begin_family",
+    "succeed",
+    "succeed",
+    "succeed",
+    "fail",
+    "release",
+    "come_late",
+    "come_twice",
+    "die",
+)
 OTHERS = ("approve", "approve", "reject", "cancel", "wait", "top_up", "change", "turn")
 moves = st.lists(
     st.tuples(st.sampled_from(MOVES + OTHERS), st.integers(0, 30), st.integers(0, 3_000)), min_size=5, max_size=60
@@ -98,6 +139,7 @@ def test_every_reservation_ends(played: list[tuple[str, int, int]]) -> None:
     assert all(not bucket.open and not any(bucket.reserved) for bucket in player.story.ledger.buckets.values())
     assert player.story.ledger.paused == {}
     assert player.story.ledger.of_run == {}
+    assert player.story.ledger.runs == player.story.ledger.below == player.story.ledger.families_over == {}
 
 
 # --- ledgers that were touched ---------------------------------------------------------------

@@ -64,6 +64,9 @@ def test_one_run_is_shown_by_itself(monkeypatch: pytest.MonkeyPatch, story: Stor
         "settled_micros": 0,
         "overshoot_micros": 0,
         "closed": False,
+        "parent": "",
+        "below_micros": 0,
+        "over": False,
     }
     assert [one["step_id"] for one in found["open"]] == ["a"]
     assert "not over" in run_audit("--run", "s-running").stdout

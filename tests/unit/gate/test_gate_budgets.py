@@ -443,3 +443,100 @@ def test_what_is_asked_for_is_in_the_events_as_canonical_json() -> None:
     pair.start("r", one())
     values = events(pair, ev.AttemptRefused)[0].values
     assert canonical.dumps(json.loads(values)) == values
+
+
+# --- questions that need no answer any more -------------------------------------------------------------------------------
+
+ROOM: Any = {
+    "a top-up": lambda pair: pair.policy(top_up("t1", "daily", "acme", pair.now_ms, money_micros=40)),
+    "another limit": lambda pair: pair.policy(budget(limits={"money_micros": 140}, on_exceed="ask", version="2")),
+    "another effect, and room": lambda pair: pair.policy(budget(limits={"money_micros": 140}, version="2")),
+    "of another workflow": lambda pair: pair.policy(
+        budget(limits={"money_micros": 1}, on_exceed="ask", version="2", workflow="other")
+    ),
+    "of other tags": lambda pair: pair.policy(
+        budget(limits={"money_micros": 1}, on_exceed="ask", version="2", tags={"a": "b"})
+    ),
+    "of another account": lambda pair: pair.policy(budget(account="beta", on_exceed="ask", version="2")),
+    "counts by another path": lambda pair: pair.policy(
+        budget(account="*/*", limits={"money_micros": 50}, on_exceed="ask", version="2")
+    ),
+    "removed": lambda pair: pair.forget("budget:daily"),
+}
+ANSWERED_BY = {"a top-up": "topup:t1", "removed": "budget:daily"}
+
+
+def asking(**more: Any) -> Pair:
+    """Return a system in which the second step of a run asks for 50 where 10 are left."""
+    pair = pair_with(budget(limits={"money_micros": 100}, on_exceed="ask", **more))
+    pair.start("r", chain("a", "b", a=step(reserve_micros=90), b=step(reserve_micros=50)))
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=90)
+    assert pair.run("r").status == "waiting"
+    return pair
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.feature("P4")
+@pytest.mark.parametrize("why", ROOM)
+def test_a_question_for_which_there_is_room_now_is_answered_by_the_document_that_made_it(why: str) -> None:
+    pair = asking(expires_s=60)
+    ROOM[why](pair)
+    answered = events(pair, ev.QuestionAnswered)
+    assert [(event.step_id, event.by) for event in answered] == [("b", ANSWERED_BY.get(why, "budget:daily@2"))]
+    assert pair.run("r").status == "running"
+    resolved = next(event for _, event in pair.events if type(event).__name__ == "ApprovalResolved")
+    assert (resolved.approved, resolved.by, resolved.command_id) == (True, answered[0].by, "")
+    assert not any(event.exceeds for event in events(pair, ev.BudgetReserved))
+    assert events(pair, ev.AttemptReserved)[-1].approved_by == ""
+    later(pair, 120_000)
+    assert events(pair, ev.ApprovalLapsed) == []
+    pair.answer(pair.tasks.popleft(), value=1)
+    assert pair.run("r").status == "succeeded"
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.feature("P4")
+@pytest.mark.parametrize(
+    "document",
+    [
+        top_up("t1", "daily", "acme", 20_000 * DAY_MS, money_micros=39),
+        top_up("t1", "daily", "beta", 20_000 * DAY_MS, money_micros=1000),
+        budget(limits={"money_micros": 139}, on_exceed="ask", version="2"),
+        budget(limits={"money_micros": 100}, on_exceed="deny", version="2"),
+        budget("other", limits={"money_micros": 10_000}),
+    ],
+)
+def test_a_question_for_which_there_is_no_room_stays_open(document: dict[str, Any]) -> None:
+    pair = asking()
+    pair.policy(document)
+    assert events(pair, ev.QuestionAnswered) == []
+    assert pair.run("r").status == "waiting"
+    pair.command("r", "approve", by="ada")
+    assert events(pair, ev.AttemptReserved)[-1].approved_by == "ada"
+
+
+@pytest.mark.feature("P4")
+def test_a_rule_that_came_into_force_meanwhile_is_not_answered_by_a_top_up() -> None:
+    pair = asking()
+    rule = {"name": "r", "when": 'step == "b"', "then": "require_approval"}
+    pair.policy({"policy": "p", "version": "1", "rules": [rule]})
+    ROOM["a top-up"](pair)
+    assert pair.run("r").status == "waiting"
+    pair.command("r", "approve", by="ada")  # the budget's question; now the rule asks its own
+    assert pair.run("r").status == "waiting"
+    pair.command("r", "approve", by="bob")
+    assert pair.tasks[0].step_id == "b"
+
+
+@pytest.mark.feature("P4")
+def test_an_answer_and_a_top_up_at_once_let_it_run_once() -> None:
+    for first in ("human", "document"):
+        pair = asking()
+        if first == "human":
+            pair.command("r", "approve", by="ada")
+            ROOM["a top-up"](pair)
+        else:
+            ROOM["a top-up"](pair)
+            pair.command("r", "approve", by="ada")
+            assert [letter.code for letter in pair.letters] == ["no_such_approval"]
+        assert [task.step_id for task in pair.tasks] == ["b"], first
