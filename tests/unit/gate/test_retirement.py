@@ -11,6 +11,7 @@ import pytest
 from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
 from tidegate import codec
 from tidegate.audit.money import Books, audit
+from tidegate.cli.ledger import kept
 from tidegate.domain.entry import Entry
 from tidegate.domain.ledger_events import LedgerCarried
 from tidegate.eventlog import checkpoints, restore, retention
@@ -237,3 +238,14 @@ def _forged(event: LedgerCarried, field: str) -> LedgerCarried:
     bucket = event.buckets[0]
     amounts = change(getattr(bucket, field), micros=77)
     return change(event, buckets=(change(bucket, **{field: amounts}), *event.buckets[1:]))
+
+
+def test_the_command_says_what_is_kept_and_how_far_it_has_come() -> None:
+    cluster = retired()
+    before, after = (kept(cluster.broker, keep_ms, cluster.now_ms) for keep_ms in (0, 10**9))
+    for partition, part in enumerate(before):
+        there = entries(cluster, partition)
+        assert (part.entries, part.carried_by, part.carried_for) == (len(there), "ann", "ledger@1")
+        assert part.before_carried == part.older
+        assert part.oldest_ms == there[0][1].now_ms
+    assert [part.older for part in after] == [0] * ACCOUNT_PARTITIONS
