@@ -59,8 +59,8 @@ manifests: $(STAMP) ## Write the dashboards anew from their panels, then k8s/ fr
 
 lock: $(STAMP) ## Resolve the image's locks anew: what is pinned stays, unless pyproject.toml forbids it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(LOCK) pyproject.toml --extra clickhouse --extra gateway -o services/requirements.lock
-	$(LOCK) pyproject.toml services/requirements-embedded.in --extra clickhouse --extra gateway -c services/requirements.lock -o services/requirements-embedded.lock
+	$(LOCK) pyproject.toml --extra clickhouse --extra gateway --extra kubernetes -o services/requirements.lock
+	$(LOCK) pyproject.toml services/requirements-embedded.in --extra clickhouse --extra gateway --extra kubernetes -c services/requirements.lock -o services/requirements-embedded.lock
 	$(LOCK) services/requirements-build.in -o services/requirements-build.lock
 
 docs: $(STAMP) ## Write the generated pages of docs/ anew

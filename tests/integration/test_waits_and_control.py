@@ -105,6 +105,32 @@ def test_what_waits_survives_the_death_of_its_scheduler(whole: WholeStack) -> No
     assert given.given_by == "ann"
 
 
+@pytest.mark.feature("T4")
+@pytest.mark.feature("T5")
+def test_model_errors_do_not_fail_a_run_and_outside_answers_survive_the_scheduler(whole: WholeStack) -> None:
+    run_id = whole.client.start(agent="throttled", run_id=new_id("throttled"))
+    tea, milk = (f"throttled/1/tool:quote{number}" for number in ("", "#2"))
+    asked = seen(whole, run_id, lambda run: len(run.waits) == 2)
+    assert asked.needs_human
+    assert [(wait.step_id, wait.function, wait.arguments) for wait in asked.waits] == [
+        (tea, "quote", {"item": "tea"}),
+        (milk, "quote", {"item": "milk"}),
+    ]
+    ended = [event for event in whole.events(run_id) if event.type == "AttemptEnded"]
+    assert [(event.data.error_class, event.data.retry_rule) for event in ended] == [("RateLimited", "model")] * 2
+    assert all(event.data.retry_at_ms - event.at_ms >= 200 for event in ended), "sooner than the provider allowed"
+
+    whole.kill("scheduler-0")
+    assert "invalid_answer" in cli(whole, "runs", "respond", run_id, tea, "--value", '"dear"', code=4)
+    assert f"open: {tea}, {milk}" in cli(whole, "runs", "respond", run_id, "--value", "1", code=4)
+    assert "no open wait" in cli(whole, "runs", "respond", run_id, "nobody", "--value", "1", code=4)
+    assert f"answered: {tea}" in cli(whole, "runs", "respond", run_id, tea, "--value", "5", "--by", "erp")
+    assert "waits for nothing any more" in cli(whole, "runs", "respond", run_id, tea, "--value", "6", code=4)
+    assert f"rejected: {milk}" in cli(whole, "runs", "reject", run_id, milk, "--reason", "sold out")
+    assert seen(whole, run_id, lambda run: run.is_over).output == [5, None]
+    assert "run_is_over" in cli(whole, "runs", "respond", run_id, tea, "--value", "7", code=4)
+
+
 @pytest.mark.feature("D4")
 def test_what_is_paused_is_taken_and_shown_but_not_started(whole: WholeStack) -> None:
     before = whole.client.run("chain", 1)

@@ -11,6 +11,7 @@ STEPS = ("ok", "flaky", "fatal", "slow", "long", "dear", "once", "once_flaky", "
 OFTEN = ("ok", "ok", "ok", "flaky", "once", "once_flaky", "long", "dear")
 TOOLS = ("t_ok", "t_flaky", "t_once", "t_fatal")
 AGENTS = ("a_plan", "a_wild")
+OUTSIDE = "t_outside"  # a tool that people answer for
 FUNCTIONS = tuple(f"step:{n}" for n in STEPS) + tuple(f"tool:{n}" for n in TOOLS) + tuple(f"agent:{n}" for n in AGENTS)
 ONCE = frozenset({"once", "once_flaky", "t_once"})
 MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
@@ -53,7 +54,8 @@ def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, A
         "version": str(version),
         "nodes": nodes,
         "edges": edges,
-        "functions": {function: _settings(rng, function, kind) for function, kind in kinds.items()},
+        "functions": {function: _settings(rng, function, kind) for function, kind in kinds.items()}
+        | {OUTSIDE: _outside(rng)},
         "max_steps": rng.choice((6, 50, 50, 50)),
         "failure_mode": rng.choice(("fail_fast", "continue")),
         "workflows": {"inner@1": _inner(rng, now_ms)} if children else {},
@@ -91,9 +93,18 @@ def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
         "reserve_micros": rng.choice((0, 5, 20, 50)),
         "idempotent": function not in ONCE,
     }
+    if rng.random() < 0.3:
+        rule = {"on": ["Flaky"], "max_attempts": rng.randint(1, 6), "backoff_ms": rng.choice((20, 200))}
+        settings["retry_rules"] = [rule]
     if kind == "agent":
-        settings["tools"] = list(TOOLS)
+        settings["tools"] = [*TOOLS, OUTSIDE]
     return settings
+
+
+def _outside(rng: Random) -> dict[str, Any]:
+    """Return a tool that is done outside, sometimes for too short a time, sometimes with answers that must fit."""
+    made = {"kind": "tool", "outside": True, "timeout_ms": rng.choice((500, 8_000, 60_000))}
+    return made | ({"output": {"enum": list(CHOICES)}} if rng.random() < 0.5 else {})
 
 
 def _wait(rng: Random, now_ms: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ implementation itself. Numbers in brackets are those of the invariants in docs/a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -140,6 +141,8 @@ class Judge:
         self.asked: dict[AttemptKey, Call] = {}
         self.held_from_the_start: set[tuple[str, str]] = set()
         self.ended: dict[AttemptKey, str] = {}
+        self.definitions: dict[str, str] = {}
+        self.by_rule: Counter[tuple[str, str]] = Counter()  # failures that a retry rule counted
         self.granted: set[AttemptKey] = set()  # unknown outcomes that a human let be repeated
         self.agreed: set[tuple[str, str, str]] = set()  # run, step, hash of the arguments that a human approved
         self.entered_at: dict[AttemptKey, int] = {}
@@ -182,6 +185,8 @@ class Judge:
                 "attempts lost": len(self.lost),
                 "waits ended": self.waits.ended,
                 "attempts held back": self.waits.held_back,
+                "outside calls ended": self.waits.outside,
+                "failures under a rule": self.by_rule.total(),
                 **self.budgets.counts,
                 "dead letters": len(self.letters),
             }
@@ -452,7 +457,9 @@ class Judge:
         run_id = entry.subject
         if getattr(event, "code", "") == "internal_error" or getattr(event, "error_class", "") == "InternalError":
             self.fail(f"{run_id}: a decision failed: {event}")
-        if isinstance(event, re.StepReady):
+        if isinstance(event, re.RunStarted):
+            self.definitions[run_id] = event.definition
+        elif isinstance(event, re.StepReady):
             if event.held:
                 self.held_from_the_start.add((run_id, event.step_id))
             else:
@@ -461,6 +468,8 @@ class Judge:
             self._asked_again(run_id, event)
         elif isinstance(event, re.AttemptEnded):
             self.ended[run_id, event.step_id, event.attempt] = event.outcome
+            if event.retry_rule:
+                self._counted_by_rule(run_id, event)
         elif isinstance(event, re.StepSucceeded):
             self.ended[run_id, event.step_id, event.attempt] = "succeeded"
         elif isinstance(event, re.ApprovalResolved) and event.approved:
@@ -468,6 +477,19 @@ class Judge:
                 self.granted.add((run_id, event.step_id, event.attempt))
             elif self.budgets.was_about_a_rule(run_id, event.step_id):
                 self.agreed.add((run_id, event.step_id, event.arguments_hash))
+
+    def _counted_by_rule(self, run_id: str, event: re.AttemptEnded) -> None:
+        """Of the attempts that a retry rule counts, all but the last that it allows are followed by another."""
+        call = self.asked[run_id, event.step_id, event.attempt]
+        (rule,) = json.loads(self.definitions[run_id])["functions"][call.function]["retry_rules"]
+        self.by_rule[run_id, event.step_id] += 1
+        left = rule["max_attempts"] - self.by_rule[run_id, event.step_id]
+        name = f"{run_id} {event.step_id}: attempt {event.attempt}"
+        self.require(
+            event.error_class in rule["on"], f"{name} failed with {event.error_class}, counted by {rule['on']}"
+        )
+        self.require(left >= 0, f"{name} is one more than its retry rule allows")
+        self.require(left > 0 or event.retry_at_ms is None, f"{name} is repeated although its retry rule is at its end")
 
     def _asked_again(self, run_id: str, event: re.AttemptRequested) -> None:
         key = (run_id, event.step_id, event.attempt)

@@ -45,6 +45,8 @@ def test_there_was_work_and_trouble() -> None:
     assert total["runs over"] > 500
     assert total["waits ended"] > 200
     assert total["attempts held back"] > 200
+    assert total["outside calls ended"] > 5
+    assert total["failures under a rule"] > 50
     assert total["paused by budgets"] > 50
     assert total["budgets exceeded"] > 10
     assert total["questions expired"] > 50

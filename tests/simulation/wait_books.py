@@ -33,6 +33,7 @@ class WaitBooks:
         self._kept: dict[str, dict[int, re.SignalReceived]] = {}
         self.ended = 0
         self.held_back = 0
+        self.outside = 0  # calls of outside tools that were answered or rejected
 
     # -- controls ---------------------------------------------------------------
 
@@ -117,7 +118,22 @@ class WaitBooks:
             self._require(fits, f"{name} for {wait.event} {wait.key!r} ended by {signal.event} {signal.key!r}")
             self._require(outputs == [signal.payload], f"{name} gave {outputs}, its signal {signal.payload}")
         else:
-            self._require(event.outcome == "answered" and wait.due_ms is None, f"{name} ended by {event.outcome}")
+            self._answered(entry, event, wait, outputs)
+
+    def _answered(self, entry: Entry, event: re.WaitEnded, wait: re.WaitStarted, outputs: list[str]) -> None:
+        name = f"the wait {entry.subject} {event.step_id}"
+        self._require(
+            event.outcome in ("answered", "rejected") and wait.due_ms is None, f"{name} ended by {event.outcome}"
+        )
+        at_ms = wait.timeout_at_ms
+        if wait.kind == "outside":
+            self.outside += 1
+            self._require(
+                len(outputs) == (event.outcome == "answered"), f"{name} was {event.outcome} and gave {outputs}"
+            )
+            self._require(at_ms is not None, f"{name} for an outside tool has no end")
+        else:
+            self._require(event.outcome == "answered", f"{name} was {event.outcome}, and is no tool")
 
     def _signal_for(self, entry: Entry, event: re.WaitEnded, name: str) -> re.SignalReceived:
         """Return the signal that ended a wait: the one kept longest that was not taken before, or one that came just now."""

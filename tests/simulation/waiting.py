@@ -9,6 +9,7 @@ from simulation.definitions import CHOICES, EVENTS, KEYS, QUEUES
 from tidegate import codec
 from tidegate.domain import states
 from tidegate.domain.messages import Control, WorkflowPublished
+from tidegate.domain.waits import OUTSIDE
 
 if TYPE_CHECKING:
     from simulation.work import Work
@@ -48,7 +49,10 @@ class Patience:
 
     def _respond(self, run_id: str, step: StepState | None, *, is_right: bool) -> None:
         wrong = ("perhaps", "", 7, None, {"done": 1})
-        fields = {"type": "respond", "run_id": run_id, "by": "ann"}
+        fields: dict[str, Any] = {"type": "respond", "run_id": run_id, "by": "ann"}
+        if step is not None and step.wait is not None and step.wait.kind == OUTSIDE and self.rng.random() < 0.2:
+            self._send({**fields, "type": "reject", "step_id": step.step_id})
+            return
         fields["value"] = self.rng.choice(CHOICES) if is_right else self.rng.choice(wrong)
         if step is not None and self.rng.random() < 0.8:
             fields["step_id"] = step.step_id

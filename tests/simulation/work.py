@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from simulation.definitions import TOOLS, definition
+from simulation.definitions import OUTSIDE, TOOLS, definition
 from simulation.executor import Outcome
 from tidegate import codec
 from tidegate.audit.limits import Bound
@@ -77,7 +77,11 @@ def _plan(rng: Random, call: Call) -> str:
     if turn >= 3 or rng.random() < 0.3:
         return canonical.dumps({"content": "done", "output": {"turn": turn}})
     calls = [
-        {"id": rng.choice(("", f"c{number}")), "name": rng.choice(TOOLS), "arguments": {"x": rng.randint(0, 3)}}
+        {
+            "id": rng.choice(("", f"c{number}")),
+            "name": rng.choice((*TOOLS, OUTSIDE, OUTSIDE, OUTSIDE)),
+            "arguments": {"x": rng.randint(0, 3)},
+        }
         for number in range(rng.randint(0, 3))
     ]
     return canonical.dumps({"content": "go on", "tool_calls": calls, "final": False})

@@ -11,9 +11,21 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from tidegate import App, NonRetryable, Plan, State, ToolCall, context, idempotency_key, report_cost
+from tidegate import (
+    MODEL_RETRIES,
+    App,
+    NonRetryable,
+    Plan,
+    State,
+    ToolCall,
+    context,
+    idempotency_key,
+    model_errors,
+    report_cost,
+)
 
 app = App("faults")
 
@@ -321,3 +333,30 @@ def confused(state: State) -> Plan:
         ]
         return Plan(content="trying", tool_calls=calls, usage={"input_tokens": 12, "output_tokens": 3})
     return Plan(content="", final=True, output=[[call.ok, call.error] for call in state.history[0].calls])
+
+
+class RateLimitError(Exception):
+    """What a client of a model raises: its name and its fields are all that is known of it."""
+
+    status_code = 429
+
+    def __init__(self) -> None:
+        super().__init__("slow down")
+        self.response = SimpleNamespace(headers={"retry-after": "0.2"})
+
+
+quote = app.outside_tool(
+    "quote", parameters={"type": "object", "required": ["item"]}, output={"type": "integer"}, timeout_s=60
+)
+
+
+@app.agent(tools=[quote], retries=0, retry_rules=MODEL_RETRIES)
+def throttled(state: State) -> Plan:
+    """Be refused twice by the model in each turn; then have two quotes made outside, under one id."""
+    enter()
+    with model_errors():
+        if context().attempt <= 2:
+            raise RateLimitError
+    if state.turn == 1:
+        return Plan(tool_calls=[ToolCall("quote", {"item": item}, id="same") for item in ("tea", "milk")])
+    return Plan(output=[call.output for call in state.observations()])

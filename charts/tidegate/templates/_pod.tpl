@@ -56,13 +56,14 @@ Argument: dict root, component, args (of the command `tidegate`), and optionally
   tool       true for what is not one of our services: it has no health endpoint, and is ready when its port answers
   noSecret   true for a pod that gets no Kafka credentials
   once       true for a pod that ends by itself
+  account    name of the service account whose token it gets; other pods get no token
 */}}
 {{- define "tidegate.pod" -}}
 {{- $values := .root.Values }}
 {{- $service := .service | default dict -}}
-automountServiceAccountToken: false
+automountServiceAccountToken: {{ not (empty .account) }}
 enableServiceLinks: false
-{{- with $values.serviceAccountName }}
+{{- with .account | default $values.serviceAccountName }}
 serviceAccountName: {{ . }}
 {{- end }}
 {{- with $values.imagePullSecrets }}

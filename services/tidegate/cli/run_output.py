@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.domain import states, waits
+from tidegate.domain import canonical, states, waits
 from tidegate.domain.entry import TAG_FIELD
 from tidegate.sdk.client import Event, Run
 
@@ -97,6 +97,7 @@ def _asked(run_id: str, wait: Body) -> list[Text]:
         lines.append(Text(f"    given up {moment(wait['timeout_at_ms'])}"))
     how = {
         waits.ASK: f"respond {run_id} {wait['step_id']} --text …   (or --value JSON)",
+        waits.OUTSIDE: f"respond {run_id} {wait['step_id']} --value JSON   (or reject --reason …)",
         waits.EVENT: f"signal {run_id} {wait['event']} --key {wait['key'] or chr(39) * 2} --payload JSON",
     }.get(wait["kind"])
     return [*lines, Text(f"    tidegate runs {how}", style="dim")] if how else lines
@@ -109,6 +110,10 @@ def waited_for(wait: Body) -> str:
         return f"asks: {_one_line(wait['prompt'])}{choices}"
     if wait["kind"] == waits.EVENT:
         return f"waits for event {wait['event']}" + (f" with key {wait['key']}" if wait["key"] else "")
+    if wait["kind"] == waits.OUTSIDE:
+        given = wait["arguments"]  # the live view has a text, which may be cut
+        text = given if isinstance(given, str) else canonical.dumps(given)
+        return f"waits for an answer of {wait['function']}({_one_line(text)})"
     return f"waits until {moment(wait['due_ms'])}"
 
 
@@ -121,7 +126,8 @@ def answer(run_id: str, event: Event) -> str:
         )
         return f"{word}: {body.step_id} (attempt {body.attempt}) of run {run_id}"
     if event.type == "WaitEnded":
-        return f"answered: {body.step_id} of run {run_id}"
+        word = "rejected" if body.outcome == "rejected" else "answered"
+        return f"{word}: {body.step_id} of run {run_id}"
     if event.type == "SignalReceived":
         return f"{body.event}: " + (
             f"ends the wait of {body.step_id}" if body.step_id else "kept for what will wait for it"

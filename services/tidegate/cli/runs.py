@@ -178,7 +178,7 @@ def approve(
 def reject(
     run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None, attempt: Attempt = None, why: Why = None
 ) -> None:
-    """Refuse the attempt that waits: its step fails. Say what came of it."""
+    """Refuse the attempt that waits, or say that an outside tool cannot be done: its step fails. Say what came of it."""
     with _client("runs reject", by) as client:
         _check("reject", run_id, step_id=step_id, reason=reason, by=by, attempt=attempt, why=why)
         command = client.reject(run_id, step_id, reason=reason, attempt=attempt, why=why)
@@ -206,7 +206,7 @@ def respond(
     attempt: Attempt = None,
     why: Why = None,
 ) -> None:
-    """Answer what a run waits for: a question, an event, or what became of an attempt. Say what came of it."""
+    """Answer what a run waits for: a question, an event, an outside tool, what became of an attempt. Say what came of it."""
     given = [text is not None, value is not None, done is not None, again, fail]
     if sum(given) != 1:
         usage("runs respond", "give one of --text, --value, --done, --again and --fail")

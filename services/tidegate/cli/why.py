@@ -1,4 +1,4 @@
-"""`tidegate why RUN [STEP]`: what the gate decided about a step, by which rule or budget, and on which values."""
+"""`tidegate why RUN [STEP]`: how a step's input was bound, what the gate decided about it, by which rule, on which values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from tidegate.eventlog.interface import Broker, Message, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.sdk.bound_inputs import BoundInput, bound_inputs
 from tidegate.sdk.client import Client
 from tidegate.sdk.reading import ValidEntries
 
 app = typer.Typer(add_completion=False)
 LEDGER: Final = "gate-ledger"
+MAX_SHOWN: Final = 500
 VOID: Final = (
     "void"  # the ledger's word for what a run has given up: it ended, was cancelled, or an answer came too late
 )
@@ -51,14 +53,18 @@ def why(
 ) -> None:
     """Say why the gate allowed, denied, asked about, paused or keeps waiting a step: rule, version, values, budget numbers.
 
-    Read from the log itself. Exit codes: 0 done; 3 Kafka does not answer; 4 there is no such run, or the gate was never asked.
+    Of a step also how its input was bound: which expression read what, and gave which value. Read from the log itself.
+    Exit codes: 0 done; 3 Kafka does not answer; 4 there is no such run, or the gate was never asked.
     """
     broker = KafkaBroker(KafkaSettings())
     with Client(broker) as client:
-        run = client.get(run_id)
+        run, folded = client.get_folded(run_id)
+    bound = [] if step_id is None or step_id not in folded.steps else bound_inputs(folded, step_id)
+    for part in bound:
+        typer.echo(json.dumps(part._asdict(), ensure_ascii=False) if as_json else shown_input(part))
     with Console(stderr=True).status(f"reading {LEDGER} …"):
         lines = list(story(_ledger_of(broker, run.account), run_id, step_id))
-    if not lines:
+    if not lines and not bound:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
         because = f": {run.reason}" if run.reason else ""
         typer.echo(f"the gate was never asked about {asked}; the run is {run.status}{because}", err=True)
@@ -112,6 +118,16 @@ def shown(line: Line) -> str:
     by = f" by {line.policy}/{line.rule}" if line.policy else f" by {line.rule}" if line.rule else ""
     looked = f"\n    it looked at {line.values}" if line.values else ""
     return f"{at}  {line.step_id}#{line.attempt}  {line.said}{by}{looked}"
+
+
+def shown_input(part: BoundInput) -> str:
+    """Return for people how a part of a step's input came about."""
+    where = f"input {part.part}" if part.part else "input"
+    by = f" = {part.expression}" if part.expression else ""
+    sources = f" from {', '.join(part.sources)}" if part.sources else ""
+    value = json.dumps(part.value, ensure_ascii=False)
+    cut = value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "…"
+    return f"{where}{by}{sources}\n    it was {cut}"
 
 
 def _time(at_ms: int) -> str:

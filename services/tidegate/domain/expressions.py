@@ -128,6 +128,11 @@ def nodes_read(source: str) -> frozenset[str] | None:
     return frozenset(names)
 
 
+def reads(source: str, name: str) -> bool:
+    """Tell whether an expression looks at a variable, such as `input`, by its text; what stands in quotes is no variable."""
+    return any(found.group() == name for found in re.finditer(rf"(?<![\w.]){re.escape(name)}\b|{_TEXT}", source))
+
+
 def nodes_read_by(template: Any) -> frozenset[str] | None:
     """Return the same for all expressions of a template together."""
     names: set[str] = set()

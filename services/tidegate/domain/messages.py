@@ -378,7 +378,8 @@ class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Authorised work for one executor incarnation (`step-tasks.QUEUE`). type: `run` or `cancel`.
 
     result_partition: where the result goes in `step-results`. idempotency_key: the same for all attempts of the step.
-    isolation: how it must be run; empty for as usual. An executor that does not know the word refuses the task.
+    isolation: how it must be run; empty for as usual. An executor that does not know the word refuses the task. rule, policy: what
+    allowed it; `default` and empty if no rule was about it. reserved_micros: what is set aside for it.
     """
 
     type: str
@@ -393,6 +394,9 @@ class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     idempotency_key: str
     call: Call | None
     isolation: str = ""
+    rule: str = ""
+    policy: str = ""
+    reserved_micros: int = 0
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -66,9 +66,13 @@ def after_failure(run: RunState, step: StepState, code: str, reason: str) -> lis
         return _stopped(run, changed, stop)
 
 
-def broken(run: RunState, step: StepState, reason: str) -> list[Any]:
-    """Return the events that end a run because nobody could decide what follows from this step's attempt."""
-    return _finish(run, Changed(step.step_id, states.FAILED, ""), states.FAILED, "", "internal_error", reason)
+def broken(run: RunState, step: StepState | None, reason: str) -> list[Any]:
+    """Return the events that end a run because nobody could decide what follows from this step's attempt.
+
+    None for a step that has not failed: it is cancelled as all others that are open.
+    """
+    changed = None if step is None else Changed(step.step_id, states.FAILED, "")
+    return _finish(run, changed, states.FAILED, "", "internal_error", reason)
 
 
 def cancelled(run: RunState, reason: str) -> list[Any]:

@@ -28,7 +28,7 @@ class StepState(msgspec.Struct, array_like=True):
     attempt: the latest one; 0 as long as none was asked for, and of waits. failures: attempts that failed or timed out (what
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
     doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
-    it is a workflow. rule_failures: of the failures, those that a retry rule counts, by its label.
+    it is a workflow. rule_failures: of the failures, those that a retry rule counts, as (its label, how many).
     """
 
     step_id: str
@@ -49,7 +49,7 @@ class StepState(msgspec.Struct, array_like=True):
     wait: ev.WaitStarted | None = None
     waits_for: str = ""
     child_run_id: str = ""
-    rule_failures: dict[str, int] = {}
+    rule_failures: tuple[tuple[str, int], ...] = ()  # no dict: nearly all steps have none
 
 
 class RunState(msgspec.Struct, array_like=True):
@@ -217,12 +217,23 @@ def _approval_expired(run: RunState, event: ev.ApprovalExpired, now_ms: int) -> 
     _leave_waiting(run, "ApprovalExpired")
 
 
+def _not_run(kind: str, function: str, arguments: str) -> Call:
+    """Return what stands for the call of a step that no executor runs."""
+    return Call(
+        kind=kind,
+        function=function,
+        queue="",
+        arguments=arguments,
+        timeout_ms=0,
+        reserve_micros=0,
+        idempotent=True,
+    )
+
+
 def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
     if event.step_id in run.steps:
         raise states.IllegalTransitionError(f"step {event.step_id} exists already")
-    call = Call(
-        kind=event.kind, function="", queue="", arguments=event.input, timeout_ms=0, reserve_micros=0, idempotent=True
-    )
+    call = _not_run("tool" if event.kind == waits.OUTSIDE else event.kind, event.function, event.input)
     step = run.steps[event.step_id] = StepState(
         event.step_id, event.node_id, event.wave, call, status=states.WAITING, attempt=0, wait=event
     )
@@ -257,8 +268,9 @@ def _attempt_ended(run: RunState, event: ev.AttemptEnded, now_ms: int) -> None:
     if event.outcome in ("failed", "timed_out"):
         step.failures += 1
         if event.retry_rule:
-            counted = step.rule_failures.get(event.retry_rule, 0) + 1
-            step.rule_failures = {**step.rule_failures, event.retry_rule: counted}
+            counts = dict(step.rule_failures)
+            counts[event.retry_rule] = counts.get(event.retry_rule, 0) + 1
+            step.rule_failures = tuple(counts.items())
 
 
 def _step_succeeded(run: RunState, event: ev.StepSucceeded, now_ms: int) -> None:
@@ -284,15 +296,7 @@ def _step_failed(run: RunState, event: ev.StepFailed, now_ms: int) -> None:
 
 
 def _child_started(run: RunState, event: ev.ChildStarted, now_ms: int) -> None:
-    call = Call(
-        kind="workflow",
-        function=event.workflow,
-        queue="",
-        arguments=event.input,
-        timeout_ms=0,
-        reserve_micros=0,
-        idempotent=True,
-    )
+    call = _not_run("workflow", event.workflow, event.input)
     step = StepState(event.step_id, event.node_id, event.wave, call, status=states.ABSENT)
     _move_step(step, "ChildStarted", states.IN_CHILD)
     step.child_run_id = event.child_run_id

@@ -187,9 +187,11 @@ class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Wait
     """A step exists that runs nothing: it waits for an event, a time or a person's answer. wave: as in `StepReady`.
 
     kind: `wait_event`, `wait_until`, `sleep`, `ask` or `outside`, a tool that somebody outside does. input: canonical JSON; the
-    output of a wait for a time, the arguments of a tool. event, key: name and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an answer (schema:
-    JSON text; empty for none). function: the tool. due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout: `fail`, or
-    `value` for going on with timeout_value. after_ms, timeout_ms: what those times were reckoned from, in `now_ms` of the entry.
+    output of a wait for a time, the arguments of a tool. function: the tool; then key is the id that the model gave the call.
+    event, key: name and correlation key of the event. prompt, choices, free_text, schema: the question, and what counts as an
+    answer (schema: JSON text; empty for none). due_ms: when it ends by itself. timeout_at_ms: when it is given up; on_timeout:
+    `fail`, or `value` for going on with timeout_value. after_ms, timeout_ms: what those times were reckoned from, in `now_ms` of
+    the entry.
     """
 
     step_id: str
@@ -215,7 +217,8 @@ class WaitStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Wait
 class WaitEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="WaitEnded", tag_field=TAG_FIELD):
     """A wait is over; what follows says whether its step succeeded.
 
-    outcome: `due` (its time came), `signalled`, `answered` or `timed_out`. command_id, by, reason: of an answer. signal_seq: seq
+    outcome: `due` (its time came), `signalled`, `answered`, `rejected` (whoever does the outside tool could not) or `timed_out`.
+    command_id, by, reason: of an answer. signal_seq: seq
     of the kept `SignalReceived` that it took; 0 for none.
     """
 

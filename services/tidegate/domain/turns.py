@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tidegate.domain import canonical, states
+from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed, call_of
 from tidegate.domain.identity import agent_turn_step, tool_call_step
@@ -21,16 +21,31 @@ def after_plan(run: RunState, workflow: Workflow, step: StepState, changed: Chan
     """Return the steps of a plan's tool calls, or the next turn if it calls none that there is."""
     agent = workflow.document.nodes[step.node_id].function
     tools = [
-        ev.StepReady(
-            step_id=call.step_id,
-            node_id=step.node_id,
-            wave=step.wave + 1,
-            call=call_of(workflow, call.tool, canonical.dumps(call.arguments), agent),
-        )
+        _called(workflow, step, agent, call)
         for call in _calls_of(workflow, agent, step.step_id, plan)
         if call.problem is None
     ]
     return tools or [_next_turn(run, workflow, step.node_id, step.step_id, step.wave + 1, changed, "")]
+
+
+def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall) -> ev.StepReady | ev.WaitStarted:
+    """Return the step of a tool call: one to run, or one that waits until somebody outside has answered it."""
+    tool, arguments = workflow.function(call.tool), canonical.dumps(call.arguments)
+    if not tool.outside:
+        made = call_of(workflow, call.tool, arguments, agent)
+        return ev.StepReady(step_id=call.step_id, node_id=step.node_id, wave=step.wave + 1, call=made)
+    return ev.WaitStarted(
+        step_id=call.step_id,
+        node_id=step.node_id,
+        wave=step.wave + 1,
+        kind=waits.OUTSIDE,
+        input=arguments,
+        function=call.tool,
+        key=call.call_id[: waits.MAX_KEY],
+        prompt=tool.description[: waits.MAX_PROMPT],
+        schema="" if tool.output is True else canonical.dumps(tool.output),
+        timeout_ms=tool.timeout_ms,
+    )
 
 
 def after_tool(run: RunState, workflow: Workflow, step: StepState, changed: Changed, error: str = "") -> list[Any]:

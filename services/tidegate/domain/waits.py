@@ -22,6 +22,7 @@ EVENT: Final = "wait_event"
 UNTIL: Final = "wait_until"
 SLEEP: Final = "sleep"
 ASK: Final = "ask"
+OUTSIDE: Final = "outside"  # a tool that somebody outside does: no node, but what an agent's call of it becomes
 KINDS: Final = frozenset({EVENT, UNTIL, SLEEP, ASK})
 TIMES: Final = frozenset({UNTIL, SLEEP})  # they end by themselves, and hand on their input
 
@@ -256,6 +257,11 @@ def answer_problem(value: Any, choices: tuple[str, ...], free_text: bool, schema
     if schema and not choices:
         return None
     return f"must be {'one of ' + ', '.join(map(repr, choices)) if choices else 'a text'}, is {_shown(value)}"
+
+
+def output_problem(value: Any, schema: str) -> str | None:
+    """Return why a value is no output of an outside tool, or None. schema: what it declares; empty if that is nothing."""
+    return _schema_problem(value, schema) if schema else None
 
 
 def _schema_problem(value: Any, schema: str) -> str | None:

@@ -32,6 +32,7 @@ MAX_NESTING: Final = 8  # of workflows in workflows
 ALL: Final = 0  # as `needs`: every edge that leads here
 
 _expression = {"type": "string", "minLength": 1}
+_OF_OUTSIDE_TOOLS: Final = frozenset({"kind", "outside", "timeout_ms", "description", "parameters", "output"})
 _workflow_label = {
     "type": "string",
     "pattern": r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}@[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
@@ -132,6 +133,8 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "description": {"type": "string"},
                     "parameters": {"type": ["object", "boolean"]},
                     "tools": {"type": "array", "items": _name},
+                    "outside": {"type": "boolean"},
+                    "output": {"type": ["object", "boolean"]},
                 },
             },
         },
@@ -151,7 +154,11 @@ class DefinitionError(ValueError):
 
 
 class Function(Retries, frozen=True, kw_only=True):
-    """A function of an app as a workflow pins it, and how it is repeated. Times in milliseconds, money in micro-dollars."""
+    """A function of an app as a workflow pins it, and how it is repeated. Times in milliseconds, money in micro-dollars.
+
+    outside: a tool that no executor has: somebody outside answers each call, within `timeout_ms`. output: what the answer must
+    fit, a JSON Schema.
+    """
 
     kind: str
     queue: str = "default"
@@ -167,6 +174,8 @@ class Function(Retries, frozen=True, kw_only=True):
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()
+    outside: bool = False
+    output: Any = True
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -350,6 +359,7 @@ def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
     schemas = {"input_schema": definition.get("input_schema", True), **waits.schemas(definition)}
     for name, function in definition["functions"].items():
         schemas[f"functions.{name}.parameters"] = function.get("parameters", True)
+        schemas[f"functions.{name}.output"] = function.get("output", True)
     found = []
     for where, schema in schemas.items():
         try:
@@ -396,11 +406,23 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
         elif function["kind"] != node["kind"]:
             found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
     for name, function in functions.items():
-        found += retries.problems(function, f"functions.{name}")
+        found += retries.problems(function, f"functions.{name}") + _outside_problems(name, function)
         for tool in function.get("tools", ()):
             if functions.get(tool, {}).get("kind") != "tool":
                 found.append(f"functions.{name}.tools: {tool!r} is not a tool of this definition")
     return found
+
+
+def _outside_problems(name: str, function: Mapping[str, Any]) -> list[str]:
+    where = f"functions.{name}"
+    if not function.get("outside"):
+        return (
+            [f"{where}.output: only a tool that is `outside` says what its output is"] if "output" in function else []
+        )
+    if function["kind"] != "tool":
+        return [f"{where}.outside: a {function['kind']} cannot be done outside, only a tool can"]
+    foreign = sorted(function.keys() - _OF_OUTSIDE_TOOLS)
+    return [f"{where}.{setting}: nothing of an outside tool is run here" for setting in foreign]
 
 
 def with_children(definitions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

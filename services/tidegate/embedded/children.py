@@ -82,6 +82,13 @@ def spawn(argv: Sequence[str], *, output: BinaryIO, env: Mapping[str, str] | Non
     wants. A program that cannot be run ends with status 127 and says why in `output`.
     Blocks for the fork. Raises OSError if that fails. May be called from any thread.
     """
+    return _spawner.spawn(_Order(tethered(argv, idle=idle), env, output))
+
+
+def tethered(argv: Sequence[str], *, idle: bool = False) -> list[str]:
+    """Return the command line that makes of itself the given program, which then dies with this process.
+
+    More exactly with the thread that starts it: start it from one that lives as long as the process.
+    """
     scheduling = ["--idle"] if idle else []
-    tethered = [sys.executable, "-I", "-S", _TETHER, *scheduling, str(os.getpid()), *argv]
-    return _spawner.spawn(_Order(tethered, env, output))
+    return [sys.executable, "-I", "-S", _TETHER, *scheduling, str(os.getpid()), *argv]

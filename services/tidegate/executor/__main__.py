@@ -14,9 +14,15 @@ import structlog
 import typer
 from pydantic import ValidationError
 
+from tidegate.cluster_api import ClusterApi, ClusterApiError, own_namespace
+from tidegate.domain.isolation import JOB, SUBPROCESS
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.executor.isolation import Apart, Isolation
+from tidegate.executor.isolation.job_manifest import Owner
+from tidegate.executor.isolation.jobs import Jobs
+from tidegate.executor.isolation.process import Processes
 from tidegate.executor.results import STEP_RESULTS
 from tidegate.executor.service import EXIT_LOG_FAILED, Executor
 from tidegate.executor.settings import ExecutorSettings
@@ -65,7 +71,7 @@ def executor(  # `tidegate executor` and `python -m tidegate.executor`
     name = process.instance_id or f"executor-{settings.queue}-{socket.gethostname()}"
     configure_logging("executor", name, process.log_level)
     with observed(process, "executor", name) as health:
-        code = asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, process.broker_wait_s, health))
+        code = asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, target, process.broker_wait_s, health))
     raise typer.Exit(code)
 
 
@@ -73,10 +79,36 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+async def _apart(loaded: App, settings: ExecutorSettings, name: str, target: str) -> Apart:
+    """Return where functions can run besides in this process. Raises ClusterApiError, AppError."""
+    ways: dict[str, Isolation] = {SUBPROCESS: Processes(settings.process_start_s)}
+    if settings.job_namespace:
+        ways[JOB] = jobs = Jobs(ClusterApi(), settings, Owner(own_namespace(), name))
+        await jobs.clean_up()  # before anybody hears of us, and takes the work of our predecessor to be lost
+    for function in loaded.functions.values():
+        if function.settings.isolation not in ("", *ways):
+            raise AppError(
+                f"{function.label} declares isolation {function.settings.isolation!r}, which this executor does not have: "
+                "set TIDEGATE_EXECUTOR_JOB_NAMESPACE and TIDEGATE_EXECUTOR_JOB_IMAGE (docs/isolation.md)"
+            )
+    return Apart(target, ways)
+
+
 async def _run(
-    broker: KafkaBroker, loaded: App, settings: ExecutorSettings, name: str, wait_s: float, health: Health
+    broker: KafkaBroker,
+    loaded: App,
+    settings: ExecutorSettings,
+    name: str,
+    target: str,
+    wait_s: float,
+    health: Health,
 ) -> int:
-    service = Executor(broker, loaded, settings, instance_id=name)
+    try:
+        apart = await _apart(loaded, settings, name, target)
+    except (ClusterApiError, AppError) as error:
+        _log.error("cannot work", error=str(error))
+        return EXIT_USAGE
+    service = Executor(broker, loaded, settings, instance_id=name, apart=apart)
     health.ready_when(service.why_not_ready)
     beating = asyncio.create_task(beat_forever(service.measure))
     stop, loop = threading.Event(), asyncio.get_running_loop()

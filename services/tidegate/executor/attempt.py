@@ -5,33 +5,26 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import datetime
-import inspect
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
 
-from tidegate.domain import canonical
 from tidegate.domain.messages import Call, StepResult, StepTask
-from tidegate.executor import results
+from tidegate.executor import endings, results
+from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionError
+from tidegate.executor.isolation import NOWHERE, Apart, Isolation
+from tidegate.executor.isolation.errand import context_of, errand_of
 from tidegate.failpoints import failpoint
-from tidegate.sdk import json_form
 from tidegate.sdk.app import Function
-from tidegate.sdk.binding import AGENT, STEP, Bound
-from tidegate.sdk.context import Meter, StepContext, answer_for
-from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
-from tidegate.sdk.plan import Goto, plan_of
+from tidegate.sdk.binding import Bound
+from tidegate.sdk.context import Meter, answer_for
 
-ISOLATIONS: Final = frozenset(("",))  # how functions can be run here; empty: in this process
 CANCEL_GRACE_S: Final = 5.0  # how long an async function may clean up after its deadline before the answer is given
 
 _log = structlog.get_logger()
-
-
-class LeaseLapsedError(RuntimeError):
-    """The lease was not held at the very moment of entering: the function was not entered."""
 
 
 class Attempt:
@@ -51,6 +44,7 @@ class Attempt:
         output_max_bytes: int,
         answer: Callable[[Attempt, StepResult], None],
         release: Callable[[Attempt], None],
+        apart: Apart = NOWHERE,
     ) -> None:
         self.task = task
         self.is_stuck = False  # the answer is given, the function goes on
@@ -60,10 +54,13 @@ class Attempt:
         self._output_max_bytes = output_max_bytes
         self._answer = answer
         self._release = release
+        self._apart = apart
         self._meter = Meter()
         self._started_ms = 0
+        self._finished_ms = 0  # if somebody else knows it
         self._future: asyncio.Future[StepResult] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self.apart: asyncio.Future[StepResult] | None = None  # what runs elsewhere, until it is over there
         self._is_async = False
         self._answered = False
         self._expired = False
@@ -75,18 +72,21 @@ class Attempt:
         """Bind the arguments and start the function: on the loop if it is async, else in a thread."""
         loop = asyncio.get_running_loop()
         try:
-            bound = self._bind(function)
+            bound, way = self._bind(function)
         except Exception as error:  # a validator of the user's may raise anything
             self._end(self._from_error(error))
             return
         assert function is not None  # noqa: S101 - an unknown function cannot be bound to
-        self._is_async = function.is_async
-        if self._is_async:
+        self._is_async = function.is_async or way is not None
+        if way is not None:
+            self.apart = self._future = loop.create_task(self._run_apart(way, function))
+        elif self._is_async:
             self._future = loop.create_task(self._run_async(function, bound))
         else:
             in_context = contextvars.copy_context().run
             self._future = loop.run_in_executor(threads, in_context, self._run_sync, function, bound)
-        self._timer = loop.call_later(self._call.timeout_ms / 1000, self._expire)
+        if way is None:  # elsewhere time begins when the function is entered
+            self._timer = loop.call_later(self._call.timeout_ms / 1000, self._expire)
         self._future.add_done_callback(self._on_done)
 
     def cancel(self) -> None:
@@ -101,14 +101,34 @@ class Attempt:
         if self._is_async and self._future is not None:
             self._future.cancel()
 
-    def _bind(self, function: Function | None) -> Bound:
+    def _bind(self, function: Function | None) -> tuple[Bound, Isolation | None]:
+        """Return the arguments, and where the function is to run if not here."""
         if function is None or function.kind != self._call.kind:
             raise UnknownFunctionError(f"this executor has no {self._call.kind} {self._call.function!r}")
-        if self.task.isolation not in ISOLATIONS:
-            raise UnsupportedIsolationError(
-                f"a policy demands isolation {self.task.isolation!r}, which this executor does not have: it was not run"
+        self._output_max_bytes = min(self._output_max_bytes, function.settings.output_max_bytes or sys.maxsize)
+        way = self._apart.way(function.settings.isolation, self.task.isolation)
+        return function.binder.bind(self._call.arguments), way
+
+    async def _run_apart(self, way: Isolation, function: Function) -> StepResult:
+        errand = errand_of(
+            self.task, self._call, function.settings, app=self._apart.app, output_max_bytes=self._output_max_bytes
+        )
+        try:
+            self._introduce()
+            ended = await way.run(
+                errand,
+                function.settings,
+                enter=self._enter,
+                reported=lambda report: self._meter.take_over(report.cost_micros, report.usage),
             )
-        return function.binder.bind(self._call.arguments)
+        except Exception as error:
+            return self._from_error(error)
+        failpoint("executor.after-function")
+        self._returned = ended.ending.outcome == results.SUCCEEDED
+        self._started_ms, self._finished_ms = ended.started_ms, ended.finished_ms
+        if not self._returned:
+            self._log_failure(ended.ending)
+        return self._result(ended.ending)
 
     async def _run_async(self, function: Function, bound: Bound) -> StepResult:
         try:
@@ -145,63 +165,49 @@ class Attempt:
         """
         task = self.task
         structlog.contextvars.bind_contextvars(run_id=task.run_id, step_id=task.step_id, attempt=task.attempt)
-        timeout = datetime.timedelta(milliseconds=self._call.timeout_ms)
-        context = StepContext(
-            run_id=task.run_id,
-            step_id=task.step_id,
-            attempt=task.attempt,
-            account=task.account,
-            function=self._call.function,
-            idempotency_key=task.idempotency_key,
-            deadline=datetime.datetime.now(datetime.UTC) + timeout,
-        )
-        answer_for(context, self._meter)
+        answer_for(context_of(task, self._call), self._meter)
 
     def _success(self, value: Any) -> StepResult:
         self._returned = True
         failpoint("executor.after-function")
-        if inspect.isawaitable(value):
-            raise NotJsonError("output: an awaitable; declare the function with `async def`")
-        goto = ""
-        if self._call.kind == AGENT:
-            plan = plan_of(value)
-            if plan.cost_micros is not None:
-                self._meter.add_cost(plan.cost_micros)
-            self._meter.add_usage(plan.usage)
-            text = canonical.dumps(plan.to_json())
-        else:
-            if isinstance(value, Goto) and self._call.kind == STEP:
-                goto, value = value.node, value.output
-            text = json_form.to_text(value)
-        size = len(text.encode())
-        if size > self._output_max_bytes:
-            raise OutputTooLargeError(
-                f"the output has {size} bytes as JSON, at most {self._output_max_bytes} are taken "
-                "(TIDEGATE_EXECUTOR_OUTPUT_MAX_BYTES); keep it elsewhere and return where"
-            )
-        return results.succeeded(self.task, text, self._spent(), goto)
+        return self._result(endings.returned(self._call.kind, value, self._meter, self._output_max_bytes))
 
     def _from_error(self, error: BaseException) -> StepResult:
         """Return the failure that an exception means. Once the function has returned, repeating it cannot help."""
-        error_class = _ERROR_CLASSES.get(type(error), type(error).__name__)
-        retryable = not (self._returned or isinstance(error, (NonRetryable, *_ERROR_CLASSES)))
-        message = _message_of(error)
+        ending = endings.raised(error, has_returned=self._returned)
+        self._log_failure(ending, error if ending.retryable else None)
+        if isinstance(error, LeaseLapsedError):
+            self._aborted = self._answered = True
+        return self._result(ending)
+
+    def _log_failure(self, ending: Ending, error: BaseException | None = None) -> None:
         _log.warning(
             "attempt failed",
             run_id=self.task.run_id,
             step_id=self.task.step_id,
             attempt=self.task.attempt,
             function=self._call.function,
-            error_class=error_class,
-            error=message,
-            exc_info=error if retryable else None,
+            error_class=ending.error_class or ending.outcome,
+            error=ending.error_message,
+            exc_info=error,
         )
-        if isinstance(error, LeaseLapsedError):
-            self._aborted = self._answered = True
-        return results.failed(self.task, error_class, message, retryable=retryable, spent=self._spent())
+
+    def _result(self, ending: Ending) -> StepResult:
+        if ending.outcome == results.SUCCEEDED:
+            return results.succeeded(self.task, ending.output, self._spent(), ending.goto)
+        if ending.outcome == results.TIMED_OUT:
+            return results.timed_out(self.task, self._call.timeout_ms / 1000, self._spent(), ending.error_message)
+        return results.failed(
+            self.task,
+            ending.error_class,
+            ending.error_message,
+            retryable=ending.retryable,
+            spent=self._spent(),
+            retry_after_ms=ending.retry_after_ms,
+        )
 
     def _spent(self) -> results.Spent:
-        finished_ms = _now_ms() if self._started_ms else 0
+        finished_ms = self._finished_ms or (_now_ms() if self._started_ms else 0)
         return results.Spent(self._meter.cost_micros, self._meter.usage, self._started_ms, finished_ms)
 
     def _expire(self) -> None:
@@ -244,37 +250,6 @@ class Attempt:
         if not self._answered:
             self._answered = True
             self._answer(self, result)
-
-
-class UnknownFunctionError(LookupError):
-    """The app has no function of that kind and name."""
-
-
-class UnsupportedIsolationError(RuntimeError):
-    """A policy demands that the function be run in a way that this executor does not know."""
-
-
-class OutputTooLargeError(ValueError):
-    """What the function returned is larger than what a result may hold."""
-
-
-# What repeating cannot mend. The names are part of the results, and so of the log.
-_ERROR_CLASSES: Final[dict[type[BaseException], str]] = {
-    UnknownFunctionError: "UnknownFunction",
-    UnsupportedIsolationError: "UnsupportedIsolation",
-    BadArgumentsError: "BadArguments",
-    NotJsonError: "NotJson",
-    canonical.NotJsonError: "NotJson",
-    OutputTooLargeError: "OutputTooLarge",
-    LeaseLapsedError: "LeaseLapsed",
-}
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:  # an exception that cannot even say what it is
-        return f"(its message cannot be read: {type(broken).__name__})"
 
 
 def _now_ms() -> int:

@@ -43,18 +43,28 @@ def succeeded(task: StepTask, output: str, spent: Spent, goto: str = "") -> Step
 
 
 def failed(
-    task: StepTask, error_class: str, message: str, *, retryable: bool = True, spent: Spent = NOTHING_SPENT
+    task: StepTask,
+    error_class: str,
+    message: str,
+    *,
+    retryable: bool = True,
+    spent: Spent = NOTHING_SPENT,
+    retry_after_ms: int = 0,
 ) -> StepResult:
     """The function raised, or could not be called, or what it returned cannot be used."""
-    return _error(task, FAILED, error_class, message, retryable, spent)
+    return _error(task, FAILED, error_class, message, retryable, spent, retry_after_ms)
 
 
-def timed_out(task: StepTask, timeout_s: float, spent: Spent) -> StepResult:
-    """The deadline passed. What the function did until then is not known: not to be repeated unless that is harmless."""
+def timed_out(task: StepTask, timeout_s: float, spent: Spent, detail: str = "") -> StepResult:
+    """The deadline passed. What the function did until then is not known: not to be repeated unless that is harmless.
+
+    detail: what else there is to say.
+    """
     idempotent = task.call is not None and task.call.idempotent
     message = f"not finished after {timeout_s:g} s"
     if not idempotent:
         message += "; it may have had its effect, and is not idempotent"
+    message += f"\n{detail}" if detail else ""
     return _error(task, TIMED_OUT, "TimedOut", message, idempotent, spent)
 
 
@@ -73,15 +83,24 @@ def busy(task: StepTask) -> StepResult:
     return _error(task, BUSY, "Busy", "no free slot", True, NOTHING_SPENT)
 
 
-def _error(task: StepTask, outcome: str, error_class: str, message: str, retryable: bool, spent: Spent) -> StepResult:
+def _error(
+    task: StepTask,
+    outcome: str,
+    error_class: str,
+    message: str,
+    retryable: bool,
+    spent: Spent,
+    retry_after_ms: int = 0,
+) -> StepResult:
     return _result(
         task,
         outcome,
         spent,
         error_class=error_class[:200],
-        error_message=_bounded(message),
+        error_message=bounded(message),
         retryable=retryable,
         actual_micros=spent.cost_micros or 0,
+        retry_after_ms=retry_after_ms,
     )
 
 
@@ -101,7 +120,8 @@ def _result(task: StepTask, outcome: str, spent: Spent, **fields: object) -> Ste
     )
 
 
-def _bounded(message: str) -> str:
+def bounded(message: str) -> str:
+    """Return a message as a result may hold it."""
     # What somebody's exception says may hold anything, lone surrogates included.
     text = message.encode("utf-8", "replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 1] + "…"

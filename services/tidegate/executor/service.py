@@ -22,6 +22,7 @@ from tidegate.executor.attempt import Attempt
 from tidegate.executor.decide import Verdict
 from tidegate.executor.feed import TaskFeed
 from tidegate.executor.holdings import AttemptKey, Holdings, key_of
+from tidegate.executor.isolation import NOWHERE, Apart
 from tidegate.executor.sender import ResultSender
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.executor.watchdog import Watchdog, overdue_s
@@ -38,6 +39,7 @@ EXIT_LOG_FAILED: Final = 74
 
 RELEASE_LINGER_S: Final = 0.3  # how long tasks that were already under way when draining began are waited for
 FLUSH_S: Final = 5.0
+APART_S: Final = 5.0  # for processes and Jobs of aborted attempts to be gone
 LAST_WORDS_S: Final = 2.0  # after a lapse: for what had ended before it
 
 _log = structlog.get_logger()
@@ -64,15 +66,18 @@ class Executor:
         settings: ExecutorSettings,
         *,
         instance_id: str,
+        apart: Apart = NOWHERE,
         end_process: Callable[[int], None] = os._exit,
     ) -> None:
-        """`instance_id`: the same after a restart, and of no other running process.
+        """`instance_id`: the same after a restart, and of no other running process. `apart`: where functions can run besides
+        in this process.
 
         `end_process(code)` ends the process at once: called when the event loop no longer answers.
         """
         self.instance_id = instance_id
         self._app = app
         self._settings = settings
+        self._apart = apart
         self._end_process = end_process
         self._holdings = Holdings(instance_id, settings.slots)
         self._attempts: dict[AttemptKey, Attempt] = {}
@@ -179,6 +184,7 @@ class Executor:
             output_max_bytes=self._settings.output_max_bytes,
             answer=self._answer,
             release=self._release,
+            apart=self._apart,
         )
         self._attempts[key_of(task)] = attempt
         self._idle.clear()
@@ -224,9 +230,12 @@ class Executor:
 
     async def _close(self, feed: TaskFeed) -> None:
         """Abort what still runs, send what had ended, say farewell unless the lease is gone."""
-        for attempt in list(self._attempts.values()):
+        aborted = list(self._attempts.values())
+        for attempt in aborted:
             attempt.abort()
         await asyncio.sleep(0)
+        if apart := [attempt.apart for attempt in aborted if attempt.apart is not None]:
+            await asyncio.wait(apart, timeout=APART_S)
         lapsed = self._exit_code == EXIT_LEASE_LAPSED
         failpoint("executor.before-close")
         await asyncio.to_thread(feed.stop)

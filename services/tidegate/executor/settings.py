@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.domain.identity import NAME_PATTERN
@@ -36,3 +38,40 @@ class ExecutorSettings(BaseSettings):
         gt=0,
         description="A function that blocks the event loop for so long beyond its deadline ends the process.",
     )
+    process_start_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Isolation `subprocess`: how long the process may take until the function can be entered.",
+    )
+    job_namespace: str = Field(
+        default="", description="Isolation `job`: where Jobs are made. Empty: this executor runs no functions as Jobs."
+    )
+    job_image: str = Field(default="", description="The image of Jobs of functions that name none; it holds the app.")
+    job_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="When the image of a Job is pulled."
+    )
+    job_start_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="How long a Job may take until its function is entered: for a node, the image, and the app to load.",
+    )
+    job_memory_mib: int = Field(default=512, ge=64, description="Memory of Jobs of functions that name none.")
+    job_cpu_millis: int = Field(
+        default=250, ge=1, description="Thousandths of a processor that Jobs ask for, if their functions do not say."
+    )
+    job_env: dict[str, str] = Field(default={}, description='Variables of Jobs, as JSON: `{"NAME": "value"}`.')
+    job_env_secrets: tuple[str, ...] = Field(
+        default=(), description="Secrets of that namespace whose keys become variables of Jobs, as a JSON array."
+    )
+    job_pod: dict[str, Any] = Field(
+        default={},
+        description='More of the specification of the pods of Jobs, as JSON: `{"nodeSelector": {"pool": "tools"}}`.',
+    )
+
+    @model_validator(mode="after")
+    def _jobs_have_an_image(self) -> ExecutorSettings:
+        if self.job_namespace and not self.job_image:
+            raise ValueError("TIDEGATE_EXECUTOR_JOB_IMAGE is missing: functions that name no image need it")
+        if taken := {"containers", "volumes"} & self.job_pod.keys():
+            raise ValueError(f"TIDEGATE_EXECUTOR_JOB_POD must not set {', '.join(sorted(taken))}: these are ours")
+        return self

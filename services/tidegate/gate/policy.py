@@ -10,6 +10,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tidegate.domain import expressions
+from tidegate.domain.isolation import strongest
 from tidegate.gate.documents import DEFAULT_KIND, Document, name_field
 from tidegate.gate.rule_index import RuleIndex
 from tidegate.gate.variables import VARIABLES, Variables
@@ -17,7 +18,6 @@ from tidegate.gate.variables import VARIABLES, Variables
 Effect = Literal["allow", "deny", "require_approval"]
 Isolation = Literal["subprocess", "job"]
 _STRENGTH: Final[dict[str, int]] = {"allow": 0, "require_approval": 1, "deny": 2}
-_ISOLATIONS: Final = ("", "subprocess", "job")  # each stronger than the one before
 DEFAULT_RULE: Final = "default"
 MAX_REASON: Final = 500  # it is repeated with every attempt that the rule decides on
 MAX_VALUES: Final = 2_000  # as is what the rule looked at
@@ -180,7 +180,7 @@ class PolicySet:
             if verdict is None:
                 continue
             redact += tuple(path for path in verdict.redact if path not in redact)
-            isolation = max(isolation, verdict.isolation, key=_ISOLATIONS.index)
+            isolation = strongest(isolation, verdict.isolation)
             if best is None or _STRENGTH[verdict.effect] > _STRENGTH[best.effect]:
                 best, decisive = verdict, bound
         if best is None or decisive is None:

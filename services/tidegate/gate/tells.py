@@ -68,6 +68,7 @@ def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, ru
     kind = "run" if placed else "cancel"
     call = event.call if isinstance(event, ev.AttemptPlaced) else None
     queue = event.queue if isinstance(event, ev.AttemptCancelTold) else event.call.queue
+    allowed = event if isinstance(event, ev.AttemptPlaced) else None
     task = StepTask(
         type=kind,
         run_id=event.run_id,
@@ -80,7 +81,10 @@ def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, ru
         result_partition=partition_of(event.run_id, run_partitions),
         idempotency_key=idempotency_key(event.run_id, event.step_id),
         call=call,
-        isolation=event.isolation if isinstance(event, ev.AttemptPlaced) else "",
+        isolation="" if allowed is None else allowed.isolation,
+        rule="" if allowed is None else allowed.rule,
+        policy="" if allowed is None else allowed.policy,
+        reserved_micros=0 if allowed is None else allowed.reserved_micros,
     )
     key = f"{event.run_id}:{event.step_id}:{event.attempt}:{kind}"
     return Tell(f"{STEP_TASKS}.{queue}", event.task_partition, key, task)

@@ -61,6 +61,8 @@ class OpenWait(msgspec.Struct, kw_only=True):
     due_ms: int
     timeout_at_ms: int
     since_ms: int
+    function: str = ""
+    arguments: str = ""
 
 
 class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -219,6 +221,8 @@ def _wait_started(row: RunRow, event: ev.WaitStarted, now_ms: int) -> None:
             due_ms=event.due_ms or 0,
             timeout_at_ms=event.timeout_at_ms or 0,
             since_ms=now_ms,
+            function=event.function,
+            arguments=_cut(event.input) if event.function else "",
         )
 
 

@@ -127,7 +127,7 @@ MEANINGS: Final = {
     "input": "JSON",
     "instance_id": "name of the process",
     "is_closed": "whether the window is over and settled",
-    "kind": "step, agent, tool, wait_event, wait_until, sleep, ask or workflow",
+    "kind": "step, agent, tool, wait_event, wait_until, sleep, ask, outside or workflow",
     "lag": "records of the topic partition that are not in the tables yet",
     "last_at": "latest event",
     "last_event_at": "when the newest event in the tables happened",

@@ -138,9 +138,13 @@ def _reject(run: RunState, command: RunCommand) -> Events:
 
 
 def _answer(run: RunState, command: RunCommand, *, approved: bool) -> Events:
-    step = _asked(run, command, run.open_approvals(), "approval")
+    outside = [] if approved else [step for step in run.open_waits() if step.wait and step.wait.kind == waits.OUTSIDE]
+    open_ = sorted([*run.open_approvals(), *outside], key=lambda step: step.step_id)
+    step = _asked(run, command, open_, "approval")
     if isinstance(step, ev.CommandRefused):
         return [step]
+    if step.wait is not None:
+        return waiting.rejected(run, step, command.command_id, command.by, command.reason)
     asked = step.approval
     assert asked is not None  # noqa: S101 - an open approval is one
     answer = "" if asked.why != UNKNOWN else AGAIN if approved else FAIL
@@ -185,6 +189,10 @@ def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str
     if not command.step_id and len(open_) == 1:
         step = open_[0]
     if step is None:
+        known = run.steps.get(command.step_id)
+        if known is not None and known.status in states.STEP_TERMINAL:
+            reason = f"{command.step_id} is over ({known.status}) and waits for nothing any more; open: {names}"
+            return _refused(command, f"no_such_{what}", reason)
         named = f" {command.step_id!r}" if command.step_id else " that is meant for certain" if open_ else ""
         return _refused(command, f"no_such_{what}", f"no open {what}{named}; open: {names}")
     asked = step.approval
@@ -214,12 +222,16 @@ def _respond(run: RunState, command: RunCommand) -> Events:
         return _outcome_known(run, step, command)
     wait = step.wait
     assert wait is not None  # noqa: S101 - it is no approval
-    if wait.kind == waits.ASK:
-        value = canonical.loads(command.value)
-        problem = waits.answer_problem(value, wait.choices, wait.free_text, wait.schema)
-        if problem is not None:
-            return [_refused(command, "invalid_answer", f"{step.step_id}: {problem}; the question stays open")]
+    problem = _answer_problem(wait, canonical.loads(command.value))
+    if problem is not None:
+        return [_refused(command, "invalid_answer", f"{step.step_id}: {problem}; the question stays open")]
     return waiting.answered(run, step, command.value, command.command_id, command.by, command.reason)
+
+
+def _answer_problem(wait: ev.WaitStarted, value: Any) -> str | None:
+    if wait.kind == waits.ASK:
+        return waits.answer_problem(value, wait.choices, wait.free_text, wait.schema)
+    return waits.output_problem(value, wait.schema) if wait.kind == waits.OUTSIDE else None
 
 
 def _answerable(run: RunState) -> list[StepState]:

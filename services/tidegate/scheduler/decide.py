@@ -253,7 +253,7 @@ def on_error(run: RunState, record: GateDecision | StepResult, error: Exception)
 
     Nothing if the input concerns no open step: then there is nothing that could wait.
     """
-    reason = error_reason(record, error)
+    reason = error_reason(type(record).__name__, error)
     names = [(record.step_id, record.attempt)] if isinstance(record, StepResult) else []
     if isinstance(record, GateDecision):
         names = [(item.step_id, item.attempt) for item in record.items]
@@ -269,9 +269,9 @@ def on_error(run: RunState, record: GateDecision | StepResult, error: Exception)
     return []
 
 
-def error_reason(record: Any, error: Exception) -> str:
-    """Return what a run is told of a defect of ours."""
-    return f"deciding on a {type(record).__name__} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
+def error_reason(what: str, error: Exception) -> str:
+    """Return what a run is told of a defect of ours. what: the kind of input that was decided on."""
+    return f"deciding on a {what} failed: {type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
 
 
 def _is_foreign(step: StepState, result: StepResult) -> bool:
@@ -355,12 +355,12 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int)
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
     settings = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
     failure = retries.Failure(result.error_class, result.retryable, result.retry_after_ms)
-    verdict = retries.judge(settings, failure, step.rule_failures, step.failures, _jitter(run.run_id, step))
-    retry_at_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
-    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, retry_at_ms)
+    verdict = retries.judge(settings, failure, dict(step.rule_failures), step.failures, _jitter(run.run_id, step))
+    due_ms = None if verdict.wait_ms is None else now_ms + verdict.wait_ms
+    ended = _ended(step, result.attempt, outcome, result.error_class, result.error_message, result, due_ms)
     if verdict.rule:
         ended = msgspec.structs.replace(ended, retry_rule=verdict.rule)
-    if retry_at_ms is not None:
+    if due_ms is not None:
         return [ended]
     reason = f"{result.error_class}: {result.error_message}"
     if verdict.code == retries.EXHAUSTED:

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import structlog
 
+from tidegate.domain import progress, states
 from tidegate.domain import run_events as ev
-from tidegate.domain import states
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import partition_of
@@ -101,7 +101,7 @@ def _decide(run: RunState, record: RunCommand | GateDecision | StepResult, now_m
 
 def _on_error(run: RunState, record: RunCommand | GateDecision | StepResult, error: Exception) -> list[Any]:
     if isinstance(record, RunCommand):
-        return commands.on_error(run, record, decide.error_reason(record, error))
+        return commands.on_error(run, record, decide.error_reason(type(record).__name__, error))
     return decide.on_error(run, record, error)
 
 
@@ -152,12 +152,20 @@ class SchedulerMachine:
         while state.timers and state.timers[0][0] <= now_ms:
             due_ms, run_id, step_id, attempt = state.timers[0]
             run = state.find(run_id)
-            events = decide.on_timer(run, step_id, attempt, now_ms) if run is not None else []
+            events = [] if run is None else self._on_timer(run, step_id, attempt, now_ms)
             if events and run is not None:
-                finished = holding.finished(run, events, self._controls, now_ms)
-                return f"timer:{due_ms}:{step_id}:{attempt}", Decision(run_id, run.account, finished)
+                return f"timer:{due_ms}:{step_id}:{attempt}", Decision(run_id, run.account, events)
             heapq.heappop(state.timers)
         return self._release(state, tables)
+
+    def _on_timer(self, run: RunState, step_id: str, attempt: int, now_ms: int) -> list[Any]:
+        """Return what a timer causes. What cannot be decided ends its run: raised, it would end every owner that comes to it."""
+        try:
+            events = decide.on_timer(run, step_id, attempt, now_ms)
+            return holding.finished(run, events, self._controls, now_ms)
+        except Exception as error:
+            _log.exception("decision failed: the run is told", run_id=run.run_id, step_id=step_id)
+            return progress.broken(run, None, f"step {step_id}: {decide.error_reason(_TIMER, error)}")
 
     def _release(self, state: RunsOfPartition, tables: Tables) -> tuple[str, Decision] | None:
         for run_ids in self._releasable(state):
@@ -294,6 +302,7 @@ class SchedulerMachine:
         self._controls.take(key, row, is_unknown=isinstance(row, Unreadable))
 
 
+_TIMER: Final = "timer"
 _INPUTS: Final = (RunCommand, GateDecision, StepResult)
 _TIMED: Final = (ev.AttemptEnded, ev.ApprovalRequested, ev.WaitStarted)
 _HOLDING: Final = (ev.AttemptHeld, ev.StepReady)

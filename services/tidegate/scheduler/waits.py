@@ -12,6 +12,7 @@ DUE: Final = "due"
 SIGNALLED: Final = "signalled"
 ANSWERED: Final = "answered"
 TIMED_OUT: Final = "timed_out"
+REJECTED: Final = "rejected"
 
 MAX_KEPT_SIGNALS: Final = 100
 MAX_KEPT_CHARACTERS: Final = 1024 * 1024
@@ -64,6 +65,14 @@ def answered(run: RunState, step: StepState, value: str, command_id: str, by: st
     """Return what follows from a good answer, canonical JSON, to an open wait."""
     ended = ev.WaitEnded(step_id=step.step_id, outcome=ANSWERED, command_id=command_id, by=by, reason=reason)
     return [ended, *_succeeded(run, step, value, by or "a human")]
+
+
+def rejected(run: RunState, step: StepState, command_id: str, by: str, reason: str) -> Events:
+    """Return what follows when whoever was to do an outside tool could not: the agent that called it is told."""
+    ended = ev.WaitEnded(step_id=step.step_id, outcome=REJECTED, command_id=command_id, by=by, reason=reason)
+    said = f"rejected by {by or 'a human'}" + (f": {reason}" if reason else "")
+    failed = ev.StepFailed(step_id=step.step_id, code="rejected", reason=said)
+    return [ended, failed, *progress.after_failure(run, step, "rejected", said)]
 
 
 def signalled(run: RunState, step: StepState, payload: str) -> Events:
@@ -133,4 +142,6 @@ def described(wait: ev.WaitStarted) -> str:
         return f"event {wait.event!r}" + (f" with key {wait.key!r}" if wait.key else "")
     if wait.kind == waits.ASK:
         return f"an answer to {wait.prompt[:200]!r}"
+    if wait.kind == waits.OUTSIDE:
+        return f"an answer to the call of the outside tool {wait.function}"
     return f"until {wait.due_ms} (Unix milliseconds)"

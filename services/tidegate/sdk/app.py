@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypedDict, TypeVar, Unpack, overload
 
-from tidegate.domain import canonical
+import jsonschema
+
+from tidegate.domain import canonical, retries
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.isolation import IN_PROCESS, ISOLATIONS, SUBPROCESS
 from tidegate.domain.messages import FunctionDetail
 from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_definition
 from tidegate.sdk.binding import AGENT, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, GraphError
-from tidegate.sdk.graph import Graph, GraphOptions
+from tidegate.sdk.graph import Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
 DEFAULT_TIMEOUT_S: Final = 30.0
@@ -23,6 +26,9 @@ DEFAULT_AGENT_TIMEOUT_S: Final = 120.0
 DEFAULT_RETRIES: Final = 4
 
 F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_OUTSIDE_TIMEOUT_S: Final = 24 * 3600.0
+MAX_OUTSIDE_TIMEOUT_S: Final = 7 * 24 * 3600.0
+
 Reference = str | Callable[..., Any]
 ErrorClasses = Sequence[str | type[BaseException]]
 
@@ -38,15 +44,23 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "cost_micros": 0,
     "retry_on": (),
     "no_retry_on": (),
+    "retry_rules": (),
     "provider": "",
     "model": "",
     "operation": "",
     "prefer": "",
     "max_input_tokens": 0,
     "max_output_tokens": 0,
+    "isolation": IN_PROCESS,
+    "memory_mib": 0,
+    "cpu_millis": 0,
+    "image": "",
+    "output_max_bytes": 0,
 }
 
 
+_COUNTS: Final = ("max_input_tokens", "max_output_tokens", "memory_mib", "cpu_millis", "output_max_bytes")
+_MAX_IMAGE: Final = 512
 _LABELS: Final = ("provider", "model", "operation", "prefer")
 _MAX_LABEL: Final = 128
 
@@ -57,11 +71,16 @@ class Options(TypedDict, total=False):
     name: instead of the function's own. timeout_s: how long one attempt may take (30). retries: how often it may be repeated
     after the first attempt failed (4), after `backoff_s` (0.2), then each time `backoff_factor` (2.0) times as long, at most
     `backoff_max_s` (60). retry_on, no_retry_on: exceptions, or names of their classes, after which alone, or after which never,
-    it is repeated; a subclass must be named itself. idempotent (True): if False, an attempt of unknown outcome is not repeated
-    unless a human says so. cost_micros (0): what is set aside before it runs, in micro-dollars. queue: whose executors run it;
-    the app's if not given. provider, model, operation: what it uses, for rules and limits to look at. prefer: an instance that
-    should run it if it has a free slot. max_input_tokens, max_output_tokens (0): the most that one attempt uses of its model;
-    with them, and without cost_micros, the price table says what is set aside.
+    it is repeated; a subclass must be named itself. retry_rules: other patience for some classes, see `RetryRule`. idempotent
+    (True): if False, an attempt of unknown outcome is not repeated unless a human says so. cost_micros (0): what is set aside
+    before it runs, in micro-dollars. queue: whose executors run it; the app's if not given. provider, model, operation: what it
+    uses, for rules and limits to look at. prefer: an instance that should run it if it has a free slot. max_input_tokens,
+    max_output_tokens (0): the most that one attempt uses of its model; with them, and without cost_micros, the price table says
+    what is set aside. isolation (as usual): `subprocess` or `job`, to have it run in a process or in a Kubernetes Job of its
+    own; a policy may demand more. memory_mib: the most memory that it may use there; cpu_millis, image: thousandths of a
+    processor that a Job asks for, and its image; where not said, and for a Job without memory_mib, the executor's settings
+    count. output_max_bytes: less than the executor takes anyway. These five say how this executor runs the function: no workflow
+    pins them.
     """
 
     name: str
@@ -72,6 +91,7 @@ class Options(TypedDict, total=False):
     backoff_max_s: float
     retry_on: ErrorClasses
     no_retry_on: ErrorClasses
+    retry_rules: Sequence[RetryRule]
     idempotent: bool
     cost_micros: int
     queue: str | None
@@ -81,6 +101,11 @@ class Options(TypedDict, total=False):
     prefer: str
     max_input_tokens: int
     max_output_tokens: int
+    isolation: str
+    memory_mib: int
+    cpu_millis: int
+    image: str
+    output_max_bytes: int
 
 
 class AgentOptions(Options, total=False):
@@ -94,8 +119,38 @@ class AgentOptions(Options, total=False):
 
 
 @dataclass(frozen=True, slots=True)
+class RetryRule:
+    """How a function is repeated after errors of these classes (exceptions, or names), counted apart from all others.
+
+    retries: how often; then the step fails. What is None is as the function itself says. name: what the log calls the rule; its
+    first class if there is none. An error with `retry_after_s` is in any case left alone for so long.
+    """
+
+    on: ErrorClasses
+    retries: int | None = None
+    backoff_s: float | None = None
+    backoff_factor: float | None = None
+    backoff_max_s: float | None = None
+    name: str = ""
+
+    def to_definition(self) -> dict[str, Any]:
+        """Return the rule as a definition names it. Raises AppError."""
+        settings = {
+            "name": self.name or None,
+            "max_attempts": None if self.retries is None else self.retries + 1,
+            "backoff_ms": None if self.backoff_s is None else round(self.backoff_s * 1000),
+            "backoff_factor": self.backoff_factor,
+            "backoff_max_ms": None if self.backoff_max_s is None else round(self.backoff_max_s * 1000),
+        }
+        said = {name: value for name, value in settings.items() if value is not None}
+        return {"on": list(_class_names("a retry rule's `on`", self.on)), **said}
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
-    """How calls of a function are run. They are pinned into the definitions of the workflows that use it."""
+    """How calls of a function are run. They are pinned into the definitions of the workflows that use it, but for what only
+    its executor needs: isolation, memory_mib, cpu_millis, image, output_max_bytes.
+    """
 
     queue: str
     timeout_s: float
@@ -113,12 +168,22 @@ class Settings:
     max_output_tokens: int = 0
     retry_on: tuple[str, ...] = ()
     no_retry_on: tuple[str, ...] = ()
+    retry_rules: tuple[RetryRule, ...] = ()
+    isolation: str = IN_PROCESS
+    memory_mib: int = 0
+    cpu_millis: int = 0
+    image: str = ""
+    output_max_bytes: int = 0
 
     def to_definition(self) -> dict[str, Any]:
         """Return the settings as a definition names them. What was not said is left out: the hashes of older ones stay."""
-        classes = {"retry_on": list(self.retry_on), "no_retry_on": list(self.no_retry_on)}
+        lists = {
+            "retry_on": list(self.retry_on),
+            "no_retry_on": list(self.no_retry_on),
+            "retry_rules": [rule.to_definition() for rule in self.retry_rules],
+        }
         return {
-            **{name: names for name, names in classes.items() if names},
+            **{name: listed for name, listed in lists.items() if listed},
             "queue": self.queue,
             "timeout_ms": round(self.timeout_s * 1000),
             "max_attempts": self.retries + 1,
@@ -190,6 +255,7 @@ class App:
         self.name = _checked_name("app", name)
         self.queue = _checked_name("queue", queue)
         self._functions: dict[str, Function] = {}
+        self._outside: dict[str, dict[str, Any]] = {}
         self._names: dict[int, str] = {}
         self._graphs: list[Graph] = []
 
@@ -223,6 +289,39 @@ class App:
         """Register a function State -> Plan; a returned value that is no Plan is its final output. See `AgentOptions`."""
         return self._decorate(AGENT, function, options)
 
+    def outside_tool(
+        self,
+        name: str,
+        *,
+        description: str = "",
+        parameters: Schema = True,
+        output: Schema = True,
+        timeout_s: float = DEFAULT_OUTSIDE_TIMEOUT_S,
+    ) -> str:
+        """Declare a tool that agents may call and that is done elsewhere: a call waits until its answer is posted.
+
+        parameters, output: JSON Schemas, or pydantic models, that the arguments and the answer must fit. timeout_s: how long an
+        answer is waited for (a day); then the agent is told that none came. Returns the name, for `tools`. Raises AppError.
+        """
+        _checked_name(TOOL, name)
+        if not 0.001 <= timeout_s <= MAX_OUTSIDE_TIMEOUT_S:
+            raise AppError(f"tool {name!r}: timeout_s must be from 0.001 to {MAX_OUTSIDE_TIMEOUT_S}")
+        schemas = {"parameters": schema_of(parameters), "output": schema_of(output)}
+        self._refuse_taken(TOOL, name)
+        self._outside[name] = {
+            "kind": TOOL,
+            "outside": True,
+            "timeout_ms": round(timeout_s * 1000),
+            "description": description,
+            **{field: schema for field, schema in schemas.items() if schema is not True},
+        }
+        return name
+
+    @property
+    def outside_tools(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the tools that are done elsewhere, as definitions pin them, by name."""
+        return self._outside
+
     def _decorate(self, kind: str, function: F | None, options: dict[str, Any]) -> F | Callable[[F], F]:
         tools = tuple(self._tool_name(tool) for tool in options.pop("tools", ()))
         max_steps = options.pop("max_steps", DEFAULT_MAX_STEPS)
@@ -237,13 +336,14 @@ class App:
         return register if function is None else register(function)
 
     def _add(self, function: Function) -> None:
-        if function.name in self._functions:
-            there = self._functions[function.name]
-            raise AppError(
-                f"{function.kind} {function.name!r}: app {self.name!r} has a {there.kind} of that name already"
-            )
+        self._refuse_taken(function.kind, function.name)
         self._functions[function.name] = function
         self._names[id(function.call)] = function.name
+
+    def _refuse_taken(self, kind: str, name: str) -> None:
+        there = self._functions[name].kind if name in self._functions else TOOL if name in self._outside else ""
+        if there:
+            raise AppError(f"{kind} {name!r}: app {self.name!r} has a {there} of that name already")
 
     def _tool_name(self, tool: Reference) -> str:
         name = tool if isinstance(tool, str) else self.name_of(tool)
@@ -363,9 +463,11 @@ class App:
 
     def _pinned(self, names: Any) -> dict[str, Any]:
         used = {name: self._functions[name] for name in names if name in self._functions}
-        for function in list(used.values()):
-            used |= {tool: self._functions[tool] for tool in function.tools if tool in self._functions}
-        return {name: used[name].to_definition() for name in sorted(used)}
+        called = {tool for function in used.values() for tool in function.tools}
+        used |= {tool: self._functions[tool] for tool in called if tool in self._functions}
+        pinned = {name: function.to_definition() for name, function in used.items()}
+        pinned |= {tool: self._outside[tool] for tool in called if tool in self._outside}
+        return dict(sorted(pinned.items()))
 
 
 def _checked_name(what: str, name: str) -> str:
@@ -377,6 +479,10 @@ def _checked_name(what: str, name: str) -> str:
 def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
     for option in ("retry_on", "no_retry_on"):
         options[option] = _class_names(f"{kind} {name!r}: {option}", options.get(option, ()))
+    rules = options.get("retry_rules", ())
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, RetryRule) for rule in rules):
+        raise AppError(f"{kind} {name!r}: retry_rules must be a list of RetryRule")
+    options["retry_rules"] = tuple(rules)
     defaults = {**_DEFAULTS, "timeout_s": DEFAULT_AGENT_TIMEOUT_S if kind == AGENT else DEFAULT_TIMEOUT_S}
     settings = Settings(**{**defaults, **options})
     problems = [
@@ -388,8 +494,10 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
             (not settings.backoff_factor >= 1, "backoff_factor must be at least 1"),
             (not settings.backoff_max_s >= settings.backoff_s, "backoff_max_s must be at least backoff_s"),
             (not settings.cost_micros >= 0, "cost_micros must be at least 0"),
-            (not settings.max_input_tokens >= 0, "max_input_tokens must be at least 0"),
-            (not settings.max_output_tokens >= 0, "max_output_tokens must be at least 0"),
+            *((not getattr(settings, count) >= 0, f"{count} must be at least 0") for count in _COUNTS),
+            (settings.isolation not in ISOLATIONS, "isolation must be subprocess or job"),
+            (settings.image and settings.isolation == SUBPROCESS, "image is for isolation job"),
+            (not isinstance(settings.image, str) or len(settings.image) > _MAX_IMAGE, "image must be an image's name"),
             *(
                 (
                     not isinstance(text, str) or len(text) > _MAX_LABEL,
@@ -401,10 +509,22 @@ def _settings(kind: str, name: str, options: dict[str, Any]) -> Settings:
         )
         if wrong
     ]
+    problems = problems or _retry_problems(settings)
     if problems:
         raise AppError(f"{kind} {name!r}: {'; '.join(problems)}")
     _checked_name("queue", settings.queue)
     return settings
+
+
+def _retry_problems(settings: Settings) -> list[str]:
+    """Return what is wrong with the lists and rules of error classes, by the schema that definitions are judged by."""
+    said = {name: found for name, found in settings.to_definition().items() if name in retries.PROPERTIES}
+    schema = {"type": "object", "properties": retries.PROPERTIES}
+    shape = [
+        f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
+        for error in jsonschema.Draft202012Validator(schema).iter_errors(said)
+    ]
+    return shape or [problem.lstrip(".") for problem in retries.problems(said, "")]
 
 
 def _class_names(where: str, classes: ErrorClasses) -> tuple[str, ...]:

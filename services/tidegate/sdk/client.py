@@ -16,6 +16,7 @@ from tidegate.domain import canonical
 from tidegate.domain.controls import is_control_key
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.domain.messages import Control, WorkflowPublished
+from tidegate.domain.run import RunState
 from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
@@ -164,11 +165,15 @@ class Client:
 
     def get(self, run_id: str) -> Run:
         """Return the run as it stands now. Raises RunNotFoundError."""
+        return self.get_folded(run_id)[0]
+
+    def get_folded(self, run_id: str) -> tuple[Run, RunState]:
+        """Return the run as it stands now, and all that its events fold to. Raises RunNotFoundError."""
         reader = RunReader(run_id)
         reader.read(self._present(run_id))
         if not reader.exists:
             raise RunNotFoundError(f"the log has no run {run_id}")
-        return reader.run()
+        return reader.run(), reader.state
 
     def events(self, run_id: str, *, follow: bool = False) -> Iterator[Event]:
         """Yield the run's events; with `follow` also those to come, until the run is over. Blocks between them.

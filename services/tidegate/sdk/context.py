@@ -15,7 +15,12 @@ from tidegate.sdk.errors import OutsideStepError
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """The attempt that a function runs for. `deadline`: when the attempt is taken as timed out."""
+    """The attempt that a function runs for. `deadline`: when the attempt is taken as timed out.
+
+    provider, model, operation: what the function was declared to use. agent: whose turn it is, or who called the tool. rule,
+    policy: what allowed the attempt (`name`, `name@version`); `default` and empty if no rule was about it. reserved_micros: what is
+    set aside for it, in micro-dollars.
+    """
 
     run_id: str
     step_id: str
@@ -24,6 +29,13 @@ class StepContext:
     function: str
     idempotency_key: str
     deadline: datetime.datetime
+    provider: str = ""
+    model: str = ""
+    operation: str = ""
+    agent: str = ""
+    rule: str = ""
+    policy: str = ""
+    reserved_micros: int = 0
 
     def remaining_s(self) -> float:
         """Return the seconds left until the deadline, by this machine's clock; negative beyond it."""
@@ -66,6 +78,11 @@ class Meter:
         with self._lock:
             for name, count in counts.items():
                 self._usage[name] = _sum(self._usage.get(name, 0), count, f"usage {name!r}")
+
+    def take_over(self, cost_micros: int | None, usage: Mapping[str, int]) -> None:
+        """Hold what another meter holds: that of the process in which the function runs."""
+        with self._lock:
+            self._cost_micros, self._usage = cost_micros, dict(usage)
 
 
 def _is_count(value: object) -> bool:

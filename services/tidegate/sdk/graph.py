@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Reference = str | Callable[..., Any]
 Resolve = Callable[[Reference], tuple[str, str] | None]
 Join = Literal["all", "any"] | int
+Schema = Mapping[str, Any] | bool | type[pydantic.BaseModel]
 
 
 class _Unset:
@@ -26,6 +27,11 @@ class _Unset:
 
 
 UNSET: Final = _Unset()
+
+
+def schema_of(schema: Schema) -> Mapping[str, Any] | bool:
+    """Return a JSON Schema: the one given, or that of a pydantic model."""
+    return schema.model_json_schema() if isinstance(schema, type) else schema
 
 
 class GraphOptions(TypedDict, total=False):
@@ -174,7 +180,7 @@ class Graph:
         *,
         choices: Sequence[str] | str | _Unset = UNSET,
         free_text: bool | _Unset = UNSET,
-        schema: Mapping[str, Any] | bool | type[pydantic.BaseModel] | _Unset = UNSET,
+        schema: Schema | _Unset = UNSET,
         **timeout: Any,
     ) -> Graph:
         """Add a node that asks a person; the answer is the output.
@@ -183,8 +189,7 @@ class Graph:
         JSON Schema, or a pydantic model, that every answer must fit. timeout: `timeout_s`, after which the wait is given up;
         then the run fails, or goes on with `timeout_value` if that is given.
         """
-        is_model = isinstance(schema, type) and issubclass(schema, pydantic.BaseModel)
-        fits = schema.model_json_schema() if is_model else schema  # type: ignore[union-attr]  # narrowed by is_model
+        fits = schema if isinstance(schema, _Unset) else schema_of(schema)
         given = list(choices) if isinstance(choices, tuple | list) else choices
         return self._wait(
             node_id, waits.ASK, timeout, UNSET, prompt=prompt, choices=given, free_text=free_text, schema=fits
@@ -247,10 +252,9 @@ class Graph:
         self._output = template
         return self
 
-    def input_schema(self, schema: Mapping[str, Any] | bool | type[pydantic.BaseModel]) -> Graph:
+    def input_schema(self, schema: Schema) -> Graph:
         """Say what a run's input must look like: a JSON Schema, or a pydantic model that has one."""
-        is_model = isinstance(schema, type) and issubclass(schema, pydantic.BaseModel)
-        self._input_schema = schema.model_json_schema() if is_model else schema  # type: ignore[union-attr]  # narrowed by is_model
+        self._input_schema = schema_of(schema)
         return self
 
     def to_definition(self, resolve: Resolve) -> tuple[dict[str, Any], list[str]]:

@@ -51,10 +51,11 @@ class Approval(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """What a step waits for. kind: `ask`, `wait_event`, `wait_until` or `sleep`.
+    """What a step waits for. kind: `ask`, `wait_event`, `wait_until`, `sleep`, or `outside`: a tool that somebody outside does.
 
-    prompt, choices, free_text, schema: of a question; schema is JSON, None for none. event, key: of an event. due_ms: when a
-    time comes; timeout_at_ms: when it is given up. Both are Unix milliseconds, 0 for never.
+    prompt, choices, free_text, schema: of a question; schema is JSON, None for none. event, key: of an event. function,
+    arguments: of an outside tool, with its description as prompt, the model's id of the call as key, and as schema what the
+    answer must fit. due_ms: when a time comes; timeout_at_ms: when it is given up. Both are Unix milliseconds, 0 for never.
     """
 
     step_id: str
@@ -67,6 +68,8 @@ class Wait(NamedTuple):
     key: str
     due_ms: int
     timeout_at_ms: int
+    function: str = ""
+    arguments: Any = None
 
 
 class Run(NamedTuple):
@@ -101,7 +104,7 @@ class Run(NamedTuple):
     @property
     def needs_human(self) -> bool:
         """Tell whether it waits for somebody to approve, reject or answer."""
-        return bool(self.approvals) or any(wait.kind == waits.ASK for wait in self.waits)
+        return bool(self.approvals) or any(wait.kind in (waits.ASK, waits.OUTSIDE) for wait in self.waits)
 
 
 class ValidEntries:
@@ -143,6 +146,11 @@ class RunReader:
         self._spent_micros = 0
         self.answered: set[str] = set()
         """The ids of the commands that the run has answered."""
+
+    @property
+    def state(self) -> RunState:
+        """Return the folded run, which goes on changing as more is read."""
+        return self._state
 
     @property
     def exists(self) -> bool:
@@ -213,4 +221,6 @@ def _wait(started: ev.WaitStarted) -> Wait:
         key=started.key,
         due_ms=started.due_ms or 0,
         timeout_at_ms=started.timeout_at_ms or 0,
+        function=started.function,
+        arguments=canonical.loads(started.input) if started.kind == waits.OUTSIDE else None,
     )

@@ -76,6 +76,7 @@ def test_one_command_says_why(shell: Shell) -> None:
     said = shell(why.app, "r", "c")
     assert said.exit_code == 0, said.output
     assert "c#1  denied: no c; by shop@7/never-c" in said.stdout
+    assert 'input from nodes.b\n    it was {"ok": true}' in said.stdout
     assert 'it looked at {"account":"acme","step":"c"}' in said.stdout
     shell.cluster.start_run("t", "a")
     shell.cluster.settle()

@@ -133,6 +133,22 @@ def test_what_a_run_waits_for_is_told_with_how_to_answer_it() -> None:
         timeout_at_ms=0,
         since_ms=0,
     )
+    outside = OpenWait(
+        step_id="o",
+        kind="outside",
+        prompt="what it costs",
+        choices=[],
+        event="",
+        key="c1",
+        due_ms=0,
+        timeout_at_ms=0,
+        since_ms=0,
+        function="quote",
+        arguments='{"item":"tea"}',
+    )
+    line, how, *_ = run_output.changes(body(), body("waiting", waits={"o": outside}, waiting_count=1))
+    assert line.plain == '  o waits for an answer of quote({"item":"tea"})'
+    assert "tidegate runs respond r o --value JSON" in how.plain
     shown = body("waiting", waits={"w": asked, "e": event}, waiting_count=2, paused=True)
     told = [line.plain for line in run_output.changes(body(), shown)]
     assert told[0] == "  w asks: Ship it? (yes, no)"
@@ -155,6 +171,7 @@ def test_what_a_run_waits_for_is_told_with_how_to_answer_it() -> None:
     ("event", "says"),
     [
         (ev.WaitEnded(step_id="w", outcome="answered", command_id="c"), "answered: w of run r"),
+        (ev.WaitEnded(step_id="w", outcome="rejected", command_id="c"), "rejected: w of run r"),
         (_signal("w"), "paid: ends the wait of w"),
         (_signal(""), "paid: kept for what will wait for it"),
         (ev.RunPaused(command_id="c", by="", reason=""), "run r is paused"),

@@ -9,6 +9,7 @@ import pytest
 from support.pure import Pair, chain, step
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import EndedIncarnation
+from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import validate_definition
 from tidegate.scheduler import waits as waiting
 
@@ -367,3 +368,25 @@ def test_a_definition_that_cannot_wait_is_refused(node: dict[str, Any], problem:
     definition["nodes"]["w"] = node
     found = validate_definition(definition)
     assert any(problem in line for line in found), found
+
+
+@pytest.mark.feature("D3")
+def test_a_timer_that_cannot_be_decided_on_ends_its_run_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised, it would end the owner, and every owner after it that comes to this timer: the partition would be lost."""
+    p = pair()
+    for run_id in ("bad", "good"):
+        p.start(run_id, waiter("sleep", seconds=60))
+    on_due = waiting.on_due
+
+    def broken(run: RunState, step: StepState, now_ms: int) -> list[Any]:
+        if run.run_id == "bad":
+            raise RecursionError("too deep")
+        return on_due(run, step, now_ms)
+
+    monkeypatch.setattr(waiting, "on_due", broken)
+    p.pass_time_with_heartbeats(60_000)
+    bad = p.run("bad")
+    assert (bad.status, bad.code) == ("failed", "internal_error")
+    assert bad.reason.endswith("deciding on a timer failed: RecursionError: too deep")
+    assert {step.status for step in bad.steps.values()} == {"cancelled"}
+    assert ended(p, "good") == "null"

@@ -58,6 +58,7 @@ RUNS: dict[str, list[Event]] = {
         ("RunResumed", {"by": "ann"}),
         about("AttemptRequested", "a", 1, call=CALL),
     ],
+    "outside": [STARTED, wait("a", "outside", function="quote", prompt="what it costs", key="c1")],
     "held-again": [
         STARTED,
         ready("a"),
@@ -133,6 +134,7 @@ def test_steps_say_how_they_stand(store: Store) -> None:
         "answered": ("succeeded", 0, "ask"),
         "asking": ("waiting", 0, "ask"),
         "listening": ("waiting", 0, "wait_event"),
+        "outside": ("waiting", 0, "outside"),
         "sleeping": ("waiting", 0, "sleep"),
         "held": ("held", 0, "step"),
         "resumed": ("requested", 1, "step"),
@@ -158,6 +160,7 @@ def test_waits_say_what_for_until_when_and_why(store: Store) -> None:
     assert {row[0]: row[1:] for row in store.rows(query)} == {
         "asking": ("answer", 7_000_000, "which?"),
         "listening": ("event", None, "paid o-1"),
+        "outside": ("answer", None, "what it costs"),
         "sleeping": ("time", 8_000_000, " "),
         "held": ("resume", None, ""),
         "held-again": ("resume", None, ""),
@@ -176,6 +179,7 @@ def test_runs_wait_and_are_paused(store: Store) -> None:
     assert {run_id for run_id, (status, _) in shown.items() if status == "waiting"} == {
         "asking",
         "listening",
+        "outside",
         "sleeping",
     }
     assert {run_id: paused for run_id, (_, paused) in shown.items() if paused} == {"held": "paused by ann"}

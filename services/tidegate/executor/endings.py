@@ -1,0 +1,130 @@
+"""How a function ended: what it returned or raised as data, the same whether it ran in this process, in another, or in a Job."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.domain import canonical
+from tidegate.domain.retries import MAX_RETRY_AFTER_MS
+from tidegate.executor import results
+from tidegate.sdk import json_form
+from tidegate.sdk.binding import AGENT, STEP
+from tidegate.sdk.context import Meter
+from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
+from tidegate.sdk.plan import Goto, plan_of
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """How a function ended. outcome: as in a result. output: canonical JSON; goto: the node that it chose, if any.
+
+    error_class, error_message, retryable: of a failure. retry_after_ms: for how long it asks to be left alone.
+    """
+
+    outcome: str
+    output: str = ""
+    goto: str = ""
+    error_class: str = ""
+    error_message: str = ""
+    retryable: bool = True
+    retry_after_ms: int = 0
+
+
+class LeaseLapsedError(RuntimeError):
+    """The lease was not held at the very moment of entering: the function was not entered."""
+
+
+class UnknownFunctionError(LookupError):
+    """The app has no function of that kind and name."""
+
+
+class UnsupportedIsolationError(RuntimeError):
+    """The function is to be run in a way that this executor does not have."""
+
+
+class ErrandTooLargeError(ValueError):
+    """The arguments are larger than what the place where the function is to run can be given."""
+
+
+class OutputTooLargeError(ValueError):
+    """What the function returned is larger than what a result may hold."""
+
+
+# What repeating cannot mend. The names are part of the results, and so of the log.
+_ERROR_CLASSES: Final[dict[type[BaseException], str]] = {
+    UnknownFunctionError: "UnknownFunction",
+    UnsupportedIsolationError: "UnsupportedIsolation",
+    BadArgumentsError: "BadArguments",
+    NotJsonError: "NotJson",
+    canonical.NotJsonError: "NotJson",
+    ErrandTooLargeError: "ErrandTooLarge",
+    OutputTooLargeError: "OutputTooLarge",
+    LeaseLapsedError: "LeaseLapsed",
+}
+
+
+def returned(kind: str, value: Any, meter: Meter, output_max_bytes: int) -> Ending:
+    """The function of that kind returned. Raises what `raised` makes a failure of, if the value cannot be used."""
+    if inspect.isawaitable(value):
+        raise NotJsonError("output: an awaitable; declare the function with `async def`")
+    goto = ""
+    if kind == AGENT:
+        plan = plan_of(value)
+        if plan.cost_micros is not None:
+            meter.add_cost(plan.cost_micros)
+        meter.add_usage(plan.usage)
+        text = canonical.dumps(plan.to_json())
+    else:
+        if isinstance(value, Goto) and kind == STEP:
+            goto, value = value.node, value.output
+        text = json_form.to_text(value)
+    size = len(text.encode())
+    if size > output_max_bytes:
+        raise OutputTooLargeError(
+            f"the output has {size} bytes as JSON, at most {output_max_bytes} are taken "
+            "(TIDEGATE_EXECUTOR_OUTPUT_MAX_BYTES, or the function's output_max_bytes); keep it elsewhere and return where"
+        )
+    return Ending(outcome=results.SUCCEEDED, output=text, goto=goto)
+
+
+def raised(error: BaseException, *, has_returned: bool) -> Ending:
+    """The function raised, or could not be called, or what it returned cannot be used: then repeating it cannot help."""
+    return Ending(
+        outcome=results.FAILED,
+        error_class=_ERROR_CLASSES.get(type(error), type(error).__name__),
+        error_message=results.bounded(_message_of(error)),
+        retryable=not (has_returned or isinstance(error, (NonRetryable, *_ERROR_CLASSES))),
+        retry_after_ms=_retry_after_ms(error),
+    )
+
+
+def not_started(reason: str) -> Ending:
+    """The function was not entered, and it is certain that it will not be: it may be tried again, idempotent or not."""
+    return Ending(outcome=results.FAILED, error_class="NotStarted", error_message=results.bounded(reason))
+
+
+def died(reason: str, *, idempotent: bool) -> Ending:
+    """Where the function ran ended without an answer. It may have had its effect."""
+    if not idempotent:
+        reason += "; it may have had its effect, and is not idempotent"
+    return Ending(
+        outcome=results.FAILED, error_class="Died", error_message=results.bounded(reason), retryable=idempotent
+    )
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:  # an exception that cannot even say what it is
+        return f"(its message cannot be read: {type(broken).__name__})"
+
+
+def _retry_after_ms(error: BaseException) -> int:
+    """Return for how long an exception asks to be left alone: its `retry_after_s`, if that is a number of seconds."""
+    after_s = getattr(error, "retry_after_s", None)
+    if not isinstance(after_s, int | float) or isinstance(after_s, bool) or not 0 < after_s < MAX_RETRY_AFTER_MS:
+        return 0
+    return min(math.ceil(after_s * 1000), MAX_RETRY_AFTER_MS)

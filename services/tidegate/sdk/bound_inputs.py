@@ -1,0 +1,123 @@
+"""How the input of a step came about: which expression, reading what, gave which part of it. Read from a folded run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tidegate.domain import canonical, expressions
+from tidegate.domain.identity import agent_turn_step, visit_path
+from tidegate.domain.run import RunState, StepState
+from tidegate.domain.workflow import Node, Workflow
+
+
+class BoundInput(NamedTuple):
+    """A part of a step's input. part: where it stands in it, empty for all of it. expression: what gave it, empty if none did.
+    sources: what that looked at, such as `input` or `nodes.look_up`. value: what it was.
+    """
+
+    part: str
+    expression: str
+    sources: tuple[str, ...]
+    value: Any
+
+
+def bound_inputs(run: RunState, step_id: str) -> list[BoundInput]:
+    """Return how a step's input was bound, in the order of its template. Raises KeyError if the run has no such step."""
+    step = run.steps[step_id]
+    workflow = run.workflow
+    assert workflow is not None  # noqa: S101 - a run that has steps has a workflow
+    value = canonical.loads(step.call.arguments)
+    plan_step_id, _, tool = step_id.rpartition("/tool:")
+    if step.call.kind == "tool" and tool:
+        return [BoundInput("", "", (f"the plan of {plan_step_id}",), value)]
+    node = workflow.document.nodes[step.node_id]
+    if step.call.kind == "agent" and isinstance(value, dict):
+        path, _, turn = step_id.rpartition("/")
+        if turn != "1":
+            first = f"input of {agent_turn_step(path, 1)}"
+            return [
+                BoundInput("input", "", (first,), value.get("input")),
+                BoundInput(
+                    "history", "", (f"plans and tool calls of {path} before turn {turn}",), value.get("history")
+                ),
+            ]
+        value = value.get("input")
+    if step.wait is not None:
+        return list(_of_wait(step, node))
+    return list(_of_node(run, workflow, step, node, value))
+
+
+def _of_node(run: RunState, workflow: Workflow, step: StepState, node: Node, value: Any) -> Iterator[BoundInput]:
+    if node.kind == "map" and node.over:
+        over = expressions.source_of(node.over)
+        if node.input is msgspec.UNSET:
+            yield BoundInput("", over, (*_sources(over), "item"), value)
+            return
+        yield BoundInput("item", over, _sources(over), None)
+    if node.input is not msgspec.UNSET:
+        yield from _of_template(node.input, value, "")
+        return
+    yield BoundInput("", "", _default_sources(run, workflow, step), value)
+
+
+def _default_sources(run: RunState, workflow: Workflow, step: StepState) -> tuple[str, ...]:
+    """Return what a node gets that says nothing about its input."""
+    state = run.nodes.get(step.node_id)
+    visit = 1 if state is None else state.visit
+    came_back = any(target == step.node_id for _, target in workflow.form.loops)
+    if came_back and visit > 1 and step.step_id.startswith(visit_path(step.node_id, visit)):
+        return tuple(f"nodes.{router}" for router, target in workflow.form.loops if target == step.node_id)
+    before = workflow.predecessors[step.node_id]
+    used = before if state is None or state.used is None else state.used
+    return tuple(f"nodes.{name}" for name in used) or ("input",)
+
+
+def _of_wait(step: StepState, node: Node) -> Iterator[BoundInput]:
+    """Yield what the settings of a wait were bound to; the recorded values are those of `WaitStarted`."""
+    assert step.wait is not None  # noqa: S101 - the caller has looked
+    recorded = {
+        "at": step.wait.due_ms,
+        "seconds": None if step.wait.after_ms is None else step.wait.after_ms / 1000,
+        "timeout_s": None if step.wait.timeout_ms is None else step.wait.timeout_ms / 1000,
+        "timeout_value": canonical.loads(step.wait.timeout_value),
+        "choices": list(step.wait.choices),
+        "key": step.wait.key,
+        "prompt": step.wait.prompt,
+    }
+    for name, value in recorded.items():
+        yield from _of_template(getattr(node.wait, name), value, name)
+    if node.input is not msgspec.UNSET:
+        yield from _of_template(node.input, canonical.loads(step.wait.input), "input")
+
+
+def _of_template(template: Any, value: Any, part: str) -> Iterator[BoundInput]:
+    """Yield the expressions of a template with what each gave; constants are not shown, unless there is nothing else."""
+    if isinstance(template, str):
+        if expressions.is_expression(template):
+            source = expressions.source_of(template)
+            yield BoundInput(part, source, _sources(source), value)
+        elif not part:
+            yield BoundInput(part, "", ("the definition",), value)
+    elif isinstance(template, dict):
+        for name, inner in template.items():
+            found = value.get(name) if isinstance(value, dict) else None
+            yield from _of_template(inner, found, f"{part}.{name}" if part else name)
+    elif isinstance(template, list | tuple):
+        for number, inner in enumerate(template):
+            found = value[number] if isinstance(value, list) and number < len(value) else None
+            yield from _of_template(inner, found, f"{part}[{number}]")
+    elif not part:
+        yield BoundInput(part, "", ("the definition",), value)
+
+
+def _sources(expression: str) -> tuple[str, ...]:
+    """Return what an expression looks at, by its text."""
+    nodes = expressions.nodes_read(expression)
+    names = ["nodes"] if nodes is None else sorted(f"nodes.{name}" for name in nodes)
+    return (
+        *(name for name in ("input", "item", "index", "hop", "output") if expressions.reads(expression, name)),
+        *names,
+    )

@@ -1,0 +1,17 @@
+"""The examples of docs/prompts.md are tests themselves: each of them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from support.pages import examples_of
+
+EXAMPLES = examples_of("prompts.md")
+
+
+@pytest.mark.feature("G7")
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
+def test_the_example_passes(example: Callable[[], None]) -> None:
+    example()
