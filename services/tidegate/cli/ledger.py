@@ -39,7 +39,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard outpu
 @dataclass
 class Kept:
     """What a partition of the ledger holds. carried_*: of the last entry that carries its balances forward; 0 and empty if there
-    is none. before_carried: entries that stand before it; older: those of them that are older than they are to be kept."""
+    is none. before_carried: entries that stand before it; older: those of them that are older than they are to be kept. retired:
+    those that have a tombstone and are there only until Kafka compacts; they count nowhere else."""
 
     partition: int
     entries: int = 0
@@ -49,6 +50,7 @@ class Kept:
     carried_for: str = ""
     before_carried: int = 0
     older: int = 0
+    retired: int = 0
 
 
 @app.command()
@@ -99,10 +101,12 @@ def show(as_json: Json = False) -> None:
         typer.echo("nothing is retired: nobody asked for it (`tidegate ledger retire`)")
     else:
         typer.echo(f"{row.by or 'somebody'} asked for it: entries are kept for {keep_s / DAY_S:g} days")
-    table = plain_table("partition", "entries", "oldest", "carried forward", "by", "before that", "to be retired")
+    table = plain_table(
+        "partition", "entries", "oldest", "carried forward", "by", "before that", "to be retired", "retired"
+    )
     for part in found:
         oldest, carried = (said_moment(at_ms) if at_ms else "" for at_ms in (part.oldest_ms, part.carried_ms))
-        counts = (str(part.before_carried), str(part.older if part.carried_ms else 0))
+        counts = (str(part.before_carried), str(part.older if part.carried_ms else 0), str(part.retired))
         table.add_row(str(part.partition), str(part.entries), oldest, carried, part.carried_by, *counts)
     Console().print(table)
 
@@ -120,9 +124,13 @@ def kept(broker: Broker, keep_ms: int | None, now_ms: int | None = None) -> list
 def _of_partition(broker: Broker, partition: int, before_ms: int | None) -> Kept:
     found, tracker = Kept(partition), EpochTracker()
     start, end = broker.offsets(LEDGER, partition)
+    gone = {message.key for message in broker.read(LEDGER, partition, start, end) if message.value is None}
     older = 0
     for message in broker.read(LEDGER, partition, start, end):
         if message.value is None:
+            continue
+        if message.key in gone:
+            found.retired += 1
             continue
         record = codec.decode(message.value)
         if isinstance(record, OwnerAnnounced):

@@ -264,9 +264,9 @@ class GateMachine:
         if now is not before and (isinstance(before, Limit | Queue) or isinstance(now, Limit | Queue)):
             limits = [d for d in documents.values() if isinstance(d, Limit | Queue)]
             self._limits = LimitSet(limits, self._account_partitions, offset + 1)
-        if isinstance(now, Retention) or isinstance(before, Retention):
+        if now is not before and (isinstance(now, Retention) or isinstance(before, Retention)):
             self._retention = now if isinstance(now, Retention) else None
-            self._retention_by = "" if row is None else row.by
+            self._retention_by = row.by if isinstance(row, PolicyPublished) else ""
         for ledger in self._ledgers.values():
             ledger.stirred = True  # there may be room that was not there before
         _log.info("documents in force", changed=key, documents=len(documents))
