@@ -268,6 +268,7 @@ def audit(partitions: Iterable[Iterable[Message]]) -> Books:
     for messages in partitions:
         for message in messages:
             books.read(message)
+    books.problems += books.torn()
     return books
 
 

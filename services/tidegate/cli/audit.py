@@ -50,7 +50,7 @@ def money(
     if run_id is not None and run_id not in books.runs:
         typer.echo(f"the ledger has no run {run_id}: the gate never opened one of that name", err=True)
         raise typer.Exit(2)
-    problems = [problem for problem in (*books.problems, *books.torn()) if run_id in (None, problem.run_id)]
+    problems = [problem for problem in books.problems if run_id in (None, problem.run_id)]
     if as_json:
         typer.echo(json.dumps(_as_json(books, problems, run_id)))
     else:
@@ -71,6 +71,7 @@ def read_books(broker: Broker) -> Books:
             start, end = broker.offsets(LEDGER, partition)
             for message in broker.read(LEDGER, partition, start, end):
                 books.read(message)
+    books.problems += books.torn()
     return books
 
 
