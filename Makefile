@@ -77,8 +77,8 @@ sim-mutants: $(STAMP) ## Take the rules out of the code one by one: the simulati
 bench: $(STAMP) ## W1 to W6: throughput, latency, recovery, restart, rebuild (about three minutes)
 	$(BIN)/tidegate bench
 
-dataset: $(STAMP) ## A million events of real runs, kept in DIR=.tidegate/dataset for `tidegate bench --works W6 --dataset` (EVENTS=…)
-	$(BIN)/python -m tidegate.bench.dataset $(or $(DIR),.tidegate/dataset) --events $(or $(EVENTS),1000000)
+dataset: $(STAMP) ## A day of real runs, a million events, kept in DIR=.tidegate/dataset for `tidegate bench --works W6 --dataset` (RUNS=45000)
+	$(BIN)/python -m tidegate.bench.dataset $(or $(DIR),.tidegate/dataset) --runs $(or $(RUNS),45000)
 
 bench-compare: $(STAMP) ## The same works on BASE=ref and on this tree, turn by turn, with ratios (WORKS=W1,W2 ROUNDS=3)
 	$(BIN)/python tests/benchmarks/compare.py $(BASE) --works $(or $(WORKS),W1,W2) --rounds $(or $(ROUNDS),3)

@@ -140,6 +140,11 @@ admitted = _counter(("scheduler",), "tidegate_admission_requests_total", "Reques
 admission_refused = _counter(
     ("scheduler",), "tidegate_admission_refused_total", "Requests that became dead letters, by code.", "code"
 )
+admission_deleted = _counter(
+    ("scheduler",),
+    "tidegate_admission_deleted_unread_total",
+    "Offsets of the inbox that retention deleted before admission read them: at most so many requests are lost.",
+)
 
 # --- gate ---------------------------------------------------------------------------------------------------------------
 

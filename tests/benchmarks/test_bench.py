@@ -67,20 +67,31 @@ def test_small_works_print_a_json_line_per_figure(tmp_path: Path) -> None:
 @pytest.mark.feature("O1")
 def test_a_dataset_is_made_by_real_runs_and_rebuilt_with_all_panels_timed(tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
-    made = _run("-m", "tidegate.bench.dataset", str(folder), "--events", "1")
+    words = [sys.executable, "-m", "tidegate.bench.dataset", str(folder), "--runs", "150"]
+    killed = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    assert killed.stderr is not None
+    for line in killed.stderr:
+        if line.startswith("dataset: "):  # it has asked for runs, and written down how far it is
+            break
+    killed.kill()
+    killed.communicate(timeout=LIMIT_S)
+    other = _run("-m", "tidegate.bench.dataset", str(folder), "--runs", "151")
+    assert (other.returncode, "was begun with --runs 150" in other.stderr) == (2, True)
+    made = _run(*words[1:])
     assert made.returncode == 0, made.stderr
     note = json.loads(made.stdout)
     assert {path.name for path in folder.iterdir()} == {"kafka", "dataset.json"}
-    assert note["events"] > 100 * 10
-    again = _run("-m", "tidegate.bench.dataset", str(folder))
+    assert note["events"] > 150 * 10
+    again = _run(*words[1:])
     assert (again.returncode, "is not empty" in again.stderr) == (2, True)
 
     done = _run("-m", "tidegate.cli", "bench", "--works", "W6", "--dataset", str(folder))
     assert done.returncode == 0, done.stderr
     figure = json.loads(done.stdout)
-    assert set(figure) == COMMON | KEYS["W6"] | {"panels_ms", "slowest_panel"}
+    assert set(figure) == COMMON | KEYS["W6"] | {"events_per_cpu_s", "panels_ms", "slowest_panel"}
     assert (figure["events"], figure["identical_count"]) == (note["events"], True)
     assert len(figure["panels_ms"]) == sum(len(board.all_panels) for board in BOARDS)
+    assert figure["slowest_panel"] in done.stderr
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tidegate import codec
 from tidegate.codec import avro
+from tidegate.codec.avro import OWNERS_FIELDS
 from tidegate.codec.compiled import UnsupportedSchemaError, make_decoder, make_encoder, read_long, write_long
 from tidegate.domain import ledger_events, messages, run_events
 from tidegate.domain.entry import TAG_FIELD, Entry, OwnerAnnounced, Snapshot
@@ -158,8 +159,16 @@ def test_raw_decoding_shows_the_same_values(kind: str) -> None:
         plain = msgspec.to_builtins(entry, builtin_types=(bytes,))
         plain["events"] = [(item.pop(TAG_FIELD), item) for item in plain["events"]]
         assert with_lists(raw) == with_lists(plain)
+        kept = {field: value for field, value in raw.items() if field not in OWNERS_FIELDS}
+        assert codec.decode_facts(codec.encode_entry(kind, entry)) == (kind, kept)
 
     check()
+
+
+def test_only_entries_are_read_without_what_owners_need() -> None:
+    instance = next(sample for sample in SAMPLES if codec.decode_raw(sample)[0] == "Instance")
+    assert codec.decode_facts(instance) == codec.decode_raw(instance)
+    assert "marks" in codec.decode_raw(instance)[1], "a field of the same name, which is no entry's"
 
 
 def test_every_shipped_record_is_tested_here() -> None:
@@ -298,7 +307,7 @@ SAMPLES = [
 @pytest.mark.parametrize("data", SAMPLES, ids=["RunEntry", "RunRequest", "GateRequest", "Instance"])
 def test_every_truncation_and_extension_is_refused(data: bytes) -> None:
     for length in range(len(data)):
-        for decode in (codec.decode, codec.decode_raw):
+        for decode in (codec.decode, codec.decode_raw, codec.decode_facts):
             with pytest.raises(codec.DecodeError):
                 decode(data[:length])
     with pytest.raises(codec.DecodeError):
@@ -311,7 +320,7 @@ def test_bad_bytes_raise_nothing_but_decode_errors(sample: bytes, data: st.DataO
     body = bytearray(sample)
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    for decode in (codec.decode, codec.decode_raw):
+    for decode in (codec.decode, codec.decode_raw, codec.decode_facts):
         with contextlib.suppress(codec.DecodeError):
             decode(bytes(body))
     with contextlib.suppress(codec.DecodeError):

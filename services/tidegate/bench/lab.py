@@ -24,6 +24,7 @@ from tidegate.embedded.supervisor import ProcessSpec
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.sdk.app import App
 from tidegate.sdk.client import Client
 
 APP: Final = "tidegate.bench.app:app"
@@ -56,15 +57,25 @@ class Lab:
     """Kafka, the services and one executor, started when it is entered and gone when it is left; the folder stays."""
 
     def __init__(
-        self, data_dir: Path, *, slots: int, say: Say, profile_dir: Path | None = None, with_services: bool = True
+        self,
+        data_dir: Path,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        say: Say,
+        profile_dir: Path | None = None,
+        with_services: bool = True,
+        published: App = app,
+        pools: Sequence[ExecutorPool] = (),
     ) -> None:
-        """with_services: False for Kafka alone, to look at what is there."""
+        """with_services: False for Kafka alone, to look at what is there. published, pools: another app than the benchmark's, and
+        the executors that run it."""
         self.data_dir = data_dir
         self.say = say
         self.profile_dir = profile_dir
         # The start-up cache first, so that making it does not disturb what is measured.
         self.kafka = EmbeddedKafka(data_dir / "kafka", startup_cache="before", on_progress=say)
-        self._slots = slots
+        self._pools = tuple(pools) or (ExecutorPool(APP, slots=slots),)
+        self._published = published
         self._with_services = with_services
         self._stack: BenchStack | None = None
         self._exit = ExitStack()
@@ -97,9 +108,8 @@ class Lab:
         self._exit.close()
 
     def start_services(self, env: Mapping[str, str] | None = None) -> None:
-        """Start scheduler, gate, projection and executor, and wait until they are registered. Raises StackError."""
-        pools = [ExecutorPool(APP, slots=self._slots)]
-        self._stack = self._start(self.data_dir, SERVICES, pools, env or {})
+        """Start scheduler, gate, projection and executors, and wait until they are registered. Raises StackError."""
+        self._stack = self._start(self.data_dir, SERVICES, self._pools, env or {})
 
     def start_projection(self, data_dir: Path, group: str) -> None:
         """Start nothing but a projection, in a folder and a consumer group of its own. Raises StackError."""
@@ -131,7 +141,7 @@ class Lab:
 
     def _publish(self) -> None:
         with Client(self.settings, by="bench") as client:
-            client.publish(app)
+            client.publish(self._published)
         self._writer = self.broker.writer()
         self._exit.callback(self._writer.close)
         self._request_partitions = self.broker.describe([RUN_REQUESTS])[RUN_REQUESTS].partition_count
@@ -156,11 +166,15 @@ class Lab:
             "account": account or ACCOUNTS[number % len(ACCOUNTS)],
             "budget_micros": BUDGET_MICROS,
         }
-        value = canonical.dumps(request).encode()
         asked_at_s = time.monotonic()
-        self._writer.send(Record(RUN_REQUESTS, partition_of(run_id, self._request_partitions), run_id.encode(), value))
-        self._writer.poll()
+        self.send(run_id, canonical.dumps(request).encode())
         return run_id, asked_at_s
+
+    def send(self, run_id: str, request: bytes) -> None:
+        """Send a request about a run. Does not block; `flush` does, until it is in the log."""
+        partition = partition_of(run_id, self._request_partitions)
+        self._writer.send(Record(RUN_REQUESTS, partition, run_id.encode(), request))
+        self._writer.poll()
 
     def request_many(self, workflow: str, count: int) -> dict[str, float]:
         """Ask for runs as fast as the log takes them; return when each was asked for. Blocks until all are in the log."""
@@ -175,6 +189,10 @@ class Lab:
     def wait(self, run_ids: Mapping[str, float], timeout_s: float, *, may_fail: bool = False) -> dict[str, float]:
         """See `RunWatcher.wait`."""
         return self._run_watcher.wait(run_ids.keys(), timeout_s, may_fail=may_fail)
+
+    def take_ended(self) -> list[str]:
+        """See `RunWatcher.take_ended`."""
+        return self._run_watcher.take_ended()
 
     # -- processes ---------------------------------------------------------------
 

@@ -110,3 +110,17 @@ def print_table(console: Console, figures: Sequence[Figure]) -> None:
     console.print(table)
     console.print()
     console.print(costs)
+    for figure in figures:
+        if "panels_ms" in figure:
+            console.print()
+            console.print(_panels(figure))
+
+
+def _panels(figure: Figure) -> Table:
+    """Return how long the queries of the dashboards' panels took, the slowest first."""
+    table = Table(show_edge=False, header_style="bold", title="panels, ms", title_justify="left")
+    table.add_column("dashboard: panel")
+    table.add_column("ms", justify="right")
+    for name, took_ms in sorted(figure["panels_ms"].items(), key=lambda one: -one[1]):
+        table.add_row(name, f"{took_ms:,.0f}")
+    return table

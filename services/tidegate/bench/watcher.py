@@ -32,6 +32,7 @@ class RunWatcher:
         self._changed = threading.Condition()
         self._ended_at_s: dict[str, float] = {}
         self._order: list[str] = []
+        self._taken = 0
         self._bad: dict[str, str] = {}
         self._failure = ""
         self._trackers: dict[int, EpochTracker] = {}
@@ -70,6 +71,14 @@ class RunWatcher:
                 seen = len(self._order)
             self._raise_if_bad(may_fail)
             return {run_id: self._ended_at_s[run_id] for run_id in run_ids}
+
+    def take_ended(self) -> list[str]:
+        """Return the runs that were seen to end since the last call. Does not block. Raises RunFailedError if the log cannot be
+        read."""
+        with self._changed:
+            self._raise_if_bad(may_fail=True)
+            ended, self._taken = self._order[self._taken :], len(self._order)
+            return ended
 
     def _raise_if_bad(self, may_fail: bool) -> None:
         if self._failure:

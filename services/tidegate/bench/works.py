@@ -486,6 +486,7 @@ def w6_dataset(lab: Lab, note: Note) -> Iterable[Figure]:
         seconds=round(caught_up_s - registered_s, 2),
         seconds_with_start=round(caught_up_s - began_s, 2),
         events_per_s=round(events / (caught_up_s - registered_s)),
+        events_per_cpu_s=round(events / meter.costs()["projection"].cpu_s),
         panels_ms=panels_ms,
         slowest_panel=max(panels_ms, key=lambda name: panels_ms[name]),
     )

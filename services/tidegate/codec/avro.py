@@ -24,6 +24,8 @@ from tidegate.domain.entry import Entry
 
 MAGIC: Final = b"\xc3\x01"
 HEADER_LENGTH: Final = 10
+# Of an entry: where its owner stood, which tables it knew, and the chain. Nobody makes rows of them.
+OWNERS_FIELDS: Final = frozenset(("prev_hash", "inputs", "marks", "told", "tables"))
 
 
 class DecodeError(ValueError):
@@ -66,6 +68,11 @@ class _Schema:
     @cached_property
     def read_raw(self) -> Decoder:
         return make_decoder(self.parsed, _structs(), HEADER_LENGTH, raw=True)
+
+    @cached_property
+    def read_facts(self) -> Decoder:
+        without = OWNERS_FIELDS if _structs().get(self.name) is Entry else frozenset[str]()
+        return make_decoder(self.parsed, _structs(), HEADER_LENGTH, raw=True, without=without)
 
 
 _by_header: dict[bytes, _Schema] = {}
@@ -132,6 +139,15 @@ def decode_raw(data: bytes | None) -> tuple[str, dict[str, Any]]:
     schema = _schema_of(data)
     try:
         return schema.name, schema.read_raw(data)
+    except Exception as error:
+        raise _broken(schema, error) from error
+
+
+def decode_facts(data: bytes | None) -> tuple[str, dict[str, Any]]:
+    """Return what `decode_raw` does, but of an entry without what only its owner and verifiers need (OWNERS_FIELDS)."""
+    schema = _schema_of(data)
+    try:
+        return schema.name, schema.read_facts(data)
     except Exception as error:
         raise _broken(schema, error) from error
 

@@ -282,15 +282,19 @@ def _union_part(maker: _Maker, schema: list[Schema], value: str) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
-def make_decoder(schema: Schema, classes: Classes, start: int, *, raw: bool) -> Decoder:
+def make_decoder(
+    schema: Schema, classes: Classes, start: int, *, raw: bool, without: frozenset[str] = frozenset()
+) -> Decoder:
     """Return a function that reads a whole record whose body begins at `start`, into structs or, if `raw`, into dicts.
+
+    without: fields of the record that are passed over; only if `raw`.
 
     Fields that the class does not have are skipped; those that the schema does not have get the class's default. Raw
     values are as the writer's schema has them; items of unions of records are (name, fields).
     The function raises IndexError, TypeError, UnicodeDecodeError, ValueError or `struct.error` on broken bytes.
     """
     reader = _Reader(_Maker(classes), raw=raw)
-    lines = reader.lines(schema, "x")
+    lines = reader.lines(schema, "x", without)
     check = [f"if p != len(d): raise ValueError('the body ends at byte %d of %d' % (p - {start}, len(d) - {start}))"]
     decoder: Decoder = reader.maker.make(
         ["def made(d):", f" p = {start}", *_indented(lines), *_indented(check), " return x"]
@@ -305,7 +309,7 @@ class _Reader:
         self.maker = maker
         self._raw = raw
 
-    def lines(self, schema: Schema, to: str) -> list[str]:
+    def lines(self, schema: Schema, to: str, without: frozenset[str] = frozenset()) -> list[str]:
         """Return statements that read a value into the variable `to` and move `p` behind it."""
         schema = self.maker.resolve(schema)
         if schema in ("string", "bytes"):
@@ -331,16 +335,31 @@ class _Reader:
         if not isinstance(schema, dict):
             raise UnsupportedSchemaError(f"type {schema!r}")
         if schema["type"] == "record":
-            return self._record(schema, to)
+            return self._record(schema, to, without)
         return self._blocks(schema, to)
 
-    def _record(self, schema: Schema, to: str) -> list[str]:
+    def _passing(self, schema: Schema) -> list[str]:
+        """Return statements that move `p` behind a value and make nothing of it."""
+        schema = self.maker.resolve(schema)
+        if schema in ("string", "bytes"):
+            return ["n = d[p]; p += 1", "if n & 129: n, p = read_length(d, p, n); p += n", "else: p += n >> 1"]
+        if schema in ("int", "long"):
+            return ["while d[p] > 127: p += 1", "p += 1"]
+        if isinstance(schema, dict) and schema["type"] == "map":
+            item = [*self._passing("string"), *self._passing(schema["values"])]
+            return ["while d[p]:", *_indented(_count()), " for _ in range(n):", *_indented(_indented(item)), "p += 1"]
+        return self.lines(schema, self.maker.name())
+
+    def _record(self, schema: Schema, to: str, without: frozenset[str] = frozenset()) -> list[str]:
         made = None if self._raw else self.maker.classes.get(short_name(schema))
         if made is None and not self._raw:
             _Reader(self.maker, raw=True).lines(schema, to)  # for the types that it names
             return [f"raise ValueError({short_name(schema) + ' is a record that this version does not know'!r})"]
         lines, arguments = [], []
         for field in schema["fields"]:
+            if field["name"] in without:
+                lines += self._passing(field["type"])
+                continue
             name = self.maker.name()
             if made is None:
                 arguments.append(f"{field['name']!r}: {name}")
@@ -367,11 +386,10 @@ class _Reader:
             first, last = f"{to} = []", "p += 1" if self._raw else f"p += 1; {to} = tuple({to})"
         else:
             raise UnsupportedSchemaError(f"type {schema['type']!r}")
-        head = _number("read_count", "n", 129, "n >> 1")
         return [
             first,
             "while d[p]:",
-            *_indented(head),
+            *_indented(_count()),
             " for _ in range(n):",
             *_indented(_indented(item)),
             last,
@@ -399,6 +417,11 @@ class _Reader:
             ["def made(d, p):", *_indented(self.lines(record, "x")), f" return {result}, p"]
         )
         return made
+
+
+def _count() -> list[str]:
+    """Return statements that make `n` the number of items of a block."""
+    return _number("read_count", "n", 129, "n >> 1")
 
 
 def _number(reader: str, to: str, mask: int, short: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 from tidegate import codec
@@ -68,9 +69,14 @@ _WANTED: Final[dict[str, type]] = {
 }
 
 
+@cache
+def _wanted_in(topic: str) -> type | None:
+    return _WANTED.get(topic.partition(".")[0])
+
+
 def check(topic: str, record: Any) -> None:
     """Raise DecodeError if the record has no business in that topic, or values that nobody of ours writes."""
-    wanted = _WANTED.get(topic.partition(".")[0])
+    wanted = _wanted_in(topic)
     if wanted is None:
         return
     if type(record) is not wanted:

@@ -317,15 +317,16 @@ class KafkaWriter:
 
         Blocks only while the local buffer is full, polling. Raises WriteFailedError.
         """
+        topic, partition, key, value, headers = record
         while self._failure is None:
             try:
                 self._produce(
-                    self._prefix + record.topic,
-                    record.value,
-                    record.key,
-                    record.partition,
+                    self._prefix + topic,
+                    value,
+                    key,
+                    partition,
                     self._on_delivery if acked is None else partial(self._on_delivery_tell, acked),
-                    headers=list(record.headers),
+                    headers=list(headers),
                 )
             except BufferError:
                 self._served(self._producer.poll, FULL_BUFFER_POLL_S)

@@ -14,7 +14,7 @@ from tidegate.domain import canonical
 from tidegate.domain.messages import DeadLetter
 from tidegate.domain.requests import parse_json
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
-from tidegate.eventlog.letters import MAX_HEADERS_BYTES, MAX_ORIGINAL_BYTES
+from tidegate.eventlog.letters import DELETED_UNREAD, MAX_HEADERS_BYTES, MAX_ORIGINAL_BYTES
 from tidegate.eventlog.validity import TYPE_HEADER
 
 DEAD_LETTERS: Final = "dead-letters"
@@ -124,6 +124,8 @@ def redrive_record(stored: Stored, partition_count: int, *, new_id: bool, again:
             f"it comes from {letter.topic}, whose messages follow from logs: only {RUN_REQUESTS} takes what was sent by hand. "
             "What it was about has to be asked for anew, with a request."
         )
+    if letter.code == DELETED_UNREAD:
+        raise CannotRedriveError("its original was deleted before anybody read it: only its producer can send it again")
     if letter.original_size > len(letter.original) or len(letter.original) >= MAX_ORIGINAL_BYTES:
         raise CannotRedriveError(
             f"a letter keeps {MAX_ORIGINAL_BYTES} bytes of its original, and this one had more: the rest is not here. "

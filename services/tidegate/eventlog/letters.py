@@ -11,6 +11,7 @@ MAX_ORIGINAL_BYTES: Final = 256 * 1024
 MAX_KEY_BYTES: Final = 4 * 1024
 MAX_HEADERS_BYTES: Final = 64 * 1024
 MAX_REASON_CHARACTERS: Final = 16 * 1024
+DELETED_UNREAD: Final = "deleted_unread"  # the code of a letter without an original: nobody has seen it
 
 
 def dead_letter(message: Message, *, service: str, code: str, reason: str, run_id: str, at_ms: int) -> DeadLetter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Final
 
 from tidegate import codec
@@ -57,6 +57,7 @@ class OwnedPartition:
         self.partition = partition
         self.shelf = Shelf()
         self.state: Any = machine.new_state(partition, self.shelf)
+        self._is_chained_by_unit = machine.own_subject(self.state) is None
         self.epoch = NO_EPOCH
         self.now_ms = 0
         self._base_ms = 0  # see `set_time`
@@ -89,9 +90,7 @@ class OwnedPartition:
         have been retired: `torn` says so, and nothing is folded until an entry comes that carries everything forward.
         """
         covered = self._covered(entry, offset) if self.unconfirmed else ()
-        if (
-            entry.subject in covered and self.machine.own_subject(self.state) is None
-        ):  # a run may be named like a ledger
+        if entry.subject in covered and self._is_chained_by_unit:  # a run may be named like a ledger
             self._compare_head(entry, value, offset)
         else:
             seq, head = self.machine.head(self.state, entry.subject)
@@ -129,8 +128,12 @@ class OwnedPartition:
 
     def _covered(self, entry: Entry, offset: int) -> set[str]:
         """Return the units of the entry whose loaded state includes it: only unconfirmed ones can be ahead of the log."""
-        units = {self.machine.unit_of(entry.subject, event) for event in entry.events}
-        return {unit for unit in units if self.unconfirmed.get(unit, -1) >= offset}
+        return {unit for unit in self._units(entry) if self.unconfirmed.get(unit, -1) >= offset}
+
+    def _units(self, entry: Entry) -> Iterable[str]:
+        """Return whose state the entry's events change, one by one."""
+        subject, unit_of = entry.subject, self.machine.unit_of
+        return [unit_of(subject, event) for event in entry.events]
 
     def _compare_head(self, entry: Entry, value: bytes, offset: int) -> None:
         if self.unconfirmed[entry.subject] != offset:
@@ -152,11 +155,12 @@ class OwnedPartition:
     def logged(self, entry: Entry, offset: int, covered: Container[str] = ()) -> None:
         """Note that the log holds an entry at `offset`, and whose state it changed."""
         self.since_checkpoint += 1
-        for event in entry.events:
-            unit = self.machine.unit_of(entry.subject, event)
-            if unit not in covered:
+        last = None
+        for unit in (entry.subject,) if self._is_chained_by_unit else self._units(entry):
+            if unit != last and unit not in covered:
                 self.as_of[unit] = offset
                 self.dirty.add(unit)
+            last = unit
 
     def put_away_if_over(self, unit: str) -> Standing:
         """Take a unit that changed out of memory if it is over (onto the shelf) or gone; returns how it stands.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final
 
 import structlog
@@ -262,7 +262,9 @@ class OwnerLoop:
         letter = dead_letter(message, service=self.machine.service, code=code, reason=reason, run_id="", at_ms=now_ms)
         key = f"{message.topic}:{message.partition}:{message.offset}"
         failpoint("owner.before-dead-letter")
-        self._tell_writer.send(Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(letter)))
+        self._tell_writer.send(
+            Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(type(letter).__name__))
+        )
         self._tell_writer.flush(WRITE_DEADLINE_S)
         failpoint("owner.after-dead-letter")
 
@@ -336,7 +338,13 @@ class OwnerLoop:
 
         for tell in tells:
             self._tell_writer.send(
-                Record(tell.topic, tell.partition, tell.key.encode(), codec.encode(tell.record), _headers(tell.record)),
+                Record(
+                    tell.topic,
+                    tell.partition,
+                    tell.key.encode(),
+                    codec.encode(tell.record),
+                    _headers(type(tell.record).__name__),
+                ),
                 acked,
             )
             failpoint("owner.between-tells")
@@ -528,5 +536,6 @@ class OwnerLoop:
             failpoint("owner.after-commit")
 
 
-def _headers(record: Any) -> Headers:
-    return ((TYPE_HEADER, type(record).__name__.encode()),)
+@cache
+def _headers(name: str) -> Headers:
+    return ((TYPE_HEADER, name.encode()),)

@@ -179,10 +179,10 @@ class CheckpointSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TIDEGATE_CHECKPOINT_", extra="ignore")
 
     every_entries: int = Field(
-        default=10_000,
+        default=4_000,
         ge=1,
         description="A partition's checkpoint begins after that many entries, but not after fewer than it has live runs. "
-        "About that many entries are folded at a restart.",
+        "Up to about that many entries of each partition are folded at a restart.",
     )
     every_s: float = Field(
         default=60.0, gt=0, description="It begins after that time at the latest if anything changed."

@@ -804,7 +804,8 @@ def losses(
 ) -> list[Any]:
     """Return the losses of attempts whose executor life has ended, as many as an entry may hold.
 
-    Their money is given back when the run answers. A run that is over does not answer any more: there it ends here.
+    Their money is given back when the run answers. A run does not answer for what it has cancelled, nor when it is over: there
+    it ends here.
     """
     events: list[Any] = []
     tally = Tally(ledger, budgets, 0 if desk is None else desk.now_ms, events)
@@ -824,8 +825,8 @@ def losses(
             )
             events += leasing.given_back(desk or Desk(ledger, LimitSet(), 0), key, attempt, "lost", "lost")
             run = ledger.runs[key.run_id]
-            if run.closed:
+            if run.closed or attempt.cancelled:
                 events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason="lost"))
                 for bucket in attempt.buckets:
-                    tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run.is_alone)
+                    tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run.closed and run.is_alone)
     return events

@@ -76,7 +76,8 @@ class Attempt(msgspec.Struct, array_like=True):
     throttled: it was told why it waits.
 
     buckets, amounts: what is set aside where. exceeds: the buckets that an approval lets it exceed. paused_on: the bucket that
-    it waits for. expires_at_ms: when its question lapses, 0 for never. The others: as in the events of the same names.
+    it waits for. expires_at_ms: when its question lapses, 0 for never. cancelled: its run wants nothing of it any more. The
+    others: as in the events of the same names.
     """
 
     account: str
@@ -107,6 +108,7 @@ class Attempt(msgspec.Struct, array_like=True):
     expires_at_ms: int = 0
     redact: tuple[str, ...] = ()
     isolation: str = ""
+    cancelled: bool = False
 
     @property
     def rank(self) -> int:
@@ -740,7 +742,8 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
 
 
 def _cancel_told(ledger: Ledger, event: ev.AttemptCancelTold) -> None:
-    """The executor was told; its answer, or its loss, ends the attempt. Until then nothing changes."""
+    """The executor was told; its answer, or its loss, ends the attempt."""
+    ledger.attempts[_key(event)].cancelled = True
 
 
 def _lost(ledger: Ledger, event: ev.PlacementLost) -> None:

@@ -201,13 +201,13 @@ class Replay:
         self.progress.records_left = sum(self.progress.ends.values()) - sum(self.progress.positions.values())
         return self.progress
 
-    def _choose(self, lineage: dict[str, str]) -> set[str]:
+    def _choose(self, lineage: dict[str, set[str]]) -> set[str]:
         """Note which tables are to be replaced and where to begin; returns the fact tables that have to be filled."""
         wanted = sorted(set(self.progress.request.tables)) or sorted(lineage)
         unknown = sorted(set(wanted) - lineage.keys())
         if unknown:
             raise ReplayError(f"no such tables: {', '.join(unknown)}; there are {', '.join(sorted(lineage))}")
-        sources = {lineage[table] for table in wanted}
+        sources = {source for table in wanted for source in lineage[table]}
         if rows.UNREADABLE in sources:
             # Any topic can hold what cannot be read: this table is whole only if all of them are read.
             sources = set(TOPIC_OF)

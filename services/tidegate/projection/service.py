@@ -312,13 +312,13 @@ class Projection:
 
     def _decoded(self, value: bytes) -> tuple[str, dict[str, Any]]:
         try:
-            return codec.decode_raw(value)
+            return codec.decode_facts(value)
         except codec.UnknownSchemaError as error:
             if error.fingerprint in self._schemas_seen:
                 raise
             self._schemas_seen.add(error.fingerprint)
             load_schemas(self._broker)
-            return codec.decode_raw(value)
+            return codec.decode_facts(value)
 
     def _unreadable(self, batch: Batch, message: Message, reason: str) -> None:
         """Note a record of our own topics that gives no rows, loudly, and go on."""

@@ -36,8 +36,8 @@ def drop(store: Store, shadow: str) -> None:
     store.command(f"DROP DATABASE IF EXISTS `{shadow}` SYNC")
 
 
-def lineage(store: Store, database: str) -> dict[str, str]:
-    """Return each table that is made of the log, with the fact table that it is filled from (itself, for facts)."""
+def lineage(store: Store, database: str) -> dict[str, set[str]]:
+    """Return each table that is made of the log, with the fact tables that it is filled from (itself, for facts)."""
     found = {}
     views = {}
     query = "SELECT name, engine, dependencies_table, create_table_query FROM system.tables "
@@ -47,12 +47,12 @@ def lineage(store: Store, database: str) -> dict[str, str]:
             views[name] = target[1] if target else ""
         elif engine.endswith("MergeTree") and name not in _NOT_REBUILT:
             found[name] = dependencies
-    sources = {name: name for name in found}
+    merged: dict[str, set[str]] = {}
     for name, dependencies in found.items():
         for view in dependencies:
-            if views.get(view):
-                sources[views[view]] = name
-    return {table: source for table, source in sources.items() if table in found}
+            if views.get(view) in found:
+                merged.setdefault(views[view], set()).add(name)
+    return {name: merged.get(name, {name}) for name in found}
 
 
 def uuids(store: Store, database: str) -> dict[str, str]:

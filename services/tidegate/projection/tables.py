@@ -27,9 +27,12 @@ MERGED: Final = (
     Merged("attempt_state", EVENTS, "attempt_state_of_events"),
     Merged("approval_state", EVENTS, "approval_state_of_events"),
     Merged("redaction_state", LEDGER, "redaction_state_of_ledger"),
+    Merged("run_state", LEDGER, "run_state_of_ledger"),
+    Merged("step_state", LEDGER, "step_state_of_ledger"),
+    Merged("attempt_state", LEDGER, "attempt_state_of_ledger"),
 )
-TABLES: Final = (*FACTS, *(merged.table for merged in MERGED))
-# What people query, and what a rebuild must give again; `freshness` alone depends on when it was written.
+TABLES: Final = (*FACTS, *dict.fromkeys(merged.table for merged in MERGED))
+# What people query, and what a rebuild must give again; `freshness` depends on when it was written, `queues` on when it is asked.
 REBUILT_VIEWS: Final = (
     "runs",
     "steps",
@@ -46,7 +49,7 @@ REBUILT_VIEWS: Final = (
     "dead_letters",
     "unreadable",
 )
-VIEWS: Final = (*REBUILT_VIEWS, "freshness")
+VIEWS: Final = (*REBUILT_VIEWS, "freshness", "queues")
 # What decides by its age when a row may go (TIDEGATE_PROJECTION_TTL_DAYS). The others hold what is now, or little.
 AGED_BY: Final = {
     EVENTS: "at",

@@ -11,9 +11,11 @@ from typing import Final
 import structlog
 
 from tidegate import codec, metrics
+from tidegate.domain.entry import MAX_OFFSET
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.eventlog.interface import Broker, Message, Record, TopicPartition
+from tidegate.eventlog.letters import DELETED_UNREAD, dead_letter
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.subscription import KafkaSubscription
 from tidegate.eventlog.tables import Tables, Unreadable
@@ -46,10 +48,12 @@ class Admission:
         self._writer = broker.writer()
         self._requests = KafkaSubscription(kafka, GROUP, [RUN_REQUESTS], instance_id, prefetch=PREFETCH)
         self._workflows = PublishedWorkflows(broker)
+        self._next: dict[int, int] = {}  # by partition of the inbox: the offset after what was read or committed last
 
     def run_once(self) -> None:
         """Admit what is there; blocks up to 200 ms if nothing is. Raises EventLogError."""
         messages = self._requests.poll(MAX_BATCH, 0.2)
+        self._look_for_deleted(messages)
         if not messages:
             return
         failpoint("admission.after-poll")
@@ -68,6 +72,45 @@ class Admission:
         """Leave the group."""
         self._requests.close()
         self._writer.close()
+
+    def _look_for_deleted(self, messages: list[Message]) -> None:
+        """Say which requests retention took before we read them: the client goes on behind them without a word."""
+        changes = self._requests.take_changes()
+        for at in changes.lost:
+            self._next.pop(at.partition, None)
+        committed = self._requests.committed() if changes.gained else {}
+        for at in sorted(changes.gained & committed.keys()):
+            self._next[at.partition] = self._report_deleted(at.partition, committed[at])
+        for message in messages:
+            expected = self._next.get(message.partition, message.offset)
+            if message.offset > expected:
+                self._report_deleted(message.partition, expected, message.offset)
+            self._next[message.partition] = message.offset + 1
+
+    def _report_deleted(self, partition: int, expected: int, found: int = MAX_OFFSET) -> int:
+        """Write a letter if the inbox begins behind the offset that is to be read next; returns where reading goes on.
+
+        found: the offset of the first message that was there instead. The gap alone may be compaction's. Blocks for a round trip
+        or two. Raises EventLogError.
+        """
+        start = min(found, self._broker.offsets(RUN_REQUESTS, partition).start)
+        if start <= expected:
+            return expected
+        reason = (
+            f"the requests of {RUN_REQUESTS}-{partition} from offset {expected} to {start - 1} ({start - expected} at the most) "
+            "were deleted before admission read them: nobody knows what they were. Have their producers send them again, and "
+            "give the topic a retention longer than the longest outage"
+        )
+        place = f"{RUN_REQUESTS}:{partition}:{expected}"
+        _log.error("requests deleted unread", partition=partition, first=expected, last=start - 1, letter=place)
+        metrics.admission_deleted.inc(start - expected)
+        nothing = Message(RUN_REQUESTS, partition, expected, None, None, (), 0)
+        now_ms = time.time_ns() // 1_000_000
+        letter = dead_letter(nothing, service="scheduler", code=DELETED_UNREAD, reason=reason, run_id="", at_ms=now_ms)
+        self._send(DEAD_LETTERS, 0, place, letter)
+        self._writer.flush(WRITE_DEADLINE_S)
+        self._requests.commit({TopicPartition(RUN_REQUESTS, partition): start})  # it is said once
+        return start
 
     def _admit(self, message: Message) -> None:
         command, letter = admit(

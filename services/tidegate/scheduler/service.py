@@ -39,7 +39,7 @@ class RunsOfPartition:
     The run that was read from the shelf last is kept: whoever decides on it asks for it several times.
     """
 
-    __slots__ = ("_read", "definitions", "held", "partition", "runs", "shelf", "timers")
+    __slots__ = ("_absent", "_read", "definitions", "held", "partition", "runs", "shelf", "timers")
 
     def __init__(self, partition: int, shelf: Shelf) -> None:
         self.partition = partition
@@ -48,6 +48,7 @@ class RunsOfPartition:
         self.timers: list[tuple[int, str, str, int]] = []
         self.held: dict[str, dict[str, None]] = {}
         self._read: RunState | None = None
+        self._absent = ""  # the run that was looked for last in vain
         self.definitions: dict[str, str] = {}
 
     def find(self, run_id: str) -> RunState | None:
@@ -55,8 +56,11 @@ class RunsOfPartition:
         run = self.runs.get(run_id)
         if run is not None:
             return run
+        if run_id == self._absent:
+            return None
         if self._read is None or self._read.run_id != run_id:
             shelved = self.shelf.get(run_id)
+            self._absent = run_id if shelved is None else ""
             self._read = None if shelved is None else snapshots.load(shelved.state, self.definitions)
         return self._read
 
@@ -77,7 +81,7 @@ class RunsOfPartition:
     def leave(self, run_id: str) -> None:
         """Forget a run that was put on the shelf."""
         del self.runs[run_id]
-        self._read = None
+        self._read, self._absent = None, ""
 
     def watch(self, run_id: str, times: Iterable[tuple[int, str, int]], queues: Iterable[str]) -> None:
         """Note when a run is to be looked at, and which queues it has held steps for."""

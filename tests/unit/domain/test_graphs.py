@@ -308,6 +308,29 @@ def test_a_failed_item_fails_its_map_and_cancels_the_other_items() -> None:
     assert [event.node_id for event in events(p, "NodeSkipped")] == ["c"]
 
 
+@pytest.mark.feature("P2")
+def test_a_cancelled_item_whose_executor_is_lost_keeps_nothing_set_aside_though_its_run_goes_on() -> None:
+    """Found by simulation: the run does not answer the loss of a step that it has cancelled, so its gate must not wait for that."""
+    p = Pair(functions=STEPS)
+    definition = mapped(at_once=2)
+    definition["nodes"]["d"] = {"kind": "step", "function": "d"}
+    definition["edges"].append(["a", "d"])
+    definition["functions"]["b"]["reserve_micros"] = 5
+    p.start("r", definition, failure_mode="continue")
+    p.answer(p.tasks.popleft(), value=[1, 2])
+    tasks = {task.step_id: task for task in p.tasks}
+    p.answer(tasks["m/#1"], "failed", error_class="E", error_message="no", retryable=False)
+    assert p.run("r").steps["m/#0"].status == "cancelled"
+    p.register("worker-1", 2, 5, STEPS)
+    p.register("worker-0", 1, 1, STEPS, state="gone")
+    assert p.money() == (0, 0)
+    for task in [task for task in p.tasks if task.step_id == "d"][1:]:
+        p.answer(task, value="d")
+    assert p.run("r").status == "failed"
+    assert not p.ledger.runs
+    assert not p.ledger.attempts
+
+
 @pytest.mark.feature("G2")
 def test_a_map_may_ask_an_agent_about_each_item() -> None:
     definition = mapped(function="bot", at_once=1)

@@ -266,3 +266,29 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
         == 300
     )
     assert store.rows("SELECT count() FROM budgets") == [(0,)], "what buckets hold is not counted for the run once more"
+
+
+def test_what_only_the_gate_can_price_is_what_runs_steps_and_attempts_cost(store: Store) -> None:
+    """A function that reports tokens and no amount: its result says 0, the ledger what the tokens cost."""
+    ended = about("StepSucceeded", "a", output="1", usage={"input_tokens": 90}, actual_micros=0, incarnation=4)
+    told: Event = "StepSucceeded", {**ended[1], "step_id": "b", "actual_micros": 30}
+    events = [STARTED, ready("a"), ended, ready("b"), told]
+    entry = {"subject": "priced", "account": "acme", "epoch": 0, "now_ms": 1, "cause": "", "first_seq": 1}
+    found: list[rows.Row] = []
+    rows.add_run_events(found, {**entry, "events": events}, 0, 900)
+    settled = {"run_id": "priced", "account": "acme", "attempt": 1}
+    ledger: list[Event] = [
+        ("AttemptSettled", {**settled, "step_id": "a", "actual_micros": 78, "basis": "price:openai:m-1"}),
+        ("AttemptSettled", {**settled, "step_id": "b", "actual_micros": 30}),
+    ]
+    money: list[rows.Row] = []
+    rows.add_ledger_events(money, {**entry, "events": ledger}, 1, 0)
+    for _ in range(2):  # doubled, and in both orders
+        store.insert({rows.LEDGER: money})
+        store.insert({rows.EVENTS: found})
+
+    of = "WHERE run_id = 'priced'"
+    assert store.rows(f"SELECT spent_micros FROM runs {of}") == [(108,)]
+    assert store.rows(f"SELECT step_id, spent_micros FROM steps {of} ORDER BY 1") == [("a", 78), ("b", 30)]
+    assert store.rows(f"SELECT step_id, actual_micros FROM attempts {of} ORDER BY 1") == [("a", 78), ("b", 30)]
+    assert store.rows(f"SELECT count() FROM runs {of} AND status = 'running'") == [(1,)]

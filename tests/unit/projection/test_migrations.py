@@ -24,6 +24,8 @@ AGAIN = re.compile(
     r"|ALTER TABLE \w+ (ADD COLUMN IF NOT EXISTS|MODIFY QUERY) "
     # Facts, into the table that they are in: the same rows, twice.
     r"|INSERT INTO (event|ledger)_facts \((?:.|\n)*\nFROM \3_facts FINAL\n"
+    # What is merged of facts, by aggregates that do not count.
+    r"|INSERT INTO (run|step|attempt)_state \((?:.|\n)*\nFROM ledger_facts AS l WHERE "
 )
 
 

@@ -26,7 +26,7 @@ def entries(log: str) -> list[tuple[int, int, dict[str, object]]]:
             continue
         offset = offsets.get(record.partition, 0)
         offsets[record.partition] = offset + 1
-        name, fields = codec.decode_raw(record.value)
+        name, fields = codec.decode_facts(record.value)
         if name.endswith("Entry"):
             found.append((record.partition, offset, fields))
     return found
@@ -106,7 +106,7 @@ def test_an_event_type_of_a_newer_writer_is_a_row_too() -> None:
 
 @pytest.mark.parametrize(("written", "shown"), [(-1, 41), (7, 7)])
 def test_a_registration_is_its_own_incarnation(written: int, shown: int) -> None:
-    _, fields = codec.decode_raw(instance_record("ex-1", incarnation=written).value)
+    _, fields = codec.decode_facts(instance_record("ex-1", incarnation=written).value)
 
     row = dict(zip(rows.COLUMNS[rows.INSTANCES], rows.instance_row(fields, 41), strict=True))
 
@@ -114,7 +114,7 @@ def test_a_registration_is_its_own_incarnation(written: int, shown: int) -> None
 
 
 def test_a_dead_letter_is_named_by_where_its_original_lies() -> None:
-    _, fields = codec.decode_raw(dead_letter_record(5, b"\xff\x00{").value)
+    _, fields = codec.decode_facts(dead_letter_record(5, b"\xff\x00{").value)
 
     (row,) = [json.loads(line) for line in rows.encode([rows.dead_letter_row(fields, 77)]).splitlines()]
 

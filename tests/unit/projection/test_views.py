@@ -27,15 +27,15 @@ def facts_of(story: Story) -> Facts:
     """Return every fact of a story, in the order of the logs, with instances and dead letters that come and go."""
     found: dict[str, list[rows.Row]] = {table: [] for table in rows.COLUMNS}
     for offset, record in enumerate(LogWriter(3, 2).take(story.decided, trouble=0.0)):
-        name, fields = codec.decode_raw(record.value)
+        name, fields = codec.decode_facts(record.value)
         if name == "RunEntry":
             rows.add_run_events(found[rows.EVENTS], fields, record.partition, offset)
         elif name == "LedgerEntry":
             rows.add_ledger_events(found[rows.LEDGER], fields, record.partition, offset)
     for offset, name in enumerate(["ex-1", "ex-2", "ex-1", "ex-3"]):
-        _, fields = codec.decode_raw(instance_record(name, at_ms=offset).value)
+        _, fields = codec.decode_facts(instance_record(name, at_ms=offset).value)
         found[rows.INSTANCES].append(rows.instance_row(fields, offset))
-        _, fields = codec.decode_raw(dead_letter_record(offset, b"{\xff").value)
+        _, fields = codec.decode_facts(dead_letter_record(offset, b"{\xff").value)
         found[rows.DEAD_LETTERS].append(rows.dead_letter_row(fields, offset))
     found[rows.INSTANCES].append(rows.removed_instance_row(b"ex-2", 4))
     removed = rows.removed_dead_letter_row(b"run-requests:0:1", 9)

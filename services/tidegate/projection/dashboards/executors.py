@@ -40,25 +40,13 @@ WHERE waits_for = 'executor'
             TABLE,
             """
 SELECT
-    queue,
-    sum(q.executors) AS executors,
-    sum(q.slots) AS slots,
-    sum(q.busy) AS busy,
-    sum(q.waiting) AS waiting,
+    queue, executors, slots, busy, waiting, oldest, queued_per_s AS "had to wait", placed_per_s AS placed,
     if(waiting > 0 AND executors = 0, 'nobody serves it', '') AS trouble
-FROM (
-    SELECT queue, 1 AS executors, slots, slots - free_slots AS busy, 0 AS waiting
-    FROM ${database}.instances
-    WHERE service = 'executor' AND state = 'ready' AND heartbeat_at > now() - INTERVAL 1 MINUTE
-    UNION ALL
-    SELECT queue, 0, 0, 0, 1
-    FROM ${database}.waits
-    WHERE waits_for = 'executor'
-) AS q
-GROUP BY queue
+FROM ${database}.queues
 ORDER BY waiting DESC, queue
 """,
-            "Each queue with who serves it and what waits in it, now.",
+            "Each queue with who serves it and what the gate has waiting in it, over all partitions of the ledger, now; and how "
+            "many attempts a second had to wait and were placed over the last minute.",
             width=24,
         ),
         Panel(
