@@ -101,11 +101,16 @@ class LogOfPartition:
         self.touched: set[str] = set()
         self.compared_epoch = -1  # the owner whose whole state was compared
         self.checkpoint: Checkpoint | None = None
+        self.entry_keys: dict[bytes, int] = {}
+        self.carried_at = -1  # the last entry that carries everything forward
+        self.certified_at = -1  # the last one of these that a checkpoint held
+        self.retired: set[int] = set()
 
     def is_read_back(self, offset: int) -> bool:
         """Tell whether a new owner that finds no snapshots reads the entry: not if a checkpoint says that none are needed."""
         certified = self.checkpoint
-        return certified is None or bool(certified.live or certified.segments) or offset >= certified.read_from
+        is_needed = certified is None or bool(certified.live or certified.segments) or offset >= certified.read_from
+        return is_needed and offset > self.carried_at
 
 
 class Judge:
@@ -177,6 +182,7 @@ class Judge:
                 "runs over": sum(run.is_over for run in runs),
                 "valid entries": sum(len(offsets) for part in self.logs.values() for offsets in part.entries.values()),
                 "void entries": sum(part.void for part in self.logs.values()),
+                "entries retired": sum(len(part.retired) for part in self.logs.values()),
                 "functions entered": len(self.entered_at),
                 "attempts lost": len(self.lost),
                 "waits ended": self.waits.ended,
@@ -239,7 +245,9 @@ class Judge:
 
     def _logged(self, part: LogOfPartition, message: Message) -> None:
         where = f"{part.log}-{part.partition}@{message.offset}"
-        self.require(message.value is not None, f"{where}: a tombstone in a log")
+        if message.value is None:
+            self._retired(part, message, where)
+            return
         self.require(message.key not in part.keys, f"{where}: compaction would remove an earlier record for it")
         part.keys.add(message.key)
         record = codec.decode(message.value)
@@ -256,13 +264,18 @@ class Judge:
                 part.inputs.update(record.inputs)
                 part.marks.update(record.marks)
                 part.checkpoint = record.checkpoint
+                if record.checkpoint is not None and record.checkpoint.read_from > part.carried_at:
+                    part.certified_at = part.carried_at
             return
         self.require(isinstance(record, Entry), f"{where}: a {type(record).__name__}")
         if record.epoch != part.epoch:
             part.void += 1
+            part.entry_keys[message.key or b""] = message.offset
             self.world.note(f"void entry at {where}")
             return
-        assert message.value is not None
+        part.entry_keys[message.key or b""] = message.offset
+        if isinstance(record.events[0], le.LedgerCarried):
+            part.carried_at = message.offset
         self._chained(part, record, message.value, where)
         self._positions(part, record, where)
         self._decided(part, record, where)
@@ -277,6 +290,17 @@ class Judge:
         else:
             part.state.seq, part.state.head = seq, head
         self._note_head(part, record.subject)
+
+    def _retired(self, part: LogOfPartition, message: Message, where: str) -> None:
+        """An entry is retired once a later one carries it forward, a checkpoint holds that one, and it was told (5, 7)."""
+        offset = part.entry_keys.get(message.key or b"")
+        self.require(offset is not None, f"{where}: a tombstone for {message.key!r}, which is no entry")
+        assert offset is not None
+        self.require(
+            offset < part.certified_at, f"{where}: {offset} is retired, but nothing certified carries it forward"
+        )
+        self.require(offset not in part.untold, f"{where}: {offset} is retired, and its tells are not sent")
+        part.retired.add(offset)
 
     def _chained(self, part: LogOfPartition, entry: Entry, value: bytes, where: str) -> None:
         seq, head = part.heads.get(entry.subject, (0, b""))

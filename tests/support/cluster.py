@@ -211,13 +211,18 @@ class Cluster:
             "version": "1",
             "rules": [{"name": "always", "when": "true", "then": "require_approval"}],
         }
-        row = PolicyPublished(
-            policy_id="ask", version="1", document=canonical.dumps(document), by="", at_ms=self.now_ms
-        )
-        self._send("policies", 0, "ask", row)
+        self.publish(document)
+
+    def publish(self, document: dict[str, Any], by: str = "") -> None:
+        """Put a document of the gate in force."""
+        kind = document.get("kind", "policy")
+        key = document[kind] if kind == "policy" else f"{kind}:{document[kind]}"
+        text = canonical.dumps(document)
+        row = PolicyPublished(policy_id=key, version="1", document=text, by=by, at_ms=self.now_ms)
+        self._send("policies", 0, key, row)
         for _ in range(100):  # a poll may bring something else first
             self.turn()
-            if "ask" in self.owners["gate"].tables.rows["policies"]:
+            if self.owners["gate"].tables.rows["policies"].get(key) == row:
                 return
         raise AssertionError("the gate does not read its policies")
 

@@ -75,6 +75,23 @@ class BudgetBooks:
         self._ended.clear()
         self._unclaimed.clear()
 
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget buckets, with all that is set aside in them."""
+        for key in keys:
+            bucket = self.buckets.pop(key, None)
+            for name in () if bucket is None else bucket.open:
+                self._by_attempt[name].discard(key)
+
+    def begin(self, carried: dict[str, Any]) -> None:
+        """Begin a bucket with what was carried forward of it; what is set aside in it comes with its attempts."""
+        self.buckets[carried["bucket"]] = BucketBooks(carried["account"], carried["limits"], dict(carried["spent"]))
+
+    def hold(self, name: Name, keys: Iterable[str], amounts: Amounts) -> None:
+        """Note what an attempt that was carried forward holds in buckets."""
+        for key in keys:
+            self.buckets[key].open[name] = amounts
+            self._by_attempt.setdefault(name, set()).add(key)
+
     def left_open(self) -> Iterator[tuple[Name, str]]:
         """Return what is still set aside in buckets."""
         for key, bucket in self.buckets.items():

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import fastavro
 
 from tidegate import codec
+from tidegate.audit import carried
 from tidegate.audit.budgets import BUDGET_EVENTS, BudgetBooks
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.validity import EpochTracker
@@ -105,6 +106,9 @@ class Placement(NamedTuple):
     incarnation: int
 
 
+ANYBODY: Final = Placement("", -1)
+
+
 class Problem(NamedTuple):
     """What no correct ledger can hold. where: `topic-partition@offset` of the record; run_id: empty if it concerns no run."""
 
@@ -121,7 +125,7 @@ class RunBooks:
     """What a run may spend and what became of it, in micro-dollars. `budget_micros` None: no limit.
 
     parent: the run that it does a step of, which bills the same account; empty for none. below_micros: what is set aside for and
-    spent by all runs below it. over: whether its family is said to be over.
+    spent by all runs below it. is_alone: whether it is of no family. over: whether its family is said to be over.
     """
 
     account: str
@@ -133,6 +137,7 @@ class RunBooks:
     parent: str = ""
     below_micros: int = 0
     over: bool = False
+    is_alone: bool = True
 
 
 @dataclass(slots=True)
@@ -143,6 +148,12 @@ class AttemptBooks:
     reserved_micros: int | None = None
     placement: Placement | None = None
     is_declared: bool = True  # whether what is set aside is what its call says
+
+    @classmethod
+    def carried(cls, said: dict[str, Any]) -> AttemptBooks:
+        """Return those of an attempt that is carried forward. By whom it was placed, nothing says any more."""
+        was_reserved = said["status"] not in (HELD, PAUSED)
+        return cls(said["status"], said["reserved_micros"] if was_reserved else None, ANYBODY, is_declared=False)
 
 
 @dataclass(slots=True)
@@ -158,10 +169,18 @@ class AccountTotals:
 
 @dataclass(slots=True)
 class _Partition:
-    """How far a partition of the ledger was read."""
+    """How far a partition of the ledger was read.
+
+    torn: the first entry that does not continue the one before, until one comes that carries all balances forward: what is
+    missing was retired then, else it is a fault. is_carried: the books began with such an entry. runs, buckets: of its accounts.
+    """
 
     epochs: EpochTracker = field(default_factory=EpochTracker)
     next_seq: int = 1
+    torn: Problem | None = None
+    is_carried: bool = False
+    runs: set[str] = field(default_factory=set)
+    buckets: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -175,6 +194,7 @@ class Books:
     void_entries: int = 0
     problems: list[Problem] = field(default_factory=list)
     _partitions: dict[int, _Partition] = field(default_factory=dict)
+    _names: dict[str, dict[AttemptName, None]] = field(default_factory=dict)
 
     def read(self, message: Message) -> list[Problem]:
         """Take the next record of its partition into the books; return the problems that it shows. Does not raise.
@@ -185,6 +205,19 @@ class Books:
         if message.value is not None:
             _Page(self, message).read(message.value)
         return self.problems[before:]
+
+    def torn(self) -> list[Problem]:
+        """Return what is missing of the ledger and was carried forward by no later entry. Not part of `problems`: the one that
+        does may come next."""
+        return [partition.torn for partition in self._partitions.values() if partition.torn is not None]
+
+    def attempts_of(self, run_id: str) -> list[tuple[AttemptName, AttemptBooks]]:
+        """Return the attempts of a run that have not ended."""
+        return [
+            (name, self.attempts[name])
+            for name in self._names.get(run_id, ())
+            if self.attempts[name].status not in ENDED
+        ]
 
     def open_reservations(self) -> dict[AttemptName, int]:
         """Return the money that is set aside and has neither been spent nor given back."""
@@ -235,6 +268,7 @@ def audit(partitions: Iterable[Iterable[Message]]) -> Books:
     for messages in partitions:
         for message in messages:
             books.read(message)
+    books.problems += books.torn()
     return books
 
 
@@ -281,18 +315,66 @@ class _Page:
     def _entry(self, fields: dict[str, Any]) -> None:
         self._books.entries += 1
         due, seq = self._partition.next_seq, fields["first_seq"]
-        if seq != due:
-            self._note("", f"begins at seq {seq}, {due} was due")
         self._partition.next_seq = seq + len(fields["events"])
+        if seq != due and self._partition.torn is None:
+            self._partition.torn = Problem(self._where, "", f"begins at seq {seq}, {due} was due")
+        if self._partition.torn is not None:
+            kind, event = fields["events"][0]
+            if kind.rpartition(".")[2] == "LedgerCarried":
+                self._begin_with(event)
+            return
         for kind, event in fields["events"]:
             name = kind.rpartition(".")[2]
             if name in BUDGET_EVENTS:
+                if name == "BudgetSet":
+                    self._partition.buckets.add(event["bucket"])
                 for problem in self._books.budgets.post(name, event):
                     self._note(event.get("run_id", ""), problem)
                 continue
             post = _RUNS.get(name, _Page._attempt)
             post(self, name, event)
         for run_id, problem in self._books.budgets.end_of_entry():
+            self._note(run_id, problem)
+
+    def _carried(self, _: str, event: dict[str, Any]) -> None:
+        partition = self._partition
+        for run_id, problem in carried.contradictions(self._books, partition.runs, partition.buckets, event):
+            self._note(run_id, problem)
+
+    def _begin_with(self, event: dict[str, Any]) -> None:
+        """Begin the partition's books anew with what is carried forward: what was before is not all there."""
+        books, partition = self._books, self._partition
+        partition.torn, partition.is_carried = None, True
+        for run_id in partition.runs:
+            del books.runs[run_id]
+            for name in books._names.pop(run_id, ()):
+                del books.attempts[name]
+        books.budgets.forget(partition.buckets)
+        partition.runs, partition.buckets = set(), set()
+        for run in event["runs"]:
+            partition.runs.add(run["run_id"])
+            books.runs[run["run_id"]] = RunBooks(
+                run["account"],
+                run["budget_micros"],
+                run["reserved_micros"],
+                run["settled_micros"],
+                closed=run["closed"],
+                parent=run["parent_run_id"],
+                is_alone=not run["parent_run_id"] and not run["has_children"],
+            )
+        for run_id in partition.runs:
+            begun = books.runs[run_id]
+            self._bill_above(begun, begun.reserved_micros + begun.settled_micros)
+        for bucket in event["buckets"]:
+            partition.buckets.add(bucket["bucket"])
+            books.budgets.begin(bucket)
+        for run in event["runs"]:
+            for said in run["attempts"]:
+                name = AttemptName(run["run_id"], said["step_id"], said["attempt"])
+                books.attempts[name] = AttemptBooks.carried(said)
+                books._names.setdefault(name.run_id, {})[name] = None
+                books.budgets.hold(name, said["buckets"], said["amounts"])
+        for run_id, problem in carried.contradictions(books, partition.runs, partition.buckets, event):
             self._note(run_id, problem)
 
     def _note(self, run_id: str, text: str) -> None:
@@ -307,9 +389,10 @@ class _Page:
             return
         if budget_micros is not None and budget_micros < 0:
             self._note(run_id, f"{run_id}: a budget of {budget_micros}")
-        run = self._books.runs[run_id] = RunBooks(
-            event["account"], budget_micros, parent=event.get("parent_run_id", "")
-        )
+        parent = event.get("parent_run_id", "")
+        is_alone = not parent and not event.get("has_children", False)
+        run = self._books.runs[run_id] = RunBooks(event["account"], budget_micros, parent=parent, is_alone=is_alone)
+        self._partition.runs.add(run_id)
         above = self._books.runs.get(run.parent)
         if above is not None and above.account != run.account:
             self._note(run_id, f"{run_id}: billed to {run.account}, its parent to {above.account}")
@@ -369,6 +452,8 @@ class _Page:
             self._note(event.get("run_id", ""), f"an event {kind}, of which the auditor knows nothing")
             return
         name = AttemptName(event["run_id"], event["step_id"], event["attempt"])
+        if kind == "AttemptSettled" and self._partition.is_carried and name.run_id not in self._books.runs:
+            return  # a late cost of a run that was over, and forgotten, when balances were carried forward
         attempt = self._books.attempts.get(name, AttemptBooks())
         becomes = ATTEMPTS.get((attempt.status, kind))
         if becomes is None:
@@ -386,6 +471,7 @@ class _Page:
                 self._may_spend(name, run)
         attempt.status = becomes
         self._books.attempts[name] = attempt
+        self._books._names.setdefault(name.run_id, {})[name] = None
         if kind == "AttemptReserved":
             for problem in self._books.budgets.reserved_for(name, event):
                 self._note(name.run_id, f"{_said(name)}: {problem}")
@@ -396,6 +482,7 @@ class _Page:
 _RUNS: Final[dict[str, Callable[[_Page, str, dict[str, Any]], None]]] = {
     "RunOpened": _Page._opened,
     "RunClosed": _Page._closed,
+    "LedgerCarried": _Page._carried,
     "FamilyOver": _Page._over,
 }
 _KINDS: Final = frozenset(kind for _, kind in ATTEMPTS)
@@ -445,7 +532,7 @@ def _placed(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iter
 
 
 def _lost(_run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
-    if attempt.placement != (event["instance_id"], event["incarnation"]):
+    if attempt.placement not in (ANYBODY, (event["instance_id"], event["incarnation"])):
         yield f"lost by {event['instance_id']} of incarnation {event['incarnation']}, which never had it"
 
 

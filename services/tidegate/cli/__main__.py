@@ -31,6 +31,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "Check, try out, apply and compare policies, budgets and limits of the gate.",
     ),
     "budget": ("tidegate.cli.budget:app", "List, show and top up budgets."),
+    "ledger": ("tidegate.cli.ledger:app", "Retire old entries of the ledger, and show how far that has come."),
     "why": ("tidegate.cli.why:app", "Say why the gate allowed, denied, asked about or paused a step."),
     "instances": ("tidegate.cli.registry:instances_app", "List the processes that are registered, and their slots."),
     "functions": ("tidegate.cli.registry:functions_app", "List the functions that executors offer."),

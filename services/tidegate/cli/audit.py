@@ -71,6 +71,7 @@ def read_books(broker: Broker) -> Books:
             start, end = broker.offsets(LEDGER, partition)
             for message in broker.read(LEDGER, partition, start, end):
                 books.read(message)
+    books.problems += books.torn()
     return books
 
 

@@ -67,5 +67,8 @@ def _summary(report: Report, not_over: int) -> str:
         counted(report.void_entries, "void entry", "void entries"),
     )
     found = "all whole" if report.ok else counted(report.problem_count, "problem")
+    carried = (
+        f"; {counted(report.carried, 'ledger')} from where balances were carried forward" if report.carried else ""
+    )
     going_on = f"; {counted(not_over, 'run')} not over" if not_over else ""
-    return f"{', '.join(seen)}: {found}{going_on}"
+    return f"{', '.join(seen)}: {found}{carried}{going_on}"

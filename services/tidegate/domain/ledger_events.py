@@ -505,6 +505,63 @@ class UsageLearned(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Usa
     mean: Amounts
 
 
+class CarriedAttempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An attempt that has not ended, as it is carried forward. amounts: what each of the buckets holds for it."""
+
+    step_id: str
+    attempt: int
+    status: str
+    reserved_micros: int
+    buckets: tuple[str, ...]
+    amounts: Amounts
+
+
+class CarriedRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A run that the ledger still knows, as it is carried forward: what it may spend, has set aside and has spent."""
+
+    account: str
+    run_id: str
+    budget_micros: int | None
+    reserved_micros: int
+    settled_micros: int
+    closed: bool
+    parent_run_id: str
+    has_children: bool
+    attempts: tuple[CarriedAttempt, ...]
+
+
+class CarriedBucket(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a bucket of a budget counted, as it is carried forward. open: how many reservations in it have not ended."""
+
+    account: str
+    bucket: str
+    limits: Ceilings
+    reserved: Amounts
+    spent: Amounts
+    open: int
+
+
+class CarriedUnit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A unit of the ledger with all that its owner needs to know of it, in the owner's own form."""
+
+    unit: str
+    state: bytes
+
+
+class LedgerCarried(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="LedgerCarried", tag_field=TAG_FIELD):
+    """All that the partition's ledger says up to here: who reads it from here on needs no entry before this one.
+
+    runs, buckets: the money, for everybody to read. units: the whole state, for the next owner. policy: the document
+    (`name@version`) that asked for it; by: who published that.
+    """
+
+    policy: str
+    by: str
+    runs: tuple[CarriedRun, ...]
+    buckets: tuple[CarriedBucket, ...]
+    units: tuple[CarriedUnit, ...]
+
+
 LedgerEvent = (
     RunOpened
     | AttemptReserved
@@ -539,6 +596,7 @@ LedgerEvent = (
     | BudgetAlerted
     | BudgetClosed
     | UsageLearned
+    | LedgerCarried
     | FamilyOver
     | QuestionAnswered
 )

@@ -21,11 +21,22 @@ class Standing(Enum):
 
 
 class Decision(NamedTuple):
-    """What a machine decided on one input: events of one subject, which go into one entry."""
+    """What a machine decided on one input: events of one subject, which go into one entry.
+
+    is_complete: the entry is to record all marks, not only those that changed, for the ones before it may be retired.
+    """
 
     subject: str
     account: str
     events: Sequence[Any]
+    is_complete: bool = False
+
+
+class Retirement(NamedTuple):
+    """What may be retired: entries before the last one that changed `unit`, once they are older than keep_ms."""
+
+    unit: str
+    keep_ms: int
 
 
 class Tell(NamedTuple):
@@ -131,6 +142,15 @@ class Machine(Protocol):
 
     def load_part(self, state: Any, name: str, text: str) -> None:
         """Take what `parts` returned once; called before any `load`."""
+
+    def carries(self, entry: Entry) -> bool:
+        """Tell whether an entry says all that the partition's state is: with it, nothing before it is needed."""
+
+    def load_carried(self, state: Any, entry: Entry) -> list[str]:
+        """Put what an entry carries into an empty state, and return its units. Raises CorruptLogError."""
+
+    def retirement(self, state: Any) -> Retirement | None:
+        """Return what of the log may be retired; None for nothing."""
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry; `at(index)` is the position of the index-th of them."""

@@ -48,7 +48,8 @@ class OwnedPartition:
 
     as_of: own offset of the last entry of every unit in memory. dirty: units whose latest state no snapshot of this epoch
     holds. unconfirmed: units whose snapshot is newer than the place where folding began, until the entry that it ends with is
-    met (a snapshot that the log does not bear out is none).
+    met (a snapshot that the log does not bear out is none). torn: what is missing between the entries that were folded, until
+    one comes that carries everything forward; begun_at: the offset of that one, -1 if the log was folded from its beginning.
     """
 
     def __init__(self, machine: Machine, partition: int) -> None:
@@ -77,27 +78,27 @@ class OwnedPartition:
         self.unconfirmed: dict[str, int] = {}
         self.checkpoint: Checkpoint | None = None
         self.since_checkpoint = 0
+        self.torn = ""
+        self.begun_at = -1
 
     # -- reading the log back ---------------------------------------------------------------
 
     def fold(self, entry: Entry, value: bytes, offset: int) -> None:
         """Fold a valid entry of the log, but for what the loaded snapshots hold of it already.
 
-        Raises CorruptLogError if it does not continue its subject's chain.
+        Raises CorruptLogError if it does not continue its subject's chain. In a log that is one chain, a missing entry may
+        have been retired: `torn` says so, and nothing is folded until an entry comes that carries everything forward.
         """
         covered = self._covered(entry, offset) if self.unconfirmed else ()
         if entry.subject in covered and self._is_chained_by_unit:  # a run may be named like a ledger
             self._compare_head(entry, value, offset)
         else:
             seq, head = self.machine.head(self.state, entry.subject)
-            if entry.first_seq != seq + 1 or entry.prev_hash != head:
-                raise CorruptLogError(
-                    f"{self.machine.log_topic}-{self.partition} at offset {offset}: entry of {entry.subject} starts at seq "
-                    f"{entry.first_seq} after {seq}, and its previous hash "
-                    f"{'fits' if entry.prev_hash == head else 'does not fit'}"
-                )
-            self._take(entry, value, covered)
-            self.logged(entry, offset, covered)
+            if self.torn or entry.first_seq != seq + 1 or entry.prev_hash != head:
+                self._bridge(entry, offset, seq, head)
+            if not self.torn:
+                self._take(entry, value, covered)
+                self.logged(entry, offset, covered)
         for unit in covered:
             if self.unconfirmed.get(unit) == offset:
                 del self.unconfirmed[unit]
@@ -105,6 +106,25 @@ class OwnedPartition:
         self.inputs.update(entry.inputs)
         self.marks.update(entry.marks)
         self.told.told = max(self.told.told, entry.told)
+
+    def _bridge(self, entry: Entry, offset: int, seq: int, head: bytes) -> None:
+        """Begin anew with an entry that does not continue the chain but carries everything forward; else the log is torn."""
+        machine = self.machine
+        if not self.torn:
+            self.torn = (
+                f"{machine.log_topic}-{self.partition} at offset {offset}: entry of {entry.subject} starts at seq "
+                f"{entry.first_seq} after {seq}, and its previous hash "
+                f"{'fits' if entry.prev_hash == head else 'does not fit'}"
+            )
+        if machine.own_subject(self.state) is None or self.checkpoint is not None:
+            raise CorruptLogError(self.torn)
+        if machine.carries(entry):
+            self.state = machine.new_state(self.partition, self.shelf)
+            units = machine.load_carried(self.state, entry)
+            machine.loaded(self.state)
+            self.as_of = dict.fromkeys(units, offset)
+            self.dirty = set(units)
+            self.torn, self.begun_at = "", offset
 
     def _covered(self, entry: Entry, offset: int) -> set[str]:
         """Return the units of the entry whose loaded state includes it: only unconfirmed ones can be ahead of the log."""
@@ -203,7 +223,7 @@ class OwnedPartition:
             now_ms=self.now_ms,
             prev_hash=head,
             inputs=dict(self.inputs),
-            marks=self.changed_marks,
+            marks=dict(self.marks) if decision.is_complete else self.changed_marks,
             told=self.told.told,
             tables=versions,
             cause=cause,

@@ -35,6 +35,7 @@ from tidegate.eventlog.loop_meter import LoopMeter
 from tidegate.eventlog.machine import Decision, EntryRefusedError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.restore import restore
+from tidegate.eventlog.retention import Retirer
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.tables import Tables
@@ -80,6 +81,7 @@ class OwnerLoop:
         self.owned: dict[int, OwnedPartition] = {}
         self._checkpoint_settings = checkpoints or CheckpointSettings()
         self._checkpointers: dict[int, Checkpointer] = {}
+        self._retirers: dict[int, Retirer] = {}
         self._to_take: set[int] = set()
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
@@ -142,6 +144,7 @@ class OwnerLoop:
         logged = self._log_and_tell()
         self._tell_writer.poll()
         self._make_checkpoints()
+        self._retire()
         self._commit()
         self._record_positions()
         self._send_gathered()
@@ -177,7 +180,7 @@ class OwnerLoop:
         part = self.owned.pop(partition, None)
         if part is not None:
             self.machine.dropped(partition)
-            del self._checkpointers[partition]
+            del self._checkpointers[partition], self._retirers[partition]
             metrics.partitions_dropped.labels("doubt" if part.doubt else "rebalance").inc()
             part.shelf.close()
             _log.info("partition dropped", log=self.machine.log_topic, partition=partition, reason=reason)
@@ -387,6 +390,7 @@ class OwnerLoop:
             stale_keys,
             self._monotonic_s(),
         )
+        self._retirers[partition] = Retirer(part, self._broker, lambda record: self._send_to_log(part, record))
         self._inbox.add(positions)
         failpoint("owner.after-take-over")
         metrics.takeovers.inc()
@@ -485,7 +489,7 @@ class OwnerLoop:
             marks=dict(part.marks),
             checkpoint=part.checkpoint,
         )
-        self._to_log.append((record, partial(part.acknowledged, [])))
+        self._send_to_log(part, record)
         failpoint("owner.after-announce-again")
 
     def _certify(self, part: OwnedPartition, checkpoint: Checkpoint) -> bool:
@@ -501,6 +505,15 @@ class OwnerLoop:
             part = self.owned[partition]
             if not part.doubt and not part.unacknowledged:
                 checkpointer.work(now_s, self._now_ms(part))
+
+    def _retire(self) -> None:
+        for partition, retirer in self._retirers.items():
+            part = self.owned[partition]
+            if not part.doubt and not part.unacknowledged:
+                retirer.work(self._now_ms(part))
+
+    def _send_to_log(self, part: OwnedPartition, record: Record) -> None:
+        self._to_log.append((record, partial(part.acknowledged, [])))
 
     def _record_positions(self, *, force: bool = False) -> None:
         """Record how far inputs were read that caused no entry, before their retention may remove them.

@@ -83,7 +83,10 @@ def fold_all(
     """Return the partition as it is at offset `stop` by its log alone, and the untold entries. Blocks; raises as `restore`."""
     start = broker.offsets(machine.log_topic, partition).start
     part = OwnedPartition(machine, partition)
-    return part, _fold(broker, part, EpochTracker(), start, start, stop, check)
+    untold = _fold(broker, part, EpochTracker(), start, start, stop, check)
+    if part.torn:
+        raise CorruptLogError(part.torn)
+    return part, untold
 
 
 # --- finding the checkpoint ---------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from tidegate import codec
 from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.fingerprint import fingerprint
+from tidegate.domain.ledger_events import LedgerCarried
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.validity import EpochTracker
@@ -19,12 +20,16 @@ MAX_PROBLEMS = 100
 
 @dataclass(slots=True)
 class Report:
-    """What a verification looked at and found. `problems` is cut at MAX_PROBLEMS; `problem_count` is not."""
+    """What a verification looked at and found. `problems` is cut at MAX_PROBLEMS; `problem_count` is not.
+
+    carried: ledgers of which older entries were retired: they are verified from the entry on that carries their balances.
+    """
 
     subjects: int = 0
     entries: int = 0
     events: int = 0
     void_entries: int = 0
+    carried: int = 0
     problem_count: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -45,6 +50,7 @@ class _Subject:
     seq: int = 0
     head: bytes = b""
     broken: bool = False
+    torn: str = ""
     run: RunState | None = None
 
 
@@ -76,6 +82,8 @@ def verify_partition(messages: Iterable[Message], report: Report, only: str | No
                 _verify_entry(record, message.value, subject, report, where, folds=message.topic == "run-events")
     report.subjects += len(subjects)
     for name, subject in subjects.items():
+        if subject.torn and not subject.broken:
+            report.note(subject.torn)
         if subject.run is not None and subject.run.is_over and not subject.broken:
             _verify_end(name, subject.run, report)
     return {name: subject.run for name, subject in subjects.items() if subject.run is not None}
@@ -91,7 +99,13 @@ def _verify_entry(entry: Entry, value: bytes, subject: _Subject, report: Report,
         problem = "its previous hash is not that of the entry before"
     elif folds:
         problem = _fold(entry, subject)
-    if problem is not None:
+    if not folds and (problem or subject.torn):
+        # Entries before one that carries everything forward may have been retired, some of them sooner than others.
+        subject.torn = subject.torn or f"{where}: {entry.subject}: {problem}"
+        if isinstance(entry.events[0], LedgerCarried):
+            subject.torn = ""
+            report.carried += 1
+    elif problem is not None:
         subject.broken = True
         report.note(f"{where}: {entry.subject}: {problem}")
     subject.seq = entry.first_seq + len(entry.events) - 1
@@ -124,6 +138,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "entries": report.entries,
         "events": report.events,
         "void_entries": report.void_entries,
+        "carried": report.carried,
         "problem_count": report.problem_count,
         "problems": report.problems,
     }

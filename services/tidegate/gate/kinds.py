@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tidegate.gate.budgets import Budget, TopUp
+from tidegate.gate.carrying import Retention
 from tidegate.gate.documents import Document, DocumentError, Problem, parse, read, read_values
 from tidegate.gate.limits import Limit, Queue
 from tidegate.gate.policy import Policy
@@ -16,6 +17,7 @@ __all__ = [
     "Policy",
     "Problem",
     "Queue",
+    "Retention",
     "Retry",
     "TopUp",
     "parse",

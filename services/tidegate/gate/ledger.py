@@ -237,6 +237,14 @@ class Learned(msgspec.Struct, array_like=True, frozen=True):
     mean: tuple[int, ...]
 
 
+class Carried(msgspec.Struct, array_like=True, frozen=True):
+    """When, at which seq and by which document's wish the balances were carried forward for the last time."""
+
+    at_ms: int
+    seq: int
+    policy: str
+
+
 def _ceilings(limits: ev.Ceilings) -> tuple[int | None, ...]:
     return (limits.micros, limits.input_tokens, limits.output_tokens, limits.calls, limits.wall_ms)
 
@@ -338,6 +346,7 @@ class Ledger:
     whether there may be room that paused attempts were not offered yet; look_again_ms: when time alone may make some, 0 for
     never. of_run: buckets of single runs, or of families, by the run at its top. below: what the runs below a run come to, by
     run, those that have any. families_over: of families of which nothing can change any more, the run at the top.
+    carried: when balances were carried forward last.
     """
 
     __slots__ = (
@@ -349,6 +358,7 @@ class Ledger:
         "buckets",
         "budget_questions",
         "busy",
+        "carried",
         "depth",
         "families_over",
         "gauges",
@@ -406,6 +416,7 @@ class Ledger:
         self.window_ends: list[tuple[int, str]] = []
         self.stirred = True
         self.look_again_ms = 0
+        self.carried: Carried | None = None
 
     @property
     def subject(self) -> str:
@@ -922,6 +933,11 @@ def _usage_learned(ledger: Ledger, event: ev.UsageLearned) -> None:
     ledger.learned[event.function] = Learned(event.count, meters_of(event.mean))
 
 
+def _ledger_carried(ledger: Ledger, event: ev.LedgerCarried, now_ms: int) -> None:
+    """It says what there is anyway; only that it was said is new."""
+    ledger.carried = Carried(now_ms, ledger.seq, event.policy)
+
+
 _HANDLERS: dict[type, Any] = {
     ev.ApprovalLapsed: _lapsed,
     ev.QuestionAnswered: _answered,
@@ -962,4 +978,5 @@ _TIMED_HANDLERS: dict[type, Any] = {
     ev.TokenTaken: _token_taken,
     ev.FailureCounted: _failure_counted,
     ev.ScaleOutWanted: _scale_out_wanted,
+    ev.LedgerCarried: _ledger_carried,
 }

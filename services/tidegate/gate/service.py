@@ -12,13 +12,15 @@ from tidegate.domain import canonical
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import NAME_PATTERN, account_root, partition_of
+from tidegate.domain.ledger_events import LedgerCarried
 from tidegate.domain.messages import GateLeases, GateRequest, PolicyPublished
 from tidegate.eventlog.interface import Message
-from tidegate.eventlog.machine import Decision, Standing, Tell
+from tidegate.eventlog.machine import CorruptLogError, Decision, Retirement, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables, Unreadable
-from tidegate.gate import decide, leasing, snapshots, waiting
+from tidegate.gate import carrying, decide, leasing, snapshots, waiting
 from tidegate.gate.budgets import Budget, Budgets, TopUp
+from tidegate.gate.carrying import Retention
 from tidegate.gate.kinds import Document, DocumentError, Retry, parse
 from tidegate.gate.ledger import Ledger, apply, derive
 from tidegate.gate.limits import Desk, Limit, LimitSet, Queue
@@ -33,10 +35,11 @@ INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
+CARRY_AGAIN_MS: Final = 60_000
 
 
-# A top-up could only have allowed more; retries are no matter of the gate's.
-_DENIES_NOTHING: Final = (TopUp.KIND, Retry.KIND)
+# A top-up could only have allowed more; retries are no matter of the gate's, and what is retired none of a decision's.
+_DENIES_NOTHING: Final = (TopUp.KIND, Retry.KIND, Retention.KIND)
 
 
 class MisroutedError(ValueError):
@@ -67,6 +70,9 @@ class GateMachine:
         self._soonest_ms: dict[int, int] = {}
         self._look_at_queues_ms: dict[int, int] = {}
         self._ledgers: dict[int, Ledger] = {}
+        self._retention: Retention | None = None
+        self._retention_by = ""
+        self._carry_not_before_ms: dict[int, int] = {}
 
     def new_state(self, partition: int, shelf: Shelf) -> Ledger:
         """Return an empty ledger."""
@@ -129,7 +135,22 @@ class GateMachine:
             # All lines are walked for this, so not in every turn.
             self._look_at_queues_ms[state.partition] = now_ms + QUEUES_EVERY_MS
             events = waiting.scale_out(state, desk, self.executors.free_slots(self._ledgers))
-        return (cause, Decision(state.subject, "", events)) if events else None
+        if not events:
+            return self._carry_forward(state, now_ms, tables)
+        return cause, Decision(state.subject, "", events)
+
+    def _carry_forward(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        retention = self._retention
+        if retention is None or now_ms < self._carry_not_before_ms.get(state.partition, 0):
+            return None
+        if not carrying.is_due(state, retention, now_ms):
+            return None
+        event = carrying.carried(state, retention.label, self._retention_by)
+        if event is None:
+            self._carry_not_before_ms[state.partition] = now_ms + CARRY_AGAIN_MS
+            _log.warning("too much is open to carry the ledger forward in one entry", partition=state.partition)
+            return None
+        return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", [event], is_complete=True)
 
     def next_due_ms(self, state: Ledger) -> int | None:
         """Return when a rate or a breaker lets the next one through. Leases are looked at in every turn, at least every 200 ms."""
@@ -191,6 +212,25 @@ class GateMachine:
     def load_part(self, state: Ledger, name: str, text: str) -> None:
         """There are no parts."""
 
+    # -- retirement ---------------------------------------------------------------
+
+    def carries(self, entry: Entry) -> bool:
+        """Tell whether an entry carries the ledger forward."""
+        return isinstance(entry.events[0], LedgerCarried)
+
+    def load_carried(self, state: Ledger, entry: Entry) -> list[str]:
+        """Put what an entry carries into an empty ledger."""
+        try:
+            return carrying.load(state, entry.events[0])
+        except carrying.CarriedError as error:
+            raise CorruptLogError(f"the entry of {entry.subject} at seq {entry.first_seq}: {error}") from error
+
+    def retirement(self, state: Ledger) -> Retirement | None:
+        """Return what may be retired, as the document says that is in force."""
+        if self._retention is None or state.carried is None:
+            return None
+        return Retirement(snapshots.CARRIED, self._retention.keep_s * 1000)
+
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry."""
         return tells(entry, at, self._run_partitions)
@@ -228,6 +268,9 @@ class GateMachine:
         if now is not before and (isinstance(before, Limit | Queue) or isinstance(now, Limit | Queue)):
             limits = [d for d in documents.values() if isinstance(d, Limit | Queue)]
             self._limits = LimitSet(limits, self._account_partitions, offset + 1)
+        if now is not before and (isinstance(now, Retention) or isinstance(before, Retention)):
+            self._retention = now if isinstance(now, Retention) else None
+            self._retention_by = row.by if isinstance(row, PolicyPublished) else ""
         for ledger in self._ledgers.values():
             ledger.stirred = True  # there may be room that was not there before
         _log.info("documents in force", changed=key, documents=len(documents))

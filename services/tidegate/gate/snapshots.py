@@ -13,16 +13,19 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.domain import ledger_events as ev
-from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Bucket, Gauge, Learned, Ledger, RunMoney
+from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Bucket, Carried, Gauge, Learned, Ledger, RunMoney
 
 # Counts up with every change of the fields of RunMoney and Attempt, or of what they mean.
 SNAPSHOT_FORMAT: Final = 4
+# Entries that carry balances forward hold units for ever: who raises the format goes on reading these.
+READABLE_FORMATS: Final = (4,)
 
 _State = tuple[RunMoney, list[Attempt]]
 
 
 # Units besides runs. A run id has no colon.
 _LIMIT, _ASK, _SCALE_OUT = "limit:", "ask:", "scale-out:"
+CARRIED: Final = "carried:ledger"
 
 
 def unit_of(event: Any) -> str:
@@ -37,6 +40,10 @@ def _limit_unit(event: Any) -> str:
 
 def _ask_unit(event: Any) -> str:
     return f"{_ASK}{event.run_id}\n{event.step_id}\n{event.attempt}"
+
+
+def _carried_unit(_: Any) -> str:
+    return CARRIED
 
 
 def _queue_unit(event: Any) -> str:
@@ -54,11 +61,26 @@ _NAMED: Final[dict[type, Callable[[Any], str]]] = {
     ),
     **dict.fromkeys((ev.LeaseHeard, ev.LeaseGiven, ev.LeaseRefused, ev.LeaseEnded), _ask_unit),
     ev.ScaleOutWanted: _queue_unit,
+    ev.LedgerCarried: _carried_unit,
 }
+
+
+def units_of(ledger: Ledger) -> list[str]:
+    """Return all units that a ledger holds anything of."""
+    return [
+        *ledger.runs,
+        *(f"{_ASK}{key.run_id}\n{key.step_id}\n{key.attempt}" for key in ledger.asks),
+        *(f"{_LIMIT}{limit}\n{key}" for limit, key in ledger.gauges),
+        *(f"{_SCALE_OUT}{queue}" for queue in ledger.scale_out),
+        *ledger.buckets,
+        *ledger.learned,
+    ]
 
 
 def is_there(ledger: Ledger, unit: str) -> bool:
     """Tell whether the ledger holds anything of a unit."""
+    if unit == CARRIED:
+        return ledger.carried is not None
     if _is_of_budgets(unit):
         return unit in ledger.buckets or unit in ledger.learned
     kind, _, name = unit.partition(":")
@@ -86,6 +108,8 @@ def _ask_key(parts: list[str]) -> AttemptKey:
 
 def dump(ledger: Ledger, unit: str) -> bytes:
     """Return a unit's state."""
+    if unit == CARRIED:
+        return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.carried))
     if _is_of_budgets(unit):
         return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.buckets.get(unit) or ledger.learned[unit]))
     if ":" not in unit:
@@ -102,10 +126,11 @@ def load(ledger: Ledger, unit: str, data: bytes) -> None:
         return
     kind, _, name = unit.partition(":")
     version, raw = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
-    if version != SNAPSHOT_FORMAT:
-        raise ValueError(f"a snapshot of format {version}, not {SNAPSHOT_FORMAT}")
+    _check_format(version)
     parts = name.split("\n")
-    if _is_of_budgets(unit):
+    if unit == CARRIED:
+        ledger.carried = msgspec.msgpack.decode(raw, type=Carried)
+    elif _is_of_budgets(unit):
         if unit.startswith("|"):
             ledger.learned[unit] = msgspec.msgpack.decode(raw, type=Learned)
         else:
@@ -116,6 +141,11 @@ def load(ledger: Ledger, unit: str, data: bytes) -> None:
         ledger.asks[_ask_key(parts)] = msgspec.msgpack.decode(raw, type=Ask)
     else:
         ledger.gauges[parts[0], "\n".join(parts[1:])] = msgspec.msgpack.decode(raw, type=Gauge)
+
+
+def _check_format(version: int) -> None:
+    if version not in READABLE_FORMATS:
+        raise ValueError(f"a snapshot of format {version}, not {SNAPSHOT_FORMAT}")
 
 
 def _dump_run(ledger: Ledger, run_id: str) -> bytes:
@@ -129,8 +159,7 @@ def _dump_run(ledger: Ledger, run_id: str) -> bytes:
 def _load_run(ledger: Ledger, run_id: str, data: bytes) -> None:
     """Put the run into a ledger. Raises ValueError on another format, msgspec.DecodeError."""
     version, _, _, _ = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw, msgspec.Raw, msgspec.Raw])
-    if version != SNAPSHOT_FORMAT:
-        raise ValueError(f"a snapshot of format {version}, not {SNAPSHOT_FORMAT}")
+    _check_format(version)
     _, run, names, attempts = msgspec.msgpack.decode(
         data, type=tuple[int, RunMoney, list[tuple[str, int]], list[Attempt]]
     )

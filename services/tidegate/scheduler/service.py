@@ -18,7 +18,7 @@ from tidegate.domain.messages import GateDecision, RunCommand, StepResult
 from tidegate.domain.retry_documents import RetryDocuments
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
-from tidegate.eventlog.machine import Decision, Standing, Tell
+from tidegate.eventlog.machine import Decision, Retirement, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.scheduler import commands, decide, holding, snapshots, waits
@@ -287,6 +287,17 @@ class SchedulerMachine:
     def load_part(self, state: RunsOfPartition, name: str, text: str) -> None:
         """Take a definition."""
         state.definitions[name] = text
+
+    def carries(self, entry: Entry) -> bool:
+        """Runs have chains of their own: none carries another forward."""
+        return False
+
+    def load_carried(self, state: RunsOfPartition, entry: Entry) -> list[str]:
+        """Never called: no entry carries runs forward."""
+        raise TypeError(f"{entry.subject}: no entry carries runs forward")
+
+    def retirement(self, state: RunsOfPartition) -> Retirement | None:
+        """Runs are not retired."""
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry."""

@@ -1,0 +1,251 @@
+"""Balances carried forward and entries retired, with real machines on the log in memory: what is left says what all of it said."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
+from tidegate import codec
+from tidegate.audit.money import Books, audit
+from tidegate.cli.ledger import kept
+from tidegate.domain.entry import Entry
+from tidegate.domain.ledger_events import LedgerCarried
+from tidegate.eventlog import checkpoints, restore, retention
+from tidegate.eventlog.interface import Message
+from tidegate.eventlog.machine import CorruptLogError
+from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.eventlog.state_check import check_state
+from tidegate.gate import snapshots
+
+OFTEN = CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=2, rest_after_s=3600)
+LEDGER = "gate-ledger"
+ACCOUNTS = ("acme0", "beta", "acme1")  # of both partitions
+COST_MICROS = 2  # of a step on the test's executor
+RETENTION = {"kind": "retention", "retention": "ledger", "version": "1", "keep_s": 0, "every_s": 1}
+BUDGETS: list[dict[str, Any]] = [
+    {"kind": "budget", "budget": "all", "version": "1", "account": "*", "window": "month", "limits": {"calls": 1000}},
+    {"kind": "budget", "budget": "each", "version": "1", "window": "run", "limits": {"money_micros": 1000}},
+]
+
+
+def cluster_with_retention(seed: int) -> Cluster:
+    cluster = Cluster(seed, OFTEN)
+    for document in BUDGETS:
+        cluster.publish(document)
+    cluster.publish(RETENTION, by="ann")
+    return cluster
+
+
+def entries(cluster: Cluster, partition: int) -> list[tuple[Message, Entry]]:
+    records = [
+        (message, codec.decode(message.value)) for message in cluster.messages(LEDGER, partition) if message.value
+    ]
+    return [(message, record) for message, record in records if isinstance(record, Entry)]
+
+
+def kept_books(cluster: Cluster) -> Books:
+    """Return books that see every record as it is written, whatever is retired later."""
+    books = Books()
+    for partition in range(ACCOUNT_PARTITIONS):
+        for message in cluster.messages(LEDGER, partition):
+            books.read(message)
+    cluster.broker.on_written(lambda message: books.read(message) if message.topic == LEDGER else None)
+    return books
+
+
+def units(part: OwnedPartition) -> dict[str, Any]:
+    found = [unit for unit in snapshots.units_of(part.state) if not unit.startswith("limit:")]
+    return {unit: msgspec.msgpack.decode(snapshots.dump(part.state, unit)) for unit in found}
+
+
+def let_retire(cluster: Cluster) -> None:
+    """Let time go by: balances are carried forward, a checkpoint holds that, what was before is retired and compacted away."""
+    for _ in range(4):
+        cluster.settle()
+        cluster.now_ms += 1500
+        cluster.register(incarnation=cluster.incarnation)
+    cluster.settle()
+    cluster.broker.purge(LEDGER)
+
+
+def assert_whole(cluster: Cluster) -> None:
+    """What is left of the ledger folds to the state of its snapshots, verifies, and holds its books."""
+    machine = cluster.machine("gate")
+    for partition in range(ACCOUNT_PARTITIONS):
+        stop = cluster.broker.offsets(LEDGER, partition).end
+        by_log, _ = restore.fold_all(cluster.broker, machine, partition, stop, lambda _: None)
+        by_snapshots = restore.restore(cluster.broker, machine, partition, stop, lambda _: None, 0).part
+        assert units(by_log) == units(by_snapshots)
+        assert machine.head(by_log.state, "") == machine.head(by_snapshots.state, "")
+        assert (by_log.marks, by_log.inputs) == (by_snapshots.marks, by_snapshots.inputs)
+        assert check_state(cluster.broker, cluster.machine("gate"), partition).differences == []
+    books = audit(cluster.messages(LEDGER, partition) for partition in range(ACCOUNT_PARTITIONS))
+    assert [*books.problems, *books.torn()] == []
+    report, _ = cluster.verified()
+    assert report.problems == []
+
+
+@pytest.mark.feature("L1")
+@pytest.mark.parametrize("seed", range(16))
+def test_a_ledger_may_be_retired_at_any_moment(seed: int) -> None:
+    """Runs, crashes, cancels, compaction: what is left says the same at every moment, and the money that was counted stays."""
+    cluster = cluster_with_retention(seed)
+    books = kept_books(cluster)
+    rng = random.Random(seed)
+    for number in range(60):
+        what = rng.random()
+        if what < 0.5:
+            cluster.start_run(f"r{number}", *("abc"[: rng.randint(1, 3)]), account=ACCOUNTS[number % 3])
+        elif what < 0.6:
+            cluster.command(f"r{rng.randint(0, 60)}", "cancel", command_id=f"c{number}")
+        elif what < 0.7:
+            cluster.crash("gate")
+            cluster.start("gate")
+        elif what < 0.8:
+            cluster.broker.compact(LEDGER)
+        elif what < 0.9:
+            cluster.broker.purge(LEDGER)
+        for _ in range(rng.randint(1, 6)):
+            cluster.turn()
+        cluster.now_ms += rng.choice((0, 300, 1500))
+        cluster.register(incarnation=cluster.incarnation)
+        cluster.broker.land_stragglers()
+        assert books.problems == []
+        if number % 6 == 0:
+            assert_whole(cluster)
+    let_retire(cluster)
+    assert_whole(cluster)
+    assert books.problems == []
+    assert all(entries(cluster, partition)[0][1].first_seq > 1 for partition in range(ACCOUNT_PARTITIONS))
+    left = audit(cluster.messages(LEDGER, partition) for partition in range(ACCOUNT_PARTITIONS))
+    assert {key: bucket.spent for key, bucket in left.budgets.buckets.items()} == {
+        key: bucket.spent for key, bucket in books.budgets.buckets.items()
+    }
+    assert left.problems_at_rest() == []
+    spent = sum(bucket.spent["micros"] for key, bucket in left.budgets.buckets.items() if key.startswith("all|"))
+    assert spent == COST_MICROS * sum(cluster.entered.values())
+
+
+@pytest.mark.parametrize(
+    "edge", ["retention.before-tombstone", "checkpoint.begun", "checkpoint.before-certify", "checkpoint.after-certify"]
+)
+@pytest.mark.parametrize("hit", [1, 5])
+def test_a_crash_while_entries_are_retired_loses_nothing(monkeypatch: pytest.MonkeyPatch, edge: str, hit: int) -> None:
+    cluster = cluster_with_retention(3)
+    books = kept_books(cluster)
+    passes = 0
+
+    def point(name: str) -> None:
+        nonlocal passes
+        if name == edge and cluster.running == "gate":
+            passes += 1
+            if passes == hit:
+                raise Crash
+
+    monkeypatch.setattr(retention, "failpoint", point)
+    monkeypatch.setattr(checkpoints, "failpoint", point)
+    for round_ in range(6):
+        for number in range(6):
+            cluster.start_run(f"r{round_}-{number}", "a", "b", account=ACCOUNTS[number % 3])
+        let_retire(cluster)
+        assert_whole(cluster)
+    assert passes >= hit, "the edge was never reached: the test shows nothing"
+    assert books.problems == []
+    assert all(entries(cluster, partition)[0][1].first_seq > 1 for partition in range(ACCOUNT_PARTITIONS))
+
+
+def retired(seed: int = 1) -> Cluster:
+    cluster = cluster_with_retention(seed)
+    for number in range(6):
+        cluster.start_run(f"r{number}", account=ACCOUNTS[number % 3])
+    cluster.holds_back = True
+    cluster.start_run("open", account="acme0")
+    let_retire(cluster)
+    return cluster
+
+
+def test_the_entry_says_who_asked_and_by_what() -> None:
+    cluster = retired()
+    (_, first), *_ = entries(cluster, 0)
+    assert isinstance(first.events[0], LedgerCarried)
+    assert (first.events[0].by, first.events[0].policy) == ("ann", "ledger@1")
+
+
+def test_nothing_is_retired_before_a_checkpoint_holds_what_carries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.Checkpointer, "work", lambda *_: None)
+    cluster = retired()
+    assert any(isinstance(entry.events[0], LedgerCarried) for _, entry in entries(cluster, 0))
+    assert entries(cluster, 0)[0][1].first_seq == 1
+
+
+def test_a_hole_that_nothing_carries_forward_is_a_fault() -> None:
+    cluster = retired()
+    cluster.publish(RETENTION | {"every_s": 10**6})
+    latest = entries(cluster, 0)[-1][0].offset
+    cluster.start_run("more", account="acme0")
+    cluster.start_run("more2", account="acme0")
+    cluster.start_run("more3", account="acme0")
+    for _ in range(10):
+        cluster.turn()
+    after = [message.offset for message, _ in entries(cluster, 0) if message.offset > latest]
+    assert len(after) > 2
+    cluster.broker.lose(LEDGER, 0, after[0])
+    stop = cluster.broker.offsets(LEDGER, 0).end
+    with pytest.raises(CorruptLogError, match="starts at seq"):
+        restore.fold_all(cluster.broker, cluster.machine("gate"), 0, stop, lambda _: None)
+    assert audit([cluster.messages(LEDGER, 0)]).torn()
+    assert not cluster.verified()[0].ok
+
+
+@pytest.mark.parametrize("field", ["spent", "reserved", "settled_micros"])
+def test_a_carried_value_that_does_not_follow_is_refused(field: str) -> None:
+    """By the books that hold what it replaces, and by the next owner, whose state it is."""
+    cluster = cluster_with_retention(1)
+    cluster.holds_back = True
+    for number in range(6):
+        cluster.start_run(f"r{number}", account=ACCOUNTS[number % 3])
+    cluster.settle()
+    cluster.now_ms += 1500
+    cluster.settle()
+    refused = 0
+    for partition in range(ACCOUNT_PARTITIONS):
+        books = Books()
+        for message in cluster.messages(LEDGER, partition):
+            record = None if message.value is None else codec.decode(message.value)
+            if isinstance(record, Entry) and isinstance(record.events[0], LedgerCarried) and record.events[0].runs:
+                forged = _forged(record.events[0], field)
+                entry = msgspec.structs.replace(record, events=(forged,))
+                assert books.read(message._replace(value=codec.encode_entry("LedgerEntry", entry)))
+                machine = cluster.machine("gate")
+                part = OwnedPartition(machine, partition)
+                with pytest.raises(CorruptLogError, match="balances"):
+                    machine.load_carried(part.state, entry)
+                refused += 1
+            else:
+                assert books.read(message) == []
+    assert refused
+
+
+def _forged(event: LedgerCarried, field: str) -> LedgerCarried:
+    change = msgspec.structs.replace
+    if field == "settled_micros":
+        return change(event, runs=(change(event.runs[0], settled_micros=77), *event.runs[1:]))
+    bucket = event.buckets[0]
+    amounts = change(getattr(bucket, field), micros=77)
+    return change(event, buckets=(change(bucket, **{field: amounts}), *event.buckets[1:]))
+
+
+def test_the_command_says_what_is_kept_and_how_far_it_has_come() -> None:
+    cluster = retired()
+    before, after = (kept(cluster.broker, keep_ms, cluster.now_ms) for keep_ms in (0, 10**9))
+    for partition, part in enumerate(before):
+        there = entries(cluster, partition)
+        assert (part.entries, part.carried_by, part.carried_for) == (len(there), "ann", "ledger@1")
+        assert part.before_carried == part.older
+        assert part.oldest_ms == there[0][1].now_ms
+    assert [part.older for part in after] == [0] * ACCOUNT_PARTITIONS
