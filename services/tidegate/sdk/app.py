@@ -64,6 +64,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
 _COUNTS: Final = ("max_input_tokens", "max_output_tokens", "memory_mib", "cpu_millis", "output_max_bytes")
 _MAX_IMAGE: Final = 512
 _LABELS: Final = ("provider", "model", "operation", "prefer", "retry")
+_PINNED_IF_SAID: Final = (*_LABELS, "max_input_tokens", "max_output_tokens")
 _MAX_LABEL: Final = 128
 
 
@@ -207,7 +208,7 @@ class Settings:
             "backoff_max_ms": round(self.backoff_max_s * 1000),
             "reserve_micros": self.cost_micros,
             "idempotent": self.idempotent,
-            **{name: text for name in _LABELS if (text := getattr(self, name))},
+            **{name: said for name in _PINNED_IF_SAID if (said := getattr(self, name))},
         }
 
 

@@ -240,3 +240,17 @@ def test_functions_run_in_this_process_whatever_isolation_is_demanded() -> None:
         outcome = rehearsal.run("both", 1)
         assert (outcome.output, seen) == (2, [1]), outcome.reason
         assert [event.isolation for event in outcome.seen("AttemptDispatched")] == ["", "subprocess"]
+
+
+@pytest.mark.feature("P2")
+def test_what_a_model_may_use_at_most_is_set_aside_by_the_price_table() -> None:
+    priced = App("priced")
+
+    @priced.agent(tools=[], provider="openai", model="gpt-4o", max_input_tokens=1000, max_output_tokens=100)
+    def thinker(state: State) -> Plan:
+        return Plan(output="done", usage={"input_tokens": 100, "output_tokens": 10})
+
+    with Rehearsal(priced) as stage:
+        outcome = stage.run(agent="thinker", input="x")
+    reserved = next(event for event in outcome.ledger if type(event).__name__ == "AttemptReserved")
+    assert (outcome.run.status, reserved.reserved_micros) == ("succeeded", 3500)
