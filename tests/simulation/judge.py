@@ -145,6 +145,7 @@ class Judge:
         self.ended: dict[AttemptKey, str] = {}
         self.definitions: dict[str, str] = {}
         self.by_rule: Counter[tuple[str, str]] = Counter()  # failures that a retry rule counted
+        self.by_document: set[tuple[str, str]] = set()  # steps about which a retry document has decided: see `budgets`
         self.granted: set[AttemptKey] = set()  # unknown outcomes that a human let be repeated
         self.agreed: set[tuple[str, str, str]] = set()  # run, step, hash of the arguments that a human approved
         self.entered_at: dict[AttemptKey, int] = {}
@@ -475,8 +476,7 @@ class Judge:
             self._asked_again(run_id, event)
         elif isinstance(event, re.AttemptEnded):
             self.ended[run_id, event.step_id, event.attempt] = event.outcome
-            if event.retry_rule:
-                self._counted_by_rule(run_id, event)
+            self._counted_by_rule(run_id, event)
         elif isinstance(event, re.StepSucceeded):
             self.ended[run_id, event.step_id, event.attempt] = "succeeded"
         elif isinstance(event, re.ApprovalResolved) and event.approved:
@@ -487,6 +487,10 @@ class Judge:
 
     def _counted_by_rule(self, run_id: str, event: re.AttemptEnded) -> None:
         """Of the attempts that a retry rule counts, all but the last that it allows are followed by another."""
+        if event.retry_document:
+            self.by_document.add((run_id, event.step_id))
+        if not event.retry_rule or (run_id, event.step_id) in self.by_document:
+            return
         call = self.asked[run_id, event.step_id, event.attempt]
         (rule,) = json.loads(self.definitions[run_id])["functions"][call.function]["retry_rules"]
         self.by_rule[run_id, event.step_id] += 1

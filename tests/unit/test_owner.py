@@ -13,9 +13,11 @@ from tidegate.codec import avro
 from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
 from tidegate.domain.messages import PolicyPublished
+from tidegate.domain.run_events import StepFailed
 from tidegate.eventlog import owned, owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
+from tidegate.scheduler import decide
 
 EDGES = ("owner.before-log", "owner.after-log", "owner.after-tell")
 RUNS = [f"r{n}" for n in range(6)]
@@ -430,6 +432,37 @@ def test_a_decision_that_cannot_be_written_is_buried_and_stops_nobody(
     report, runs = cluster.verified()
     assert report.problems == []
     assert {run_id: run.status for run_id, run in runs.items()} == {"good": "succeeded", "next": "succeeded"}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["result", "timer"])
+def test_a_run_ends_if_the_entry_that_would_let_it_go_on_is_too_large(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Buried, such a result left its run waiting for ever; such a timer ended every owner that came to it."""
+    cluster = Cluster()
+    cluster.start_run("r", "a", "b")
+    turns(cluster)
+    (task,) = tasks_of(cluster)
+    monkeypatch.setattr(owned, "MAX_ENTRY_BYTES", 4_000)
+    if late:
+        huge = StepFailed(step_id="a", code="x", reason="y" * 5_000)
+        monkeypatch.setattr(decide, "on_timer", lambda run, *_: [] if run.is_over else [huge])
+        answer(cluster, task, outcome="failed", error_class="Busy", error_message="no")
+        turns(cluster)
+        cluster.now_ms += 2_000
+    else:
+        answer(cluster, task, output=canonical.dumps("x" * 5_000))
+    turns(cluster)
+    cluster.start_run("next", "a")
+    cluster.settle()
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert {name: (run.status, run.code) for name, run in runs.items()} == {
+        "r": ("failed", "internal_error"),
+        "next": ("succeeded", ""),
+    }
+    assert "would have" in runs["r"].reason
+    assert cluster.letters() == []
 
 
 def test_an_input_of_a_newer_version_is_read_with_the_schema_that_was_published(

@@ -9,22 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-import jsonschema
 import msgspec
 
 from tidegate.domain import retries
 from tidegate.domain.identity import account_fits
 from tidegate.domain.messages import PolicyPublished
+from tidegate.domain.strict_schema import StrictValidator
 from tidegate.domain.workflow import Function
 
 KEY_PREFIX: Final = "retry:"
+MAX_LABEL: Final = 256  # more than authors are allowed; it stands in events
 SETTINGS_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "additionalProperties": False,
     "minProperties": 1,
     "properties": retries.PROPERTIES,
 }
-_validator = jsonschema.Draft202012Validator(SETTINGS_SCHEMA)
+_validator = StrictValidator(SETTINGS_SCHEMA)
 
 
 class Attempted(NamedTuple):
@@ -98,9 +99,11 @@ class RetryDocuments:
             return str(row)
         try:
             document = msgspec.json.decode(row.document, type=RetryDocument)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             return str(error)
         wrong = problems(document.retries)
+        if key != KEY_PREFIX + document.retry or len(document.label) > MAX_LABEL:
+            wrong.append(f"it calls itself {document.label[:MAX_LABEL]}")
         if not wrong:
             self._by_name = dict(sorted({**self._by_name, key: document}.items()))
         return "; ".join(wrong)

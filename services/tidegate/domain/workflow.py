@@ -17,6 +17,7 @@ from tidegate.domain.graph_changes import EVOLUTION_SCHEMA, Evolution, graph_has
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.retries import Retries
 from tidegate.domain.routes import form_of
+from tidegate.domain.strict_schema import StrictValidator
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
 DEFAULT_MAX_STEPS: Final = 50
@@ -145,7 +146,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
     },
 }
 
-_validator = jsonschema.Draft202012Validator(DEFINITION_SCHEMA)
+_validator = StrictValidator(DEFINITION_SCHEMA)
 
 
 class DefinitionError(ValueError):

@@ -89,6 +89,12 @@ class Machine(Protocol):
     def decide(self, state: Any, record: Any, message: Message, now_ms: int, tables: Tables) -> Decision | None:
         """Return the events that an input causes; None if it changes nothing."""
 
+    def instead(self, state: Any, record: Any, refused: Decision, error: Exception) -> Decision | None:
+        """Return what is logged in place of a decision that cannot be: what it was about must not wait for it for ever.
+
+        record: the input that it follows from, None if it was `due`. None: nothing can be; an input becomes a dead letter then.
+        """
+
     def due(self, state: Any, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         """Return what time or a changed table causes now, with its cause; None if nothing does. Called until it is None."""
 

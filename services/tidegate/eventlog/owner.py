@@ -222,11 +222,11 @@ class OwnerLoop:
             return
         if decision is None:
             return
-        try:
-            self._log_entry(part, decision, f"{message.topic}:{message.partition}:{message.offset}")
-        except EntryRefusedError as error:
-            _log.exception("entry refused", topic=message.topic, partition=message.partition, offset=message.offset)
-            self._bury(message, part.now_ms, "internal_error", str(error))
+        refusal = self._log_this_or_instead(
+            part, decision, f"{message.topic}:{message.partition}:{message.offset}", record
+        )
+        if refusal is not None:
+            self._bury(message, part.now_ms, "internal_error", str(refusal))
 
     def _decoded(self, value: bytes) -> Any:
         """Decode an input. A newer version's schema is looked up first: it is published before the first record of it."""
@@ -253,7 +253,9 @@ class OwnerLoop:
                     break
                 part.now_ms = now_ms
                 cause, decision = answer
-                self._log_entry(part, decision, cause)
+                refusal = self._log_this_or_instead(part, decision, cause, None)
+                if refusal is not None:
+                    raise refusal
 
     def _bury(self, message: Message, now_ms: int, code: str, reason: str) -> None:
         """Write a dead letter and wait for it: the input counts as read only once its letter is durable."""
@@ -269,6 +271,23 @@ class OwnerLoop:
         failpoint("owner.after-dead-letter")
 
     # -- 4. log, 5. tell ---------------------------------------------------------------
+
+    def _log_this_or_instead(
+        self, part: OwnedPartition, decision: Decision, cause: str, record: Any
+    ) -> EntryRefusedError | None:
+        """Log a decision, or what the machine puts in its place if it cannot be written; returns the refusal if that is nothing."""
+        try:
+            self._log_entry(part, decision, cause)
+        except EntryRefusedError as error:
+            _log.exception("entry refused", subject=decision.subject, cause=cause)
+            instead = self.machine.instead(part.state, record, decision, error)
+            if instead is None:
+                return error
+            try:
+                self._log_entry(part, instead, cause)
+            except EntryRefusedError as again:
+                return again
+        return None
 
     def _log_entry(self, part: OwnedPartition, decision: Decision, cause: str) -> None:
         failpoint("owner.before-entry")

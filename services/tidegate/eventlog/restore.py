@@ -286,7 +286,10 @@ def _load_live(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapsho
     if counted != checkpoint.live:
         raise DoubtfulSnapshotError(f"{counted} of {checkpoint.live} live units have a snapshot")
     part.dirty = set(part.as_of)  # our first checkpoint writes all of them anew, under our epoch
-    part.machine.loaded(part.state)
+    try:
+        part.machine.loaded(part.state)
+    except Exception as error:
+        raise DoubtfulSnapshotError(f"nothing can be made of the snapshots: {type(error).__name__}: {error}") from error
 
 
 # --- folding ---------------------------------------------------------------

@@ -121,7 +121,10 @@ def done(ledger: Ledger, run_id: str) -> None:
 
 
 def derive(ledger: Ledger) -> None:
-    """Make what follows from the runs, which were put in by themselves."""
+    """Make what follows from the runs, which were put in by themselves, in any order: a child may come before its parent."""
+    for run_id, run in ledger.runs.items():
+        if run.parent_run_id:
+            ledger.below.setdefault(run.parent_run_id, Below(children={})).children[run_id] = None
     for run_id in ledger.runs:
         join(ledger, run_id)
     for run_id in ledger.runs:

@@ -98,6 +98,10 @@ class GateMachine:
         events = decide.on_request(draft)
         return Decision(state.subject, "", events) if events else None
 
+    def instead(self, state: Ledger, record: Any, refused: Decision, error: Exception) -> Decision | None:
+        """Return None: what is asked of the gate was written by a scheduler before, in an entry that was larger."""
+        return None
+
     def due(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         """Return losses of executors that ended, then placements that became possible, then what is to be said of the rest."""
         cause = f"table:{INSTANCES}:{tables.versions[INSTANCES]}"

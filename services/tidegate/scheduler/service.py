@@ -156,6 +156,16 @@ class SchedulerMachine:
         account = record.account if isinstance(record, RunCommand) and not run.account else run.account
         return Decision(run.run_id, account, events) if events else None
 
+    def instead(self, state: RunsOfPartition, record: Any, refused: Decision, error: Exception) -> Decision | None:
+        """Return the end of a run that cannot go on, since what it should go on with is too large. A command is a dead letter."""
+        run = state.find(refused.subject)
+        if run is None or run.is_over or isinstance(record, RunCommand):
+            return None
+        if record is None:
+            return Decision(run.run_id, run.account, progress.broken(run, None, decide.error_reason(_TIMER, error)))
+        events = _on_error(run, record, error)
+        return Decision(run.run_id, run.account, events) if events else None
+
     def due(self, state: RunsOfPartition, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         """Return what the next timer causes, or the next release of held steps."""
         while state.timers and state.timers[0][0] <= now_ms:

@@ -145,6 +145,7 @@ def test_what_a_document_does_not_say_is_as_the_function_says() -> None:
         document(retries={"retry_on": ["E"] * (retries.MAX_ERROR_CLASSES + 1)}),
         document(retries={"retry_rules": [{"on": ["E"]}, {"on": ["E"]}]}),
         document(retries=[1]),
+        document(retries={"max_attempts": 3.0}),  # no integer, as soon as it is to be one
     ],
 )
 def test_a_document_that_is_none_is_refused_by_authors_tools_and_counts_for_nobody(fields: dict[str, Any]) -> None:
@@ -152,6 +153,22 @@ def test_a_document_that_is_none_is_refused_by_authors_tools_and_counts_for_nobo
         parse(fields)
     documents = in_force(document(account="*"))
     assert documents.take("retry:patient", row(fields)) != ""
+    assert documents.choose(Function(kind="step"), Attempted("f", "acme", "w", {})).document == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"retry":"patient","version":"1","retries":{"a":' + "[" * 5000 + "]" * 5000 + "}}",
+        json.dumps(document(version="1" * 100_000, account="*")),
+        json.dumps(document("another", account="*")),
+    ],
+    ids=["deep", "long", "another's"],
+)
+def test_no_record_of_a_hostile_writer_stops_whoever_reads_documents(text: str) -> None:
+    documents = RetryDocuments()
+    hostile = PolicyPublished(policy_id="x", version="1", document=text, by="t", at_ms=0)
+    assert documents.take("retry:patient", hostile) != ""
     assert documents.choose(Function(kind="step"), Attempted("f", "acme", "w", {})).document == ""
 
 

@@ -235,3 +235,18 @@ def test_what_is_below_a_run_is_the_same_from_snapshots_of_different_times(seed:
             apply(restored, event, seq)
     for name in ("runs", "attempts", "below", "families_over", "held_by"):
         assert getattr(restored, name) == getattr(ledger, name), name
+
+
+@pytest.mark.feature("P2")
+def test_a_grandchild_whose_state_comes_before_its_parents_is_put_below_both() -> None:
+    """Snapshots lie in the order in which they were written last, and requests of different runs overtake each other."""
+    live = Ledger(0)
+    for seq, (run_id, above) in enumerate((("g", "p"), ("p", "top"), ("top", "")), 1):
+        named = {"account": "acme", "run_id": run_id, "budget_micros": None, "workflow": "w@1", "tags": {}}
+        apply(live, ev.RunOpened(**named, parent_run_id=above, has_children=run_id != "g"), seq, 1_000)
+    restored = Ledger(0)
+    for run_id in live.runs:
+        load(restored, run_id, dump(live, run_id))
+    derive(restored)
+    assert restored.below == live.below
+    assert restored.below["top"].going == 2
