@@ -10,6 +10,7 @@ import pytest
 
 from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
 from tidegate import codec
+from tidegate.audit import money
 from tidegate.audit.money import Books, audit
 from tidegate.cli.ledger import kept
 from tidegate.domain.entry import Entry
@@ -249,3 +250,68 @@ def test_the_command_says_what_is_kept_and_how_far_it_has_come() -> None:
         assert part.before_carried == part.older
         assert part.oldest_ms == there[0][1].now_ms
     assert [part.older for part in after] == [0] * ACCOUNT_PARTITIONS
+
+
+def test_a_late_cost_of_an_attempt_that_ended_before_balances_were_carried_counts() -> None:
+    """Its run is still open: books of what is left know the run, not the attempt, and agree with what the run closes with."""
+    cluster = cluster_with_retention(1)
+    books = kept_books(cluster)
+    cluster.holds_back = True
+    cluster.start_run("open", "a", account="acme0")
+    cluster.settle()
+    cluster.now_ms += 60_000  # its lease lapses: it is given up
+    cluster.incarnation = cluster.register(pid=2)
+    for _ in range(40):
+        cluster.turn()
+        cluster.now_ms += 1000
+        cluster.register(incarnation=cluster.incarnation, pid=2)
+    (late, second) = cluster.held_back
+    assert (late[1].attempt, second[1].attempt) == (1, 2)
+    cluster.holds_back = False
+    let_retire(cluster)
+    cluster.publish(RETENTION | {"every_s": 10**6})
+    cluster.start_run("more", account="acme0")
+    let_retire(cluster)
+    assert entries(cluster, 0)[0][1].first_seq > 1
+
+    cluster._answer(*late)
+    cluster.settle()
+    cluster._answer(*second)
+    cluster.settle()
+    assert books.problems == []
+    assert_whole(cluster)
+    left = audit(cluster.messages(LEDGER, partition) for partition in range(ACCOUNT_PARTITIONS))
+    assert left.runs["open"].closed
+    assert left.runs["open"].settled_micros == books.runs["open"].settled_micros == 2 * COST_MICROS
+
+
+def test_a_late_cost_is_believed_once_and_only_of_a_run_that_was_carried() -> None:
+    books = Books()
+    cluster = retired()
+    for partition in range(ACCOUNT_PARTITIONS):
+        for message in cluster.messages(LEDGER, partition):
+            books.read(message)
+    page = money._Page(books, cluster.messages(LEDGER, 0)[-1])
+    carried, opened = "open", "later"
+    books.runs[opened] = money.RunBooks("acme0", None)
+    for run_id, said in (
+        (carried, []),
+        (carried, ["after it was settled"]),
+        (opened, ["after it was never asked for"]),
+    ):
+        before = len(books.problems)
+        page._attempt(
+            "AttemptSettled",
+            {
+                "account": "acme0",
+                "run_id": run_id,
+                "step_id": "gone",
+                "attempt": 1,
+                "reserved_micros": 0,
+                "actual_micros": 5,
+                "overshoot_micros": 5,
+            },
+        )
+        new = books.problems[before:]
+        assert len(new) == len(said)
+        assert all(text in problem.text for text, problem in zip(said, new, strict=True))
