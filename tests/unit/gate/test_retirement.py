@@ -14,14 +14,17 @@ from tidegate.audit import money
 from tidegate.audit.money import Books, audit
 from tidegate.cli.ledger import kept
 from tidegate.domain.entry import Entry
-from tidegate.domain.ledger_events import LedgerCarried
-from tidegate.eventlog import checkpoints, restore, retention
+from tidegate.domain.identity import child_run_id
+from tidegate.domain.ledger_events import LedgerCarried, RunOpened
+from tidegate.eventlog import checkpoints, owned, restore, retention
 from tidegate.eventlog.interface import Message
-from tidegate.eventlog.machine import CorruptLogError
+from tidegate.eventlog.machine import CorruptLogError, Decision
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.state_check import check_state
-from tidegate.gate import snapshots
+from tidegate.gate import carrying, snapshots
+from tidegate.gate.placement import Executors
+from tidegate.gate.service import GateMachine
 
 OFTEN = CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=2, rest_after_s=3600)
 LEDGER = "gate-ledger"
@@ -315,3 +318,40 @@ def test_a_late_cost_is_believed_once_and_only_of_a_run_that_was_carried() -> No
         new = books.problems[before:]
         assert len(new) == len(said)
         assert all(text in problem.text for text, problem in zip(said, new, strict=True))
+
+
+def opened_runs(count: int) -> tuple[GateMachine, OwnedPartition]:
+    """Return a ledger of runs whose names are long: they stand in an entry that carries them again and again."""
+    machine = GateMachine(2, 2, Executors(10_000, lambda: 0, lambda: 0))
+    part = OwnedPartition(machine, 0)
+    for number in range(count):
+        parent = f"{number:08d}-" + "p" * 60
+        event = RunOpened(
+            account="a/" * 20 + "a",
+            run_id=child_run_id(parent, "w"),
+            budget_micros=None,
+            workflow="w@1",
+            tags={},
+            parent_run_id=parent,
+        )
+        machine.apply(part.state, "ledger-0", "", event, number + 1, 1)
+    return machine, part
+
+
+def test_all_that_is_carried_counts_not_the_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the entry is refused as too large, and every owner of the partition ends at it."""
+    _, part = opened_runs(300)
+    event = carrying.carried(part.state, "ledger@1", "ann")
+    assert event is not None
+    _, value = part.make_entry(Decision("ledger-0", "", [event], is_complete=True), "c", {})
+    states = sum(len(unit.unit) + len(unit.state) for unit in event.units)
+    assert len(value) > 1.5 * states
+    _, part = opened_runs(300)
+    monkeypatch.setattr(carrying, "MAX_EVENT_BYTES", len(value) - 1000)
+    assert carrying.carried(part.state, "ledger@1", "ann") is None
+    monkeypatch.setattr(carrying, "MAX_EVENT_BYTES", len(value))
+    assert carrying.carried(part.state, "ledger@1", "ann") == event
+
+
+def test_what_may_be_carried_may_be_written() -> None:
+    assert carrying.MAX_EVENT_BYTES + 1024 * 1024 <= owned.MAX_ENTRY_BYTES
