@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -355,3 +356,72 @@ def test_all_that_is_carried_counts_not_the_states_alone(monkeypatch: pytest.Mon
 
 def test_what_may_be_carried_may_be_written() -> None:
     assert carrying.MAX_EVENT_BYTES + 1024 * 1024 <= owned.MAX_ENTRY_BYTES
+
+
+def let_pass(cluster: Cluster, rounds: int = 4) -> None:
+    """Let time go by like `let_retire`, but compaction takes nothing."""
+    for _ in range(rounds):
+        cluster.settle()
+        cluster.now_ms += 1500
+        cluster.register(incarnation=cluster.incarnation)
+    cluster.settle()
+
+
+def tombstones(cluster: Cluster) -> Counter[bytes | None]:
+    """Return how many there are of each key in a partition of the ledger."""
+    return Counter(message.key for message in cluster.messages(LEDGER, 0) if message.value is None)
+
+
+def assert_no_gap(cluster: Cluster) -> None:
+    """Of what is carried forward, nothing is left out before the last entry that is retired."""
+    there = [message.key for message, _ in entries(cluster, 0)]
+    retired_keys = tombstones(cluster).keys()
+    last = max(index for index, key in enumerate(there) if key in retired_keys)
+    assert set(there[: last + 1]) <= retired_keys
+
+
+@pytest.mark.parametrize("keep_s", [0, 4])
+@pytest.mark.parametrize("crashes", [False, True])
+def test_what_has_its_tombstone_gets_no_second_one(keep_s: int, crashes: bool) -> None:
+    """Compaction leaves the active segment alone: entries lie there for many rounds, and for owners to come."""
+    cluster = cluster_with_retention(1)
+    cluster.publish(RETENTION | {"keep_s": keep_s}, by="ann")
+    for number in range(12):
+        cluster.start_run(f"r{number}", "a", account="acme0")
+    grown = set()
+    for round_ in range(6):
+        cluster.start_run(f"more{round_}", "a", account="acme0")
+        let_pass(cluster)
+        if crashes:
+            cluster.crash("gate")
+            cluster.start("gate")
+        cluster.settle()
+        grown.add(tombstones(cluster).total())
+        assert set(tombstones(cluster).values()) <= {1}
+    assert len(grown) > 3
+    assert_no_gap(cluster)
+    let_retire(cluster)
+    assert_whole(cluster)
+
+
+def test_an_owner_that_dies_while_it_retires_leaves_the_rest_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = cluster_with_retention(1)
+    passes = 0
+
+    def point(name: str) -> None:
+        nonlocal passes
+        passes += name == "retention.before-tombstone"
+        if passes == 20:
+            raise Crash
+
+    monkeypatch.setattr(retention, "failpoint", point)
+    monkeypatch.setattr(retention, "OFFSETS_PER_TURN", 7)
+    for number in range(12):
+        cluster.start_run(f"r{number}", "a", account="acme0")
+    for round_ in range(4):
+        cluster.start_run(f"more{round_}", "a", account="acme0")
+        let_pass(cluster, 2)
+    assert passes > 20
+    assert set(tombstones(cluster).values()) == {1}
+    assert tombstones(cluster).total() > 20
+    assert_no_gap(cluster)
