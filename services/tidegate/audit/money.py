@@ -125,7 +125,8 @@ class RunBooks:
     """What a run may spend and what became of it, in micro-dollars. `budget_micros` None: no limit.
 
     parent: the run that it does a step of, which bills the same account; empty for none. below_micros: what is set aside for and
-    spent by all runs below it. is_alone: whether it is of no family. over: whether its family is said to be over.
+    spent by all runs below it. is_alone: whether it is of no family. over: whether its family is said to be over. is_carried:
+    whether the books began with it carried forward: attempts of it that had ended by then are unknown.
     """
 
     account: str
@@ -138,6 +139,7 @@ class RunBooks:
     below_micros: int = 0
     over: bool = False
     is_alone: bool = True
+    is_carried: bool = False
 
 
 @dataclass(slots=True)
@@ -361,6 +363,7 @@ class _Page:
                 closed=run["closed"],
                 parent=run["parent_run_id"],
                 is_alone=not run["parent_run_id"] and not run["has_children"],
+                is_carried=True,
             )
         for run_id in partition.runs:
             begun = books.runs[run_id]
@@ -454,7 +457,7 @@ class _Page:
         name = AttemptName(event["run_id"], event["step_id"], event["attempt"])
         if kind == "AttemptSettled" and self._partition.is_carried and name.run_id not in self._books.runs:
             return  # a late cost of a run that was over, and forgotten, when balances were carried forward
-        attempt = self._books.attempts.get(name, AttemptBooks())
+        attempt = self._books.attempts.get(name) or self._unknown(name, kind, event)
         becomes = ATTEMPTS.get((attempt.status, kind))
         if becomes is None:
             self._note(name.run_id, f"{_said(name)}: {kind} after it was {attempt.status or 'never asked for'}")
@@ -477,6 +480,15 @@ class _Page:
                 self._note(name.run_id, f"{_said(name)}: {problem}")
         elif becomes in ENDED:
             self._books.budgets.ended(name)
+
+    def _unknown(self, name: AttemptName, kind: str, event: dict[str, Any]) -> AttemptBooks:
+        """Return the books of an attempt that an event is the first to name.
+
+        A settlement against nothing, in a run that was carried forward, is the late cost of an attempt that was given up before.
+        """
+        run = self._books.runs.get(name.run_id)
+        is_late = kind == "AttemptSettled" and event["reserved_micros"] == 0 and run is not None and run.is_carried
+        return AttemptBooks(RELEASED, placement=ANYBODY) if is_late else AttemptBooks()
 
 
 _RUNS: Final[dict[str, Callable[[_Page, str, dict[str, Any]], None]]] = {

@@ -7,15 +7,19 @@ from typing import Final, Literal
 
 from pydantic import Field
 
+from tidegate import codec
 from tidegate.domain import ledger_events as ev
+from tidegate.domain.entry import Entry
 from tidegate.domain.messages import NOTHING
 from tidegate.gate import snapshots
 from tidegate.gate.budgets import amounts_of
 from tidegate.gate.documents import Document
 from tidegate.gate.ledger import Ledger
 
-# An entry is one record; a ledger in which more than this is open waits until less is.
+# An entry is one record; a ledger in which more than this is open waits until less is. The states alone are counted first, which
+# is cheap; then all that is carried, as it is written. That leaves a MiB of the largest entry for what is around the event.
 MAX_CARRIED_BYTES: Final = 8 * 1024 * 1024
+MAX_EVENT_BYTES: Final = 14 * 1024 * 1024
 DAY_S: Final = 24 * 3600
 
 
@@ -52,9 +56,29 @@ def carried(ledger: Ledger, policy: str, by: str) -> ev.LedgerCarried | None:
         if size > MAX_CARRIED_BYTES:
             return None
         units.append(ev.CarriedUnit(unit=unit, state=state))
-    return ev.LedgerCarried(
+    event = ev.LedgerCarried(
         policy=policy, by=by, runs=tuple(_runs(ledger)), buckets=tuple(_buckets(ledger)), units=tuple(units)
     )
+    return event if _size(event) <= MAX_EVENT_BYTES else None
+
+
+def _size(event: ev.LedgerCarried) -> int:
+    """Return how many bytes an entry has that holds nothing but an event: runs and buckets repeat much of their states."""
+    entry = Entry(
+        subject="",
+        account="",
+        first_seq=1,
+        epoch=0,
+        now_ms=0,
+        prev_hash=b"",
+        inputs={},
+        marks={},
+        told=0,
+        tables={},
+        cause="",
+        events=(event,),
+    )
+    return len(codec.encode_entry("LedgerEntry", entry))
 
 
 def load(ledger: Ledger, event: ev.LedgerCarried) -> list[str]:

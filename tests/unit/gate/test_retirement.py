@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -10,17 +11,21 @@ import pytest
 
 from support.cluster import ACCOUNT_PARTITIONS, Cluster, Crash
 from tidegate import codec
+from tidegate.audit import money
 from tidegate.audit.money import Books, audit
 from tidegate.cli.ledger import kept
 from tidegate.domain.entry import Entry
-from tidegate.domain.ledger_events import LedgerCarried
-from tidegate.eventlog import checkpoints, restore, retention
+from tidegate.domain.identity import child_run_id
+from tidegate.domain.ledger_events import LedgerCarried, RunOpened
+from tidegate.eventlog import checkpoints, owned, restore, retention
 from tidegate.eventlog.interface import Message
-from tidegate.eventlog.machine import CorruptLogError
+from tidegate.eventlog.machine import CorruptLogError, Decision
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.state_check import check_state
-from tidegate.gate import snapshots
+from tidegate.gate import carrying, snapshots
+from tidegate.gate.placement import Executors
+from tidegate.gate.service import GateMachine
 
 OFTEN = CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=2, rest_after_s=3600)
 LEDGER = "gate-ledger"
@@ -249,3 +254,174 @@ def test_the_command_says_what_is_kept_and_how_far_it_has_come() -> None:
         assert part.before_carried == part.older
         assert part.oldest_ms == there[0][1].now_ms
     assert [part.older for part in after] == [0] * ACCOUNT_PARTITIONS
+
+
+def test_a_late_cost_of_an_attempt_that_ended_before_balances_were_carried_counts() -> None:
+    """Its run is still open: books of what is left know the run, not the attempt, and agree with what the run closes with."""
+    cluster = cluster_with_retention(1)
+    books = kept_books(cluster)
+    cluster.holds_back = True
+    cluster.start_run("open", "a", account="acme0")
+    cluster.settle()
+    cluster.now_ms += 60_000  # its lease lapses: it is given up
+    cluster.incarnation = cluster.register(pid=2)
+    for _ in range(40):
+        cluster.turn()
+        cluster.now_ms += 1000
+        cluster.register(incarnation=cluster.incarnation, pid=2)
+    (late, second) = cluster.held_back
+    assert (late[1].attempt, second[1].attempt) == (1, 2)
+    cluster.holds_back = False
+    let_retire(cluster)
+    cluster.publish(RETENTION | {"every_s": 10**6})
+    cluster.start_run("more", account="acme0")
+    let_retire(cluster)
+    assert entries(cluster, 0)[0][1].first_seq > 1
+
+    cluster._answer(*late)
+    cluster.settle()
+    cluster._answer(*second)
+    cluster.settle()
+    assert books.problems == []
+    assert_whole(cluster)
+    left = audit(cluster.messages(LEDGER, partition) for partition in range(ACCOUNT_PARTITIONS))
+    assert left.runs["open"].closed
+    assert left.runs["open"].settled_micros == books.runs["open"].settled_micros == 2 * COST_MICROS
+
+
+def test_a_late_cost_is_believed_once_and_only_of_a_run_that_was_carried() -> None:
+    books = Books()
+    cluster = retired()
+    for partition in range(ACCOUNT_PARTITIONS):
+        for message in cluster.messages(LEDGER, partition):
+            books.read(message)
+    page = money._Page(books, cluster.messages(LEDGER, 0)[-1])
+    carried, opened = "open", "later"
+    books.runs[opened] = money.RunBooks("acme0", None)
+    for run_id, said in (
+        (carried, []),
+        (carried, ["after it was settled"]),
+        (opened, ["after it was never asked for"]),
+    ):
+        before = len(books.problems)
+        page._attempt(
+            "AttemptSettled",
+            {
+                "account": "acme0",
+                "run_id": run_id,
+                "step_id": "gone",
+                "attempt": 1,
+                "reserved_micros": 0,
+                "actual_micros": 5,
+                "overshoot_micros": 5,
+            },
+        )
+        new = books.problems[before:]
+        assert len(new) == len(said)
+        assert all(text in problem.text for text, problem in zip(said, new, strict=True))
+
+
+def opened_runs(count: int) -> tuple[GateMachine, OwnedPartition]:
+    """Return a ledger of runs whose names are long: they stand in an entry that carries them again and again."""
+    machine = GateMachine(2, 2, Executors(10_000, lambda: 0, lambda: 0))
+    part = OwnedPartition(machine, 0)
+    for number in range(count):
+        parent = f"{number:08d}-" + "p" * 60
+        event = RunOpened(
+            account="a/" * 20 + "a",
+            run_id=child_run_id(parent, "w"),
+            budget_micros=None,
+            workflow="w@1",
+            tags={},
+            parent_run_id=parent,
+        )
+        machine.apply(part.state, "ledger-0", "", event, number + 1, 1)
+    return machine, part
+
+
+def test_all_that_is_carried_counts_not_the_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the entry is refused as too large, and every owner of the partition ends at it."""
+    _, part = opened_runs(300)
+    event = carrying.carried(part.state, "ledger@1", "ann")
+    assert event is not None
+    _, value = part.make_entry(Decision("ledger-0", "", [event], is_complete=True), "c", {})
+    states = sum(len(unit.unit) + len(unit.state) for unit in event.units)
+    assert len(value) > 1.5 * states
+    _, part = opened_runs(300)
+    monkeypatch.setattr(carrying, "MAX_EVENT_BYTES", len(value) - 1000)
+    assert carrying.carried(part.state, "ledger@1", "ann") is None
+    monkeypatch.setattr(carrying, "MAX_EVENT_BYTES", len(value))
+    assert carrying.carried(part.state, "ledger@1", "ann") == event
+
+
+def test_what_may_be_carried_may_be_written() -> None:
+    assert carrying.MAX_EVENT_BYTES + 1024 * 1024 <= owned.MAX_ENTRY_BYTES
+
+
+def let_pass(cluster: Cluster, rounds: int = 4) -> None:
+    """Let time go by like `let_retire`, but compaction takes nothing."""
+    for _ in range(rounds):
+        cluster.settle()
+        cluster.now_ms += 1500
+        cluster.register(incarnation=cluster.incarnation)
+    cluster.settle()
+
+
+def tombstones(cluster: Cluster) -> Counter[bytes | None]:
+    """Return how many there are of each key in a partition of the ledger."""
+    return Counter(message.key for message in cluster.messages(LEDGER, 0) if message.value is None)
+
+
+def assert_no_gap(cluster: Cluster) -> None:
+    """Of what is carried forward, nothing is left out before the last entry that is retired."""
+    there = [message.key for message, _ in entries(cluster, 0)]
+    retired_keys = tombstones(cluster).keys()
+    last = max(index for index, key in enumerate(there) if key in retired_keys)
+    assert set(there[: last + 1]) <= retired_keys
+
+
+@pytest.mark.parametrize("keep_s", [0, 4])
+@pytest.mark.parametrize("crashes", [False, True])
+def test_what_has_its_tombstone_gets_no_second_one(keep_s: int, crashes: bool) -> None:
+    """Compaction leaves the active segment alone: entries lie there for many rounds, and for owners to come."""
+    cluster = cluster_with_retention(1)
+    cluster.publish(RETENTION | {"keep_s": keep_s}, by="ann")
+    for number in range(12):
+        cluster.start_run(f"r{number}", "a", account="acme0")
+    grown = set()
+    for round_ in range(6):
+        cluster.start_run(f"more{round_}", "a", account="acme0")
+        let_pass(cluster)
+        if crashes:
+            cluster.crash("gate")
+            cluster.start("gate")
+        cluster.settle()
+        grown.add(tombstones(cluster).total())
+        assert set(tombstones(cluster).values()) <= {1}
+    assert len(grown) > 3
+    assert_no_gap(cluster)
+    let_retire(cluster)
+    assert_whole(cluster)
+
+
+def test_an_owner_that_dies_while_it_retires_leaves_the_rest_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = cluster_with_retention(1)
+    passes = 0
+
+    def point(name: str) -> None:
+        nonlocal passes
+        passes += name == "retention.before-tombstone"
+        if passes == 20:
+            raise Crash
+
+    monkeypatch.setattr(retention, "failpoint", point)
+    monkeypatch.setattr(retention, "OFFSETS_PER_TURN", 7)
+    for number in range(12):
+        cluster.start_run(f"r{number}", "a", account="acme0")
+    for round_ in range(4):
+        cluster.start_run(f"more{round_}", "a", account="acme0")
+        let_pass(cluster, 2)
+    assert passes > 20
+    assert set(tombstones(cluster).values()) == {1}
+    assert tombstones(cluster).total() > 20
+    assert_no_gap(cluster)
