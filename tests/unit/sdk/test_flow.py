@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.pure import Pair
-from tidegate import App, CallFailedError, functions_of, merge
+from tidegate import App, CallFailedError, Goto, Propose, functions_of, merge
 from tidegate.domain import canonical
 from tidegate.sdk.errors import NonRetryable
 from tidegate.sdk.testkit import step_context
@@ -254,6 +254,18 @@ def test_a_step_that_the_flow_does_not_name_is_refused_and_not_run() -> None:
     w.other = other  # type: ignore[attr-defined]
     w.begin(1)
     assert "its `steps` do not name it" in w.finish().reason
+
+
+@pytest.mark.parametrize("returned", [Goto("x", 1), Propose({"nodes": {}}, 1)])
+def test_a_flow_that_returns_what_only_steps_may_return_fails(returned: Any) -> None:
+    async def choose(w: World, n: int) -> Any:
+        return returned
+
+    w = World(choose)
+    w.begin(1)
+    run = w.finish()
+    assert run.status == "failed"
+    assert f"returns {type(returned).__name__}: a flow gives its output and nothing else" in run.reason
 
 
 def turn(*calls: str, waits: Any) -> dict[str, Any]:
