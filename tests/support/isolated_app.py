@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tidegate import App, NonRetryable, context, idempotency_key, report_cost, report_usage
+from tidegate import App, NonRetryable, Propose, context, idempotency_key, report_cost, report_usage
 
 app = App("isolated")
 
@@ -95,6 +95,12 @@ def leave_child(pids: str) -> str:
 @app.tool(isolation="subprocess", output_max_bytes=1000)
 def talk(characters: int) -> str:
     return "x" * characters
+
+
+@app.step(isolation="subprocess", output_max_bytes=1000)
+def propose(value: Any) -> Propose:
+    nodes = {f"b{number}": {"kind": "step", "function": "doubled", "input": "y" * 2500} for number in range(80)}
+    return Propose({"nodes": nodes}, output=1)
 
 
 @app.tool

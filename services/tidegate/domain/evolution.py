@@ -135,45 +135,77 @@ def _misfit(
     workflow: Workflow, definition: Mapping[str, Any], accepted: Sequence[AcceptedChange], node_id: str, change: str
 ) -> Problem | None:
     """Return why the change does not fit. One that would fit without changes that came before it is in conflict with them."""
-    problems = _problems(workflow, definition, [one.change for one in accepted], node_id, change)
+    added = canonical.loads(change)
+    broken = _broken_rules(workflow, node_id, added)
+    problems = broken.problems
+    if not broken.is_final:
+        changes = [one.change for one in accepted]
+        problems = _with_graph_problems(problems, workflow, definition, changes, node_id, change)
     if not problems:
         return None
-    for count in range(len(accepted) - 1, max(-1, len(accepted) - 1 - MAX_LOOKED_BACK), -1):
+    furthest = len(accepted) if broken.is_its_own else max(0, len(accepted) - MAX_LOOKED_BACK)
+    for count in range(len(accepted) - 1, furthest - 1, -1):
         before = [one.change for one in accepted[:count]]
-        if not _problems(evolved(workflow.definition, tuple(before)), definition, before, node_id, change):
+        graph = evolved(workflow.definition, tuple(before))
+        if _broken_rules(graph, node_id, added).problems:
+            continue
+        if not _with_graph_problems([], graph, definition, before, node_id, change):
             other = accepted[count].step_id
             reason = f"it does not go together with the change of step {other}: {_invalid(problems).reason}"
             return Problem(CONFLICT, reason, other)
     return _invalid(problems)
 
 
-def _problems(
-    workflow: Workflow, definition: Mapping[str, Any], accepted: Sequence[str], node_id: str, change: str
-) -> list[str]:
-    """Return everything that is wrong with the change in this graph; `workflow` is the graph."""
+class _Broken(NamedTuple):
+    """Rules that a change breaks by where it begins and leads to.
+
+    is_its_own: it broke them without the changes before it too, because these only ever add nodes and ways, and repeat nothing
+    that was there. is_final: there is no graph with it that could be looked at.
+    """
+
+    problems: list[str]
+    is_its_own: bool = False
+    is_final: bool = False
+
+
+def _broken_rules(workflow: Workflow, node_id: str, added: Mapping[str, Any]) -> _Broken:
     if node_id not in workflow.document.nodes:
-        return [f"there is no node {node_id!r}"]
+        return _Broken([f"there is no node {node_id!r}"], is_its_own=True, is_final=True)
     if any(node_id in body for body in workflow.form.loops.values()):
-        return [f"node {node_id} lies in a loop: what is repeated cannot change the graph"]
-    added = canonical.loads(change)
+        problem = f"node {node_id} lies in a loop: what is repeated cannot change the graph"
+        return _Broken([problem], is_its_own=True, is_final=True)
     nodes, ends = added["nodes"], [edge_ends(edge) for edge in added["edges"]]
     ends += [(router, target) for router, node in nodes.items() for target in node.get("routes", ())]
     names = {*workflow.document.nodes, *nodes}
     unknown = [f"edges: {a} -> {b} names an unknown node" for a, b in ends if a not in names or b not in names]
     if unknown:
-        return unknown
+        return _Broken(unknown, is_its_own=True, is_final=True)
     conditional = {edge_ends(edge) for edge in added["edges"] if isinstance(edge, dict) and edge.get("when")}
-    found = [
-        problem
-        for source, target in ends
-        for problem in (
-            _source_problem(workflow, node_id, nodes, source, target, is_conditional=(source, target) in conditional),
-            _target_problem(workflow, node_id, nodes, source, target),
-        )
-        if problem
-    ]
-    found += validate_definition(merged(definition, [*accepted, change]))
-    return found or _form_problems(workflow, evolved(workflow.definition, (*accepted, change)), node_id, nodes)
+    behind = _behind(workflow, node_id)
+    found, is_its_own = [], False
+    for source, target in ends:
+        is_conditional = (source, target) in conditional
+        at_source = _source_problem(workflow, node_id, nodes, source, target, is_conditional=is_conditional)
+        at_target = _target_problem(behind, node_id, nodes, source, target)
+        found += [problem for problem in (at_source, at_target) if problem]
+        is_its_own = is_its_own or bool(at_target)
+    return _Broken(found, is_its_own)
+
+
+def _with_graph_problems(
+    problems: list[str],
+    workflow: Workflow,
+    definition: Mapping[str, Any],
+    accepted: Sequence[str],
+    node_id: str,
+    change: str,
+) -> list[str]:
+    """Return the problems and what is wrong with the graph that the change makes of `workflow`, the graph before it."""
+    found = problems + validate_definition(merged(definition, [*accepted, change]))
+    if found:
+        return found
+    after = evolved(workflow.definition, (*accepted, change))
+    return _form_problems(workflow, after, node_id, canonical.loads(change)["nodes"])
 
 
 def _source_problem(
@@ -189,14 +221,17 @@ def _source_problem(
     return ""
 
 
-def _target_problem(workflow: Workflow, node_id: str, nodes: Collection[str], source: str, target: str) -> str:
-    """An edge may lead only to what cannot have begun: to new nodes, and to those that must wait for the proposing one."""
-    if target in nodes:
-        return ""
+def _behind(workflow: Workflow, node_id: str) -> set[str]:
+    """Return the nodes that must wait for this one."""
     early = workflow.needs.keys()
     after = workflow.form.successors.items()
     waits_for_all = {name: [one for one in followers if one not in early] for name, followers in after}
-    if target != node_id and target in reached([node_id], waits_for_all):
+    return reached([node_id], waits_for_all) - {node_id}
+
+
+def _target_problem(behind: Collection[str], node_id: str, nodes: Collection[str], source: str, target: str) -> str:
+    """An edge may lead only to what cannot have begun: to new nodes, and to those that must wait for the proposing one."""
+    if target in nodes or target in behind:
         return ""
     return f"edges: {source} -> {target}: {target} need not wait for {node_id}, so it may have begun already"
 

@@ -44,16 +44,24 @@ def problem(state: str, value: Any) -> str | None:
         return "the calls of a turn must be a list of objects with id, function, arguments and parents"
     if len(calls) > MAX_CALLS:
         return f"a turn may make at most {MAX_CALLS} calls, this one makes {len(calls)}"
-    names = [*_made(canonical.loads(state)), *(call["id"] for call in calls)]
+    before = canonical.loads(state)
+    names = [*_made(before), *(call["id"] for call in calls)]
     known = set(names)
     if len(known) < len(names):
         return "two calls of a flow have one id"
     if any(parent not in known for call in calls for parent in call["parents"]):
         return "a call of a flow has a parent that was never made"
-    groups = waits if isinstance(waits, list) else [None]
-    if not groups or not all(isinstance(group, list) and group and set(map(str, group)) <= known for group in groups):
+    groups = waits if isinstance(waits, list) else []
+    if not groups or not all(_is_among(group, known) for group in groups):
         return "a turn must wait for calls that were made"
+    told = _told(before)
+    if any(told.issuperset(group) for group in groups):
+        return "a turn must wait for calls that it was not told of yet"
     return None
+
+
+def _is_among(group: Any, known: set[str]) -> bool:
+    return isinstance(group, list) and bool(group) and all(isinstance(name, str) and name in known for name in group)
 
 
 def _is_call(call: Any) -> bool:
@@ -68,6 +76,10 @@ def _is_call(call: Any) -> bool:
 
 def _made(state: dict[str, Any]) -> list[str]:
     return [call["id"] for turn in state["turns"] for call in turn["calls"]]
+
+
+def _told(state: dict[str, Any]) -> set[str]:
+    return {result["id"] for turn in state["turns"] for result in turn["results"]}
 
 
 def after_turn(run: RunState, workflow: Workflow, step: StepState, changed: Changed) -> list[Any]:
@@ -134,7 +146,7 @@ def _next_turn(
         return []  # a turn is out; what came meanwhile is told to the one after it
     said = canonical.loads(changed.output if is_this else latest.output or "{}")
     state = canonical.loads(latest.call.arguments)
-    told = {result["id"] for turn in state["turns"] for result in turn["results"]}
+    told = _told(state)
     waiting = [name for name in (*_made(state), *(call["id"] for call in said["calls"])) if name not in told]
     results = {}
     for name in waiting:

@@ -78,11 +78,18 @@ def edge_ends(edge: Any) -> tuple[str, str]:
 def merged(definition: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
     """Return the definition of the graph that these changes, in this order, make of one."""
     made = {**definition, "nodes": dict(definition["nodes"]), "edges": list(definition.get("edges", ()))}
+    there = set(map(_edge_mark, made["edges"]))
     for text in changes:
         change = canonical.loads(text)
         made["nodes"] |= change["nodes"]
-        made["edges"] += [edge for edge in change["edges"] if edge not in made["edges"]]
+        made["edges"] += [edge for edge in change["edges"] if _edge_mark(edge) not in there]
+        there.update(map(_edge_mark, change["edges"]))
     return made
+
+
+def _edge_mark(edge: Any) -> tuple[Any, ...]:
+    """Return what tells an edge from every other one, whichever way each is written."""
+    return tuple(sorted(edge.items())) if isinstance(edge, Mapping) else tuple(edge)
 
 
 def graph_hash(definition: Mapping[str, Any]) -> str:

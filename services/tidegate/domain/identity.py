@@ -10,6 +10,7 @@ from typing import NamedTuple
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ACCOUNT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,7}$"
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$"
+MAX_NAME_CHARACTERS = 64  # as the pattern says
 MAX_MICROS = 2**53  # of money in one number: beyond it JSON numbers lose precision in many languages
 DEFAULT_ACCOUNT = "default"
 

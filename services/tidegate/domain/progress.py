@@ -227,7 +227,7 @@ def _texts(events: list[Any]) -> list[str]:
 
 
 def _stopped(run: RunState, changed: Changed | None, stop: Stop) -> list[Any]:
-    return _finish(run, changed, states.FAILED, "", stop.code, stop.reason)
+    return _finish(run, changed, states.FAILED, "", stop.code, stop.reason[:MAX_REASON])
 
 
 def _finish(

@@ -13,7 +13,7 @@ import msgspec
 
 from tidegate.domain import canonical, flow_turns, progress, retries, states
 from tidegate.domain import run_events as ev
-from tidegate.domain.identity import MAX_MICROS
+from tidegate.domain.identity import MAX_MICROS, MAX_NAME_CHARACTERS
 from tidegate.domain.messages import (
     Allowed,
     Answered,
@@ -301,7 +301,7 @@ def _ignored(run: RunState, step: StepState, result: StepResult) -> ev.ResultIgn
 
 
 def _on_success(run: RunState, step: StepState, result: StepResult, now_ms: int) -> Events:
-    problem = output_problem(step, result.output)
+    problem = _too_long("goto", result.goto) or output_problem(step, result.output)
     if problem is not None:
         ended = attempts.ended(step, result.attempt, "failed", "BadOutput", problem, result)
         return [ended, *progress.failed(run, step, "bad_output", problem)]
@@ -327,7 +327,14 @@ def output_problem(step: StepState, output: str) -> str | None:
         return "an agent's output must be a plan: an object whose tool_calls is a list of objects"
     if len(calls) > MAX_PLAN_CALLS:
         return f"a plan may call at most {MAX_PLAN_CALLS} tools at once, this one calls {len(calls)}"
-    return None
+    names = (_too_long("the name of a tool", str(call.get("name", ""))) for call in calls)
+    return _too_long("goto", str(value.get("goto") or "")) or next(filter(None, names), None)
+
+
+def _too_long(what: str, name: str) -> str | None:
+    if len(name) <= MAX_NAME_CHARACTERS:
+        return None
+    return f"{what} may have at most {MAX_NAME_CHARACTERS} characters, this has {len(name)}"
 
 
 def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int, documents: RetryDocuments) -> Events:

@@ -18,6 +18,7 @@ from tidegate.domain import canonical
 from tidegate.sdk import json_form
 from tidegate.sdk.context import context
 from tidegate.sdk.errors import CallFailedError, FlowChangedError, FlowError, OutsideStepError
+from tidegate.sdk.plan import Goto, Propose
 
 if TYPE_CHECKING:
     from tidegate.sdk.app import Function
@@ -129,7 +130,13 @@ class Player:
         if self._loop.refused is not None:
             raise self._loop.refused
         if main.done():
-            value, _ = self._unwrapped(main.result())
+            returned = main.result()
+            if isinstance(returned, Goto | Propose):
+                raise FlowError(
+                    f"flow {self._flow} returns {type(returned).__name__}: a flow gives its output and nothing else; "
+                    "only steps and agents choose the next node or change the graph"
+                )
+            value, _ = self._unwrapped(returned)
             return {"output": json_form.to_json(value)}
         groups: dict[int, list[str]] = {}
         for call in self._calls.values():

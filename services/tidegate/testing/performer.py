@@ -19,6 +19,7 @@ from tidegate.executor import results
 from tidegate.executor.attempt import Attempt
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.sdk.app import Function
+from tidegate.sdk.binding import FLOW
 from tidegate.testing.stubs import Stub, standing_in
 
 _OUTPUT_MAX_BYTES: Final[int] = ExecutorSettings.model_fields["output_max_bytes"].default
@@ -58,7 +59,8 @@ class Performer:
         function, stub = functions.get(call.function), stubs.get(call.function)
         took_ms = 0
         if stub is not None and function is not None:
-            act = stub.called(canonical.loads(call.arguments))
+            arguments = canonical.loads(call.arguments)
+            act = stub.called(arguments["input"] if call.kind == FLOW else arguments)
             if act.is_lost:
                 return Performed(None, 0)
             took_ms = min(round(act.takes_s * 1000), call.timeout_ms)

@@ -9,7 +9,7 @@ from tidegate import codec
 from tidegate.domain.messages import EndedIncarnation, Instance, StepTask
 from tidegate.domain.run import RunState
 from tidegate.eventlog.interface import Message, Record, TopicPartition
-from tidegate.eventlog.memory import MemoryBroker
+from tidegate.eventlog.memory import MAX_RECORD_BYTES, MemoryBroker
 from tidegate.eventlog.owner import DEAD_LETTERS, OwnerLoop
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.executor import results
@@ -25,6 +25,7 @@ NEVER_MS: Final = 10**15  # no lease runs out because the clock jumped
 QUIET_TURNS: Final = 3
 MAX_TURNS: Final = 100_000
 TASKS: Final = "step-tasks."
+_TOPIC_CONFIG: Final = {"max.message.bytes": str(MAX_RECORD_BYTES)}  # as those of a deployment
 
 Perform = Callable[[StepTask], bool]
 
@@ -62,7 +63,7 @@ class Stage:
             names |= {machine.lead_topic, *machine.other_topics, machine.log_topic, machine.snapshot_topic}
             names |= set(machine.table_topics)
         for name in sorted(names):
-            self.broker.create_topic(name)
+            self.broker.create_topic(name, config=_TOPIC_CONFIG)
 
     def _loop(self, machine: Any) -> OwnerLoop:
         loop = OwnerLoop(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tidegate.sdk.app import Function
+from tidegate.sdk.app import FlowFunction, Function
 
 _NOTHING: Final = object()
 
@@ -21,7 +21,8 @@ class Act:
 
 
 class Stub:
-    """Stands in for a function. `calls`: the arguments of each call so far, as JSON values; of an agent its State."""
+    """Stands in for a function. `calls`: the arguments of each call so far, as JSON values; of an agent its State, of a flow its
+    input."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -65,7 +66,18 @@ class Stub:
 
 
 def standing_in(function: Function, act: Act) -> Function:
-    """Return the function with what the stand-in does in its place. Arguments are checked as those of the real one."""
+    """Return the function with what the stand-in does in its place. Arguments are checked as those of the real one.
+
+    Of a flow it does all that the flow does, in one turn.
+    """
+    if isinstance(function, FlowFunction):
+
+        async def flow(*args: Any, **kwargs: Any) -> Any:
+            return act.call(*args, **kwargs)
+
+        played = FlowFunction(function.name, flow, function.settings, tools=function.tools)
+        played.inputs = function.inputs
+        return played
     made = Function(function.kind, function.name, act.call, function.settings, tools=function.tools)
     made.binder = function.binder
     return made

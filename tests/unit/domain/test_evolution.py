@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support.pure import Pair, agent, chain, step, tool
-from tidegate.domain import canonical
+from tidegate.domain import canonical, evolution
 from tidegate.domain.evolution import MAX_BECAUSE, judge
 from tidegate.domain.graph_changes import MAX_CHANGE_BYTES, MAX_CHANGES, AcceptedChange
 from tidegate.domain.run import RunState, apply
@@ -504,3 +504,34 @@ def test_no_run_has_more_changes_than_fifty() -> None:
     definition = evolving(chain("a"), max_changes=51)
     assert any("51" in problem for problem in validate_definition(definition))
     assert any("expires_s" in problem for problem in validate_definition(evolving(chain("a"), expires_s=3)))
+
+
+def test_a_large_change_is_judged_with_one_look_at_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the same for all of its edges is found once, and what is wrong in itself is not looked for in other changes."""
+    looks: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(evolution, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            looks.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(evolution, name, call)
+
+    counted("reached")
+    counted("validate_definition")
+    definition = evolving(chain("a", "b"), max_changes=50)
+    earlier = [
+        AcceptedChange(f"s{n}", change(["a", f"n{n}"], [f"n{n}", "b"], **{f"n{n}": node("a")})) for n in range(9)
+    ]
+    graph = evolved(canonical.dumps(definition), tuple(one.change for one in earlier))
+    many = {f"x{n}": node("a") for n in range(50)}
+    edges = [[name, "b"] for name in many]
+    assert judge(graph, earlier, "a", change(*edges, **many)).problem is None
+    assert (looks.count("reached"), looks.count("validate_definition")) == (2, 1)
+    looks.clear()
+    problem = judge(graph, earlier, "a", change(*edges, ["x0", "a"], **many)).problem
+    assert problem is not None
+    assert (problem.code, problem.conflicts_with) == ("invalid", "")
+    assert (looks.count("reached"), looks.count("validate_definition")) == (1, 1)

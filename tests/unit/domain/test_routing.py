@@ -110,6 +110,38 @@ def test_a_choice_that_was_not_declared_ends_the_run_loudly(definition: dict[str
 
 
 @pytest.mark.feature("G6")
+@pytest.mark.parametrize(("length", "code"), [(64, "bad_route"), (65, "bad_output"), (100_000, "bad_output")])
+@pytest.mark.parametrize("agent_chooses", [False, True])
+def test_a_choice_longer_than_a_name_is_bad_output(agent_chooses: bool, length: int, code: str) -> None:
+    definition = graph(nodes={"a": routed("b"), "b": STEP["b"]})
+    if agent_chooses:
+        definition["nodes"]["a"] = {"kind": "agent", "function": "bot", "routes": ["b"]}
+        definition["functions"]["bot"] = agent()
+    _, run = play(definition, a=lambda _: Go("x" * length), bot=lambda _: {"output": 1, "goto": "x" * length})
+    assert (run.status, run.code) == ("failed", code)
+    assert len(run.reason) < 200
+
+
+@pytest.mark.feature("G6")
+@pytest.mark.parametrize(("length", "code"), [(64, ""), (65, "bad_output")])
+def test_a_tool_s_name_longer_than_a_name_is_bad_output(length: int, code: str) -> None:
+    p = Pair(functions=("agent:bot",))
+    definition = graph(nodes={"a": {"kind": "agent", "function": "bot"}})
+    definition["functions"]["bot"] = agent()
+    p.start("r", definition)
+    p.answer(p.tasks.popleft(), value={"tool_calls": [{"name": "x" * length}]})
+    assert p.run("r").code == code
+
+
+@pytest.mark.feature("G6")
+def test_the_reason_of_a_bad_route_is_bounded() -> None:
+    """A router chooses by an expression: nobody has looked at how long that is."""
+    definition = graph(nodes={"r": router("input", "b"), "b": STEP["b"]})
+    _, run = play(definition, "x" * 100_000)
+    assert (run.code, len(run.reason)) == ("bad_route", 4_000)
+
+
+@pytest.mark.feature("G6")
 def test_a_choice_of_the_wrong_kind_ends_the_run_loudly() -> None:
     _, run = play(graph(("a", "r"), nodes={"r": router("1", "b"), "b": STEP["b"]}))
     assert (run.status, run.code) == ("failed", "bad_route")

@@ -99,6 +99,12 @@ def test_how_it_fails(function: str, arguments: Any, error_class: str, retryable
     assert (result.outcome, result.error_class, result.retryable) == ("failed", error_class, retryable)
 
 
+def test_a_change_may_be_large_where_outputs_must_be_small() -> None:
+    result = run("propose")
+    assert (result.outcome, result.output, result.error_message) == ("succeeded", "1", "")
+    assert len(result.change) > 200_000
+
+
 def test_what_a_process_can_use_under_its_limit_it_can_use() -> None:
     assert run("eat", {"mib": 20}).output == str(20 * 1024 * 1024)
 

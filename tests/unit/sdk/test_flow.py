@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.pure import Pair
-from tidegate import App, CallFailedError, functions_of, merge
+from tidegate import App, CallFailedError, Goto, Propose, functions_of, merge
 from tidegate.domain import canonical
 from tidegate.sdk.errors import NonRetryable
 from tidegate.sdk.testkit import step_context
@@ -254,6 +254,44 @@ def test_a_step_that_the_flow_does_not_name_is_refused_and_not_run() -> None:
     w.other = other  # type: ignore[attr-defined]
     w.begin(1)
     assert "its `steps` do not name it" in w.finish().reason
+
+
+@pytest.mark.parametrize("returned", [Goto("x", 1), Propose({"nodes": {}}, 1)])
+def test_a_flow_that_returns_what_only_steps_may_return_fails(returned: Any) -> None:
+    async def choose(w: World, n: int) -> Any:
+        return returned
+
+    w = World(choose)
+    w.begin(1)
+    run = w.finish()
+    assert run.status == "failed"
+    assert f"returns {type(returned).__name__}: a flow gives its output and nothing else" in run.reason
+
+
+def turn(*calls: str, waits: Any) -> dict[str, Any]:
+    made = [{"id": name, "function": name.partition("#")[0], "arguments": 1, "parents": []} for name in calls]
+    return {"calls": made, "waits": waits}
+
+
+@pytest.mark.parametrize(
+    ("calls", "waits", "reason"),
+    [
+        ([], [["double"]], "was not told of yet"),
+        (["add"], [["add"], ["double"]], "was not told of yet"),
+        (["double#2"], [[1]], "must wait for calls that were made"),
+        (["double#2"], [[]], "must wait for calls that were made"),
+        (["double#2"], "double#2", "must wait for calls that were made"),
+        (["double#2"], [["double", "double#2"]], ""),
+    ],
+)
+def test_a_turn_that_waits_for_nothing_that_is_to_come_is_refused(calls: list[str], waits: Any, reason: str) -> None:
+    w = World(chain)
+    w.begin(1)
+    w.p.answer(w.p.tasks.popleft(), value=turn("double", waits=[["double"]]))
+    w.next("f/double")
+    w.p.answer(w.p.tasks.popleft(), value=turn(*calls, waits=waits))
+    assert w.run.code == ("bad_output" if reason else "")
+    assert reason in w.run.reason
 
 
 def test_turns_do_not_count_against_max_steps_and_calls_do() -> None:

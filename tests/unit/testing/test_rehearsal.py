@@ -254,3 +254,42 @@ def test_what_a_model_may_use_at_most_is_set_aside_by_the_price_table() -> None:
         outcome = stage.run(agent="thinker", input="x")
     reserved = next(event for event in outcome.ledger if type(event).__name__ == "AttemptReserved")
     assert (outcome.run.status, reserved.reserved_micros) == ("succeeded", 3500)
+
+
+def test_a_stand_in_for_a_flow_gives_the_flow_s_output() -> None:
+    flows = App("flows")
+
+    @flows.step
+    def plain(value: Any) -> Any:
+        return value
+
+    @flows.flow(steps=[plain])
+    async def whole(value: Any) -> Any:
+        return (await plain(value)).value
+
+    flows.graph("g").node("whole", whole).node("end", plain, input="${ nodes.whole }").chain("whole", "end")
+    with Rehearsal(flows) as rehearsal:
+        stub = rehearsal.stub("whole", returns={"n": 7})
+        assert (rehearsal.run("g", 1).output, stub.calls) == ({"n": 7}, [1])
+        rehearsal.stub("whole", calls=lambda value: value + 1)
+        assert rehearsal.run("g", 1).output == 2
+        rehearsal.stub("whole", raises=ValueError("no"))
+        outcome = rehearsal.run("g", 1)
+        assert (outcome.status, outcome.steps["whole/1"].attempts) == ("failed", 1)
+        assert "ValueError: no" in outcome.reason
+
+
+def test_records_may_be_as_large_as_in_a_deployment() -> None:
+    large = App("large")
+
+    @large.step
+    def part(number: int) -> str:
+        return "x" * 400_000
+
+    @large.step
+    def sizes(parts: list[str]) -> list[int]:
+        return [len(one) for one in parts]
+
+    large.graph("g").map("m", part, over="input").node("end", sizes).chain("m", "end")
+    with Rehearsal(large) as rehearsal:
+        assert rehearsal.run("g", [1, 2, 3]).output == [400_000] * 3

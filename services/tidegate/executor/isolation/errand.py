@@ -7,12 +7,13 @@ from typing import Final
 
 import msgspec
 
+from tidegate.domain.graph_changes import MAX_CHANGE_BYTES
 from tidegate.domain.messages import Call, StepTask
 from tidegate.executor.endings import Ending
 from tidegate.sdk.app import Settings
 from tidegate.sdk.context import StepContext
 
-CONTROL_BYTES: Final = 128 * 1024  # more than any line holds besides an output
+CONTROL_BYTES: Final = 128 * 1024  # more than any line holds besides an output and a change
 MAX_LINE_FACTOR: Final = 2  # JSON text within JSON text at most doubles
 
 
@@ -64,7 +65,7 @@ class Errand(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def line_max_bytes(self) -> int:
         """Return how long a line of the answer may be."""
-        return self.output_max_bytes * MAX_LINE_FACTOR + CONTROL_BYTES
+        return (self.output_max_bytes + MAX_CHANGE_BYTES) * MAX_LINE_FACTOR + CONTROL_BYTES
 
 
 def errand_of(task: StepTask, call: Call, settings: Settings, *, app: str, output_max_bytes: int) -> Errand:
