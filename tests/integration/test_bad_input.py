@@ -15,6 +15,7 @@ from tidegate.domain.entry import Position
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import GateRequest, RunCommand, StepResult, WorkflowPublished
 from tidegate.domain.requests import RunRequest
+from tidegate.sdk.client import Run
 
 MEGABYTE = 1024 * 1024
 
@@ -330,18 +331,47 @@ def test_garbage_among_the_tasks_does_not_stop_the_executor(whole: WholeStack) -
     assert run.status == "succeeded"
 
 
-@pytest.mark.parametrize("table", ["workflows", "policies", "instances", "controls"])
-def test_garbage_in_a_table_leaves_what_is_there_in_force(whole: WholeStack, table: str) -> None:
-    keys = {"workflows": b"chain@1", "policies": b"garbage", "instances": b"executor-default-0", "controls": b"default"}
+def put_garbage(whole: WholeStack, table: str, own_key: bytes) -> list[bytes]:
+    """Write what is no row under keys of rows and of nothing; returns the keys."""
+    keys = [b"", b"\xff\xfe", own_key, b"confused@9"]
     for value in wrong_records("x").values():
-        for key in (b"", b"\xff\xfe", keys[table], b"confused@9"):
-            if table == "workflows" and codec_name(value) == "WorkflowPublished":
-                continue  # an administrator's own record, not garbage
+        if table == "workflows" and codec_name(value) == "WorkflowPublished":
+            continue  # an administrator's own record, not garbage
+        for key in keys:
             whole.produce(table, value, key=key, partition=0)
+    return keys
+
+
+@pytest.mark.parametrize(("table", "key"), [("workflows", b"chain@1"), ("instances", b"executor-default-0")])
+def test_garbage_in_a_table_leaves_what_is_there_in_force(whole: WholeStack, table: str, key: bytes) -> None:
+    put_garbage(whole, table, key)
     run = whole.client.run("chain", 1, run_id=new_id("tables"), timeout_s=180)
     assert run.status == "succeeded"
     refused = whole.client.run("confused@9", run_id=new_id("tables"), timeout_s=180)
     assert refused.code == "unknown_workflow"
+
+
+def test_garbage_where_no_policy_was_denies_until_it_is_removed(whole: WholeStack) -> None:
+    keys = put_garbage(whole, "policies", b"garbage")
+
+    def run() -> Run:
+        return whole.client.run("chain", 1, run_id=new_id("tables"), timeout_s=180)
+
+    denied = eventually(lambda: next((made for made in [run()] if made.status != "succeeded"), None), "a denial")
+    assert (denied.status, denied.code) == ("failed", "denied")
+    assert "cannot be read" in denied.reason
+    for key in keys:
+        whole.produce("policies", None, key=key, partition=0)
+    eventually(lambda: run().status == "succeeded", "runs that nobody denies")
+
+
+def test_garbage_under_the_key_of_a_queue_holds_it_until_it_is_removed(whole: WholeStack) -> None:
+    keys = put_garbage(whole, "controls", b"default")
+    started = new_id("tables")
+    whole.client.start("chain", 1, run_id=started)
+    for key in keys:
+        whole.produce("controls", None, key=key, partition=0)
+    assert whole.wait(started).status == "succeeded"
 
 
 def codec_name(value: bytes) -> str:
