@@ -242,8 +242,8 @@ def test_a_reset_by_command_scales_down_and_up_and_goes_on_when_it_was_killed(
             scaled.append(replicas)
 
         cluster.on_scale = scale
-        for place in ("scaled-down", "reset"):
-            killed = replay_offsets(topics, *asked, TIDEGATE_FAILPOINTS=f"replay-offsets.{place}=kill")
+        for edge in ("replay-offsets.scaled-down=kill", "replay-offsets.reset=kill"):
+            killed = replay_offsets(topics, *asked, TIDEGATE_FAILPOINTS=edge)
             assert killed.returncode == -signal.SIGKILL, killed
             assert workload["spec"] == {"replicas": 0}
         done = replay_offsets(topics, *asked)

@@ -123,8 +123,8 @@ class Attempt:
             )
         except Exception as error:
             return self._from_error(error)
-        failpoint("executor.after-function")
-        self._returned = ended.ending.outcome == results.SUCCEEDED
+        if ended.ending.outcome == results.SUCCEEDED:
+            self._note_return()
         self._started_ms, self._finished_ms = ended.started_ms, ended.finished_ms
         if not self._returned:
             self._log_failure(ended.ending)
@@ -167,9 +167,13 @@ class Attempt:
         structlog.contextvars.bind_contextvars(run_id=task.run_id, step_id=task.step_id, attempt=task.attempt)
         answer_for(context_of(task, self._call), self._meter)
 
-    def _success(self, value: Any) -> StepResult:
+    def _note_return(self) -> None:
+        """The function has had its effect, here or elsewhere, and nobody knows of it yet."""
         self._returned = True
         failpoint("executor.after-function")
+
+    def _success(self, value: Any) -> StepResult:
+        self._note_return()
         return self._result(endings.returned(self._call.kind, value, self._meter, self._output_max_bytes))
 
     def _from_error(self, error: BaseException) -> StepResult:
