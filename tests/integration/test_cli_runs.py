@@ -124,6 +124,7 @@ def test_everything_that_a_request_can_say_is_recorded(cli: Cli, whole: WholeSta
         "reason": "",
         "approvals": [],
         "waits": [],
+        "changes": [],
         "paused": False,
         "held": [],
         "spent_micros": 55,
