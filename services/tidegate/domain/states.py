@@ -123,7 +123,7 @@ STEP_MEANINGS: Final[dict[str, str]] = {
     ABSENT: "it does not exist yet",
     REQUESTED: "an attempt is asked of the gate, which may have queued it for a free slot",
     DISPATCHED: "the attempt was placed on an executor, which runs it",
-    AWAITING_APPROVAL: "a person must approve or reject the attempt, or say what became of it",
+    AWAITING_APPROVAL: "a person must approve or reject the attempt or the change that it proposed, or say what became of it",
     BACKING_OFF: "an attempt ended without success; the next is asked for when its time comes",
     HELD: "the next attempt would be asked for if the run, its queue or everything were not paused",
     WAITING: "it runs nothing and waits for an event, a time or an answer",
