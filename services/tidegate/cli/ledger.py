@@ -16,7 +16,7 @@ from tidegate.cli.documents import in_force, publish, value_of
 from tidegate.cli.endings import explained
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.entry import Entry, OwnerAnnounced
-from tidegate.domain.ledger_events import LedgerCarried
+from tidegate.domain.ledger_events import carried_by
 from tidegate.eventlog.interface import Broker, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas
@@ -136,8 +136,7 @@ def _of_partition(broker: Broker, partition: int, before_ms: int | None) -> Kept
         if isinstance(record, OwnerAnnounced):
             tracker.announced(message.offset, record.epoch)
         elif isinstance(record, Entry) and tracker.is_valid(record.epoch):
-            first = record.events[0]
-            if isinstance(first, LedgerCarried):
+            if (first := carried_by(record.events)) is not None:
                 found.carried_ms, found.carried_by, found.carried_for = record.now_ms, first.by, first.policy
                 found.before_carried, found.older = found.entries, older
             found.entries += 1

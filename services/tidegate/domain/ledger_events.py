@@ -5,6 +5,9 @@ Every record here has an Avro schema of the same name inside the newest `schemas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import msgspec
 
 from tidegate.domain.entry import TAG_FIELD
@@ -600,3 +603,8 @@ LedgerEvent = (
     | FamilyOver
     | QuestionAnswered
 )
+
+
+def carried_by(events: Sequence[Any]) -> LedgerCarried | None:
+    """Return what an entry with these events carries forward; None if it does not. Foreign entries may have no events at all."""
+    return events[0] if events and isinstance(events[0], LedgerCarried) else None

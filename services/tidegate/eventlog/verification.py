@@ -10,7 +10,7 @@ from typing import Any
 from tidegate import codec
 from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.fingerprint import fingerprint
-from tidegate.domain.ledger_events import LedgerCarried
+from tidegate.domain.ledger_events import carried_by
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.validity import EpochTracker
@@ -102,7 +102,7 @@ def _verify_entry(entry: Entry, value: bytes, subject: _Subject, report: Report,
     if not folds and (problem or subject.torn):
         # Entries before one that carries everything forward may have been retired, some of them sooner than others.
         subject.torn = subject.torn or f"{where}: {entry.subject}: {problem}"
-        if isinstance(entry.events[0], LedgerCarried):
+        if carried_by(entry.events) is not None:
             subject.torn = ""
             report.carried += 1
     elif problem is not None:

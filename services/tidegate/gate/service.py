@@ -12,7 +12,7 @@ from tidegate.domain import canonical
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import NAME_PATTERN, account_root, partition_of
-from tidegate.domain.ledger_events import LedgerCarried
+from tidegate.domain.ledger_events import carried_by
 from tidegate.domain.messages import GateLeases, GateRequest, PolicyPublished
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import CorruptLogError, Decision, Retirement, Standing, Tell
@@ -220,7 +220,7 @@ class GateMachine:
 
     def carries(self, entry: Entry) -> bool:
         """Tell whether an entry carries the ledger forward."""
-        return isinstance(entry.events[0], LedgerCarried)
+        return carried_by(entry.events) is not None
 
     def load_carried(self, state: Ledger, entry: Entry) -> list[str]:
         """Put what an entry carries into an empty ledger."""
