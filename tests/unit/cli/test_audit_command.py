@@ -67,6 +67,8 @@ def test_one_run_is_shown_by_itself(monkeypatch: pytest.MonkeyPatch, story: Stor
         "parent": "",
         "below_micros": 0,
         "over": False,
+        "is_alone": True,
+        "is_carried": False,
     }
     assert [one["step_id"] for one in found["open"]] == ["a"]
     assert "not over" in run_audit("--run", "s-running").stdout
