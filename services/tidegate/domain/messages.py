@@ -19,6 +19,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outcome of an attempt is unknown. provider, model, operation: what it uses, as declared; limits, rules and prices look at
     them. prefer: the instance that should run it if it has a free slot. agent: whose turn it is, or who called the tool; empty
     for a step. max_input_tokens, max_output_tokens: the most that one attempt uses; 0 if not said.
+    queue: whose executors have the function; empty for a tool that somebody outside does.
     """
 
     kind: str
@@ -35,6 +36,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     agent: str = ""
     max_input_tokens: int = 0
     max_output_tokens: int = 0
+
+    @property
+    def is_outside(self) -> bool:
+        """Tell whether no executor does it, but whoever posts its answer: the gate judges it, and nothing is entered."""
+        return not self.queue and self.kind == "tool"
 
 
 class Amounts(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -51,20 +51,26 @@ def _as_change(step: StepState, calls: list[_PlannedCall]) -> list[Any]:
     return found
 
 
-def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall) -> ev.StepReady | ev.WaitStarted:
-    """Return the step of a tool call: one to run, or one that waits until somebody outside has answered it."""
-    tool, arguments = workflow.function(call.tool), canonical.dumps(call.arguments)
-    if not tool.outside:
-        made = call_of(workflow, call.tool, arguments, agent)
-        return ev.StepReady(step_id=call.step_id, node_id=step.node_id, wave=step.wave + 1, call=made)
+def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall) -> ev.StepReady:
+    """Return the step of a tool call: one to run, or one that waits, once it is allowed, until somebody outside has answered it."""
+    made = call_of(workflow, call.tool, canonical.dumps(call.arguments), agent)
+    return ev.StepReady(step_id=call.step_id, node_id=step.node_id, wave=step.wave + 1, call=made)
+
+
+def outside_wait(run: RunState, step: StepState) -> ev.WaitStarted:
+    """Return the wait that an allowed call of an outside tool becomes. It names the call as the model did."""
+    assert run.workflow is not None  # noqa: S101 - a run with steps has its workflow
+    tool, plan_step_id = run.workflow.function(step.call.function), step.step_id.rpartition("/tool:")[0]
+    plan = canonical.loads(run.steps[plan_step_id].output or "{}")
+    calls = _calls_of(run.workflow, step.call.agent, plan_step_id, plan)
     return ev.WaitStarted(
-        step_id=call.step_id,
+        step_id=step.step_id,
         node_id=step.node_id,
-        wave=step.wave + 1,
+        wave=step.wave,
         kind=waits.OUTSIDE,
-        input=arguments,
-        function=call.tool,
-        key=call.call_id[: waits.MAX_KEY],
+        input=step.call.arguments,
+        function=step.call.function,
+        key=next(call.call_id for call in calls if call.step_id == step.step_id)[: waits.MAX_KEY],
         prompt=tool.description[: waits.MAX_PROMPT],
         schema="" if tool.output is True else canonical.dumps(tool.output),
         timeout_ms=tool.timeout_ms,

@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -38,6 +38,12 @@ class Incarnation(NamedTuple):
 
     instance_id: str
     incarnation: int
+
+
+OUTSIDE: Final = Incarnation(
+    "", -1
+)  # stands for whoever does outside tools: it has no slots, and no life that could end
+OUTSIDE_LINE: Final = ("", "")
 
 
 class RunMoney(msgspec.Struct, array_like=True):
@@ -117,8 +123,10 @@ class Attempt(msgspec.Struct, array_like=True):
 
     @property
     def line(self) -> tuple[str, str]:
-        """Return the queue and function that it waits for."""
+        """Return the queue and function that it waits for. What is done outside waits for neither, but perhaps for limits."""
         assert self.call is not None  # noqa: S101 - what waits has a call
+        if self.call.is_outside:
+            return OUTSIDE_LINE
         return self.call.queue, self.call.function
 
 
@@ -489,7 +497,8 @@ def _forget_answered(ledger: Ledger) -> None:
 
 def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     ledger.held_by.setdefault(life, {})[key] = None
-    _count(ledger.busy, account_root(attempt.account), 1)
+    if life != OUTSIDE:
+        _count(ledger.busy, account_root(attempt.account), 1)
     for lease in attempt.leases:
         if lease.partition == ledger.partition:
             _count(ledger.held, lease, 1)
@@ -509,7 +518,8 @@ def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt
     del held[key]
     if not held:
         del ledger.held_by[life]
-    _count(ledger.busy, account_root(attempt.account), -1)
+    if life != OUTSIDE:
+        _count(ledger.busy, account_root(attempt.account), -1)
     for lease in attempt.leases:
         if lease.partition == ledger.partition:
             _count(ledger.held, lease, -1)

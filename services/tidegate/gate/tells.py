@@ -40,7 +40,7 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
     """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
     found: list[Tell] = []
     for event in entry.events:
-        if isinstance(event, _TASKS):
+        if isinstance(event, _TASKS) and not (isinstance(event, ev.AttemptPlaced) and event.call.is_outside):
             found.append(_task(event, at(len(found)), run_partitions))
     decisions: dict[str, list[DecisionItem]] = {}
     for event in entry.events:

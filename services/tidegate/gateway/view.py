@@ -14,7 +14,7 @@ import msgspec
 
 from tidegate import codec
 from tidegate.domain import run_events as ev
-from tidegate.domain import states
+from tidegate.domain import states, waits
 from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 
@@ -207,7 +207,12 @@ def _add_step(row: RunRow, step_id: str, line: StepLine) -> None:
 
 
 def _wait_started(row: RunRow, event: ev.WaitStarted, now_ms: int) -> None:
-    _add_step(row, event.step_id, StepLine(states.WAITING, 0))
+    # A call of an outside tool was a step before it waited, but in older runs; it may have no line any more.
+    was_step = event.kind == waits.OUTSIDE and (
+        _set_step(row, event.step_id, states.WAITING) is not None or len(row.steps) >= MAX_STEP_LINES
+    )
+    if not was_step:
+        _add_step(row, event.step_id, StepLine(states.WAITING, 0))
     row.waiting_count += 1
     row.status = states.WAITING
     if len(row.waits) < MAX_STEP_LINES:

@@ -201,8 +201,11 @@ def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str
         return _refused(command, f"no_such_{what}", f"no open {what}{named}; open: {names}")
     asked = step.approval
     if asked is None:
-        if command.attempt or command.why:
-            return _refused(command, "other_question", f"the question of {step.step_id} has no attempt and no `why`")
+        if command.attempt not in (0, step.attempt) or command.why:
+            about = f"attempt {step.attempt}" if step.attempt else "no attempt"
+            return _refused(
+                command, "other_question", f"the question of {step.step_id} is about {about} and has no `why`"
+            )
         return step
     if command.attempt not in (0, asked.attempt) or command.why not in ("", asked.why):
         reason = (
