@@ -72,9 +72,9 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     parent_run_id and parent_step_id), and they tell it `child_ended`, with status, output, code and reason. source:
     `topic:partition:offset` of the request, or of the entry that tells it. original: the request's bytes, for the dead letter
     if it is refused (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated start from another one
-    with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name them. value: canonical
-    JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait of
-    the name.
+    with its id. attempt, why, question: of the question that is answered; 0 and empty if the answer does not name them. value:
+    canonical JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait
+    of the name.
     paused: whether the run that starts is paused from its beginning.
     """
 
@@ -108,6 +108,7 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     status: str = ""
     output: str = ""
     paused: bool = False
+    question: str = ""
 
 
 # --- scheduler to gate ---------------------------------------------------------------

@@ -16,6 +16,7 @@ from tidegate import codec
 from tidegate.domain import run_events as ev
 from tidegate.domain import states, waits
 from tidegate.domain.entry import Entry, OwnerAnnounced
+from tidegate.domain.questions import question_id
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 
 MINUTE_MS: Final = 60_000
@@ -37,7 +38,10 @@ class StepLine(msgspec.Struct, array_like=True):
 
 
 class OpenApproval(msgspec.Struct, kw_only=True):
-    """A question that waits for a human, since `since_ms` (Unix milliseconds), until `expires_at_ms` (0: whenever)."""
+    """A question that waits for a human, since `since_ms` (Unix milliseconds), until `expires_at_ms` (0: whenever).
+
+    question: names it in an answer.
+    """
 
     step_id: str
     attempt: int
@@ -47,6 +51,8 @@ class OpenApproval(msgspec.Struct, kw_only=True):
     reason: str
     since_ms: int
     expires_at_ms: int = 0
+    arguments_hash: str = ""
+    question: str = ""
 
 
 class OpenWait(msgspec.Struct, kw_only=True):
@@ -278,6 +284,8 @@ def _approval_requested(row: RunRow, event: ev.ApprovalRequested, now_ms: int) -
         reason=_cut(event.reason),
         since_ms=now_ms,
         expires_at_ms=event.expires_at_ms,
+        arguments_hash=event.arguments_hash,
+        question=question_id(event),
     )
     row.status = states.WAITING
 
