@@ -236,6 +236,12 @@ gateway_runs = _gauge(("gateway",), "tidegate_gateway_runs", "Runs in this gatew
 gateway_partitions = _gauge(
     ("gateway",), "tidegate_gateway_partitions", "Partitions of run-events that it answers for."
 )
+gateway_tallies = _gauge(
+    ("gateway",), "tidegate_gateway_tallies", "Hours of accounts and functions in this gateway's part of the live view."
+)
+gateway_standby_partitions = _gauge(
+    ("gateway",), "tidegate_gateway_standby_partitions", "Partitions that it keeps a copy of for another gateway."
+)
 gateway_restore_lag = _gauge(
     ("gateway",), "tidegate_gateway_restore_lag_records", "Records left of those that were there at the restore."
 )
