@@ -200,6 +200,13 @@ projection_unreadable = _counter(
 projection_lag = _gauge(
     ("projection",), "tidegate_projection_lag_records", "Records that are not inserted yet.", "topic", "partition"
 )
+projection_missing = _gauge(
+    ("projection",),
+    "tidegate_projection_missing_offsets",
+    "Offsets that the group has passed and that the tables never got: `tidegate replay projection` fills them in.",
+    "topic",
+    "partition",
+)
 projection_age = _gauge(
     ("projection",),
     "tidegate_projection_last_event_timestamp_seconds",
