@@ -442,7 +442,7 @@ class Projection:
     def _add_freshness(self, batch: Batch, positions: Mapping[TopicPartition, int]) -> None:
         ends, now_ms = self._subscription.ends(), self._clock_ms()
         batch.tables[rows.FRESHNESS] = [
-            (at.topic, at.partition, offset, ends.get(at, offset), self._last_event_ms.get(at), now_ms)
+            (at.topic, at.partition, offset, ends.get(at, offset), self._last_event_ms.get(at), now_ms, 0)
             for at, offset in positions.items()
         ]
         batch.reach = {at: self._reach[at] for at in positions if at in self._reach}

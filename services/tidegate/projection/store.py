@@ -96,7 +96,8 @@ class Store:
     ) -> dict[TopicPartition, int]:
         """Insert rows into their tables, `freshness` last, so that it never promises what is not there. Blocks.
 
-        reach: of the partitions whose freshness is told. Returns up to where the tables lack nothing of them.
+        reach: of the partitions whose freshness is told; it makes their last column. Returns up to where the tables lack nothing of
+        them.
         Whatever fails in between, inserting all of it again is right: rows are idempotent. Raises StoreError.
         """
         whole_to: dict[TopicPartition, int] = {}
@@ -106,7 +107,7 @@ class Store:
                 continue
             if table == FRESHNESS:
                 whole_to = self._extended(rows, reach or {})
-                rows = [(*row, whole_to[_place(row)]) for row in rows]
+                rows = [(*row[:-1], whole_to[_place(row)]) for row in rows]
             try:
                 self._client.raw_insert(
                     table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT, settings=self._insert_settings

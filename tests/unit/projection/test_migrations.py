@@ -156,7 +156,7 @@ def test_what_an_earlier_version_stored_is_believed_to_be_whole(
     try:
         assert store.rows("SELECT `partition`, lag, whole_to, missing FROM freshness") == [(3, 10, 40, 0)]
         at = TopicPartition("run-events", 3)
-        row = ("run-events", 3, 60, 60, None, 2)
+        row = ("run-events", 3, 60, 60, None, 2, 0)
         assert store.insert({FRESHNESS: [row]}, {at: Reach(40, 0)}) == {at: 60}
         assert store.rows("SELECT whole_to, missing FROM freshness") == [(60, 0)]
     finally:
@@ -169,7 +169,7 @@ def test_a_gap_stays_until_somebody_has_filled_it_and_closes_from_both_sides(tmp
     store = open_store(tmp_path)
 
     def written(next_offset: int, since: int, log_start: int = 0) -> tuple[int, int]:
-        row = ("run-events", 3, next_offset, next_offset, None, next_offset)
+        row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
         store.insert({FRESHNESS: [row]}, {at: Reach(since, log_start)})
         ((whole_to, missing),) = store.rows("SELECT whole_to, missing FROM freshness")
         return whole_to, missing
