@@ -20,8 +20,8 @@ DOLLAR_MICROS: Final = 1_000_000
 STALE_AFTER_S: Final = 30
 SILENT_AFTER_S: Final = 10
 MISSING: Final = (
-    "The tables lack records that the projection's group has passed, so all of this is too little. They come by "
-    "`tidegate replay projection --from earliest`."
+    "The tables lack records that the projection's group has passed, so all of this is too little. What brings them:\n"
+    "tidegate replay projection --from earliest"
 )
 
 Snapshot = dict[str, Any]
