@@ -115,12 +115,12 @@ class GateMachine:
         timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
         if timely:
             return f"timer:{now_ms}", Decision(state.subject, "", timely)
-        if (state.paused or state.budget_questions) and (state.stirred or 0 < state.look_again_ms <= now_ms):
+        if state.lacking and state.lacking.wake(now_ms):
             slots = self.executors.free_slots(self._ledgers)
-            resumed = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
-            if resumed:
-                return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", resumed)
-            state.stirred, state.look_again_ms = False, decide.look_again_ms(state, now_ms)
+            look = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
+            state.lacking.looked(look)
+            if look.events:
+                return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", look.events)
         self._soonest_ms.pop(state.partition, None)
         events: list[Any] = []
         if state.has_waiting():
@@ -276,7 +276,7 @@ class GateMachine:
             self._retention = now if isinstance(now, Retention) else None
             self._retention_by = row.by if isinstance(row, PolicyPublished) else ""
         for ledger in self._ledgers.values():
-            ledger.stirred = True  # there may be room that was not there before
+            ledger.lacking.stir_all()  # there may be room that was not there before
         _log.info("documents in force", changed=key, documents=len(documents))
 
 
