@@ -11,6 +11,7 @@ all of them anew.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tidegate.gate.names import learned_key, scope_of
@@ -87,11 +88,22 @@ class _Lines:
 class Lacking:
     """All lines of one ledger. Two of them are equal if the same attempts stand in them, wherever."""
 
-    __slots__ = ("_all", "_lines", "_members", "_next_end_ms", "_of_function", "_spots", "_stirred", "_until_ms")
+    __slots__ = (
+        "_all",
+        "_lines",
+        "_members",
+        "_next_end_ms",
+        "_of_function",
+        "_spots",
+        "_stirred",
+        "_unsorted",
+        "_until_ms",
+    )
 
     def __init__(self) -> None:
         self._spots: dict[AttemptKey, Spot] = {}
-        self._members: dict[Spot, dict[AttemptKey, None]] = {}
+        self._members: dict[Spot, dict[AttemptKey, int]] = {}  # with their turns
+        self._unsorted: set[Spot] = set()
         self._lines: dict[Scope, _Lines] = {}
         self._of_function: dict[str, dict[Spot, None]] = {}
         self._stirred: dict[Scope, None] = {}
@@ -114,8 +126,8 @@ class Lacking:
 
     # -- who stands where ---------------------------------------------------------------
 
-    def add(self, key: AttemptKey, bucket: str, run: RunMoney, call: Call, *, is_asked: bool) -> None:
-        """Stand in the line of those that are alike and lack the same: it lacks that now, so there is nothing to look at."""
+    def add(self, key: AttemptKey, bucket: str, turn: int, run: RunMoney, call: Call, *, is_asked: bool) -> None:
+        """Stand in the line of those that are alike and lack the same, by turn. It lacks that now: there is nothing to look at."""
         alike = Alike(
             run.account,
             run.workflow.partition("@")[0],
@@ -129,16 +141,18 @@ class Lacking:
             call.max_output_tokens,
             call.timeout_ms,
         )
-        self._stand(key, Spot(Scope(scope_of(bucket), is_asked), alike))
+        self._stand(key, turn, Spot(Scope(scope_of(bucket), is_asked), alike))
 
-    def _stand(self, key: AttemptKey, spot: Spot) -> None:
+    def _stand(self, key: AttemptKey, turn: int, spot: Spot) -> None:
         self._spots[key] = spot
         members = self._members.get(spot)
         if members is None:
             members = self._members[spot] = {}
             self._lines.setdefault(spot.scope, _Lines()).done[spot.alike] = None
             self._of_function.setdefault(_function(spot), {})[spot] = None
-        members[key] = None
+        if members and members[next(reversed(members))] > turn:
+            self._unsorted.add(spot)
+        members[key] = turn
 
     def discard(self, key: AttemptKey) -> None:
         """Leave, if it stands anywhere."""
@@ -150,6 +164,7 @@ class Lacking:
         if members:
             return
         del self._members[spot]
+        self._unsorted.discard(spot)
         lines = self._lines[spot.scope]
         lines.todo.pop(spot.alike, None)
         lines.done.pop(spot.alike, None)
@@ -213,7 +228,13 @@ class Lacking:
                 if scope.is_asked is is_asked:
                     for alike in self._lines[scope].todo:
                         spot = Spot(scope, alike)
+                        self._sort(spot)
                         yield spot, self._members[spot]
+
+    def _sort(self, spot: Spot) -> None:
+        if spot in self._unsorted:
+            self._members[spot] = dict(sorted(self._members[spot].items(), key=itemgetter(1)))
+            self._unsorted.discard(spot)
 
     def looked(self, look: Look) -> None:
         """Take note of what was found. A line that was served goes behind all others."""
@@ -227,9 +248,10 @@ class Lacking:
             self._note_end(spot.scope, shortage)
         for key, shortage in look.moved:
             before = self._spots[key]
+            turn = self._members[before][key]
             self.discard(key)
             scope = Scope(scope_of(shortage.bucket), before.scope.is_asked)
-            self._stand(key, Spot(scope, before.alike))
+            self._stand(key, turn, Spot(scope, before.alike))
             self._note_end(scope, shortage)
         if look.served is not None and look.served.scope in self._stirred:
             lines = self._lines[look.served.scope]

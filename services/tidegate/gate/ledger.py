@@ -124,7 +124,7 @@ class Attempt(msgspec.Struct, array_like=True):
 
 
 class Ask(msgspec.Struct, array_like=True):
-    """An attempt of another partition that needs leases of ours (all or none), and whether it has them."""
+    """An attempt, mostly of another partition, that needs leases of ours (all or none), and whether it has them."""
 
     account: str
     partition: int
@@ -465,7 +465,7 @@ def _note_question(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
 
 def _lack(ledger: Ledger, key: AttemptKey, attempt: Attempt, bucket: str, *, is_asked: bool) -> None:
     assert attempt.call is not None  # noqa: S101 - what waits has a call
-    ledger.lacking.add(key, bucket, ledger.runs[key.run_id], attempt.call, is_asked=is_asked)
+    ledger.lacking.add(key, bucket, attempt.turn, ledger.runs[key.run_id], attempt.call, is_asked=is_asked)
 
 
 def _note_bucket(ledger: Ledger, name: str, bucket: Bucket) -> None:
@@ -487,10 +487,22 @@ def _forget_answered(ledger: Ledger) -> None:
 
 def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     ledger.held_by.setdefault(life, {})[key] = None
-    _count(ledger.busy, account_root(attempt.account), 1)
-    for lease in attempt.leases:
-        if lease.partition == ledger.partition:
-            _count(ledger.held, lease, 1)
+    _count_placed(ledger, attempt, 1)
+
+
+def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
+    if ledger.partition not in attempt.granted:  # its ask counts for its root already
+        _count(ledger.busy, account_root(attempt.account), by)
+    for lease in held_by_itself(attempt, ledger.partition):
+        _count(ledger.held, lease, by)
+
+
+def held_by_itself(attempt: Attempt, partition: int) -> Leases:
+    """Return the leases of its own partition that an attempt holds since it was placed: none if it had to ask for them before,
+    for then its ask holds them."""
+    if not attempt.leases or partition in attempt.granted:
+        return ()
+    return tuple(lease for lease in attempt.leases if lease.partition == partition)
 
 
 def _count(counts: dict[K, int], name: K, by: int) -> None:
@@ -507,10 +519,7 @@ def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt
     del held[key]
     if not held:
         del ledger.held_by[life]
-    _count(ledger.busy, account_root(attempt.account), -1)
-    for lease in attempt.leases:
-        if lease.partition == ledger.partition:
-            _count(ledger.held, lease, -1)
+    _count_placed(ledger, attempt, -1)
 
 
 def _key(event: Any) -> AttemptKey:

@@ -264,7 +264,7 @@ class LimitSet:
         """Return what a step needs under all limits, in the order in which it must be asked for. Raises LimitError.
 
         The order is by partition first: an attempt waits at one partition only while what it holds is of lower ones, so no
-        two can wait for each other. What is decided here is taken last of all, together with the slot.
+        two can wait for each other.
         """
         inputs = (own_partition, *map(variables.get, self._names))
         found = self._known.get(inputs)

@@ -225,10 +225,10 @@ def test_lines_forget_whoever_leaves() -> None:
     call = Call(kind="step", function="a", queue="q", arguments="", timeout_ms=1, reserve_micros=0, idempotent=True)
     keys = [AttemptKey("r", "s", number) for number in range(3)]
     for key in keys:
-        lacking.add(key, "b|acme|100", run, call, is_asked=False)
+        lacking.add(key, "b|acme|100", 9 - key.attempt, run, call, is_asked=False)
     assert lacking.wake(0)
     ((spot, members),) = lacking.to_look_at()
-    assert list(members) == keys
+    assert list(members) == keys[::-1]
     lacking.looked(Look([], None, [], [(keys[0], Shortage("c|acme|100", 200))]))
     lacking.looked(Look([], None, [(spot, Shortage("b|acme|100", 100))], []))
     assert not lacking.wake(99)
