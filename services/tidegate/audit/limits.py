@@ -85,7 +85,7 @@ class LimitBooks:
                 continue
             if is_given:
                 self._given.add((name, *limit))
-            elif (partition, name, True) in self._held:
+            elif limit in self._held.get((partition, name, True), ()):
                 continue  # it asked for them before it was placed, as others do
             books = self.leases.setdefault(limit, LeaseBooks())
             books.holders.add((partition, name))

@@ -2,9 +2,9 @@
 
 A limit that holds across account roots has one owner partition for each value of its key. An attempt elsewhere asks it, one
 partition after the other in ascending order, and holds what it has while it asks the next one. Its own partition it asks like
-any other, unless that is the last one: then it takes what that decides on together with the slot. So whoever waits holds only
-what comes before, and no two wait for each other. A message is a tell of a ledger entry, deduplicated by position: an ask is
-heard once, and what was given comes back once, whoever crashes.
+any other, unless that is the last one: then it takes what that decides on together with the slot, as it does what counts within
+its account root. So whoever waits holds only what comes before, and no two wait for each other. A message is a tell of a ledger
+entry, deduplicated by position: an ask is heard once, and what was given comes back once, whoever crashes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tidegate.domain.messages import (
     LeaseReturn,
     LeaseWait,
 )
-from tidegate.gate.ledger import PLACED, QUEUED, Attempt, AttemptKey, Ledger, held_by_itself
+from tidegate.gate.ledger import PLACED, QUEUED, Attempt, AttemptKey, Ledger, held_by_itself, leases_of
 from tidegate.gate.limits import Desk, Obstacle
 
 LIMIT_RULE: Final = "limit"
@@ -72,18 +72,20 @@ def ask(
     """Return the question to the next partition that decides on one of these leases; None if all were given but those that
     are taken with the slot."""
     here = desk.ledger.partition
-    wanted = {lease.partition for lease in leases}
-    with_slot = {here} if wanted and here == max(wanted) else set()
-    to_ask = sorted(wanted - {*with_slot, *held})
+    local = tuple(lease for lease in leases if lease.partition == here and desk.limits.is_local(lease))
+    shared = tuple(lease for lease in leases if lease not in local)
+    if shared and shared[-1].partition == here:  # the last of all: they are in order
+        local, shared = leases_of(leases, here), tuple(lease for lease in shared if lease.partition != here)
+    to_ask = sorted({lease.partition for lease in shared} - {*held})
     if not to_ask:
         return None
     return ev.LeasesAsked(
         **names(key, attempt.account),
         partition=to_ask[0],
         priority=attempt.priority,
-        leases=tuple(lease for lease in leases if lease.partition == to_ask[0]),
+        leases=leases_of(shared, to_ask[0]),
         instance_id=pinned,
-        local=tuple(lease for lease in leases if lease.partition in with_slot),
+        local=local,
     )
 
 

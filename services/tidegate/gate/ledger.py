@@ -73,7 +73,8 @@ class Attempt(msgspec.Struct, array_like=True):
 
     priority, queued_ms: its place in line. leases: what it needs while it waits, what it holds once it is placed.
     limits_version: of the limits that this follows from. asked: partition that it has asked for leases, -1 for none; granted:
-    partitions that gave theirs, the latest at granted_ms; until it is placed, pinned names the executor that they are for.
+    partitions that gave theirs, the latest at granted_ms; until it is placed, pinned names the executor that they are for. needs:
+    what of ours it takes together with a slot then; of one that asked its own partition, too, also once it is placed.
     throttled: it was told why it waits.
 
     buckets, amounts: what is set aside where. exceeds: the buckets that an approval lets it exceed. paused_on: the bucket that
@@ -498,11 +499,14 @@ def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
 
 
 def held_by_itself(attempt: Attempt, partition: int) -> Leases:
-    """Return the leases of its own partition that an attempt holds since it was placed: none if it had to ask for them before,
-    for then its ask holds them."""
-    if not attempt.leases or partition in attempt.granted:
-        return ()
-    return tuple(lease for lease in attempt.leases if lease.partition == partition)
+    """Return the leases of its own partition that an attempt holds since it was placed: without those that it had to ask for
+    before, which its ask holds."""
+    return attempt.needs if partition in attempt.granted else leases_of(attempt.leases, partition)
+
+
+def leases_of(leases: Leases, partition: int) -> Leases:
+    """Return those of the leases that a partition decides on."""
+    return tuple(lease for lease in leases if lease.partition == partition) if leases else ()
 
 
 def _count(counts: dict[K, int], name: K, by: int) -> None:
@@ -653,7 +657,9 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     if attempt.status == QUEUED:
         _leave_queue(ledger, key, attempt)
     attempt.status = PLACED
-    attempt.leases, attempt.needs, attempt.pinned = event.leases, (), ""
+    attempt.leases, attempt.pinned = event.leases, ""
+    if ledger.partition not in attempt.granted:
+        attempt.needs = ()
     attempt.asked, attempt.granted_ms = -1, 0
     attempt.call = event.call
     attempt.incarnation = Incarnation(event.instance_id, event.incarnation)

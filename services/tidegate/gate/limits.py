@@ -260,6 +260,11 @@ class LimitSet:
         """Return the limit of that name, if one is in force."""
         return self._limits.get(name)
 
+    def is_local(self, lease: Lease) -> bool:
+        """Tell whether all that hold the lease belong to one account root."""
+        limit = self._limits.get(lease.limit)
+        return limit is not None and limit.is_local
+
     def leases(self, variables: Variables, own_partition: int) -> tuple[Lease, ...]:
         """Return what a step needs under all limits, in the order in which it must be asked for. Raises LimitError.
 

@@ -203,8 +203,9 @@ class _Round:
         question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
         if question is not None:
             return self._ask(question, attempt)
-        if self.ledger.partition not in attempt.granted:  # else its ask has taken them, and counts for its root
-            self.events += self.desk.take(leases)
+        has_asked_here = self.ledger.partition in attempt.granted
+        self.events += self.desk.take(attempt.needs if has_asked_here else leases)
+        if not has_asked_here:  # else its ask counts for its root
             self.busy[where.root] = self.busy.get(where.root, 0) + 1
         self.events.append(placed(key, attempt, executor, leases))
         self.count += 1

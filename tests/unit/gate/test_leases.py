@@ -231,10 +231,12 @@ def test_places_of_ones_own_partition_that_were_asked_for_are_counted_once_whate
     bound = Bound(at_once=2, rate_per_s=50, burst=2)
     monkeypatch.setitem(BOUNDS, first, bound)
     monkeypatch.setitem(BOUNDS, last, Bound(at_once=1))
+    monkeypatch.setitem(BOUNDS, "mine", Bound(at_once=1))
     breaker = {"failures": 2, "open_s": 0.1}
     limits = [
         {"limit": first, "per": ["provider"], "at_once": 2, "rate_per_s": 50, "burst": 2, "breaker": breaker},
         {"limit": last, "per": ["provider"], "at_once": 1},
+        {"limit": "mine", "per": ["account"], "at_once": 1},
     ]
     world = World(seed, limits, CheckpointSettings(every_entries=5, every_s=0.05))
     disarm = _let_owners_crash(monkeypatch, seed)
