@@ -15,6 +15,7 @@ from tidegate.gate import decide
 from tidegate.gate.budgets import estimate
 from tidegate.gate.lacking import Alike, Lacking, Look, Scope, Shortage
 from tidegate.gate.ledger import AttemptKey, RunMoney
+from tidegate.gate.service import LOOK_AGAIN_MS
 
 DAY_MS = 24 * 3600 * 1000
 
@@ -241,3 +242,30 @@ def test_lines_forget_whoever_leaves() -> None:
     assert lacking == Lacking()
     for name in ("_lines", "_members", "_of_function", "_stirred", "_until_ms"):
         assert not getattr(lacking, name), name
+
+
+@pytest.mark.parametrize("broken", ["resumption", "losses", "lapses"])
+def test_what_cannot_be_decided_keeps_nothing_else_from_being_decided(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    pair = Pair(functions=("step:a",), slots=1)
+    pair.policy(budget("full", "acme/full", 0))
+    pair.start("waits", chain("a"), account="acme/full")
+    pair.start("first", chain("a"))
+    pair.start("second", chain("a"))
+    tries: list[int] = []
+
+    def failing(*arguments: Any) -> list[Any]:
+        tries.append(pair.now_ms)
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decide, broken, failing)
+        pair.policy(budget("full", "acme/full", 1, "2"))
+        pair.answer(pair.tasks.popleft(), value=1)
+        pair.policy(budget("other", "acme/other", 1))
+        assert entered(pair)[0] == "second"
+        assert len(tries) == 1, "it is tried again at once"
+    pair.pass_time_with_heartbeats(LOOK_AGAIN_MS)
+    pair.answer(pair.tasks.popleft(), value=1)
+    assert entered(pair) == ["waits"]
