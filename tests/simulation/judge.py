@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 AttemptKey = tuple[str, str, int]  # run, step, attempt
 RUN_EVENTS, GATE_LEDGER = "run-events", "gate-ledger"
 TELLS = {"gate-requests": RUN_EVENTS, "gate-decisions": GATE_LEDGER, "gate-leases": GATE_LEDGER}
-WHEN_TO_LOOK = frozenset({"questions", "window_ends", "stirred", "look_again_ms"})
+WHEN_TO_LOOK = frozenset({"questions", "window_ends"})
 NEVER_ENTERED = frozenset({"busy", "released", "denied"})
 OF_COMMANDS = (
     re.RunStarted,
