@@ -8,7 +8,7 @@ from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed, call_of
 from tidegate.domain.graph_changes import PLAN
-from tidegate.domain.identity import agent_turn_step, tool_call_step
+from tidegate.domain.identity import MAX_NAME_CHARACTERS, agent_turn_step, tool_call_step
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Workflow
 
@@ -103,7 +103,7 @@ def _calls_of(workflow: Workflow, agent: str, plan_step_id: str, plan: dict[str,
     counts: dict[str, int] = {}
     calls = []
     for item in plan.get("tool_calls") or ():
-        tool, arguments = str(item.get("name", "")), item.get("arguments", {})
+        tool, arguments = _name(str(item.get("name", ""))), item.get("arguments", {})
         counts[tool] = counts.get(tool, 0) + 1
         if tool not in allowed:
             problem: str | None = f"unknown tool {tool!r}; this agent may call: {', '.join(allowed) or 'none'}"
@@ -112,6 +112,11 @@ def _calls_of(workflow: Workflow, agent: str, plan_step_id: str, plan: dict[str,
         step_id = tool_call_step(plan_step_id, tool, counts[tool])
         calls.append(_PlannedCall(step_id, str(item.get("id") or ""), tool, arguments, problem))
     return calls
+
+
+def _name(tool: str) -> str:
+    """Return what a model calls a tool; what is longer than a name may be is no name of one, and is cut to be told so."""
+    return tool if len(tool) <= MAX_NAME_CHARACTERS else tool[: MAX_NAME_CHARACTERS - 1] + "…"
 
 
 def _turn(

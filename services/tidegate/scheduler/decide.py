@@ -335,8 +335,7 @@ def output_problem(step: StepState, output: str) -> str | None:
         return "an agent's output must be a plan: an object whose tool_calls is a list of objects"
     if len(calls) > MAX_PLAN_CALLS:
         return f"a plan may call at most {MAX_PLAN_CALLS} tools at once, this one calls {len(calls)}"
-    names = (_too_long("the name of a tool", str(call.get("name", ""))) for call in calls)
-    return _too_long("goto", str(value.get("goto") or "")) or next(filter(None, names), None)
+    return _too_long("goto", str(value.get("goto") or ""))
 
 
 def _too_long(what: str, name: str) -> str | None:
