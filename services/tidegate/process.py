@@ -85,13 +85,21 @@ def settings_problems(error: ValidationError) -> list[str]:
 
 
 def run_service(main: Callable[[], int]) -> int:
-    """Run a service's `main`; settings that make no sense are lines on standard error and EXIT_USAGE, not a traceback."""
+    """Run a service's `main`; settings that make no sense are lines on standard error and EXIT_USAGE, not a traceback.
+
+    After a failure the process ends here: freeing the clients of a Kafka that refuses us may take for ever.
+    """
     try:
-        return main()
+        code = main()
     except ValidationError as error:
         for line in settings_problems(error):
             sys.stderr.write(f"error: {line}\n")
         return EXIT_USAGE
+    if code != EXIT_OK:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def configure_logging(service: str, instance_id: str, level: str) -> None:
