@@ -157,6 +157,7 @@ async def _run(app: GatewayApp, gateway: Gateway, registration: Registration, ad
         while not app.should_stop:
             await app.sleep(WATCH_EVERY_S)
             _check_assigned(gateway)
+            await gateway.read_the_rest()
     finally:
         evicting.cancel()
 
@@ -167,6 +168,7 @@ async def _until_ready(app: GatewayApp, gateway: Gateway) -> bool:
         if app.should_stop:
             return False
         _check_assigned(gateway)
+        await gateway.read_the_rest()
         await app.sleep(READY_POLL_S)
     return True
 
