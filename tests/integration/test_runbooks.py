@@ -15,11 +15,12 @@ from typing import Final
 
 import pytest
 
-from support.stack import WAIT_S, WholeStack, eventually
+from support.stack import WAIT_S, WholeStack, eventually, run_cli
 from tidegate.domain.identity import partition_of
 from tidegate.embedded.stack import SERVICES
 from tidegate.embedded.tools import tool_command
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.sdk.errors import RunNotFoundError
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.feature("K5")]
 
@@ -67,6 +68,11 @@ def ended(whole: WholeStack, run_id: str) -> str:
     return whole.wait(run_id).status
 
 
+def shown(whole: WholeStack, *words: str) -> str:
+    """Run a command as somebody on the machine that all of it runs on."""
+    return run_cli(whole.stack.settings, *words, TIDEGATE_DATA_DIR=str(whole.stack.data_dir), COLUMNS="200")
+
+
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
     """Hold a process still, so that all its files are those of one moment, as in a snapshot of its disk."""
@@ -97,23 +103,6 @@ def kafka_on(folder: Path) -> Iterator[KafkaSettings]:
         process.wait(WAIT_S)
 
 
-def tidegate(kafka: KafkaSettings, *words: str, data_dir: Path | None = None) -> str:
-    """Run a command as somebody on the machine of that Kafka and data would; it must end with 0."""
-    environment = {**os.environ, "TIDEGATE_KAFKA_BOOTSTRAP": kafka.bootstrap, "COLUMNS": "200"}
-    if data_dir is not None:
-        environment["TIDEGATE_DATA_DIR"] = str(data_dir)
-    done = subprocess.run(
-        [sys.executable, "-m", "tidegate.cli", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def test_backup_and_restore_of_the_logs(tmp_path: Path) -> None:
     """A snapshot of the broker's disk, taken while everything runs, is a whole Tidegate of that moment."""
     copy = tmp_path / "copy"
@@ -136,13 +125,13 @@ def test_backup_and_restore_of_the_logs(tmp_path: Path) -> None:
     said("backup-and-restore", "`tidegate kafka --data-dir COPY`")
     with kafka_on(copy) as kafka:
         for command in ("tidegate verify", "tidegate audit money"):
-            tidegate(kafka, *said("backup-and-restore", command).split()[1:])
+            run_cli(kafka, *said("backup-and-restore", command).split()[1:])
         with WholeStack(tmp_path / "second", services=(*OWNERS, "projection"), kafka=kafka) as again:
             assert [(event.seq, event.type) for event in again.events("done")] == before
             again.cli("runs", "approve", "asked")
             for run_id in ("asked", "under-way"):
                 assert ended(again, run_id) == "succeeded"
-            with pytest.raises(Exception, match="afterwards"):  # acknowledged after the snapshot: it is gone
+            with pytest.raises(RunNotFoundError):  # acknowledged after the snapshot: it is gone
                 again.client.get("afterwards")
             again.client.start("chain", 1, run_id="afterwards")
             assert again.wait("afterwards").status == "succeeded"
@@ -150,7 +139,7 @@ def test_backup_and_restore_of_the_logs(tmp_path: Path) -> None:
             assert truth.report.ok, truth.report.problems
             assert not truth.books.problems
             smoke = said("backup-and-restore", "tidegate smoke --queue").split()[1:]
-            assert "its row is in ClickHouse" in tidegate(kafka, *smoke, "nobody", data_dir=again.stack.data_dir)
+            assert "its row is in ClickHouse" in shown(again, *smoke, "nobody")
 
 
 @pytest.mark.parametrize("noticed", ["at once", "at the next start"])
@@ -190,10 +179,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
     """A whole Tidegate for the runbooks about runs."""
     with WholeStack(tmp_path_factory.mktemp("runbooks"), services=SERVICES) as stack:
         yield stack
-
-
-def shown(whole: WholeStack, *words: str) -> str:
-    return tidegate(whole.stack.settings, *words, data_dir=whole.stack.data_dir)
 
 
 def test_what_a_run_waits_for_is_shown(whole: WholeStack, tmp_path: Path) -> None:
