@@ -29,6 +29,8 @@ MAX_BATCH: Final = 1000
 # How long a lone entry may wait for others. Faust looks as often as that whether there is anything.
 BATCH_WITHIN_S: Final = 0.1
 EVICT_EVERY_S: Final = 60.0
+# After so long without a record the view reads by itself what it waits for.
+SILENCE_S: Final = 5.0
 MAX_WAITERS: Final = 1000
 
 Event = EventT[bytes | None]
@@ -89,6 +91,8 @@ class Gateway:
         self._unassigned_since_s: float | None = time.monotonic()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._schemas_seen: set[str] = set()
+        self._handling = asyncio.Lock()  # what is folded, and when, is decided by one at a time
+        self._still_since_s = time.monotonic()
         topic = app.topic(prefix + RUN_EVENTS, key_serializer="raw", value_serializer="raw", allow_empty=True)
         app.agent(topic, name=RUN_EVENTS, concurrency=1)(self._consume)
         app.on_partitions_revoked.connect(self._revoked, weak=False)
@@ -132,6 +136,7 @@ class Gateway:
             return
         self._begins = {partition: max(there.start, begins.get(partition, 0)) for partition, there in targets.items()}
         self._targets, self.owned, self._is_restored = targets, owned, True
+        self._still_since_s = time.monotonic()
         _log.info("restored", partitions=sorted(owned), runs=len(rows))
 
     def _assigned_to_us(self, assigned: Iterable[TP]) -> frozenset[int]:
@@ -199,7 +204,9 @@ class Gateway:
         """Handle batches until the stream ends. Whatever goes wrong ends the process: state is never repaired."""
         try:
             async for events in _batches(stream):
-                for event in await self._handle(events):
+                async with self._handling:
+                    done = await self._handle(events)
+                for event in done:
                     await stream.ack(event)
                 failpoint("gateway.after-acks")
         except asyncio.CancelledError:
@@ -214,13 +221,18 @@ class Gateway:
         without letting anything else run. 3. Send the changed rows. 4. Wait until all of them are acknowledged. Only then are
         the events (by the caller), so that what Faust commits never runs ahead of the changelog.
         """
-        generation = self._generation
         events = [event for event in events if event.message.partition in self.owned]
+        generation = self._generation
         records = await self._without_gaps([event.message for event in events])
+        return events if await self._fold(records, generation) else []
+
+    async def _fold(self, records: list[Record], generation: int) -> bool:
+        """Fold records of our partitions, as `_handle` says; False if they are given out afresh, and all is read again."""
         await self._find_epochs(records)
         if generation != self._generation:
-            return []  # the partitions were given out afresh meanwhile: all of this is read again
+            return False
         failpoint("gateway.before-fold")
+        self._still_since_s = time.monotonic()
         rows: dict[str, RunRow] = {}
         tallies: dict[str, Tally] = {}
         for record in records:
@@ -237,7 +249,30 @@ class Gateway:
         await self._acknowledged()
         failpoint("gateway.after-changelog-acks")
         self._wake(rows)
-        return events
+        return True
+
+    async def read_the_rest(self) -> None:
+        """Read what is missing until the view is complete, if Faust has not handed anything over for a while.
+
+        It may pass over the last records of a partition, too (see `_without_gaps`): if nothing is written behind them, nothing
+        would ever show that they are missing. Raises EventLogError.
+        """
+        if self.is_ready or not self._is_restored or time.monotonic() - self._still_since_s < SILENCE_S:
+            return
+        async with self._handling:
+            generation = self._generation
+            self._still_since_s = time.monotonic()
+            for partition, there in self._targets.items():
+                begin = self._position(partition)
+                if begin < there.end:
+                    records = await asyncio.to_thread(self._read, partition, begin, there.end)
+                    _log.warning("Faust is silent: read here", partition=partition, begin=begin, records=len(records))
+                    if not await self._fold(records, generation):
+                        return
+                    if partition in self._readers:
+                        self._readers[partition].next_offset = there.end  # compaction may have taken what was last
+                    else:
+                        self._begins[partition] = there.end
 
     async def _acknowledged(self) -> None:
         """Wait until the changelogs have everything that was sent to them."""
