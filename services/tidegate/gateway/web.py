@@ -68,6 +68,7 @@ class Api:
             "runs": len(gateway.view.rows),
             "tallies": len(gateway.view.tallies.rows),
             "lag": gateway.lag(),
+            "changelog_records": gateway.changelog_records,
             **vars(gateway.counters),
         }
         return _json(view, 200, body)
