@@ -33,7 +33,10 @@ LAST_WORDS_TURNS = 20
 
 @dataclass(slots=True)
 class Outcome:
-    """What a function will do: for how long, how it ends, what it reports to have cost, and the change that it proposes."""
+    """What a function will do: for how long, how it ends, what it reports to have cost, and the change that it proposes.
+
+    error: class of what it raises; `results.DIED` if the place where it runs ends instead.
+    """
 
     runs_ms: int
     value: Any = None
@@ -288,6 +291,9 @@ class ExecutorLife(Life):
 
 
 def _result(task: StepTask, outcome: Outcome, spent: results.Spent) -> StepResult:
+    if outcome.error == results.DIED:
+        assert task.call is not None
+        return results.died(task, "as it was made to", retryable=task.call.idempotent, spent=spent)
     if outcome.error:
         return results.failed(task, outcome.error, "as it was made to", retryable=outcome.retryable, spent=spent)
     return results.succeeded(task, outcome.value, spent, change=outcome.change)

@@ -369,7 +369,8 @@ def test_a_lost_definition_of_a_run_that_rests_is_noticed() -> None:
         cluster.command(run_id, "approve", step_id="a", by="ann")
     cluster.settle()
     assert cluster.letters() == []
-    assert all(run.open_approvals() == [] for run in cluster.verified()[1].values())
+    asked = [step.step_id for run in cluster.verified()[1].values() for step in run.open_approvals()]
+    assert "a" not in asked
 
 
 def test_a_lost_segment_is_noticed() -> None:
