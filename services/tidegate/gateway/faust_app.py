@@ -83,6 +83,10 @@ class KeptStore(memory.Store):  # type: ignore[type-arg] # its type parameters a
         super().__post_init__()
         self.read_to: dict[int, int] = {}  # partition -> offset of the last record that we have, -1 for none
 
+    def _clear(self) -> None:
+        super()._clear()
+        self.read_to.clear()
+
     def persisted_offset(self, tp: TP) -> int | None:
         """Return up to where Faust need not read; None if it is not known that we have anything."""
         return self.read_to.get(tp.partition)
