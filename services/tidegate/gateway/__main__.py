@@ -146,19 +146,22 @@ async def _password_replaced(kafka: KafkaSettings) -> None:
 async def _run(app: GatewayApp, gateway: Gateway, registration: Registration, address: _Address) -> None:
     """Start everything, say so when the view is complete, and return when the app has ended."""
     address.write()  # who asks now waits until the web server takes the connection from the socket
+    read = await gateway.changelogs.read_on(range(gateway.partition_count))
+    _log.info("changelogs read", records=read)
     await app.start()
     if not await _until_ready(app, gateway):
         return
     await asyncio.to_thread(registration.start)
     _log.info("ready", url=address.url, runs=len(gateway.view.rows))
-    evicting = asyncio.create_task(gateway.evict_forever())
+    tending = [asyncio.create_task(gateway.evict_forever()), asyncio.create_task(gateway.keep_standby_forever())]
     try:
         while not app.should_stop:
             await app.sleep(WATCH_EVERY_S)
             _check_assigned(gateway)
             await gateway.read_the_rest()
     finally:
-        evicting.cancel()
+        for task in tending:
+            task.cancel()
 
 
 async def _until_ready(app: GatewayApp, gateway: Gateway) -> bool:

@@ -17,9 +17,10 @@ from faust.types import TP, EventT, StreamT
 from tidegate import codec, metrics
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.eventlog.epochs import epoch_before
-from tidegate.eventlog.interface import Broker, Offsets
+from tidegate.eventlog.interface import Broker, EventLogError, Offsets
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.failpoints import failpoint
+from tidegate.gateway.changelog import Changelogs
 from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, TABLES, GatewayApp, ViewTable, ViewTables
 from tidegate.gateway.figures import Tally, partition_of_tally
 from tidegate.gateway.view import Changed, LiveView, PartitionReader, RunRow
@@ -31,6 +32,7 @@ BATCH_WITHIN_S: Final = 0.1
 EVICT_EVERY_S: Final = 60.0
 # After so long without a record the view reads by itself what it waits for.
 SILENCE_S: Final = 5.0
+STANDBY_EVERY_S: Final = 2.0
 MAX_WAITERS: Final = 1000
 
 Event = EventT[bytes | None]
@@ -77,6 +79,7 @@ class Gateway:
         self.owned: frozenset[int] = frozenset()
         self.partition_count = partition_count
         self._tables = tables
+        self.changelogs = Changelogs(broker, tables)
         self._broker = broker
         self._committed = committed
         self._prefix = prefix
@@ -123,21 +126,51 @@ class Gateway:
         self._readers.clear()
 
     async def _recovered(self) -> None:
-        """The tables hold what the changelogs say of our partitions: make the view of it."""
+        """The tables hold what the changelogs say of our partitions, gaps of Faust's reading apart: make the view of them."""
+        is_current = self._until_given_out_afresh()
         owned = self._assigned_to_us(self.app.assignor.assigned_actives())
+        failpoint("gateway.after-restore")
+        try:
+            mended = await self.changelogs.read_on(owned, is_current)
+            begins = await asyncio.to_thread(self._committed)
+            targets = await asyncio.to_thread(self._ends, owned)
+        except EventLogError as error:
+            await self.app.crash(error)
+            return
+        if not is_current():
+            return
         rows = [row for row in self._tables.runs.values() if self.partition_of(row.run_id) in owned]
         tallies = [tally for key, tally in self._tables.figures.items() if partition_of_tally(key) in owned]
         self.view = LiveView(rows, tallies, log=self._log_id, keep_minutes=self._keep_minutes)
-        generation = self._generation
-        failpoint("gateway.after-restore")
-        begins = await asyncio.to_thread(self._committed)
-        targets = await asyncio.to_thread(self._ends, owned)
-        if generation != self._generation:
-            return
         self._begins = {partition: max(there.start, begins.get(partition, 0)) for partition, there in targets.items()}
         self._targets, self.owned, self._is_restored = targets, owned, True
         self._still_since_s = time.monotonic()
-        _log.info("restored", partitions=sorted(owned), runs=len(rows))
+        _log.info("restored", partitions=sorted(owned), runs=len(rows), by_faust=self.changelog_records, mended=mended)
+
+    @property
+    def changelog_records(self) -> int:
+        """How many records of changelogs Faust has read since the start: what was not kept when partitions moved."""
+        return sum(table.changelog_records for table in self._tables)
+
+    async def keep_standby_forever(self) -> None:
+        """Fill the gaps that Faust leaves in what we have of partitions that we stand by for."""
+        while True:
+            await asyncio.sleep(STANDBY_EVERY_S)
+            if not self._is_restored:
+                continue
+            try:
+                await self.changelogs.read_on(self.standby, self._until_given_out_afresh())
+            except EventLogError as error:
+                _log.warning("standby: trying again", error=str(error))
+
+    def _until_given_out_afresh(self) -> Callable[[], bool]:
+        """Return what tells whether the group has given out no partitions since now."""
+        generation = self._generation
+
+        def is_current() -> bool:
+            return generation == self._generation
+
+        return is_current
 
     def _assigned_to_us(self, assigned: Iterable[TP]) -> frozenset[int]:
         """Return the partitions of which both changelogs are among the assigned ones."""

@@ -18,11 +18,14 @@ from tidegate.gateway.service import Gateway
 
 
 class _Table(dict[str, Any]):
-    """A table whose changelog takes everything at once."""
+    """A table whose changelog takes everything at once, and is not asked for again."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
+        self.name = name
         self.unacknowledged: list[Any] = []
+        self.changelog_records = 0
+        self.store = SimpleNamespace(read_to={0: -1})
 
     def on_recover(self, _: Any) -> None:
         pass
@@ -38,7 +41,7 @@ def gateway(broker: MemoryBroker, committed: int = 0) -> Gateway:
         on_partitions_assigned=signal,
         assignor=SimpleNamespace(assigned_actives=lambda: [TP(name, 0) for name in TABLES]),
     )
-    tables: Any = ViewTables(*(_Table() for _ in TABLES))  # type: ignore[arg-type]
+    tables: Any = ViewTables(*map(_Table, TABLES))  # type: ignore[arg-type]
     made = Gateway(
         app,
         tables,
@@ -60,7 +63,8 @@ def log() -> tuple[MemoryBroker, list[Message]]:
     story = Story()
     story.play_all()
     broker = MemoryBroker()
-    broker.create_topic(RUN_EVENTS, 1)
+    for topic in (RUN_EVENTS, *TABLES):
+        broker.create_topic(topic, 1)
     writer = broker.writer()
     for record in LogWriter(1, 1).take(story.decided):
         if record.topic == RUN_EVENTS:
