@@ -45,9 +45,9 @@ def test_there_was_work_and_trouble() -> None:
     assert total["runs over"] > 500
     assert total["waits ended"] > 200
     assert total["attempts held back"] > 200
-    assert total["outside calls ended"] > 5
-    assert all(total[f"unknown outcomes: {how}"] > 20 for how in ("lost", "timed_out", "died"))
-    assert total["failures under a rule"] > 20
+    assert total["outside calls ended"] > 2
+    assert all(total[f"unknown outcomes: {how}"] > 10 for how in ("lost", "timed_out", "died"))
+    assert total["failures under a rule"] > 5
     assert total["paused by budgets"] > 50
     assert total["budgets exceeded"] > 10
     assert total["questions expired"] > 50
