@@ -33,7 +33,9 @@ LAST_WORDS_TURNS = 20
 
 @dataclass(slots=True)
 class Outcome:
-    """What a function will do: for how long, how it ends, what it reports to have cost, and the change that it proposes."""
+    """What a function will do: for how long, how it ends, what it reports to have cost, the change that it proposes, and the
+    route that it chooses.
+    """
 
     runs_ms: int
     value: Any = None
@@ -41,6 +43,7 @@ class Outcome:
     retryable: bool = True
     cost_micros: int | None = None
     change: str = ""
+    goto: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -290,7 +293,7 @@ class ExecutorLife(Life):
 def _result(task: StepTask, outcome: Outcome, spent: results.Spent) -> StepResult:
     if outcome.error:
         return results.failed(task, outcome.error, "as it was made to", retryable=outcome.retryable, spent=spent)
-    return results.succeeded(task, outcome.value, spent, change=outcome.change)
+    return results.succeeded(task, outcome.value, spent, goto=outcome.goto, change=outcome.change)
 
 
 __all__ = ["ExecutorLife", "Outcome", "ProcessIdentity"]

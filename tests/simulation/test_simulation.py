@@ -46,6 +46,11 @@ def test_there_was_work_and_trouble() -> None:
     assert total["waits ended"] > 200
     assert total["attempts held back"] > 200
     assert total["outside calls ended"] > 5
+    assert total["turns of flows"] > 200
+    assert total["calls of flows"] > 200
+    assert total["flows ended"] > 50
+    assert total["routes taken"] > 20
+    assert total["loops entered"] > 10
     assert total["failures under a rule"] > 20
     assert total["paused by budgets"] > 50
     assert total["budgets exceeded"] > 10
