@@ -9,6 +9,7 @@ import pytest
 
 from support.fault_app import app
 from support.stack import WholeStack, assert_whole
+from tidegate.cli import drawing
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,9 @@ def test_a_flow_goes_on_where_it_was_and_its_log_says_where_values_come_from(who
     edges = [event.data.change for event in whole.events(run_id) if event.type == "GraphChangeProposed"]
     assert '["errands/one#2","errands/one#3"]' in edges[-1]
     assert '["errands/one","errands/one#3"]' in edges[-1]
+    # The picture of the run has its calls, the definition that it goes by has not.
+    picture = drawing.dot(whole.client.graph(run_id, calls=True)).splitlines()
+    assert '    "errands/wait_here" [label="errands/wait_here\\nwait_here", shape=box];' in picture
+    assert '    "errands" -> "errands/one";' in picture
+    assert '    "errands/one#2" -> "errands/one#3";' in picture
+    assert list(whole.client.graph(run_id)["nodes"]) == ["errands"]
