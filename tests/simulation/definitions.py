@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
-from simulation.flows import FLOWS, app_of
+from simulation.flows import CHOICES, EVENTS, FLOWS, INNER, KEYS, STEPS_ALONE, app_of
 from tidegate.domain import canonical
 from tidegate.domain.graph_changes import edge_ends
 from tidegate.domain.workflow import validate_definition
@@ -17,28 +17,26 @@ GOES = "goes"  # a step that chooses one of the routes that its input names
 OFTEN = ("ok", "ok", "ok", "flaky", "once", "once_flaky", "long", "dear")
 TOOLS = ("t_ok", "t_flaky", "t_once", "t_fatal")
 AGENTS = ("a_plan", "a_wild")
-FLOW_APP = app_of(STEPS)
+FLOW_APP = app_of(STEPS, AGENTS, TOOLS, 2_678_370_000)
 OUTSIDE = "t_outside"  # a tool that people answer for
 KINDS = dict.fromkeys((*STEPS, GOES), "step") | dict.fromkeys(TOOLS, "tool") | dict.fromkeys(AGENTS, "agent")
 KINDS |= dict.fromkeys(FLOWS, "flow")
 FUNCTIONS = tuple(f"{kind}:{name}" for name, kind in KINDS.items())
 ONCE = frozenset({"once", "once_flaky", "t_once"})
 MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
-EVENTS = ("paid", "shipped")
-KEYS = ("", "k")
-CHOICES = ("yes", "no")
 
 
 def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, Any]:
     """Return a random workflow that can be published: nodes of every kind, with conditions, routes and joins."""
     names = [f"n{number}" for number in range(rng.randint(1, 5))]
+    flows = FLOWS if rng.random() < 0.5 else STEPS_ALONE
     nodes: dict[str, Any] = {}
     for node in names:
         kind = "agent" if rng.random() < 0.25 else "step"
         function = rng.choice(AGENTS if kind == "agent" else OFTEN if rng.random() < 0.8 else STEPS)
         nodes[node] = {"kind": kind, "function": function}
         if rng.random() < 0.2:
-            nodes[node] = {"kind": "flow", "function": rng.choice(FLOWS)}
+            nodes[node] = {"kind": "flow", "function": rng.choice((*flows, flows[-1]))}
     shape = rng.choice(("chain", "wide", "any"))
     edges = []
     for index, target in enumerate(names[1:], 1):
@@ -60,20 +58,24 @@ def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, A
             nodes[node]["on_failure"] = rng.choice(("fail", "continue"))
     children = [node for node in names if rng.random() < 0.1]
     for node in children:
-        nodes[node] = {"kind": "workflow", "workflow": "inner@1"}
+        nodes[node] = {"kind": "workflow", "workflow": f"{INNER}@1"}
     made = {
         "name": name,
         "version": str(version),
         "nodes": nodes,
         "edges": edges,
-        "functions": {function: _settings(rng, function, kind) for function, kind in KINDS.items()}
+        "functions": {
+            function: _settings(rng, function, kind)
+            for function, kind in KINDS.items()
+            if kind != "flow" or function in flows
+        }
         | {OUTSIDE: _outside(rng)},
         "max_steps": rng.choice((6, 50, 50, 50)),
         "failure_mode": rng.choice(("fail_fast", "continue")),
         "success": rng.choice(("all", "all", "any")),
         "max_hops": rng.choice((1, 3, 6)),
         **({"aggregate": rng.choice(("latest", "all", "success_only"))} if rng.random() < 0.3 else {}),
-        "workflows": {"inner@1": _inner(rng, now_ms)} if children else {},
+        "workflows": {f"{INNER}@1": _inner(rng, now_ms)} if children or flows is FLOWS else {},
         **({"evolution": _evolution(rng)} if rng.random() < 0.9 else {}),
     }
     problems = validate_definition(made)
@@ -140,9 +142,9 @@ def _inner(rng: Random, now_ms: int) -> dict[str, Any]:
     if rng.random() < 0.3:
         nodes["x"] = _wait(rng, now_ms)
     elif rng.random() < 0.3:
-        nodes["x"] = {"kind": "flow", "function": rng.choice(FLOWS)}
-    functions = {name: _settings(rng, name, KINDS[name]) for name in (*STEPS, *FLOWS)}
-    return {"name": "inner", "version": "1", "nodes": nodes, "edges": [["x", "y"]], "functions": functions}
+        nodes["x"] = {"kind": "flow", "function": rng.choice(STEPS_ALONE)}
+    functions = {name: _settings(rng, name, KINDS[name]) for name in (*STEPS, *STEPS_ALONE)}
+    return {"name": INNER, "version": "1", "nodes": nodes, "edges": [["x", "y"]], "functions": functions}
 
 
 def _edge(rng: Random, source: str, target: str) -> Any:
@@ -174,6 +176,8 @@ def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
         settings["tools"] = [*TOOLS, OUTSIDE]
     if kind == "flow":
         settings["tools"] = list(STEPS)
+    if function == "f_all":
+        settings |= {"tools": [*STEPS, *AGENTS, *TOOLS], "workflows": [f"{INNER}@1"]}
     return settings
 
 

@@ -7,18 +7,25 @@ turn that is told what came in another order than the turns before plays another
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from simulation.change_books import Proposals
 from tidegate import App, CallFailedError, FlowChangedError, FlowError, NonRetryable
 from tidegate.domain import canonical
 from tidegate.domain import run_events as re
 from tidegate.domain.messages import Call
 from tidegate.sdk.testkit import step_context
 
-FLOWS: Final = ("f_calls", "f_wild")
+STEPS_ALONE: Final = ("f_calls", "f_wild")
+FLOWS: Final = (*STEPS_ALONE, "f_all")
+INNER: Final = "inner"
+EVENTS: Final = ("paid", "shipped")
+KEYS: Final = ("", "k")
+CHOICES: Final = ("yes", "no")
 MAX_CALLS: Final = 8
 RUBBISH: Final = (
     "[]",
@@ -27,16 +34,18 @@ RUBBISH: Final = (
     '{"calls":[],"waits":[["nobody"]]}',
     '{"calls":[{"id":"dear","function":"t_ok","arguments":1,"parents":[]}],"waits":[["dear"]]}',
     '{"calls":[{"id":"unknown","function":"unknown","arguments":1,"parents":[]}],"waits":[["unknown"]]}',
+    '{"calls":[{"id":"sleep","kind":"sleep","function":"sleep","arguments":{},"parents":[]}],"waits":[["sleep"]]}',
+    '{"calls":[{"id":"inner","kind":"workflow","function":"inner","arguments":1,"parents":[]}],"waits":[["inner"]]}',
     '{"output":1,"calls":[]}',
 )
 
 
 class _Program:
-    """One play of a flow. The calls that it makes are bounded, its branches share the chance."""
+    """One play of a flow. The calls that it makes are bounded, its branches share the chance. calls: of which it chooses."""
 
-    def __init__(self, value: Any, steps: list[Any]) -> None:
+    def __init__(self, value: Any, calls: list[Callable[[_Program, Any], Any]]) -> None:
         self.rng = Random(canonical.dumps(value))
-        self.steps = steps
+        self.calls = calls
         self.left = self.rng.randint(1, MAX_CALLS)
 
     async def play(self, value: Any, depth: int = 0) -> Any:
@@ -64,7 +73,7 @@ class _Program:
 
     def call(self, value: Any) -> Any:
         self.left -= 1
-        return self.rng.choice(self.steps)(value)
+        return self.rng.choice(self.calls)(self, value)
 
 
 def _plain(value: Any) -> Any:
@@ -74,21 +83,46 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, BaseException) else value
 
 
-def app_of(steps: tuple[str, ...]) -> App:
-    """Return the app whose flows call these steps. No step of it is ever run: executors of the simulation have their own."""
+def app_of(steps: tuple[str, ...], agents: tuple[str, ...], tools: tuple[str, ...], begins_ms: int) -> App:
+    """Return the app whose flows call these. No function of it is ever run: executors of the simulation have their own."""
     app = App("simulated")
+    inner = {"name": INNER, "version": "1"}
 
     def nothing(value: Any = None) -> Any:
-        raise AssertionError("a step was called outside the log")
+        raise AssertionError("a function was called outside the log")
 
     made = [app.step(name=name)(_copy_of(nothing)) for name in steps]
+    talking = [app.agent(name=name)(_copy_of(nothing)) for name in agents]
+    handy = [app.tool(name=name)(_copy_of(nothing)) for name in tools]
+    functions = [lambda program, value, call=call: call(value) for call in (*made, *talking, *handy)]
+    waits: list[Callable[[_Program, Any], Any]] = [
+        lambda program, value: app.sleep(program.rng.choice((0, 0.3, 2)), **_timeout(program.rng)),
+        lambda program, value: app.wait_until(_moment(program.rng, begins_ms), **_timeout(program.rng)),
+        lambda program, value: app.wait_event(
+            program.rng.choice(EVENTS), key=program.rng.choice(KEYS), **_timeout(program.rng)
+        ),
+        lambda program, value: app.ask("?", choices=program.rng.choice((None, CHOICES)), **_timeout(program.rng)),
+        lambda program, value: app.workflow(inner, value, budget_micros=program.rng.choice((None, 200))),
+    ]
 
-    async def play(value: Any = None) -> Any:
-        return _plain(await _Program(value, made).play(value))
+    async def steps_alone(value: Any = None) -> Any:
+        return _plain(await _Program(value, functions[: len(made)]).play(value))
 
-    for name in FLOWS:
-        app.flow(name=name, steps=made)(_async_copy_of(play))
+    async def everything(value: Any = None) -> Any:
+        return _plain(await _Program(value, [*functions, *waits, *waits]).play(value))
+
+    app.flow(name="f_calls", steps=made)(steps_alone)
+    app.flow(name="f_wild", steps=made)(_async_copy_of(steps_alone))
+    app.flow(name="f_all", steps=[*made, *talking, *handy], workflows=[inner])(everything)
     return app
+
+
+def _timeout(rng: Random) -> Any:
+    return rng.choice(({}, {"timeout_s": 1}, {"timeout_s": 4, "timeout_value": {"n": 4}}))
+
+
+def _moment(rng: Random, begins_ms: int) -> datetime:
+    return datetime.fromtimestamp(begins_ms // 1000 + rng.randint(-5, 60), UTC)
 
 
 def _copy_of(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -116,107 +150,147 @@ def turn(app: App, rng: Random, run_id: str, step_id: str, call: Call) -> tuple[
             return "", type(error).__name__
 
 
+class _Place(NamedTuple):
+    """Where a step of a flow belongs. path: of the flow's visit. call: empty of its own turns. rest: what is done for a call."""
+
+    path: str
+    turn: int
+    call: str
+    rest: str
+
+
+def _place(step_id: str) -> _Place:
+    node, *parts = step_id.split("/")
+    if len(parts) > 1 and parts[0].isdecimal():
+        node, parts = f"{node}/{parts[0]}", parts[1:]
+    if parts[0].isdecimal():
+        return _Place(node, int(parts[0]), "", "")
+    return _Place(node, 0, f"{node}/{parts[0]}", "/".join(parts[1:]))
+
+
 class FlowBooks:
     """The judge's books of flows. require: raises its text if its condition does not hold."""
 
     def __init__(self, require: Callable[[object, str], None]) -> None:
         self._require = require
+        self._proposals = Proposals()
         self._kinds: dict[tuple[str, str], str] = {}  # of the nodes of each run
-        self._outputs: dict[tuple[str, str], str] = {}
-        self._errors: dict[tuple[str, str], str] = {}
+        self._places: dict[tuple[str, str], _Place] = {}  # of all steps of flows
+        self._came: dict[tuple[str, str], tuple[bool, str]] = {}  # what each call has come to
         self._told: dict[tuple[str, str], list[dict[str, Any]]] = {}  # by run and path: what its latest turn was told
         self._said: dict[tuple[str, str], dict[str, Any]] = {}  # what its latest turn said
-        self._latest: dict[tuple[str, str], str] = {}
-        self._made: dict[tuple[str, str], set[str]] = defaultdict(set)
-        self._begun: dict[tuple[str, str], Call] = {}
+        self._latest: dict[tuple[str, str], int] = {}
+        self._made: set[tuple[str, str]] = set()
         self._over: set[tuple[str, str]] = set()
         self.turns = 0
-        self.calls = 0
+        self.calls: Counter[str] = Counter()
         self.ended = 0
 
     def event(self, run_id: str, event: Any) -> None:
         """A turn is told what the log has, in its order; calls begin once and only those that a turn has made."""
         if isinstance(event, re.RunStarted):
             self._nodes(run_id, canonical.loads(event.definition)["nodes"])
-        elif isinstance(event, re.GraphChangeProposed) and event.kind == "graph" and event.change:
-            self._nodes(run_id, canonical.loads(event.change)["nodes"])
+        elif (change := self._proposals.accepted(run_id, event)) is not None:
+            self._nodes(run_id, change["nodes"])
         elif isinstance(event, re.AttemptEnded):
             wrong = event.error_class in (FlowChangedError.__name__, FlowError.__name__)
-            self._require(not wrong, f"(6) {run_id} {event.step_id}: {event.error_class}: a turn was told another log")
-        elif isinstance(event, re.StepReady) and self._kinds.get((run_id, event.node_id)) == "flow":
-            self._ready(run_id, event)
-        elif isinstance(event, re.AttemptRequested) and (run_id, event.step_id) in self._begun:
-            self._may_go_on(run_id, event.step_id)
-        elif isinstance(event, re.StepSucceeded):
-            self._outputs[run_id, event.step_id] = event.output
-            self._succeeded(run_id, event)
-        elif isinstance(event, re.StepFailed):
-            self._errors[run_id, event.step_id] = event.reason
-            self._failed(run_id, event)
+            self._require(not wrong, f"(6) {run_id} {event.step_id}: {event.error_class}: {event.error_message}")
+        elif isinstance(event, re.StepReady | re.WaitStarted | re.ChildStarted):
+            if self._kinds.get((run_id, event.node_id)) == "flow":
+                self._begins(run_id, event)
+        elif (place := self._places.get((run_id, getattr(event, "step_id", "")))) is not None:
+            self._goes_on(run_id, event, place)
 
     def _nodes(self, run_id: str, nodes: dict[str, Any]) -> None:
         for name, node in nodes.items():
-            self._kinds.setdefault((run_id, name), node.get("kind", "") if isinstance(node, dict) else "")
+            self._kinds[run_id, name] = node["kind"]
 
-    def _ready(self, run_id: str, event: re.StepReady) -> None:
-        path, _, name = event.step_id.rpartition("/")
-        self._begun[run_id, event.step_id] = event.call
-        self._may_go_on(run_id, event.step_id)
-        if event.call.kind == "flow":
-            self._turn_ready(run_id, path, int(name), event)
-            return
-        self.calls += 1
-        self._require((run_id, path) in self._said, f"{run_id} {event.step_id} was called by no turn")
-        made = {call["id"]: call for call in self._said[run_id, path]["calls"]}
-        self._require(name in made, f"{run_id} {event.step_id} is no call of the turn before it")
-        self._require(name not in self._made[run_id, path], f"{run_id} {event.step_id} was made twice")
-        self._made[run_id, path].add(name)
-        call = (event.call.function, canonical.loads(event.call.arguments))
-        self._require(call == (made[name]["function"], made[name]["arguments"]), f"{run_id} {event.step_id} is {call}")
+    def _begins(self, run_id: str, event: Any) -> None:
+        place = self._places[run_id, event.step_id] = _place(event.step_id)
+        self._may_go_on(run_id, event.step_id, place)
+        if place.turn:
+            self._turn_ready(run_id, place, event)
+        elif place.rest in ("", "1"):
+            self._call_begins(run_id, place, event)
 
-    def _may_go_on(self, run_id: str, step_id: str) -> None:
-        path = step_id.rpartition("/")[0]
-        self._require((run_id, path) not in self._over, f"{run_id} {step_id} is asked for, and its flow is over")
+    def _goes_on(self, run_id: str, event: Any, place: _Place) -> None:
+        if isinstance(event, re.AttemptRequested):
+            self._may_go_on(run_id, event.step_id, place)
+        elif isinstance(event, re.StepSucceeded) and place.turn:
+            self._turn_said(run_id, place, canonical.loads(event.output))
+        elif isinstance(event, re.StepFailed) and place.turn:
+            self._end(run_id, place)
+        elif isinstance(event, re.StepFailed) and "tool:" not in place.rest:
+            self._came[run_id, place.call] = (False, event.reason)
+        elif isinstance(event, re.StepSucceeded) and not place.rest:
+            self._came[run_id, place.call] = (True, event.output)
+        elif isinstance(event, re.StepSucceeded) and place.rest.isdecimal():
+            plan = canonical.loads(event.output)
+            if plan.get("final") or (plan.get("final") is None and not plan.get("tool_calls")):
+                output = plan.get("output")
+                given = plan.get("content", "") if output is None else output
+                self._came[run_id, place.call] = (True, canonical.dumps(given))
+        elif isinstance(event, re.ChildEnded):
+            is_good = event.status == "succeeded"
+            self._came[run_id, place.call] = (is_good, event.output if is_good else event.reason)
 
-    def _turn_ready(self, run_id: str, path: str, number: int, event: re.StepReady) -> None:
+    def _call_begins(self, run_id: str, place: _Place, event: Any) -> None:
+        name = f"{run_id} {place.call}"
+        said = self._said.get((run_id, place.path))
+        self._require(said is not None, f"{name} was called by no turn")
+        assert said is not None
+        made = {f"{place.path}/{call['id']}": call for call in said["calls"]}.get(place.call)
+        self._require(made is not None, f"{name} is no call of the turn before it")
+        assert made is not None
+        self._require((run_id, place.call) not in self._made, f"{name} was made twice")
+        self._made.add((run_id, place.call))
+        kind, given = made.get("kind", "step"), made["arguments"]
+        self.calls[kind] += 1
+        if isinstance(event, re.WaitStarted):
+            self._require((event.kind, event.prompt) == (kind, given.get("prompt", "")), f"{name} is {event}")
+        elif isinstance(event, re.ChildStarted):
+            self._require(kind == "workflow" and event.workflow == f"{made['function']}@1", f"{name} is {event}")
+            self._require(canonical.loads(event.input) == given["input"], f"{name} is given {event.input}")
+        else:
+            value = canonical.loads(event.call.arguments)
+            call = (event.call.kind, event.call.function, value["input"] if kind == "agent" else value)
+            self._require(call == (kind, made["function"], given), f"{name} is {call}")
+
+    def _may_go_on(self, run_id: str, step_id: str, place: _Place) -> None:
+        self._require((run_id, place.path) not in self._over, f"{run_id} {step_id} is asked for, and its flow is over")
+
+    def _turn_ready(self, run_id: str, place: _Place, event: re.StepReady) -> None:
         name, told = f"{run_id} {event.step_id}", canonical.loads(event.call.arguments)["turns"]
+        flow = (run_id, place.path)
         self.turns += 1
-        self._latest[run_id, path] = event.step_id
-        self._require(len(told) == number - 1, f"{name} was told of {len(told)} turns")
-        if number == 1:
-            self._told[run_id, path] = told
-            return
-        said = self._said.pop((run_id, path), None)
+        self._require(place.turn == self._latest.get(flow, 0) + 1, f"{name} follows turn {self._latest.get(flow)}")
+        self._latest[flow] = place.turn
+        self._require(len(told) == place.turn - 1, f"{name} was told of {len(told)} turns")
+        if place.turn > 1:
+            self._told_rightly(run_id, place, name, told)
+        self._told[flow] = told
+
+    def _told_rightly(self, run_id: str, place: _Place, name: str, told: list[dict[str, Any]]) -> None:
+        said = self._said.pop((run_id, place.path), None)
         self._require(said is not None, f"{name} is ready before the turn before it has said something")
         assert said is not None
-        self._require(told[:-1] == self._told[run_id, path], f"(6) {name} was told another beginning")
+        self._require(told[:-1] == self._told[run_id, place.path], f"(6) {name} was told another beginning")
         made = [(call["id"], call["function"]) for call in said["calls"]]
         self._require([(call["id"], call["function"]) for call in told[-1]["calls"]] == made, f"(6) {name}: calls")
         before = {result["id"] for turn in told[:-1] for result in turn["results"]}
         for result in told[-1]["results"]:
-            step = (run_id, f"{path}/{result['id']}")
             self._require(result["id"] not in before, f"{name} was told of {result['id']} twice")
-            here = self._outputs if result["ok"] else self._errors
             value = canonical.dumps(result["output"]) if result["ok"] else result["error"]
-            self._require(here.get(step) == value, f"(6) {name} was told {value} of {step[1]}")
+            came = self._came.get((run_id, f"{place.path}/{result['id']}"))
+            self._require(came == (result["ok"], value), f"(6) {name} was told {value} of {result['id']}, it is {came}")
         self._require(told[-1]["results"], f"{name} is ready, and nothing has come")
-        self._told[run_id, path] = told
 
-    def _succeeded(self, run_id: str, event: re.StepSucceeded) -> None:
-        path = event.step_id.rpartition("/")[0]
-        if self._latest.get((run_id, path)) != event.step_id:
-            return
-        said = canonical.loads(event.output)
+    def _turn_said(self, run_id: str, place: _Place, said: dict[str, Any]) -> None:
         if "output" in said:
-            self._end(run_id, path)
+            self._end(run_id, place)
         else:
-            self._said[run_id, path] = said
+            self._said[run_id, place.path] = said
 
-    def _failed(self, run_id: str, event: re.StepFailed) -> None:
-        path = event.step_id.rpartition("/")[0]
-        if self._latest.get((run_id, path)) == event.step_id:
-            self._end(run_id, path)
-
-    def _end(self, run_id: str, path: str) -> None:
-        self._over.add((run_id, path))
+    def _end(self, run_id: str, place: _Place) -> None:
+        self._over.add((run_id, place.path))
         self.ended += 1

@@ -199,7 +199,7 @@ class Judge:
                 "routes taken": self.routes.taken,
                 "loops entered": self.routes.loops,
                 "turns of flows": self.flows.turns,
-                "calls of flows": self.flows.calls,
+                **{f"{kind} called by flows": count for kind, count in self.flows.calls.items()},
                 "flows ended": self.flows.ended,
                 "failures under a rule": self.by_rule.total(),
                 **self.budgets.counts,

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from simulation.change_books import Proposals
 from tidegate.domain import canonical
 from tidegate.domain import run_events as re
 from tidegate.domain.graph_changes import edge_ends
@@ -18,6 +19,7 @@ class RouteBooks:
 
     def __init__(self, require: Callable[[object, str], None]) -> None:
         self._require = require
+        self._proposals = Proposals()
         self._routes: dict[NodeKey, list[str]] = {}
         self._conditional: dict[NodeKey, list[str]] = defaultdict(
             list
@@ -35,8 +37,7 @@ class RouteBooks:
             definition = canonical.loads(event.definition)
             self._most[run_id] = definition.get("max_hops", 50)
             self._graph(run_id, definition["nodes"], definition["edges"])
-        elif isinstance(event, re.GraphChangeProposed) and event.kind == "graph" and event.change:
-            change = canonical.loads(event.change)
+        elif (change := self._proposals.accepted(run_id, event)) is not None:
             self._graph(run_id, change["nodes"], change["edges"])
         elif isinstance(event, re.PathsChosen):
             self._chosen(run_id, event)
@@ -50,8 +51,8 @@ class RouteBooks:
 
     def _graph(self, run_id: str, nodes: dict[str, Any], edges: list[Any]) -> None:
         for name, node in nodes.items():
-            if isinstance(node, dict) and node.get("routes"):
-                self._routes.setdefault((run_id, name), node["routes"])
+            if node.get("routes"):
+                self._routes[run_id, name] = node["routes"]
         for edge in edges:
             source, target = edge_ends(edge)
             self._conditional[run_id, source].append(target)

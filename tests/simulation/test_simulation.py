@@ -47,7 +47,9 @@ def test_there_was_work_and_trouble() -> None:
     assert total["attempts held back"] > 200
     assert total["outside calls ended"] > 5
     assert total["turns of flows"] > 200
-    assert total["calls of flows"] > 200
+    assert total["step called by flows"] > 200
+    for kind in ("agent", "tool", "workflow", "sleep", "wait_until", "wait_event", "ask"):
+        assert total[f"{kind} called by flows"] > 5, kind
     assert total["flows ended"] > 50
     assert total["routes taken"] > 20
     assert total["loops entered"] > 10

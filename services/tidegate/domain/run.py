@@ -355,7 +355,9 @@ def _child_ended(run: RunState, event: ev.ChildEnded, now_ms: int) -> None:
     if event.status == states.SUCCEEDED:
         _move_step(step, "ChildEnded", states.SUCCEEDED)
         step.output = event.output
-        node_state.take_output(run, step, "ChildEnded", event.output)
+        done = node_output(run, step)
+        if done is not None:
+            node_state.take_output(run, step, "ChildEnded", done)
     else:
         _move_step(step, "ChildEnded", states.FAILED)
         step.error = event.reason
@@ -421,18 +423,20 @@ def node_output(run: RunState, step: StepState, output: str | None = None) -> st
         return flow_output(text) if step.call.kind == "flow" and text is not None else None
     if step.call.kind in ("step", "workflow") or step.call.kind in waits.KINDS:
         return text
-    if step.call.kind == "tool" or text is None:
-        return None
-    plan = canonical.loads(text)
-    if not plan_is_final(plan):
-        return None
-    return canonical.dumps(plan.get("output") if plan.get("output") is not None else plan.get("content", ""))
+    return None if step.call.kind == "tool" or text is None else plan_output(canonical.loads(text))
 
 
 def flow_output(turn: str) -> str | None:
     """Return the output of a flow if this turn, canonical JSON, says it, else None."""
     said = canonical.loads(turn)
     return canonical.dumps(said["output"]) if "output" in said else None
+
+
+def plan_output(plan: dict[str, Any]) -> str | None:
+    """Return the output of an agent if this plan is its last one, else None."""
+    if not plan_is_final(plan):
+        return None
+    return canonical.dumps(plan.get("output") if plan.get("output") is not None else plan.get("content", ""))
 
 
 def plan_is_final(plan: dict[str, Any]) -> bool:
