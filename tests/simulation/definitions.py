@@ -64,11 +64,7 @@ def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, A
         "version": str(version),
         "nodes": nodes,
         "edges": edges,
-        "functions": {
-            function: _settings(rng, function, kind)
-            for function, kind in KINDS.items()
-            if kind != "flow" or function in flows
-        }
+        "functions": {function: _settings(rng, function, kind) for function, kind in _functions(flows).items()}
         | {OUTSIDE: _outside(rng)},
         "max_steps": rng.choice((6, 50, 50, 50)),
         "failure_mode": rng.choice(("fail_fast", "continue")),
@@ -82,6 +78,10 @@ def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, A
     assert not problems, problems
     routed = _with_routes(rng, made) if rng.random() < 0.5 else made
     return made if validate_definition(routed) else routed
+
+
+def _functions(flows: tuple[str, ...]) -> dict[str, str]:
+    return {function: kind for function, kind in KINDS.items() if kind != "flow" or function in flows}
 
 
 def _led_to(edges: list[Any], node: str) -> int:
