@@ -151,6 +151,12 @@ admission_deleted = _counter(
 gate_decisions = _counter(
     ("gate",), "tidegate_gate_decisions_total", "Decisions by kind: allow, deny, require_approval, ...", "decision"
 )
+gate_undecided = _counter(
+    ("gate",),
+    "tidegate_gate_undecided_total",
+    "Times that something due could not be decided, by what; see the log.",
+    "about",
+)
 gate_attempts = _gauge(
     ("gate",),
     "tidegate_gate_attempts",

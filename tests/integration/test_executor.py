@@ -549,7 +549,9 @@ def test_timeouts(world: World, execute: Callable[..., InThread]) -> None:
     slow = world.place(worker, "async_forever", timeout_ms=100)
     first, second = world.answers(stuck, slow)
     assert (first.outcome, first.error_class, first.retryable) == ("timed_out", "TimedOut", False)
-    assert first.error_message == "not finished after 0.1 s; it may have had its effect, and is not idempotent"
+    assert first.error_message == (
+        "not finished after 0.1 s; it may have had its effect, and is not idempotent\nit may still be running"
+    )
     assert (second.outcome, second.retryable, second.actual_micros) == ("timed_out", True, 3)
     assert aborted == ["async"]
     # The thread cannot be stopped: it keeps its slot until it ends.

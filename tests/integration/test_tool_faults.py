@@ -69,6 +69,42 @@ def test_a_function_that_goes_wrong_ends_its_run_with_the_reason(
     assert len({line.pid for line in whole.entered(run.run_id)}) <= 1
 
 
+@pytest.mark.feature("T2")
+@pytest.mark.parametrize(
+    ("workflow", "says"),
+    [
+        ("pay_late", "TimedOut: not finished after 0.5 s"),
+        ("pay_late_in_thread", "it may still be running"),
+        ("pay_and_die", "Died: its process was ended by SIGKILL"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["again", "fail", {"done": "paid by hand"}])
+def test_what_must_not_be_repeated_asks_after_a_time_out_and_a_death(
+    whole: WholeStack, workflow: str, says: str, answer: Any
+) -> None:
+    run = run_of(whole, workflow)
+    assert (run.status, whole.paid(run.run_id)) == ("waiting", [1])
+    (asked,) = run.approvals
+    assert (asked.step_id, asked.attempt, asked.why) == ("it", 1, "outcome_unknown")
+    assert says in asked.reason
+    whole.client.respond(run.run_id, answer, attempt=1, why="outcome_unknown")
+    run = whole.wait(run.run_id)
+    expected = {"again": ("succeeded", "paid", [1, 2]), "fail": ("failed", None, [1])}
+    assert (run.status, run.output, whole.paid(run.run_id)) == expected.get(
+        str(answer), ("succeeded", "paid by hand", [1])
+    )
+
+
+@pytest.mark.feature("T2")
+def test_an_agent_hears_what_a_human_says_of_a_payment_that_timed_out(whole: WholeStack) -> None:
+    run = whole.client.run(agent="payer", run_id=new_id("payer"), timeout_s=180)
+    assert (run.status, [asked.why for asked in run.approvals]) == ("waiting", ["outcome_unknown"])
+    whole.client.reject(run.run_id, reason="no such account")
+    run = whole.wait(run.run_id)
+    assert (run.status, run.output[:2], whole.paid(run.run_id)) == ("succeeded", [False, None], [1])
+    assert "no such account" in run.output[2]
+
+
 @pytest.mark.feature("T4")
 def test_what_finishes_while_it_is_aborted_has_finished(whole: WholeStack) -> None:
     """Its effect is known: calling that a timeout would have it done again."""

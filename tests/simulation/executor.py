@@ -35,6 +35,8 @@ LAST_WORDS_TURNS = 20
 class Outcome:
     """What a function will do: for how long, how it ends, what it reports to have cost, the change that it proposes, and the
     route that it chooses.
+
+    error: class of what it raises; `results.DIED` if the place where it runs ends instead.
     """
 
     runs_ms: int
@@ -291,6 +293,9 @@ class ExecutorLife(Life):
 
 
 def _result(task: StepTask, outcome: Outcome, spent: results.Spent) -> StepResult:
+    if outcome.error == results.DIED:
+        assert task.call is not None
+        return results.died(task, "as it was made to", retryable=task.call.idempotent, spent=spent)
     if outcome.error:
         return results.failed(task, outcome.error, "as it was made to", retryable=outcome.retryable, spent=spent)
     return results.succeeded(task, outcome.value, spent, goto=outcome.goto, change=outcome.change)

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 AttemptKey = tuple[str, str, int]  # run, step, attempt
 RUN_EVENTS, GATE_LEDGER = "run-events", "gate-ledger"
 TELLS = {"gate-requests": RUN_EVENTS, "gate-decisions": GATE_LEDGER, "gate-leases": GATE_LEDGER}
-WHEN_TO_LOOK = frozenset({"questions", "window_ends", "stirred", "look_again_ms"})
+WHEN_TO_LOOK = frozenset({"questions", "window_ends"})
 NEVER_ENTERED = frozenset({"busy", "released", "denied"})
 OF_COMMANDS = (
     re.RunStarted,
@@ -151,6 +151,10 @@ class Judge:
         self.by_rule: Counter[tuple[str, str]] = Counter()  # failures that a retry rule counted
         self.by_document: set[tuple[str, str]] = set()  # steps about which a retry document has decided: see `budgets`
         self.granted: set[AttemptKey] = set()  # unknown outcomes that a human let be repeated
+        self.unknown: set[tuple[str, str]] = (
+            set()
+        )  # steps of which nobody knows, or has said, whether they had their effect
+        self.unknown_ends: Counter[str] = Counter()  # how attempts with such an outcome ended
         self.agreed: set[tuple[str, str, str]] = set()  # run, step, hash of the arguments that a human approved
         self.entered_at: dict[AttemptKey, int] = {}
         self.keys: dict[str, tuple[str, str]] = {}
@@ -201,6 +205,7 @@ class Judge:
                 "turns of flows": self.flows.turns,
                 **{f"{kind} called by flows": count for kind, count in self.flows.calls.items()},
                 "flows ended": self.flows.ended,
+                **{f"unknown outcomes: {how}": count for how, count in self.unknown_ends.items()},
                 "failures under a rule": self.by_rule.total(),
                 **self.budgets.counts,
                 "dead letters": len(self.letters),
@@ -486,15 +491,32 @@ class Judge:
         elif isinstance(event, re.AttemptRequested):
             self._asked_again(run_id, event)
         elif isinstance(event, re.AttemptEnded):
-            self.ended[run_id, event.step_id, event.attempt] = event.outcome
+            self._attempt_ended(run_id, event)
             self._counted_by_rule(run_id, event)
         elif isinstance(event, re.StepSucceeded):
             self.ended[run_id, event.step_id, event.attempt] = "succeeded"
-        elif isinstance(event, re.ApprovalResolved) and event.approved:
-            if event.why == "outcome_unknown":
+        elif isinstance(event, re.StepFailed):
+            name = f"(3) {run_id} {event.step_id}"
+            is_known = (run_id, event.step_id) not in self.unknown
+            self.require(is_known, f"{name} failed, and nobody was asked whether it had its effect")
+        elif isinstance(event, re.ApprovalResolved):
+            self._answered(run_id, event)
+
+    def _answered(self, run_id: str, event: re.ApprovalResolved) -> None:
+        if event.why == "outcome_unknown":
+            self.unknown.discard((run_id, event.step_id))
+            if event.approved:
                 self.granted.add((run_id, event.step_id, event.attempt))
-            elif event.why == "policy" and self.budgets.was_about_a_rule(run_id, event.step_id):
-                self.agreed.add((run_id, event.step_id, event.arguments_hash))
+        elif event.why == "policy" and event.approved and self.budgets.was_about_a_rule(run_id, event.step_id):
+            self.agreed.add((run_id, event.step_id, event.arguments_hash))
+
+    def _attempt_ended(self, run_id: str, event: re.AttemptEnded) -> None:
+        key = (run_id, event.step_id, event.attempt)
+        outcome = self.ended[key] = "died" if event.error_class == "Died" else event.outcome
+        self.unknown.discard(key[:2])
+        if outcome in ("lost", "timed_out", "died") and not self.asked[key].idempotent:
+            self.unknown.add(key[:2])
+            self.unknown_ends[outcome] += 1
 
     def _counted_by_rule(self, run_id: str, event: re.AttemptEnded) -> None:
         """Of the attempts that a retry rule counts, all but the last that it allows are followed by another."""

@@ -227,6 +227,7 @@ MUTANTS: dict[str, Patch] = {
     "timers": _replaced(SchedulerMachine, "due", lambda machine, state, now_ms, tables: None),
     "command-ids": _replaced(scheduler_commands, "on_command", _command_always_new),
     "once": _replaced(scheduler_decide, "_on_lost", _lost_is_repeated),
+    "unknown-outcomes-ask": _replaced(scheduler_decide, "OUTCOME_UNKNOWN", frozenset()),
     "late-results": _replaced(scheduler_tells, "_GATE_ITEMS", _items_without_late_results),
     "idempotency-key": _replaced(gate_tells, "idempotency_key", _key_of_its_own),
     "budget": _replaced(family, "without_room", lambda ledger, run_id, run, micros: None),

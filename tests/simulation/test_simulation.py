@@ -53,6 +53,7 @@ def test_there_was_work_and_trouble() -> None:
     assert total["flows ended"] > 50
     assert total["routes taken"] > 20
     assert total["loops entered"] > 10
+    assert all(total[f"unknown outcomes: {how}"] > 20 for how in ("lost", "timed_out", "died"))
     assert total["failures under a rule"] > 20
     assert total["paused by budgets"] > 50
     assert total["budgets exceeded"] > 10

@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulation import flows
-from simulation.definitions import FLOW_APP, GOES, OUTSIDE, TOOLS, definition, proposal
+from simulation.definitions import FLOW_APP, GOES, ONCE, OUTSIDE, TOOLS, definition, proposal
 from simulation.executor import Outcome
 from tidegate import codec
 from tidegate.audit.limits import Bound
@@ -17,6 +17,7 @@ from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import Call, PolicyPublished, RunCommand, StepResult, StepTask, WorkflowPublished
 from tidegate.domain.requests import RunRequest
 from tidegate.eventlog.interface import Record
+from tidegate.executor import results
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -63,6 +64,8 @@ def behaviour(rng: Random, task: StepTask) -> Outcome:
     trait = call.function.removeprefix("t_")
     if trait in ("flaky", "once_flaky") and rng.random() < 0.5:
         return Outcome(runs_ms, error="Flaky", cost_micros=cost)
+    if call.function in ONCE and rng.random() < 0.2:
+        return Outcome(rng.choice((runs_ms, call.timeout_ms + 500)), error=results.DIED, cost_micros=cost)
     if trait == "fatal":
         return Outcome(runs_ms, error="Fatal", retryable=rng.random() < 0.5, cost_micros=cost)
     if trait == "slow":

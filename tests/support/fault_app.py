@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,14 +154,61 @@ def block_here(seconds: float) -> str:
     return "done"
 
 
-@app.step(cost_micros=40, timeout_s=60, idempotent=False)
-async def pay_once(seconds: float) -> str:
-    """Have an effect that must not be repeated, and take this long afterwards; a second attempt is quick."""
+def pay() -> bool:
+    """Have an effect that must not be repeated; return whether this is the first attempt, after which it is not over."""
     enter()
     leave(_folder() / "paid.log", context().run_id, context().attempt)
-    if context().attempt == 1:
+    return context().attempt == 1
+
+
+@app.step(cost_micros=40, timeout_s=60, idempotent=False)
+async def pay_once(seconds: float) -> str:
+    """Pay, and take this long afterwards; a second attempt is quick."""
+    if pay():
         await asyncio.sleep(seconds)
     return "paid"
+
+
+@app.step(cost_micros=40, timeout_s=0.5, idempotent=False, retries=5)
+async def pay_late(anything: Any) -> str:
+    """Pay, and run out of time."""
+    if pay():
+        await asyncio.sleep(3600)
+    return "paid"
+
+
+@app.step(cost_micros=40, timeout_s=0.5, idempotent=False, retries=5)
+def pay_late_in_thread(anything: Any) -> str:
+    """Pay, and run out of time where it cannot be aborted."""
+    if pay():
+        time.sleep(2.0)
+    return "paid"
+
+
+@app.step(cost_micros=40, idempotent=False, retries=5, isolation="subprocess")
+def pay_and_die(anything: Any) -> str:
+    """Pay, and end in the middle."""
+    if pay():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "paid"
+
+
+@app.tool(cost_micros=40, timeout_s=0.5, idempotent=False, retries=5)
+async def pay_by_tool() -> str:
+    """Pay, and run out of time."""
+    if pay():
+        await asyncio.sleep(3600)
+    return "paid"
+
+
+@app.agent(tools=[pay_by_tool])
+def payer(state: State) -> Plan:
+    """Pay once, and say what it was told came of it."""
+    enter()
+    if not state.history:
+        return Plan(tool_calls=[ToolCall("pay_by_tool", {})])
+    (call,) = state.history[0].calls
+    return Plan(output=[call.ok, call.output, call.error])
 
 
 @app.step(queue="nobody")
@@ -169,7 +217,7 @@ def never(anything: Any) -> None:
     enter()
 
 
-for _function in (wait_here, block_here, pay_once, never):
+for _function in (wait_here, block_here, pay_once, pay_late, pay_late_in_thread, pay_and_die, never):
     app.graph(_function.__name__).node("it", _function)
 
 app.graph("both").node("left", wait_here, input="${ input.left }").node("right", wait_here, input="${ input.right }")

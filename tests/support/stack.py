@@ -248,7 +248,7 @@ class WholeStack:
         return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
     def paid(self, run_id: str) -> list[int]:
-        """Return the attempts of a run in which `pay_once` paid."""
+        """Return the attempts of a run that paid."""
         return [int(attempt) for line_of, attempt in fault_app.left(self.fault_dir / "paid.log") if line_of == run_id]
 
     def log(self, topic: str, since: Ends | None = None) -> list[list[Message]]:

@@ -50,7 +50,7 @@ KNOWN = Known(
         "content_hash": ("h",),
         "definition": (canonical.dumps(chain("a", "b")),),
         "original": (b"{}",),
-        "outcome": ("succeeded", "failed", "timed_out", "cancelled", "released", "busy"),
+        "outcome": ("succeeded", "failed", "timed_out", "died", "cancelled", "released", "busy"),
         "kind": ("step", "agent", "tool"),
         "function": ("a", "b"),
         "queue": ("default", "elsewhere"),

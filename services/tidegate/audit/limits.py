@@ -85,6 +85,8 @@ class LimitBooks:
                 continue
             if is_given:
                 self._given.add((name, *limit))
+            elif limit in self._held.get((partition, name, True), ()):
+                continue  # it asked for them before it was placed, as others do
             books = self.leases.setdefault(limit, LeaseBooks())
             books.holders.add((partition, name))
             books.starts += 1

@@ -19,8 +19,9 @@ from tidegate.cli.wording import plain_table
 from tidegate.eventlog.interface import Broker
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.gate.budgets import SEPARATOR, Budget, TopUp
+from tidegate.gate.budgets import Budget, TopUp
 from tidegate.gate.kinds import DocumentError, parse
+from tidegate.gate.names import SEPARATOR
 from tidegate.gate.windows import said_moment, window_at
 from tidegate.sdk.client import user_name
 

@@ -22,7 +22,7 @@ from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Unreadable
 from tidegate.gate.documents import Document, DocumentError, read_values
 from tidegate.gate.policy import Policy
-from tidegate.gate.policy_cases import checked, tried
+from tidegate.gate.policy_cases import Case, checked, tried
 
 app = typer.Typer(
     add_completion=False,
@@ -98,7 +98,7 @@ def try_out(
     file: Annotated[Path, typer.Argument(help="A file of cases; see docs/policy.md.", exists=True)],
     as_json: Json = False,
 ) -> None:
-    """Try policies out on the cases of a file. Needs no Kafka; exit code 1 if one fails."""
+    """Try policies and retry documents out on the cases of a file. Needs no Kafka; exit code 1 if one fails."""
     try:
         values = read_values(file.read_text(encoding="utf-8"))
         cases = checked(values[0] if len(values) == 1 else values)
@@ -107,20 +107,17 @@ def try_out(
             typer.echo(f"{file}:{problem.line or 1}: {problem.text}", err=True)
         raise typer.Exit(EXIT_WRONG) from None
     documents = read_files(file.parent / name for name in cases.policies)
-    policies = [document for document in documents if isinstance(document, Policy)]
     failed = 0
     found = []
-    for outcome in tried(cases, policies):
+    for outcome in tried(cases, documents):
         failed += bool(outcome.problem)
-        verdict = outcome.verdict
         if as_json:
-            found.append({"case": outcome.case.name, "ok": not outcome.problem, **verdict._asdict()})
+            found.append({"case": outcome.case.name, "ok": not outcome.problem, **outcome.fields})
             continue
-        by = f"{verdict.policy}/{verdict.rule}" if verdict.policy else verdict.rule
-        said = "FAILED" if outcome.problem else "ok"
-        typer.echo(f"{said:<7} {outcome.case.name}: {verdict.effect} by {by}")
+        typer.echo(f"{'FAILED' if outcome.problem else 'ok':<7} {outcome.case.name}: {outcome.said}")
         if outcome.problem:
-            typer.echo(f"        {outcome.problem}; it looked at {verdict.values or 'nothing'}")
+            looked = f"; it looked at {outcome.values or 'nothing'}" if isinstance(outcome.case, Case) else ""
+            typer.echo(f"        {outcome.problem}{looked}")
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

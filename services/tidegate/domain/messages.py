@@ -402,7 +402,8 @@ class StepTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How an attempt ended (`step-results`).
 
-    outcome: `succeeded`, `failed`, `timed_out`, `cancelled`, `released` (drained before it began) or `busy` (no free slot).
+    outcome: `succeeded`, `failed`, `timed_out`, `died` (where the function ran ended without an answer), `cancelled`, `released`
+    (drained before it began) or `busy` (no free slot).
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
     actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one. change: the
     nodes and edges that it proposes to add to the run's graph, JSON; empty for none.

@@ -16,7 +16,7 @@ from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import endings, results
 from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionError
 from tidegate.executor.isolation import NOWHERE, Apart, Isolation
-from tidegate.executor.isolation.errand import context_of, errand_of
+from tidegate.executor.isolation.errand import Ended, context_of, errand_of
 from tidegate.failpoints import failpoint
 from tidegate.sdk.app import Function
 from tidegate.sdk.binding import Bound
@@ -121,8 +121,13 @@ class Attempt:
                 enter=self._enter,
                 reported=lambda report: self._meter.take_over(report.cost_micros, report.usage),
             )
-        except Exception as error:
+        except LeaseLapsedError as error:
             return self._from_error(error)
+        except Exception as error:
+            if not self._started_ms:
+                return self._from_error(error)
+            why = f"it is not known how it ended: {type(error).__name__}: {error}"
+            ended = Ended(endings.died(why, idempotent=self._call.idempotent), self._started_ms)
         if ended.ending.outcome == results.SUCCEEDED:
             self._note_return()
         self._started_ms, self._finished_ms = ended.started_ms, ended.finished_ms
@@ -201,6 +206,8 @@ class Attempt:
             return results.succeeded(self.task, ending.output, self._spent(), ending.goto, ending.change)
         if ending.outcome == results.TIMED_OUT:
             return results.timed_out(self.task, self._call.timeout_ms / 1000, self._spent(), ending.error_message)
+        if ending.outcome == results.DIED:
+            return results.died(self.task, ending.error_message, retryable=ending.retryable, spent=self._spent())
         return results.failed(
             self.task,
             ending.error_class,
@@ -231,13 +238,14 @@ class Attempt:
             function=self._call.function,
         )
         self.is_stuck = not self._answered
-        self._give(results.timed_out(self.task, self._call.timeout_ms / 1000, self._spent()))
+        self._give(results.timed_out(self.task, self._call.timeout_ms / 1000, self._spent(), "it may still be running"))
 
     def _on_done(self, future: asyncio.Future[StepResult]) -> None:
         if self._timer is not None:
             self._timer.cancel()
         result = None if future.cancelled() else future.result()
-        if result is None or (self._is_async and result.outcome == results.FAILED and not self._returned):
+        may_be_aborted = self._is_async and not self._returned
+        if result is None or (may_be_aborted and result.outcome in (results.FAILED, results.DIED)):
             # However an aborted function ends, with an exception of its own for instance: it was aborted.
             if self._cancel_wanted:
                 result = results.cancelled(self.task, self._spent())

@@ -114,9 +114,7 @@ def died(reason: str, *, idempotent: bool) -> Ending:
     """Where the function ran ended without an answer. It may have had its effect."""
     if not idempotent:
         reason += "; it may have had its effect, and is not idempotent"
-    return Ending(
-        outcome=results.FAILED, error_class="Died", error_message=results.bounded(reason), retryable=idempotent
-    )
+    return Ending(outcome=results.DIED, error_class="Died", error_message=results.bounded(reason), retryable=idempotent)
 
 
 def _message_of(error: BaseException) -> str:

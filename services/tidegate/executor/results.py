@@ -15,6 +15,7 @@ MAX_MESSAGE_CHARACTERS: Final = 4000
 SUCCEEDED: Final = "succeeded"
 FAILED: Final = "failed"
 TIMED_OUT: Final = "timed_out"
+DIED: Final = "died"
 CANCELLED: Final = "cancelled"
 RELEASED: Final = "released"
 BUSY: Final = "busy"
@@ -69,6 +70,11 @@ def timed_out(task: StepTask, timeout_s: float, spent: Spent, detail: str = "") 
         message += "; it may have had its effect, and is not idempotent"
     message += f"\n{detail}" if detail else ""
     return _error(task, TIMED_OUT, "TimedOut", message, idempotent, spent)
+
+
+def died(task: StepTask, message: str, *, retryable: bool, spent: Spent) -> StepResult:
+    """Where the function ran ended without an answer: what it did until then is not known."""
+    return _error(task, DIED, "Died", message, retryable, spent)
 
 
 def cancelled(task: StepTask, spent: Spent) -> StepResult:

@@ -23,6 +23,7 @@ from tidegate.domain.identity import (
 from tidegate.domain.messages import Amounts, Call
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import METERS, Bucket, Learned, Ledger
+from tidegate.gate.names import bucket_key
 from tidegate.gate.prices import price
 from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
 
@@ -36,7 +37,6 @@ MAX_ALERTS: Final = 20
 MAX_LEARNED: Final = 10_000  # functions that a ledger partition keeps averages of
 AVERAGED_OVER: Final = 100
 LACK_RULE: Final = "budget:"  # before a budget's name: what decisions name as the rule
-SEPARATOR: Final = "|"  # neither run ids, accounts nor names have it
 
 _Limit = Field(default=None, ge=0, le=MAX_MICROS)
 
@@ -203,18 +203,6 @@ UNUSED: Final = (0,) * len(METERS)
 NO_BUDGETS: Final = Budgets(())
 
 
-def bucket_key(budget: str, account: str, run_id: str, window: Window) -> str:
-    """Return a bucket's name: no run is named like it."""
-    return SEPARATOR.join(
-        (budget, account, f"run:{run_id}" if run_id else str(window.from_ms) if window.until_ms else "total")
-    )
-
-
-def learned_key(kind: str, function: str) -> str:
-    """Return the name of what was learned of a function: no run and no bucket is named like it."""
-    return f"{SEPARATOR}{kind}:{function}"
-
-
 # --- estimates ---------------------------------------------------------------
 
 
@@ -229,7 +217,7 @@ def estimate(call: Call, learned: Learned | None, now_ms: int) -> Estimate:
     """Return what an attempt is expected to use at most.
 
     Money: what the function declares; else what its model's most tokens cost; else what it cost on average so far. Tokens: what
-    it declares, else the average. Calls: one. Time: all that it may take.
+    it declares, else the average. Calls: one. Time: all that it may take. Of the call, this looks at what `lacking.Alike` holds.
     """
     mean = (0, 0, 0, 0, 0) if learned is None else learned.mean
     input_tokens = call.max_input_tokens or mean[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -27,7 +26,7 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
-from tidegate.gate import family, leasing
+from tidegate.gate import family, lacking, leasing
 from tidegate.gate.budgets import (
     LACK_RULE,
     MAX_LEARNED,
@@ -41,8 +40,8 @@ from tidegate.gate.budgets import (
     amounts_of,
     estimate,
     learn,
-    learned_key,
 )
+from tidegate.gate.lacking import Look, Scope, Spot
 from tidegate.gate.leasing import LIMIT_RULE
 from tidegate.gate.ledger import (
     HELD,
@@ -58,6 +57,7 @@ from tidegate.gate.ledger import (
     meters_of,
 )
 from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
+from tidegate.gate.names import FAMILY, RULE_WAIT, family_wait, learned_key, scope_of
 from tidegate.gate.placement import FreeSlots
 from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
 from tidegate.gate.prices import price
@@ -65,11 +65,10 @@ from tidegate.gate.variables import MAKERS, Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 
 BUDGET_RULE: Final = "budget"
-FAMILY_RULE: Final = "family"
 QUEUE_FULL_RULE: Final = "queue_full"
 MAX_LOSSES_PER_ENTRY: Final = 500
 MAX_LAPSES_PER_ENTRY: Final = 100
-MAX_PAUSED_TRIED: Final = 500  # a turn looks at no more of them
+MAX_LOOKED_AT: Final = 500  # attempts that wait for a budget, in one decision
 NO_POLICY: Final = Verdict("allow", "default", "", "no policy is in force")
 NO_POSITION: Final = Position(0, 0, 0)
 
@@ -445,8 +444,8 @@ def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdic
 def _await_family(draft: Draft, item: Any, call: Call, above_id: str, verdict: Verdict, approved_by: str) -> None:
     """Let it wait for a run above its own: for its beginning, or for the cancellation that follows from its end."""
     reason = f"run {above_id}, which this run is a part of, is not open at the gate"
-    waits = verdict._replace(rule=FAMILY_RULE, policy="", reason=reason, values="")
-    _pause(draft, item, call, waits, f"{FAMILY_RULE}:{above_id}", 0, approved_by)
+    waits = verdict._replace(rule=FAMILY, policy="", reason=reason, values="")
+    _pause(draft, item, call, waits, family_wait(above_id), 0, approved_by)
 
 
 def _pause(draft: Draft, item: Any, call: Call, why: Verdict, bucket: str, until_ms: int, approved_by: str) -> None:
@@ -723,25 +722,28 @@ class Turn(NamedTuple):
         return Draft(self.ledger, request, self.policies, self.slots, self.desk, self.budgets)
 
 
-def resumption(turn: Turn) -> list[Any]:
-    """Return what becomes of the first attempt that waits for a budget, or about which one asks, and that need not any more.
-
-    Empty if there is none. Those that wait come before those that a human is asked about: they are sure to be wanted.
+def resumption(turn: Turn) -> Look:
+    """Return what becomes of the first attempt that waits for a budget, or about which one asks, and that need not any more,
+    and what was found of the others on the way there. Looks at no more than `MAX_LOOKED_AT`.
     """
-    waiting = itertools.chain.from_iterable(
-        itertools.islice(line, MAX_PAUSED_TRIED) for line in turn.ledger.paused.values()
-    )
-    for key in itertools.islice(waiting, MAX_PAUSED_TRIED):
-        attempt = turn.ledger.attempts[key]
-        lacks = _lacks_now(turn, key, attempt)
-        if lacks is None or (lacks and lacks[0].budget.on_exceed == "pause"):
-            continue
-        return _judged_again(turn, key, attempt)
-    for key in itertools.islice(turn.ledger.budget_questions, MAX_PAUSED_TRIED):
-        attempt = turn.ledger.attempts[key]
-        if _lacks_now(turn, key, attempt) == [] and not _would_ask(turn, key, attempt):
-            return [_answered(turn, key, attempt), *_judged_again(turn, key, attempt)]
-    return []
+    without_room: list[tuple[Spot, lacking.Shortage]] = []
+    moved: list[tuple[AttemptKey, lacking.Shortage]] = []
+    looked_at = 0
+    for spot, members in turn.ledger.lacking.to_look_at():
+        for key in members:
+            looked_at += 1
+            if looked_at > MAX_LOOKED_AT:
+                return Look([], None, without_room, moved)
+            attempt = turn.ledger.attempts[key]
+            lack = _lacks_now(turn, key, attempt, spot.scope)
+            if lack is None:
+                answer = [_answered(turn, key, attempt)] if spot.scope.is_asked else []
+                return Look(answer + _judged_again(turn, key, attempt), spot, without_room, moved)
+            if scope_of(lack.bucket) == spot.scope.lacks:
+                without_room.append((spot, lack))
+                break
+            moved.append((key, lack))
+    return Look([], None, without_room, moved)
 
 
 def _judged_again(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Any]:
@@ -751,12 +753,21 @@ def _judged_again(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Any]:
     return draft.events
 
 
-def _lacks_now(turn: Turn, key: AttemptKey, attempt: Attempt) -> list[Lack] | None:
-    """Return the budgets that have no room for an attempt as it is now; None if it must wait for a run above its own."""
+def _lacks_now(turn: Turn, key: AttemptKey, attempt: Attempt, scope: Scope) -> lacking.Shortage | None:
+    """Return what an attempt that waits for `scope` lacks as it is now: that if it still does, else something else."""
     draft = turn.draft(key, attempt)  # thrown away
-    if draft.money is None or attempt.call is None or family.not_open(turn.ledger, draft.money):
-        return None
-    return _room(draft, attempt.call, draft.money).lacks
+    if draft.money is None or attempt.call is None:
+        return lacking.Shortage(scope.lacks, 0)
+    above_id = family.not_open(turn.ledger, draft.money)
+    if above_id:
+        return lacking.Shortage(family_wait(above_id), 0)
+    lacks = _room(draft, attempt.call, draft.money).lacks
+    if not lacks:
+        return lacking.Shortage(RULE_WAIT, 0) if scope.is_asked and _would_ask(turn, key, attempt) else None
+    if not scope.is_asked and lacks[0].budget.on_exceed != "pause":
+        return None  # it is denied by now, or asked about
+    found = next((lack for lack in lacks if scope_of(lack.key) == scope.lacks), lacks[0])
+    return lacking.Shortage(found.key, found.bucket.until_ms)
 
 
 def _would_ask(turn: Turn, key: AttemptKey, attempt: Attempt) -> bool:
@@ -786,14 +797,6 @@ def _answered(turn: Turn, key: AttemptKey, attempt: Attempt) -> ev.QuestionAnswe
         by = f"{TopUp.KIND}:{bucket.top_ups[-1]}" if is_topped_up else f"{LACK_RULE}{budget.label}"
         reason = f"{budget.label} has room for it now"
     return ev.QuestionAnswered(**leasing.names(key, attempt.account), by=by, reason=reason)
-
-
-def look_again_ms(ledger: Ledger, now_ms: int) -> int:
-    """Return when the next window turns that somebody waits for; 0 if none does."""
-    asked = (key for question in ledger.budget_questions for key in ledger.attempts[question].exceeds)
-    names = itertools.chain(ledger.paused, asked)
-    ends = (ledger.buckets[key].until_ms for key in names if key in ledger.buckets)
-    return min((until_ms for until_ms in ends if until_ms > now_ms), default=0)
 
 
 # --- losing ---------------------------------------------------------------

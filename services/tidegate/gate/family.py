@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
+from tidegate.gate.names import family_wait
+
 if TYPE_CHECKING:
     from tidegate.gate.ledger import Ledger, RunMoney
 
@@ -80,7 +82,7 @@ def opened(ledger: Ledger, run_id: str) -> None:
     below = ledger.below.get(run_id)
     if below is not None:
         bill(ledger, run_id, below.going, below.reserved_micros, below.settled_micros)
-        ledger.stirred = True  # they wait for it
+        ledger.lacking.stir(family_wait(run_id))
         for child in below.children:
             ledger.families_over.pop(child, None)
     _note_end(ledger, run_id)

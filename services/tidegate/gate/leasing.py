@@ -1,10 +1,10 @@
 """Leases of limits that another ledger partition decides on: asking, giving and giving back. Pure.
 
 A limit that holds across account roots has one owner partition for each value of its key. An attempt elsewhere asks it, one
-partition after the other in ascending order, and holds what it has while it asks the next one; what its own partition
-decides on, and the slot, it takes last and together. Two that wait for each other because of that are parted by `idle`. A
-message is a tell of a ledger entry, deduplicated by position: an ask is heard once, and what was given comes back once, whoever
-crashes.
+partition after the other in ascending order, and holds what it has while it asks the next one. Its own partition it asks like
+any other, unless that is the last one: then it takes what that decides on together with the slot, as it does what counts within
+its account root. So whoever waits holds only what comes before, and no two wait for each other. A message is a tell of a ledger
+entry, deduplicated by position: an ask is heard once, and what was given comes back once, whoever crashes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tidegate.domain.messages import (
     LeaseReturn,
     LeaseWait,
 )
-from tidegate.gate.ledger import PLACED, QUEUED, Attempt, AttemptKey, Ledger
+from tidegate.gate.ledger import PLACED, QUEUED, Attempt, AttemptKey, Ledger, held_by_itself, leases_of
 from tidegate.gate.limits import Desk, Obstacle
 
 LIMIT_RULE: Final = "limit"
@@ -54,32 +54,38 @@ def given_back(desk: Desk, key: AttemptKey, attempt: Attempt, outcome: str, reas
     events: list[Any] = []
     partitions: set[int] = set()
     if attempt.status == PLACED and not attempt.lost:
-        desk.free(attempt.leases)
-        events += desk.outcome(attempt.leases, outcome)
-        partitions = {*attempt.granted, *(lease.partition for lease in attempt.leases)}
+        own = held_by_itself(attempt, desk.ledger.partition)
+        desk.free(own)
+        events += desk.outcome(own, outcome)
+        partitions = {*attempt.granted, *(lease.partition for lease in attempt.leases if lease not in own)}
     elif attempt.status == QUEUED:
         partitions = {*attempt.granted, attempt.asked}
     return events + [
         ev.LeasesReturned(**names(key, attempt.account), partition=partition, outcome=outcome, reason=reason or "ended")
-        for partition in sorted(partitions - {desk.ledger.partition, -1})
+        for partition in sorted(partitions - {-1})
     ]
 
 
 def ask(
     desk: Desk, key: AttemptKey, attempt: Attempt, leases: tuple[Lease, ...], pinned: str, held: tuple[int, ...]
 ) -> ev.LeasesAsked | None:
-    """Return the question to the next partition that decides on one of these leases; None if all others were given."""
+    """Return the question to the next partition that decides on one of these leases; None if all were given but those that
+    are taken with the slot."""
     here = desk.ledger.partition
-    others = sorted({lease.partition for lease in leases} - {here, *held})
-    if not others:
+    local = tuple(lease for lease in leases if lease.partition == here and desk.limits.is_local(lease))
+    shared = tuple(lease for lease in leases if lease not in local)
+    if shared and shared[-1].partition == here:  # the last of all: they are in order
+        local, shared = leases_of(leases, here), tuple(lease for lease in shared if lease.partition != here)
+    to_ask = sorted({lease.partition for lease in shared} - {*held})
+    if not to_ask:
         return None
     return ev.LeasesAsked(
         **names(key, attempt.account),
-        partition=others[0],
+        partition=to_ask[0],
         priority=attempt.priority,
-        leases=tuple(lease for lease in leases if lease.partition == others[0]),
+        leases=leases_of(shared, to_ask[0]),
         instance_id=pinned,
-        local=tuple(lease for lease in leases if lease.partition == here),
+        local=local,
     )
 
 

@@ -14,6 +14,7 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
 from tidegate.gate import family
+from tidegate.gate.lacking import Lacking
 
 K = TypeVar("K")
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
@@ -72,7 +73,8 @@ class Attempt(msgspec.Struct, array_like=True):
 
     priority, queued_ms: its place in line. leases: what it needs while it waits, what it holds once it is placed.
     limits_version: of the limits that this follows from. asked: partition that it has asked for leases, -1 for none; granted:
-    partitions that gave theirs, the latest at granted_ms; until it is placed, pinned names the executor that they are for.
+    partitions that gave theirs, the latest at granted_ms; until it is placed, pinned names the executor that they are for. needs:
+    what of ours it takes together with a slot then; of one that asked its own partition, too, also once it is placed.
     throttled: it was told why it waits.
 
     buckets, amounts: what is set aside where. exceeds: the buckets that an approval lets it exceed. paused_on: the bucket that
@@ -123,7 +125,7 @@ class Attempt(msgspec.Struct, array_like=True):
 
 
 class Ask(msgspec.Struct, array_like=True):
-    """An attempt of another partition that needs leases of ours (all or none), and whether it has them."""
+    """An attempt, mostly of another partition, that needs leases of ours (all or none), and whether it has them."""
 
     account: str
     partition: int
@@ -340,13 +342,11 @@ class Ledger:
     those that have them all and are not placed, by when. unnoticed: queued attempts that were not told why they wait.
     scale_out: queues that want more executors. depth: how many wait for a queue.
 
-    paused: attempts that wait for room in a budget, by bucket, the first one first. budget_questions: those about which a budget
-    asks, likewise. questions, window_ends: heaps of (when,
-    what): questions that lapse and buckets whose window ends; what does not stand any more may still be in them. stirred:
-    whether there may be room that paused attempts were not offered yet; look_again_ms: when time alone may make some, 0 for
-    never. of_run: buckets of single runs, or of families, by the run at its top. below: what the runs below a run come to, by
-    run, those that have any. families_over: of families of which nothing can change any more, the run at the top.
-    carried: when balances were carried forward last.
+    lacking: attempts that wait for room in a budget, or about which one asks. questions, window_ends: heaps of (when, what):
+    questions that lapse and buckets whose window ends; what does not stand any more may still be in them. of_run: buckets of
+    single runs, or of families, by the run at its top. below: what the runs below a run come to, by run, those that have any.
+    families_over: of families of which nothing can change any more, the run at the top. carried: when balances were carried
+    forward last.
     """
 
     __slots__ = (
@@ -356,7 +356,6 @@ class Ledger:
         "attempts",
         "below",
         "buckets",
-        "budget_questions",
         "busy",
         "carried",
         "depth",
@@ -366,18 +365,16 @@ class Ledger:
         "head",
         "held",
         "held_by",
+        "lacking",
         "learned",
         "limited",
         "lines_of",
-        "look_again_ms",
         "of_run",
         "partition",
-        "paused",
         "questions",
         "runs",
         "scale_out",
         "seq",
-        "stirred",
         "unnoticed",
         "waiting",
         "waiting_count",
@@ -410,12 +407,9 @@ class Ledger:
         self.of_run: dict[str, dict[str, None]] = {}
         self.below: dict[str, family.Below] = {}
         self.families_over: dict[str, None] = {}
-        self.paused: dict[str, dict[AttemptKey, int]] = {}
-        self.budget_questions: dict[AttemptKey, None] = {}
+        self.lacking = Lacking()
         self.questions: list[tuple[int, AttemptKey]] = []
         self.window_ends: list[tuple[int, str]] = []
-        self.stirred = True
-        self.look_again_ms = 0
         self.carried: Carried | None = None
 
     @property
@@ -448,7 +442,7 @@ def derive(ledger: Ledger) -> None:
         if attempt.status == QUEUED:
             _join_queue(ledger, key, attempt)
         elif attempt.status == PAUSED:
-            ledger.paused.setdefault(attempt.paused_on, {})[key] = attempt.turn
+            _lack(ledger, key, attempt, attempt.paused_on, is_asked=False)
         elif attempt.status == HELD:
             _note_question(ledger, key, attempt)
         elif attempt.incarnation is not None and not attempt.lost:
@@ -465,9 +459,14 @@ def derive(ledger: Ledger) -> None:
 
 def _note_question(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     if attempt.exceeds:
-        ledger.budget_questions[key] = None
+        _lack(ledger, key, attempt, attempt.exceeds[0], is_asked=True)
     if attempt.expires_at_ms:
         heapq.heappush(ledger.questions, (attempt.expires_at_ms, key))
+
+
+def _lack(ledger: Ledger, key: AttemptKey, attempt: Attempt, bucket: str, *, is_asked: bool) -> None:
+    assert attempt.call is not None  # noqa: S101 - what waits has a call
+    ledger.lacking.add(key, bucket, attempt.turn, ledger.runs[key.run_id], attempt.call, is_asked=is_asked)
 
 
 def _note_bucket(ledger: Ledger, name: str, bucket: Bucket) -> None:
@@ -489,10 +488,25 @@ def _forget_answered(ledger: Ledger) -> None:
 
 def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     ledger.held_by.setdefault(life, {})[key] = None
-    _count(ledger.busy, account_root(attempt.account), 1)
-    for lease in attempt.leases:
-        if lease.partition == ledger.partition:
-            _count(ledger.held, lease, 1)
+    _count_placed(ledger, attempt, 1)
+
+
+def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
+    if ledger.partition not in attempt.granted:  # its ask counts for its root already
+        _count(ledger.busy, account_root(attempt.account), by)
+    for lease in held_by_itself(attempt, ledger.partition):
+        _count(ledger.held, lease, by)
+
+
+def held_by_itself(attempt: Attempt, partition: int) -> Leases:
+    """Return the leases of its own partition that an attempt holds since it was placed: without those that it had to ask for
+    before, which its ask holds."""
+    return attempt.needs if partition in attempt.granted else leases_of(attempt.leases, partition)
+
+
+def leases_of(leases: Leases, partition: int) -> Leases:
+    """Return those of the leases that a partition decides on."""
+    return tuple(lease for lease in leases if lease.partition == partition) if leases else ()
 
 
 def _count(counts: dict[K, int], name: K, by: int) -> None:
@@ -509,10 +523,7 @@ def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt
     del held[key]
     if not held:
         del ledger.held_by[life]
-    _count(ledger.busy, account_root(attempt.account), -1)
-    for lease in attempt.leases:
-        if lease.partition == ledger.partition:
-            _count(ledger.held, lease, -1)
+    _count_placed(ledger, attempt, -1)
 
 
 def _key(event: Any) -> AttemptKey:
@@ -541,7 +552,7 @@ def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | Non
 def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, None, RESERVED)
-    _leave_pause(ledger, key, attempt)
+    ledger.lacking.discard(key)
     attempt.status = RESERVED
     attempt.reserved_micros = event.reserved_micros
     attempt.rule, attempt.policy = event.rule, event.policy
@@ -556,17 +567,6 @@ def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
     _forget_answered(ledger)
 
 
-def _leave_pause(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
-    """It waits for no budget any more, nor for what a human says to exceeding it."""
-    ledger.budget_questions.pop(key, None)
-    if attempt.status != PAUSED:
-        return
-    line = ledger.paused[attempt.paused_on]
-    del line[key]
-    if not line:
-        del ledger.paused[attempt.paused_on]
-
-
 def _refused(ledger: Ledger, event: ev.AttemptRefused) -> None:
     _end(ledger, _key(event))
 
@@ -574,7 +574,7 @@ def _refused(ledger: Ledger, event: ev.AttemptRefused) -> None:
 def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, event.call, HELD)
-    _leave_pause(ledger, key, attempt)
+    ledger.lacking.discard(key)
     attempt.status, attempt.turn = HELD, ledger.seq
     attempt.rule, attempt.policy = event.rule, event.policy
     attempt.exceeds, attempt.expires_at_ms, attempt.redact = event.exceeds, event.expires_at_ms, event.redact
@@ -586,11 +586,11 @@ def _held(ledger: Ledger, event: ev.ApprovalHeld) -> None:
 def _paused(ledger: Ledger, event: ev.AttemptPaused) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, event.call, RESERVED)
-    _leave_pause(ledger, key, attempt)
+    ledger.lacking.discard(key)
     attempt.status, attempt.paused_on, attempt.turn = PAUSED, event.bucket, ledger.seq
     attempt.rule, attempt.policy = event.rule, event.policy
     attempt.expires_at_ms, attempt.exceeds = 0, ()
-    ledger.paused.setdefault(event.bucket, {})[key] = attempt.turn
+    _lack(ledger, key, attempt, event.bucket, is_asked=False)
     _note_approval(ledger, event)
     _forget_answered(ledger)
 
@@ -598,7 +598,7 @@ def _paused(ledger: Ledger, event: ev.AttemptPaused) -> None:
 def _answered(ledger: Ledger, event: ev.QuestionAnswered) -> None:
     """What follows in the same entry says how it goes on."""
     attempt = ledger.attempts[_key(event)]
-    _leave_pause(ledger, _key(event), attempt)
+    ledger.lacking.discard(_key(event))
     attempt.exceeds, attempt.expires_at_ms = (), 0
     _forget_answered(ledger)
 
@@ -657,7 +657,9 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     if attempt.status == QUEUED:
         _leave_queue(ledger, key, attempt)
     attempt.status = PLACED
-    attempt.leases, attempt.needs, attempt.pinned = event.leases, (), ""
+    attempt.leases, attempt.pinned = event.leases, ""
+    if ledger.partition not in attempt.granted:
+        attempt.needs = ()
     attempt.asked, attempt.granted_ms = -1, 0
     attempt.call = event.call
     attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
@@ -729,14 +731,13 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
         return
     if attempt.status == QUEUED and attempt.call is not None:
         _leave_queue(ledger, key, attempt)
-    _leave_pause(ledger, key, attempt)
+    ledger.lacking.discard(key)
     _forget_answered(ledger)
     if attempt.incarnation is not None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
     family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
-    ledger.stirred = True
     del run.open[key]
     _forget_if_done(ledger, key.run_id)
 
@@ -903,7 +904,7 @@ def _budget_set(ledger: Ledger, event: ev.BudgetSet) -> None:
         bucket = ledger.buckets[event.bucket] = Bucket.of(event)
         _note_bucket(ledger, event.bucket, bucket)
     bucket.set(event)
-    ledger.stirred = True
+    ledger.lacking.stir(event.bucket)
 
 
 def _budget_reserved(ledger: Ledger, event: ev.BudgetReserved) -> None:
@@ -912,7 +913,7 @@ def _budget_reserved(ledger: Ledger, event: ev.BudgetReserved) -> None:
 
 def _budget_settled(ledger: Ledger, event: ev.BudgetSettled) -> None:
     ledger.buckets[event.bucket].settle(event)
-    ledger.stirred = True
+    ledger.lacking.stir(event.bucket)
 
 
 def _budget_alerted(ledger: Ledger, event: ev.BudgetAlerted) -> None:
@@ -921,6 +922,7 @@ def _budget_alerted(ledger: Ledger, event: ev.BudgetAlerted) -> None:
 
 def _budget_closed(ledger: Ledger, event: ev.BudgetClosed) -> None:
     bucket = ledger.buckets.pop(event.bucket)
+    ledger.lacking.stir(event.bucket)
     if bucket.run_id and event.bucket in ledger.of_run.get(bucket.run_id, ()):
         del ledger.of_run[bucket.run_id][event.bucket]
         if not ledger.of_run[bucket.run_id]:
@@ -931,6 +933,7 @@ def _budget_closed(ledger: Ledger, event: ev.BudgetClosed) -> None:
 
 def _usage_learned(ledger: Ledger, event: ev.UsageLearned) -> None:
     ledger.learned[event.function] = Learned(event.count, meters_of(event.mean))
+    ledger.lacking.stir_function(event.function)
 
 
 def _ledger_carried(ledger: Ledger, event: ev.LedgerCarried, now_ms: int) -> None:

@@ -260,11 +260,16 @@ class LimitSet:
         """Return the limit of that name, if one is in force."""
         return self._limits.get(name)
 
+    def is_local(self, lease: Lease) -> bool:
+        """Tell whether all that hold the lease belong to one account root."""
+        limit = self._limits.get(lease.limit)
+        return limit is not None and limit.is_local
+
     def leases(self, variables: Variables, own_partition: int) -> tuple[Lease, ...]:
         """Return what a step needs under all limits, in the order in which it must be asked for. Raises LimitError.
 
         The order is by partition first: an attempt waits at one partition only while what it holds is of lower ones, so no
-        two can wait for each other. What is decided here is taken last of all, together with the slot.
+        two can wait for each other.
         """
         inputs = (own_partition, *map(variables.get, self._names))
         found = self._known.get(inputs)

@@ -1,15 +1,19 @@
-"""Policies tried out without any Kafka: cases say what a step is like, and what the rules must make of it. Pure."""
+"""Policies and retry documents tried out without any Kafka: cases say what a step is like, and what must be made of it. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from tidegate.domain.identity import DEFAULT_ACCOUNT
-from tidegate.gate.documents import DocumentError, Problem
+from tidegate.domain.retry_documents import RetryDocuments
+from tidegate.gate import retry_cases
+from tidegate.gate.documents import Document, DocumentError, Problem
 from tidegate.gate.policy import Effect, Policy, PolicySet, Verdict
+from tidegate.gate.retries import Retry
+from tidegate.gate.retry_cases import RetryCase
 from tidegate.gate.rule_index import INDEXED
 from tidegate.gate.variables import VARIABLES, Variables
 
@@ -62,21 +66,33 @@ class Case(BaseModel):
         return value
 
 
+_OF_STEP, _OF_FAILURE = "a case of a step", "a case of failures"
+
+
+def _form(value: Any) -> str:
+    return _OF_FAILURE if isinstance(value, RetryCase) or (isinstance(value, dict) and "failed" in value) else _OF_STEP
+
+
+AnyCase = Annotated[Annotated[Case, Tag(_OF_STEP)] | Annotated[RetryCase, Tag(_OF_FAILURE)], Discriminator(_form)]
+
+
 class Cases(BaseModel):
     """A file of cases. policies: files that are read, relative to this one."""
 
     model_config = _STRICT
 
     policies: list[str] = Field(min_length=1)
-    cases: list[Case] = Field(min_length=1)
+    cases: list[AnyCase] = Field(min_length=1)
 
 
 class Outcome(NamedTuple):
-    """What came of a case; `problem` is empty if it is what was expected."""
+    """What came of a case. said: for people; values: what the rule looked at. problem: empty if it is what was expected."""
 
-    case: Case
-    verdict: Verdict
+    case: Case | RetryCase
+    said: str
+    values: str
     problem: str
+    fields: dict[str, Any]
 
 
 def checked(value: Any) -> Cases:
@@ -84,16 +100,32 @@ def checked(value: Any) -> Cases:
     try:
         return Cases.model_validate(value)
     except ValidationError as error:
-        problems = [Problem(0, f"{'.'.join(map(str, e['loc'])) or 'cases'}: {e['msg']}") for e in error.errors()]
+        problems = [Problem(0, f"{_place(e['loc'])}: {e['msg']}") for e in error.errors()]
         raise DocumentError(problems) from None
 
 
-def tried(cases: Cases, policies: list[Policy]) -> Iterator[Outcome]:
-    """Yield what the policies make of every case."""
-    rules = PolicySet({policy.topic_key: policy for policy in policies})
+def _place(names: tuple[int | str, ...]) -> str:
+    return ".".join(str(name) for name in names if name not in (_OF_STEP, _OF_FAILURE)) or "cases"
+
+
+def tried(cases: Cases, documents: list[Document]) -> Iterator[Outcome]:
+    """Yield what policies and retry documents make of every case; other documents are passed over."""
+    rules = PolicySet({document.topic_key: document for document in documents if isinstance(document, Policy)})
+    retries = retry_cases.in_force(document for document in documents if isinstance(document, Retry))
     for case in cases.cases:
-        verdict = rules.judge(Variables.of(_completed(case.step)))
-        yield Outcome(case, verdict, _difference(case.expect, verdict))
+        yield _retry_outcome(case, retries) if isinstance(case, RetryCase) else _outcome(case, rules)
+
+
+def _outcome(case: Case, rules: PolicySet) -> Outcome:
+    verdict = rules.judge(Variables.of(_completed(case.step)))
+    by = f"{verdict.policy}/{verdict.rule}" if verdict.policy else verdict.rule
+    problem = _difference(case.expect, verdict)
+    return Outcome(case, f"{verdict.effect} by {by}", verdict.values, problem, verdict._asdict())
+
+
+def _retry_outcome(case: RetryCase, retries: RetryDocuments) -> Outcome:
+    found = retry_cases.ending(case, retries)
+    return Outcome(case, found.said(), "", retry_cases.difference(case, found), found._asdict())
 
 
 def _completed(step: dict[str, Any]) -> dict[str, Any]:

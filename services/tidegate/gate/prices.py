@@ -29,7 +29,7 @@ def price(provider: str, model: str, input_tokens: int, output_tokens: int, now_
 
     The first call of a process takes a fifth of a second. Never raises.
     """
-    if not model or input_tokens > MAX_TOKENS or output_tokens > MAX_TOKENS:
+    if not model or not (0 <= input_tokens <= MAX_TOKENS and 0 <= output_tokens <= MAX_TOKENS):
         return None
     found = _model(provider, model, now_ms // MS_PER_DAY)
     if found is None:
@@ -59,11 +59,11 @@ def _version() -> str:
 def _model(provider: str, model: str, day: int) -> _Model | None:
     from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415 - 0.2 s that gates without prices need not wait
 
-    at = datetime.datetime.fromtimestamp(day * MS_PER_DAY / 1000, datetime.UTC)
     try:
+        at = datetime.datetime.fromtimestamp(day * MS_PER_DAY / 1000, datetime.UTC)
         owner, info = get_snapshot().find_provider_model(model, None, provider or None, None)
         prices = info.get_prices(at)
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, OverflowError, OSError):  # no such model, or a time that no calendar has
         return None
     basis = f"price:{owner.id}:{info.id}@{_version()}"
     flat = [Decimal(0) if item is None else item for item in (prices.input_mtok, prices.output_mtok)]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import structlog
 
+from tidegate import metrics
 from tidegate.domain import canonical
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
@@ -36,6 +37,7 @@ POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
 CARRY_AGAIN_MS: Final = 60_000
+LOOK_AGAIN_MS: Final = 10_000
 
 
 # A top-up could only have allowed more; retries are no matter of the gate's, and what is retired none of a decision's.
@@ -76,6 +78,7 @@ class GateMachine:
         self._retention: Retention | None = None
         self._retention_by = ""
         self._carry_not_before_ms: dict[int, int] = {}
+        self._look_not_before_ms: dict[tuple[int, str], int] = {}
 
     def new_state(self, partition: int, shelf: Shelf) -> Ledger:
         """Return an empty ledger."""
@@ -106,45 +109,69 @@ class GateMachine:
         return None
 
     def due(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        """Return losses of executors that ended, then placements that became possible, then what is to be said of the rest."""
-        cause = f"table:{INSTANCES}:{tables.versions[INSTANCES]}"
+        """Return losses of executors that ended, then placements that became possible, then what is to be said of the rest.
+
+        What cannot be decided is said loudly and left alone for a while; everything else goes on.
+        """
+        for look in (self._lost, self._timely, self._resumed, self._waiting, self._scale_out, self._carry_forward):
+            name = look.__name__.lstrip("_")
+            if now_ms < self._look_not_before_ms.get((state.partition, name), 0):
+                continue
+            try:
+                found = look(state, now_ms, tables)
+            except Exception:
+                self._look_not_before_ms[state.partition, name] = now_ms + LOOK_AGAIN_MS
+                metrics.gate_undecided.labels(name).inc()
+                _log.exception("nothing decided", about=name, partition=state.partition, again_in_ms=LOOK_AGAIN_MS)
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def _lost(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        if not state.held_by:
+            return None
+        self.executors.watch(state.held_by)
+        self.executors.expire(tables.versions[INSTANCES])
         desk = Desk(state, self._limits, now_ms)
-        if state.held_by:
-            self.executors.watch(state.held_by)
-            self.executors.expire(tables.versions[INSTANCES])
-            lost = decide.losses(state, self.executors.ended, desk, self._budgets)
-            if lost:
-                return cause, Decision(state.subject, "", lost)
+        lost = decide.losses(state, self.executors.ended, desk, self._budgets)
+        return _due(state, tables, INSTANCES, lost)
+
+    def _timely(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
-        if timely:
-            return f"timer:{now_ms}", Decision(state.subject, "", timely)
-        if (state.paused or state.budget_questions) and (state.stirred or 0 < state.look_again_ms <= now_ms):
-            slots = self.executors.free_slots(self._ledgers)
-            resumed = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
-            if resumed:
-                return f"table:{POLICIES}:{tables.versions[POLICIES]}", Decision(state.subject, "", resumed)
-            state.stirred, state.look_again_ms = False, decide.look_again_ms(state, now_ms)
+        return (f"timer:{now_ms}", Decision(state.subject, "", timely)) if timely else None
+
+    def _resumed(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        if not state.lacking or not state.lacking.wake(now_ms):
+            return None
+        slots = self.executors.free_slots(self._ledgers)
+        desk = Desk(state, self._limits, now_ms)
+        look = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
+        state.lacking.looked(look)
+        return _due(state, tables, POLICIES, look.events)
+
+    def _waiting(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         self._soonest_ms.pop(state.partition, None)
-        events: list[Any] = []
-        if state.has_waiting():
-            slots = self.executors.free_slots(self._ledgers)
-            events = waiting.place_waiting(state, slots, desk=desk)
-            events = decide.with_budgets_freed(state, events, self._budgets, now_ms)
-            if not events:
-                if desk.soonest_ms:
-                    self._soonest_ms[state.partition] = desk.soonest_ms
-                events = leasing.idle(state, now_ms) or waiting.unserved(state, slots, now_ms)
-        if (
-            not events
-            and (state.depth or state.scale_out)
-            and now_ms >= self._look_at_queues_ms.get(state.partition, 0)
-        ):
-            # All lines are walked for this, so not in every turn.
-            self._look_at_queues_ms[state.partition] = now_ms + QUEUES_EVERY_MS
-            events = waiting.scale_out(state, desk, self.executors.free_slots(self._ledgers))
+        if not state.has_waiting():
+            return None
+        slots = self.executors.free_slots(self._ledgers)
+        desk = Desk(state, self._limits, now_ms)
+        events = waiting.place_waiting(state, slots, desk=desk)
+        events = decide.with_budgets_freed(state, events, self._budgets, now_ms)
         if not events:
-            return self._carry_forward(state, now_ms, tables)
-        return cause, Decision(state.subject, "", events)
+            if desk.soonest_ms:
+                self._soonest_ms[state.partition] = desk.soonest_ms
+            events = leasing.idle(state, now_ms) or waiting.unserved(state, slots, now_ms)
+        return _due(state, tables, INSTANCES, events)
+
+    def _scale_out(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        if not (state.depth or state.scale_out) or now_ms < self._look_at_queues_ms.get(state.partition, 0):
+            return None
+        # All lines are walked for this, so not in every turn.
+        self._look_at_queues_ms[state.partition] = now_ms + QUEUES_EVERY_MS
+        desk = Desk(state, self._limits, now_ms)
+        events = waiting.scale_out(state, desk, self.executors.free_slots(self._ledgers))
+        return _due(state, tables, INSTANCES, events)
 
     def _carry_forward(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         retention = self._retention
@@ -285,8 +312,13 @@ class GateMachine:
             self._retention = now if isinstance(now, Retention) else None
             self._retention_by = row.by if isinstance(row, PolicyPublished) else ""
         for ledger in self._ledgers.values():
-            ledger.stirred = True  # there may be room that was not there before
+            ledger.lacking.stir_all()  # there may be room that was not there before
         _log.info("documents in force", changed=key, documents=len(documents))
+
+
+def _due(state: Ledger, tables: Tables, topic: str, events: list[Any]) -> tuple[str, Decision] | None:
+    """Return a decision that a table's rows led to, with that as its cause; None if there are no events."""
+    return (f"table:{topic}:{tables.versions[topic]}", Decision(state.subject, "", events)) if events else None
 
 
 def _read(key: str, row: PolicyPublished | Unreadable) -> Document | None:

@@ -203,10 +203,12 @@ class _Round:
         question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
         if question is not None:
             return self._ask(question, attempt)
-        self.events += self.desk.take(leases)
+        has_asked_here = self.ledger.partition in attempt.granted
+        self.events += self.desk.take(attempt.needs if has_asked_here else leases)
+        if not has_asked_here:  # else its ask counts for its root
+            self.busy[where.root] = self.busy.get(where.root, 0) + 1
         self.events.append(placed(key, attempt, executor, leases))
         self.count += 1
-        self.busy[where.root] = self.busy.get(where.root, 0) + 1
         return True
 
     def _ask(self, question: ev.LeasesAsked, attempt: Attempt) -> bool:
@@ -248,7 +250,8 @@ def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
     busy = dict(ledger.busy)
     for key in ended:
         attempt = ledger.attempts.get(key)
-        if attempt is not None and attempt.incarnation is not None and not attempt.lost:
+        holds_slot = attempt is not None and attempt.incarnation is not None and not attempt.lost
+        if attempt is not None and holds_slot and ledger.partition not in attempt.granted:
             root = account_root(attempt.account)
             busy[root] = busy.get(root, 0) - 1
     return busy

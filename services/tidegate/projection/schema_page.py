@@ -212,7 +212,7 @@ MEANINGS: Final = {
     "waiting": "attempts that wait for a slot",
     "waits_for": "approval, answer, event, time, retry, resume, budget, limit, executor, function, run or gate",
     "wave": "longest distance from the start of the run",
-    "why": "`policy`, `outcome_unknown` (an attempt was lost that must not be repeated) or `change` (of the run's graph)",
+    "why": "`policy`, `outcome_unknown` (nobody knows if it had its effect) or `change` (of the run's graph)",
     "workflow": "name of the workflow; of an agent that runs alone `agent:NAME`",
     "written_at": "when the projection wrote this, by its own clock",
 }

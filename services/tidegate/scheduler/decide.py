@@ -30,7 +30,8 @@ from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocume
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.scheduler import attempts, evolution, waits
 
-MAX_LOSSES: Final = 10
+MAX_LOSSES: Final = 10  # of what may be repeated without asking
+OUTCOME_UNKNOWN: Final = frozenset({"timed_out", "died"})  # results of attempts that may have had their effect, or not
 BUSY_RETRY_MS: Final = 25
 MAX_PLAN_CALLS: Final = 100
 MAX_ERROR_CHARACTERS: Final = 4_000
@@ -181,22 +182,25 @@ def _on_lost(run: RunState, step: StepState, item: Lost) -> Events:
         instance_id=item.instance_id,
         incarnation=item.incarnation,
     )
+    if not step.call.idempotent:
+        return [ended, _what_became_of(step, ended)]
     if step.losses + 1 >= MAX_LOSSES:
         return [ended, *progress.failed(run, step, "attempts_exhausted", f"its executor went away {MAX_LOSSES} times")]
-    if not step.call.idempotent:
-        return [
-            ended,
-            ev.ApprovalRequested(
-                step_id=step.step_id,
-                attempt=item.attempt,
-                why="outcome_unknown",
-                rule="",
-                policy="",
-                reason=f"{step.call.function} is not idempotent and may already have had its effect: run it again?",
-                arguments_hash=canonical.digest(step.call.arguments),
-            ),
-        ]
     return [ended, attempts.next_attempt(step)]
+
+
+def _what_became_of(step: StepState, ended: ev.AttemptEnded) -> ev.ApprovalRequested:
+    """Return the question to a human about an attempt that nobody knows the outcome of and that must not be repeated silently."""
+    how = f"{ended.error_class}: {ended.error_message}" if ended.error_message else ended.error_class
+    return ev.ApprovalRequested(
+        step_id=step.step_id,
+        attempt=ended.attempt,
+        why="outcome_unknown",
+        rule="",
+        policy="",
+        reason=f"{step.call.function} is not idempotent and may already have had its effect: run it again? ({how})",
+        arguments_hash=canonical.digest(step.call.arguments),
+    )
 
 
 # --- results ---------------------------------------------------------------
@@ -347,6 +351,9 @@ def _on_failure(run: RunState, step: StepState, result: StepResult, now_ms: int,
             attempts.next_attempt(step),
         ]
     outcome = "timed_out" if result.outcome == "timed_out" else "failed"
+    if result.outcome in OUTCOME_UNKNOWN and not step.call.idempotent:
+        ended = attempts.ended(step, result.attempt, outcome, result.error_class, result.error_message, result)
+        return [ended, _what_became_of(step, ended)]
     function = run.workflow.function(step.call.function)  # type: ignore[union-attr] # a run with steps has its workflow
     workflow = run.workflow_label.partition("@")[0]
     settings, document = documents.choose(function, Attempted(step.call.function, run.account, workflow, run.tags))

@@ -137,7 +137,7 @@ def test_every_reservation_ends(played: list[tuple[str, int, int]]) -> None:
     books = books_of(ledger(player.story.decided))
     assert [str(problem) for problem in (*books.problems, *books.problems_at_rest())] == []
     assert all(not bucket.open and not any(bucket.reserved) for bucket in player.story.ledger.buckets.values())
-    assert player.story.ledger.paused == {}
+    assert not player.story.ledger.lacking
     assert player.story.ledger.of_run == {}
     assert player.story.ledger.runs == player.story.ledger.below == player.story.ledger.families_over == {}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
 
-from support.pure import Pair, chain, step
+from support.pure import Pair, agent, chain, step, tool
+from tidegate.domain import canonical
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import EndedIncarnation
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import validate_definition
+from tidegate.scheduler import decide
 from tidegate.scheduler import waits as waiting
 
 STEPS = ("step:a", "step:b", "step:c", "step:pay")
@@ -289,6 +292,96 @@ def unknown_outcome() -> Pair:
     p.start("r", chain("pay", "b", pay=step(idempotent=False, reserve_micros=10)))
     p.register("worker-0", 2, 10, STEPS, ended=(EndedIncarnation(incarnation=1, evidence="pid gone"),))
     return p
+
+
+UNKNOWN = {
+    "timed_out": {"error_class": "TimedOut", "error_message": "not finished after 2 s", "retryable": False},
+    "died": {"error_class": "Died", "error_message": "its process was ended by SIGKILL", "retryable": False},
+}
+ONCE = step(idempotent=False, reserve_micros=10, max_attempts=5)
+
+
+@pytest.mark.feature("T2")
+@pytest.mark.parametrize("outcome", sorted(UNKNOWN))
+def test_a_time_out_and_a_death_ask_what_became_of_what_must_not_be_repeated(outcome: str) -> None:
+    p = pair()
+    p.start("r", chain("pay", "b", pay=ONCE))
+    first = p.tasks.popleft()
+    p.answer(first, outcome, actual_micros=4, **UNKNOWN[outcome])
+    assert (p.run("r").status, p.dispatches, p.money()) == ("waiting", [("pay", 1)], (0, 4))
+    asked = p.run("r").steps["pay"].approval
+    assert asked is not None
+    assert (asked.why, asked.attempt) == ("outcome_unknown", 1)
+    assert f"{UNKNOWN[outcome]['error_class']}: {UNKNOWN[outcome]['error_message']}" in asked.reason
+    p.pass_time_with_heartbeats(100_000)
+    p.answer(first, value="it had happened")  # a second word about one attempt
+    assert p.run("r").status == "waiting"
+    p.command("r", "respond", value='"again"')
+    assert p.dispatches == [("pay", 1), ("pay", 2)]
+    p.answer(p.tasks.popleft(), outcome, actual_micros=4, **UNKNOWN[outcome])
+    p.command("r", "respond", value='{"done":{"receipt":7}}', by="ann", attempt=2, why="outcome_unknown")
+    p.answer(p.tasks.popleft(), value="shipped")
+    assert (ended(p), p.money()) == ('"shipped"', (0, 8))
+
+
+@pytest.mark.feature("T2")
+def test_an_error_that_was_raised_is_a_known_outcome_even_if_it_is_called_like_an_unknown_one() -> None:
+    p = pair()
+    p.start("r", chain("pay", pay=ONCE))
+    p.answer(p.tasks.popleft(), "failed", **UNKNOWN["died"] | {"retryable": True})
+    p.pass_time(1_000)
+    assert p.dispatches == [("pay", 1), ("pay", 2)]
+    p.answer(p.tasks.popleft(), "failed", **UNKNOWN["died"])
+    assert (p.run("r").status, p.run("r").code) == ("failed", "not_retryable")
+
+
+@pytest.mark.feature("T2")
+@pytest.mark.parametrize("outcome", sorted(UNKNOWN))
+def test_what_may_be_repeated_is_repeated_whatever_became_of_it(outcome: str) -> None:
+    p = pair()
+    p.start("r", chain("pay", pay=step()))
+    p.answer(p.tasks.popleft(), outcome, **UNKNOWN[outcome] | {"retryable": True})
+    p.pass_time(1_000)
+    assert p.dispatches == [("pay", 1), ("pay", 2)]
+
+
+@pytest.mark.feature("T2")
+@pytest.mark.parametrize("answer", ["fail", "done"])
+def test_an_agent_hears_what_a_human_says_of_its_tool_that_timed_out(answer: str) -> None:
+    p = Pair(functions=("agent:bot", "tool:pay", "tool:look"))
+    document = {
+        "name": "agent:bot",
+        "version": "1",
+        "nodes": {"bot": {"kind": "agent", "function": "bot"}},
+        "functions": {"bot": agent("pay", "look"), "pay": tool(idempotent=False), "look": tool()},
+    }
+    p.start("r", document)
+    calls = [{"id": name, "name": name, "arguments": {}} for name in ("pay", "look")]
+    p.answer(p.tasks.popleft(), value={"content": "", "tool_calls": calls})
+    tasks = {task.step_id: task for task in p.tasks}
+    p.tasks.clear()
+    p.answer(tasks["bot/1/tool:pay"], "timed_out", **UNKNOWN["timed_out"])
+    p.answer(tasks["bot/1/tool:look"], value="seen")
+    assert (p.run("r").status, p.tasks) == ("waiting", deque())
+    p.command("r", "respond", value='"fail"' if answer == "fail" else '{"done":"paid"}', by="ann", reason="no money")
+    (turn,) = p.tasks
+    assert turn.call is not None
+    (observed,) = [call for call in canonical.loads(turn.call.arguments)["history"][0]["calls"] if call["id"] == "pay"]
+    expected = (False, "rejected by ann: no money") if answer == "fail" else (True, None)
+    assert (observed["ok"], observed["error"]) == expected
+
+
+@pytest.mark.feature("T2")
+def test_however_often_it_is_lost_a_human_is_asked() -> None:
+    p = pair()
+    p.start("r", chain("pay", pay=ONCE))
+    for number in range(2, decide.MAX_LOSSES + 3):
+        ended_before = EndedIncarnation(incarnation=number - 1, evidence="pid gone")
+        p.register("worker-0", number, 10, STEPS, ended=(ended_before,))
+        assert p.run("r").status == "waiting"
+        p.command("r", "respond", value='"again"')
+        p.tasks.clear()
+    assert p.run("r").status == "running"
 
 
 @pytest.mark.feature("T2")

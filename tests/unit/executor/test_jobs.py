@@ -114,15 +114,17 @@ def test_a_failure_keeps_the_end_of_the_log(cluster: FakeCluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "error_class", "retryable"),
+    ("function", "arguments", "outcome", "error_class", "retryable"),
     [
-        ("talk", {"characters": 2000}, "OutputTooLarge", False),
-        ("be_killed", None, "Died", True),
+        ("talk", {"characters": 2000}, "failed", "OutputTooLarge", False),
+        ("be_killed", None, "died", "Died", True),
     ],
 )
-def test_how_it_fails(cluster: FakeCluster, function: str, arguments: Any, error_class: str, retryable: bool) -> None:
+def test_how_it_fails(
+    cluster: FakeCluster, function: str, arguments: Any, outcome: str, error_class: str, retryable: bool
+) -> None:
     result = run(function, arguments)
-    assert (result.outcome, result.error_class, result.retryable) == ("failed", error_class, retryable)
+    assert (result.outcome, result.error_class, result.retryable) == (outcome, error_class, retryable)
     assert cluster.jobs == {}
 
 
@@ -203,7 +205,7 @@ def test_a_pod_that_ends_without_an_answer_may_have_done_anything(cluster: FakeC
         idempotent=False,
         meanwhile=kill_pod,
     )
-    assert (result.error_class, result.retryable) == ("Died", False)
+    assert (result.outcome, result.error_class, result.retryable) == ("died", "Died", False)
     assert "OOMKilled, exit code 137" in result.error_message
 
 

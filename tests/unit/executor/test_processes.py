@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.attempts import attempted, until
 from tidegate.domain.messages import StepResult
 from tidegate.executor.attempt import Attempt
 from tidegate.executor.isolation import Apart
+from tidegate.executor.isolation.errand import Ended
 from tidegate.executor.isolation.process import Processes
 
 pytestmark = pytest.mark.feature("T4")
@@ -90,13 +92,34 @@ def test_what_it_costs_and_when_it_ran_comes_back() -> None:
         ("fail", {"text": "no"}, "OSError", True),
         ("eat", {"mib": 400}, "MemoryError", True),
         ("talk", {"characters": 2000}, "OutputTooLarge", False),
-        ("leave", {"status": 3}, "Died", True),
-        ("be_killed", None, "Died", True),
     ],
 )
 def test_how_it_fails(function: str, arguments: Any, error_class: str, retryable: bool) -> None:
     result = run(function, arguments)
     assert (result.outcome, result.error_class, result.retryable) == ("failed", error_class, retryable)
+
+
+@pytest.mark.parametrize(("function", "arguments"), [("leave", {"status": 3}), ("be_killed", None)])
+def test_how_it_dies(function: str, arguments: Any) -> None:
+    result = run(function, arguments)
+    assert (result.outcome, result.error_class, result.retryable) == ("died", "Died", True)
+
+
+@pytest.mark.feature("T2")
+@pytest.mark.parametrize(("is_entered", "outcome"), [(True, "died"), (False, "failed")])
+def test_a_place_that_breaks_leaves_the_outcome_unknown_once_the_function_may_be_entered(
+    is_entered: bool, outcome: str
+) -> None:
+    class Broken:
+        async def run(self, _errand: Any, _settings: Any, *, enter: Callable[[], None], reported: Any) -> Ended:
+            if is_entered:
+                enter()
+            raise OSError("no such socket")
+
+    apart = Apart(APART.app, {"subprocess": Broken()})
+    (result,) = attempted(isolated_app.app, "add", {"a": 1, "b": 2}, apart=apart, idempotent=False)
+    assert (result.outcome, result.retryable) == (outcome, not is_entered)
+    assert "no such socket" in result.error_message
 
 
 def test_a_change_may_be_large_where_outputs_must_be_small() -> None:
@@ -111,7 +134,7 @@ def test_what_a_process_can_use_under_its_limit_it_can_use() -> None:
 
 def test_a_death_of_unknown_effect_is_not_repeated_unless_that_is_harmless_and_its_cost_is_known() -> None:
     result = run("leave", {"status": 3}, idempotent=False)
-    assert (result.retryable, result.actual_micros) == (False, 3)
+    assert (result.outcome, result.retryable, result.actual_micros) == ("died", False, 3)
     assert "status 3" in result.error_message
     assert "it may have had its effect" in result.error_message
 

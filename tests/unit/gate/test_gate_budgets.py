@@ -381,7 +381,7 @@ def test_a_cancelled_run_leaves_no_paused_attempt() -> None:
     pair = pair_with(budget(limits={"calls": 0}, on_exceed="pause"))
     pair.start("r", one())
     pair.command("r", "cancel")
-    assert (pair.run("r").status, pair.ledger.paused, pair.ledger.attempts) == ("cancelled", {}, {})
+    assert (pair.run("r").status, bool(pair.ledger.lacking), pair.ledger.attempts) == ("cancelled", False, {})
 
 
 def test_a_document_that_cannot_be_read_keeps_the_one_of_before_or_denies() -> None:
@@ -412,7 +412,7 @@ def test_the_ledger_comes_back_from_its_units() -> None:
     for unit in (*pair.ledger.runs, *pair.ledger.buckets, *pair.ledger.learned):
         load(other, unit, dump(pair.ledger, unit))
     derive(other)
-    for name in ("runs", "buckets", "learned", "attempts", "paused", "of_run", "held_by"):
+    for name in ("runs", "buckets", "learned", "attempts", "lacking", "of_run", "held_by"):
         assert getattr(other, name) == getattr(pair.ledger, name), name
     assert sorted(other.window_ends) == sorted(set(pair.ledger.window_ends))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,4 +167,46 @@ cases:
     cases.write_text(cases.read_text().replace("args:", "arguments:"))
     result = shell("test", cases)
     assert result.exit_code == 2
+    assert f"{cases}:1: cases.0.step: " in result.stderr
     assert "unknown: arguments" in result.stderr
+
+
+@pytest.mark.feature("P1", "D2")
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("failed: [E], expect: again", "ok      c: again in 100 to 200 ms by the function's own settings"),
+        ("failed: [E], retry: p, expect: again", "ok      c: again in 500 to 1000 ms by p@1"),
+        ("failed: [E], tags: {t: x}, expect: again", "ok      c: again in 25 to 50 ms by tagged@1"),
+        ("failed: [E, E], retry: p, expect: stop", "ok      c: stop after failure 2 (attempts_exhausted) by p@1"),
+        ("failed: [{error: E, retryable: false}], retry: p, expect: stop", "(not_retryable) by p@1"),
+        ("failed: [{error: Full, times: 3}], retry: p, expect: again", "again in 3500 to 7000 ms by p@1/full"),
+        ("failed: [Full, E, Full], retry: p, expect: again", "again in 3500 to 7000 ms by p@1/full"),
+        ("failed: [{error: E, times: 3}], retry: p, expect: stop", "it stops after failure 2 of 3"),
+        ("failed: [E], retry: p, expect: stop", "next 'again' instead of 'stop'"),
+        ("failed: [E], retry: p, expect: {next: again, wait_ms: [1, 2]}", "wait_ms [500, 1000] instead of [1, 2]"),
+        ("failed: [E], settings: {max_attempt: 1}, expect: again", "cases.0.settings: "),
+        ("failed: [], expect: again", "cases.0.failed: "),
+    ],
+)
+def test_retry_documents_are_tried_offline(shell: Any, tmp_path: Path, case: str, said: str) -> None:
+    (tmp_path / "p.yaml").write_text(
+        """kind: retry
+retry: p
+version: "1"
+retries:
+  max_attempts: 2
+  backoff_ms: 1000
+  retry_rules: [{on: [Full], name: full, max_attempts: 9, backoff_ms: 7000, backoff_factor: 1}]
+---
+{kind: retry, retry: tagged, version: "1", tags: {t: x}, retries: {backoff_ms: 50}}
+"""
+    )
+    cases = tmp_path / "cases.yaml"
+    cases.write_text(f"policies: [p.yaml]\ncases:\n  - {{name: c, {case}}}\n")
+    result = shell("test", cases)
+    assert said in result.stdout + result.stderr
+    assert result.exit_code == (0 if "ok  " in result.stdout else 2 if "cases.0" in result.stderr else 1)
+    if "ok  " in result.stdout:
+        shown = json.loads(shell("test", cases, "--json").stdout)
+        assert shown[0]["next"] in ("again", "stop")

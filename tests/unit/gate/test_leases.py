@@ -125,20 +125,14 @@ def test_no_limit_is_exceeded_and_nobody_waits_for_ever_whatever_crashes(
 ) -> None:
     world = World(seed, LIMITS)
     dice = random.Random(seed + 2)
-    armed = True
-
-    def point(_: str) -> None:
-        if armed and dice.random() < 0.002:
-            raise Crash
-
-    monkeypatch.setattr(owner, "failpoint", point)
+    disarm = _let_owners_crash(monkeypatch, seed)
     for number in range(30):
         world.begin(f"r{number}", dice.choice(ACCOUNTS), dice.choice(KINDS))
         for _ in range(dice.randrange(3)):
             world.turn()
     for _ in range(60):
         world.turn()
-    armed = False
+    disarm()
     books = world.end(30)
     assert {limit for limit, _ in books.leases} == set(BOUNDS)
     assert books.leases["calls", "p"].peak <= 2
@@ -209,6 +203,69 @@ def test_leases_that_find_no_slot_go_back_to_others() -> None:
     world.state = "ready"
     world.register(incarnation=world.incarnation)
     world.end(1)
+
+
+@pytest.mark.feature("P3")
+@pytest.mark.parametrize("seed", range(24))
+def test_two_that_need_the_same_two_places_of_two_partitions_do_not_wait_for_each_other(seed: int) -> None:
+    """Places are taken in the order of partitions, one's own too: nobody has to give one back because another one has the other."""
+    limits = [{"limit": name, "per": ["provider"], "at_once": 1} for name in _one_of_each_partition()]
+    world = World(seed, limits)
+    for number in range(6):
+        world.begin(f"r{number}", ACCOUNTS[number % 5], {"provider": "p"})
+        for _ in range(world.dice.randrange(3)):
+            world.turn()
+    books = world.end(6)
+    returns = [event for event in world.ledger_events() if type(event).__name__ == "LeasesReturned"]
+    assert returns, "nobody asked another partition"
+    assert [event for event in returns if event.reason == "no slot"] == []
+    assert {(lease.peak, lease.starts) for lease in books.leases.values()} == {(1, 6)}
+
+
+@pytest.mark.feature("P3", "D1")
+@pytest.mark.parametrize("seed", range(8))
+def test_places_of_ones_own_partition_that_were_asked_for_are_counted_once_whatever_crashes(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    first, last = _one_of_each_partition()
+    bound = Bound(at_once=2, rate_per_s=50, burst=2)
+    monkeypatch.setitem(BOUNDS, first, bound)
+    monkeypatch.setitem(BOUNDS, last, Bound(at_once=1))
+    monkeypatch.setitem(BOUNDS, "mine", Bound(at_once=1))
+    breaker = {"failures": 2, "open_s": 0.1}
+    limits = [
+        {"limit": first, "per": ["provider"], "at_once": 2, "rate_per_s": 50, "burst": 2, "breaker": breaker},
+        {"limit": last, "per": ["provider"], "at_once": 1},
+        {"limit": "mine", "per": ["account"], "at_once": 1},
+    ]
+    world = World(seed, limits, CheckpointSettings(every_entries=5, every_s=0.05))
+    disarm = _let_owners_crash(monkeypatch, seed)
+    for number in range(12):
+        world.begin(f"r{number}", ACCOUNTS[number % 5], {"provider": "p"})
+        for _ in range(world.dice.randrange(3)):
+            world.turn()
+    disarm()
+    world.end(12)
+    asked = [event for event in world.ledger_events() if type(event).__name__ == "LeasesAsked"]
+    assert any(event.partition == partition_of(event.account, ACCOUNT_PARTITIONS) for event in asked)
+
+
+def _let_owners_crash(monkeypatch: pytest.MonkeyPatch, seed: int) -> Callable[[], None]:
+    """Let owners die anywhere, until what is returned is called."""
+    dice = random.Random(seed + 2)
+
+    def point(_: str) -> None:
+        if dice.random() < 0.002:
+            raise Crash
+
+    monkeypatch.setattr(owner, "failpoint", point)
+    return lambda: monkeypatch.setattr(owner, "failpoint", lambda _: None)
+
+
+def _one_of_each_partition() -> list[str]:
+    names = (f"limit{number}" for number in range(100))
+    found = {partition_of(f"{name}:p", ACCOUNT_PARTITIONS): name for name in names}
+    return [found[partition] for partition in range(ACCOUNT_PARTITIONS)]
 
 
 @pytest.mark.feature("P3", "D4")
