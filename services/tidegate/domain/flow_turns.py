@@ -21,6 +21,9 @@ from tidegate.domain.stop import Stop
 from tidegate.domain.workflow import FLOW_CALLS, Workflow
 
 MAX_CALLS: Final = 1_000  # of one turn
+MAX_TOLD: Final = (
+    256 * 1024 * 1024
+)  # characters that all turns of a flow are told: some 700 calls one by one of 1 KiB each
 STEP: Final = "step"  # the kind of a call that names none, as none did when steps were all that there was
 CHILD: Final = "workflow"
 _CHILD_SETTINGS: Final = frozenset({"input", "budget_micros"})
@@ -213,8 +216,22 @@ def _next_turn(
         for call in said["calls"]
     ]
     state["turns"].append({"calls": made, "results": list(results.values())})
-    number = len(state["turns"]) + 1
-    return [_turn(workflow, step.node_id, path, number, step.wave + 1, canonical.dumps(state))]
+    text = canonical.dumps(state)
+    _check_told(latest.call.function, state["turns"], text)
+    return [_turn(workflow, step.node_id, path, len(state["turns"]) + 1, step.wave + 1, text)]
+
+
+def _check_told(flow: str, turns: list[Any], text: str) -> None:
+    """Raise Stop if all turns up to the next one, which is told this text, are told too much together."""
+    if len(text) * len(turns) <= MAX_TOLD:
+        return
+    told = sum(len(canonical.dumps(turn)) * (len(turns) - number) for number, turn in enumerate(turns))
+    if told > MAX_TOLD:
+        raise Stop(
+            "too_large",
+            f"flow {flow}: its {len(turns) + 1} turns would be told {told} characters, at most {MAX_TOLD} in all: each is told "
+            "what all calls before it gave. Let flows of their own do parts of it (`app.workflow`), or let calls give less",
+        )
 
 
 def _latest_turn(run: RunState, path: str) -> str:

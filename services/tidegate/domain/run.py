@@ -9,6 +9,7 @@ import msgspec
 from tidegate.domain import canonical, node_state, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.graph_changes import GRAPH, AcceptedChange, OpenProposal
+from tidegate.domain.identity import agent_turn_step
 from tidegate.domain.messages import Call
 from tidegate.domain.node_state import NodeState
 from tidegate.domain.workflow import Workflow, evolved, pinned_definition
@@ -30,7 +31,8 @@ class StepState(msgspec.Struct, array_like=True):
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
     doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
     it is a workflow. rule_failures: of the failures, those that a retry rule counts, as (its label, how many). proposal: the
-    change of the graph that it proposes, until that is decided on.
+    change of the graph that it proposes, until that is decided on. call: of a turn of a flow that another has followed, it has no
+    arguments any more: they are the beginning of that one's.
     """
 
     step_id: str
@@ -168,8 +170,18 @@ def _step_ready(run: RunState, event: ev.StepReady, now_ms: int) -> None:
     if event.held:
         step.status, step.attempt = states.HELD, 0
     run.steps[event.step_id] = step
-    run.flow_turns += event.call.kind == "flow"
+    if event.call.kind == "flow":
+        run.flow_turns += 1
+        _forget_turn_before(run, event.step_id)
     node_state.begin_step(run, step, "StepReady")
+
+
+def _forget_turn_before(run: RunState, turn_step_id: str) -> None:
+    """Forget what the turn before this one was told: this one is told the same and more, and runs need not hold it twice."""
+    path, _, number = turn_step_id.rpartition("/")
+    before = run.steps.get(agent_turn_step(path, int(number) - 1))
+    if before is not None:
+        before.call = msgspec.structs.replace(before.call, arguments="null")
 
 
 def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -> None:

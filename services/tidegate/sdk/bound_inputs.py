@@ -31,7 +31,7 @@ def bound_inputs(run: RunState, step_id: str) -> list[BoundInput]:
     step = run.steps[step_id]
     workflow = run.workflow
     assert workflow is not None  # noqa: S101 - a run that has steps has a workflow
-    value = canonical.loads(step.call.arguments)
+    value = _arguments(run, step)
     plan_step_id, _, tool = step_id.rpartition("/tool:")
     if step.call.kind == "tool" and tool:
         return [BoundInput("", "", (f"the plan of {plan_step_id}",), value)]
@@ -51,6 +51,19 @@ def bound_inputs(run: RunState, step_id: str) -> list[BoundInput]:
     if step.wait is not None:
         return list(_of_wait(step, node))
     return list(_of_node(run, workflow, step, node, value))
+
+
+def _arguments(run: RunState, step: StepState) -> Any:
+    """Return what a step was called with. Of a turn of a flow, which runs forget when another follows, that one has it."""
+    value = canonical.loads(step.call.arguments)
+    if step.call.kind != "flow" or isinstance(value, dict):
+        return value
+    path, _, turn = step.step_id.rpartition("/")
+    number = int(turn)
+    while not isinstance(value, dict):
+        number += 1
+        value = canonical.loads(run.steps[agent_turn_step(path, number)].call.arguments)
+    return {**value, "turns": value["turns"][: int(turn) - 1]}
 
 
 def _of_node(run: RunState, workflow: Workflow, step: StepState, node: Node, value: Any) -> Iterator[BoundInput]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import datetime
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -21,7 +22,7 @@ class Timeout(TypedDict, total=False):
     timeout_value: Any
 
 
-class FlowCalls:
+class FlowCalls(abc.ABC):
     """Calls that a flow makes with `await app.NAME(…)`: each is a step of the run and gives a `Result`.
 
     All of them raise FlowError outside flows, and for settings that are wrong. Where one that has failed is awaited, because its
@@ -79,9 +80,9 @@ class FlowCalls:
             raise FlowError(f"{child!r} is no graph, no definition and no flow of this app")
         return name
 
+    @abc.abstractmethod
     def name_of(self, call: Callable[..., Any]) -> str | None:
-        """Return the name under which a function is registered."""
-        raise NotImplementedError
+        """Return the name under which a function is registered, None if it is not."""
 
 
 def _wait(kind: str, timeout: Timeout, **settings: Any) -> Awaitable[Result[Any]]:
