@@ -67,17 +67,13 @@ def test_calls_of_every_kind_are_made_once_whoever_is_killed(whole: WholeStack) 
     assert run.output["more"] == whole.client.get(child.child_run_id).output
     assert run.output["paid"] == {"amount": 7}
     assert run.output["missing"] == "papers/wait_event#2"
-    steps = [line.step_id for line in whole.entered(run_id)]
-    assert sorted(set(steps)) == [
+    assert {line.step_id for line in whole.entered(run_id)} == {
         "papers/confused/1",
         "papers/confused/1/tool:look",
         "papers/confused/2",
         "papers/look",
         "papers/one",
-    ]
-    started = [
-        event.data.step_id
-        for event in whole.events(run_id)
-        if event.type in ("WaitStarted", "ChildStarted", "StepReady")
-    ]
+    }
+    begun = ("WaitStarted", "ChildStarted", "StepReady")
+    started = [event.data.step_id for event in whole.events(run_id) if event.type in begun]
     assert len(started) == len(set(started))
