@@ -206,6 +206,13 @@ projection_unreadable = _counter(
 projection_lag = _gauge(
     ("projection",), "tidegate_projection_lag_records", "Records that are not inserted yet.", "topic", "partition"
 )
+projection_missing = _gauge(
+    ("projection",),
+    "tidegate_projection_missing_offsets",
+    "Offsets that the group has passed and that the tables never got: `tidegate replay projection` fills them in.",
+    "topic",
+    "partition",
+)
 projection_age = _gauge(
     ("projection",),
     "tidegate_projection_last_event_timestamp_seconds",
@@ -241,6 +248,12 @@ gateway_unreadable = _counter(("gateway",), "tidegate_gateway_unreadable_total",
 gateway_runs = _gauge(("gateway",), "tidegate_gateway_runs", "Runs in this gateway's part of the live view.")
 gateway_partitions = _gauge(
     ("gateway",), "tidegate_gateway_partitions", "Partitions of run-events that it answers for."
+)
+gateway_tallies = _gauge(
+    ("gateway",), "tidegate_gateway_tallies", "Hours of accounts and functions in this gateway's part of the live view."
+)
+gateway_standby_partitions = _gauge(
+    ("gateway",), "tidegate_gateway_standby_partitions", "Partitions that it keeps a copy of for another gateway."
 )
 gateway_restore_lag = _gauge(
     ("gateway",), "tidegate_gateway_restore_lag_records", "Records left of those that were there at the restore."

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
+import msgspec
 import pytest
 
 from support.stack import RUNS, WAIT_S, WholeStack, assert_whole, eventually
+from tidegate.gateway.figures import FIELDS, MINUTE_MS
+from tidegate.gateway.view import LiveView, PartitionReader
 
 GATEWAY = "gateway-0"
 SESSION_TIMEOUT_MS = "6000"
-MINUTE_MS = 60_000
+DAY_MINUTES = 24 * 60
 
 
 class Answer(NamedTuple):
@@ -85,8 +88,36 @@ class View:
         everything = {
             "runs": [self.get(f"/v1/runs/{run['run_id']}") for run in listed["runs"]],
             "spend": self.get("/v1/spend", since_ms=0),
+            "figures": sorted(self.figures(listed["runs"][0]["updated_ms"]).items()),
         }
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+    def figures(self, until_ms: int) -> dict[tuple[str, str], list[int]]:
+        """Return the figures of all accounts and functions over the day that ends with a minute, when none is missing."""
+
+        def ask(what: str) -> Any:
+            answer = self.ask_if_there(f"/v1/{what}", minutes=DAY_MINUTES, until_ms=until_ms)
+            return answer is not None and answer.status == 200 and not answer.body["partitions_missing"] and answer.body
+
+        found = {}
+        for what in ("accounts", "functions"):
+            for row in eventually(lambda what=what: ask(what), f"the figures of all {what}")[what]:
+                found[row["kind"], row["name"]] = [row["windows"][0][field] for field in FIELDS]
+        return found
+
+
+def folded(whole: WholeStack, until_ms: int) -> dict[tuple[str, str], list[int]]:
+    """Return what the figures must be: those of all logs, folded here from their beginning."""
+    view = LiveView()
+    for partition in range(whole.counts[RUNS]):
+        reader = PartitionReader(0)
+        start, end = whole.broker.offsets(RUNS, partition)
+        for message in whole.broker.read(RUNS, partition, start, end):
+            entry = reader.take(message.offset, message.value)
+            if entry is not None:
+                view.take(entry, partition, message.offset)
+    found = view.tallies.windows(lambda _: True, [DAY_MINUTES], until_ms // MINUTE_MS)
+    return {tuple(name): list(msgspec.structs.astuple(sums)) for name, (sums,) in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +232,44 @@ def test_spend_is_summed_per_minute_over_an_account_and_all_below_it(whole: Whol
     assert view.get("/v1/spend", account=f"{root}/a")["total_micros"] == 2 * each
     later = (runs[-1].finished_ms // MINUTE_MS + 2) * MINUTE_MS
     assert view.get("/v1/spend", account=root, since_ms=later)["accounts"] == []
+
+
+@pytest.mark.feature("O4")
+@pytest.mark.feature("P2")
+def test_accounts_and_functions_have_figures_of_the_last_minutes(whole: WholeStack, view: View) -> None:
+    root = new_id("figures")
+    good = [whole.wait(whole.client.start("chain", n, account=f"{root}/a")) for n in range(2)]
+    bad = [whole.wait(whole.client.start("fail", 1, account=f"{root}/b")) for _ in range(2)]
+    for run in (*good, *bad):
+        view.run(run.run_id, lambda found, seq=run.seq: found["seq"] == seq)
+    spent = sum(run.spent_micros for run in (*good, *bad))
+
+    found = view.get(f"/v1/accounts/{root}")
+    assert [row["name"] for row in found["accounts"]] == [f"{root}/a", f"{root}/b"]
+    assert [window["minutes"] for window in found["total"]] == [5, 60, DAY_MINUTES]
+    hour = found["total"][1]
+    assert {field: hour[field] for field in FIELDS} == {
+        "spent_micros": spent,
+        "attempts": 2 * 3 + 2 * 3,
+        "errors": 2 * 3,
+        "denied": 0,
+        "runs": 4,
+        "failed_runs": 2,
+    }
+    assert hour["error_rate"] == 0.5
+    below = view.get(f"/v1/accounts/{root}/a", minutes=60)["total"]
+    assert [(window["errors"], window["error_rate"], window["runs"]) for window in below] == [(0, 0.0, 2)]
+
+    (failing,) = view.get("/v1/functions/fail", minutes=60)["functions"]
+    assert failing["kind"] == "step"
+    assert failing["windows"][0]["attempts"] == failing["windows"][0]["errors"] >= 6
+    assert failing["windows"][0]["error_rate"] == 1.0
+    names = {row["name"] for row in view.get("/v1/functions", kind="step")["functions"]}
+    assert {"one", "two", "three", "fail"} <= names
+    assert view.get("/v1/functions", kind="tool")["functions"] == []
+    assert view.figures(bad[-1].finished_ms) == folded(whole, bad[-1].finished_ms)
+    assert view.ask(f"/v1/accounts/{root}/nobody").status == 404
+    assert view.ask("/v1/accounts", minutes="0").status == 400
 
 
 @pytest.mark.feature("O4")
@@ -329,6 +398,60 @@ def test_two_gateways_share_the_runs_and_each_answers_for_both(whole: WholeStack
     # The one that is left takes over what the other had.
     eventually(lambda: set(view.get("/health")["partitions"]) == every, "the first to own everything again")
     assert {run["run_id"] for run in complete(view, "shared", len(ids))["runs"]} == set(ids)
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.feature("O4")
+def test_a_gateway_that_is_killed_has_its_share_taken_over_and_no_figure_counts_twice(
+    whole: WholeStack, view: View, tmp_path: Path
+) -> None:
+    """Both are killed in turn while runs are under way: the one that nobody restarts, and the one that comes back."""
+    root = new_id("takeover")
+    every = set(range(whole.counts[RUNS]))
+    ids: list[str] = []
+
+    def start_some() -> None:
+        ids.extend(whole.client.start("chain" if n % 3 else "fail", n, account=f"{root}/{n % 4}") for n in range(24))
+
+    def until_seen() -> int:
+        runs = [whole.wait(run_id) for run_id in ids]
+        for run in runs:
+            view.run(run.run_id, lambda found, seq=run.seq: found["seq"] == seq)
+        return max(run.finished_ms for run in runs)
+
+    start_some()
+    with second_gateway(whole, tmp_path) as second:
+        other = View(tmp_path / "gateway.json")
+
+        def shared() -> bool:
+            mine, theirs = (one.get("/health") for one in (view, other))
+            kept = set(mine["standby"]) == set(theirs["partitions"]) and set(theirs["standby"]) == set(
+                mine["partitions"]
+            )
+            return kept and bool(theirs["partitions"]) and set(mine["partitions"]) | set(theirs["partitions"]) == every
+
+        eventually(shared, "the two to share the partitions, each with a copy of the other's")
+        start_some()
+        until_ms = until_seen()
+        truth = folded(whole, until_ms)
+        assert view.figures(until_ms) == truth
+        assert other.figures(until_ms) == truth, "who does not own a partition asks who does"
+
+        start_some()
+        whole.kill(GATEWAY)
+        until_ms = until_seen()
+        # The other one would ask it at its old address, which here is another one after each start: see the room's README.
+        assert view.figures(until_ms) == folded(whole, until_ms)
+
+        start_some()
+        second.kill()
+        second.wait(WAIT_S)
+        start_some()
+    eventually(lambda: set(view.get("/health")["partitions"]) == every, "the first to own everything again")
+    until_ms = until_seen()
+    assert view.figures(until_ms) == folded(whole, until_ms)
+    total = view.get(f"/v1/accounts/{root}", until_ms=until_ms)["total"][-1]
+    assert (total["runs"], total["failed_runs"]) == (len(ids), len(ids) // 3)
 
 
 def complete(view: View, account: str, count: int) -> Any:

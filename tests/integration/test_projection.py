@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 from support.clickhouse import StandIn
 from support.logs import POLICY, Decided, LogWriter, Story, dead_letter_record, instance_record
 from support.projections import ProjectionProcess, SqlFailedError, Topics, ask
+from support.stack import eventually
 from tidegate.domain.states import ABSENT
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.subscription import KafkaSubscription
@@ -283,6 +285,71 @@ def test_an_operator_who_resets_the_group_to_the_start_gets_equal_tables(
     assert topics.reset_to_earliest().returncode == 0
     projection.start().wait_caught_up()
     assert projection.contents() == grown
+
+
+@pytest.mark.feature("L4")
+@pytest.mark.feature("O1")
+def test_an_empty_database_behind_a_group_that_has_read_everything_is_not_fresh_until_it_is_filled_up(
+    topics: Topics, projection: ProjectionProcess, tmp_path: Path
+) -> None:
+    story, log = long_story(), LogWriter(3, 2, 4)
+    cut = len(story.decided) // 2
+    topics.write(log.take(story.decided[:cut], trouble=0.3))
+    projection.start().wait_caught_up()
+    assert projection.value("SELECT sum(missing) FROM freshness") == 0
+    before = projection.contents()
+    stood = topics.ends()
+    projection.stop()
+
+    # The same tables, and a group that stands where they end: nothing is missing after a restart.
+    projection.start()
+    topics.write(log.take(story.decided[cut : cut + 40], trouble=0.3))
+    projection.wait_caught_up()
+    assert projection.value("SELECT sum(missing) FROM freshness") == 0
+    stood = topics.ends()
+    grown = projection.contents()
+    assert grown != before
+    projection.stop()
+
+    # Other tables, the same group: it looks up to date, and knows nothing of what was before.
+    shutil.rmtree(tmp_path / "data" / "clickhouse")
+    projection.start()
+    topics.write(log.take(story.decided[cut + 40 :], trouble=0.3))
+    projection.wait_caught_up()
+    lacking = "SELECT topic, partition, missing, whole_to, lag FROM freshness WHERE topic != 'instances'"
+
+    def short() -> dict[TopicPartition, int]:
+        found = projection.rows(lacking)
+        return {TopicPartition(row["topic"], row["partition"]): row["missing"] for row in found if row["missing"]}
+
+    wanted = {at: end for at, end in topics.ends().items() if at in stood and at.topic != "instances"}
+    eventually(lambda: short() == wanted, "every record to be missing, the new ones too: nobody knows what lies before")
+    assert all(row["whole_to"] == 0 for row in projection.rows(lacking) if row["missing"])
+    said = [json.loads(line) for line in projection.log.read_text().splitlines() if '"what_to_do"' in line]
+    assert {line["what_to_do"] for line in said} == {"tidegate replay projection --from earliest"}
+    assert {(line["topic"], line["partition"]) for line in said} >= set(wanted)
+    assert "tidegate replay projection --from earliest" in top(projection)
+
+    # A replay of what is there already does not help; what is said to help does, and the tables stay whole.
+    middle = str(min(stood.values()) // 2)
+    assert projection.replay("--from", middle).returncode == 0
+    assert short() == wanted
+    assert projection.replay("--from", "earliest").returncode == 0
+    eventually(lambda: not short(), "nothing to be missing")
+    check_runs(story, projection)
+    assert "tidegate replay" not in top(projection)
+    projection.stop()
+    projection.start()
+    topics.write(LogWriter(3, 2, 9).take(long_story(3).decided))
+    projection.wait_caught_up()
+    assert not short()
+
+
+def top(projection: ProjectionProcess) -> str:
+    """Return what `tidegate top` shows."""
+    environment = {**os.environ, "TIDEGATE_DATA_DIR": str(projection.data_dir), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "tidegate.cli", "top", "--once"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.feature("L4")

@@ -47,6 +47,7 @@ def found(wanted: list[Grant]) -> list[FoundGrant]:
         ("run-snapshots", "scheduler"),
         ("step-results", "executor"),
         ("gateway-runs", "gateway"),
+        ("gateway-figures", "gateway"),
     ],
 )
 def test_what_others_rest_on_has_one_writer(topics: list[Topic], topic: str, writer: str) -> None:

@@ -25,6 +25,10 @@ class NotReadyError(LiveViewError):
     """The live view is away or being restored: it may answer in a moment."""
 
 
+class RestoringError(NotReadyError):
+    """The live view is there and says that it, or another gateway that it asked, is being restored."""
+
+
 class UnknownRunError(LookupError):
     """The live view has no such run."""
 
@@ -82,7 +86,7 @@ def _refusal(error: urllib.error.HTTPError, url: str) -> Exception:
         return LiveViewError(f"{url} answers {error.code} {error.reason}: is it a gateway of Tidegate?")
     if code == "unknown_run":
         return UnknownRunError(message)
-    return NotReadyError(message) if error.code == http.HTTPStatus.SERVICE_UNAVAILABLE else LiveViewError(message)
+    return RestoringError(message) if error.code == http.HTTPStatus.SERVICE_UNAVAILABLE else LiveViewError(message)
 
 
 def _object(body: bytes, url: str) -> dict[str, Any]:

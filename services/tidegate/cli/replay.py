@@ -36,7 +36,7 @@ AWAY_S: Final = 120.0
 POLL_S: Final = 0.5
 STATE_TOPICS: Final = ("run-events", "gate-ledger", "run-snapshots", "gate-snapshots")
 OVER: Final = frozenset({"done", "failed", "cancelled"})
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_ANSWER = 1, 2, 3
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_ANSWER, EXIT_IN_PART = 1, 2, 3, 4
 
 app = typer.Typer(
     add_completion=False,
@@ -253,9 +253,11 @@ def state(
     """Fold the logs from their beginning and compare with the running owners' state, run by run.
 
     Owners write their state down with every checkpoint (TIDEGATE_CHECKPOINT_EVERY_S); the fold is compared with the last one.
-    Nothing is written, and nothing waits for it.
+    Nothing is written, and nothing waits for it. The command must be of the version that the owners run: states that another
+    version wrote in another format are compared only in that both know the run, and by its hash chain.
 
-    Exit codes: 0 nothing differs; 1 something does; 2 wrong usage, or the logs cannot be read.
+    Exit codes: 0 nothing differs; 1 something does; 2 wrong usage, or the logs cannot be read; 4 nothing differs as far as it
+    could be compared, because the owners are of another version.
     """
     wanted = [name.strip() for name in service.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in ("scheduler", "gate")]
@@ -307,9 +309,22 @@ def _show_state(reports: list[StateReport], as_json: bool) -> None:
                 seen = "no checkpoint yet: nothing to compare with"
             found = "equal" if report.ok else counted(report.difference_count, "difference")
             print(f"{report.log}-{report.partition}: {seen}{'' if report.read_from < 0 else f': {found}'}")
+            if report.in_part:
+                print(f"  {_other_version(report)}", file=sys.stderr)
             for one in report.differences:
                 print(f"  {one.unit} at offset {one.offset}: {one.why}", file=sys.stderr)
-    raise typer.Exit(0 if ok else EXIT_FAILED)
+    in_part = any(report.in_part for report in reports)
+    raise typer.Exit(EXIT_FAILED if not ok else EXIT_IN_PART if in_part else 0)
+
+
+def _other_version(report: StateReport) -> str:
+    """Return what is to be done about states that could be compared only in part."""
+    theirs = ", ".join(map(str, report.formats))
+    return (
+        f"{counted(report.in_part, 'state')} of snapshot format {theirs}, and this version writes {report.own_format}: only "
+        "whether the log knows them, and their hash chains, were compared. For the rest run the owners' own version, on "
+        "Kubernetes in one of their pods: kubectl exec POD -- tidegate replay state"
+    )
 
 
 def _fail(text: str, code: int) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -28,7 +28,7 @@ from tidegate.cli.endings import (
     explained,
     usage,
 )
-from tidegate.cli.live_view import URL_VARIABLE, LiveView, NotReadyError, UnknownRunError
+from tidegate.cli.live_view import URL_VARIABLE, LiveView, NotReadyError, RestoringError, UnknownRunError
 from tidegate.cli.wording import moment_ms
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
@@ -380,7 +380,7 @@ def list_(
     asked = {"status": ",".join(status or ()), "workflow": workflow, "account": account, "limit": limit}
     asked |= {"since_ms": _moment("--since", since), "until_ms": _moment("--until", until), "before": before}
     with explained("runs list"):
-        found = LiveView(url).runs({name: value for name, value in asked.items() if value})
+        found = _patiently(lambda: LiveView(url).runs({name: value for name, value in asked.items() if value}))
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
@@ -389,6 +389,26 @@ def list_(
             _notes.print(f"[dim]more with --before {escape(found['next'])}[/]")
     if found["partitions_missing"]:
         _notes.print(f"[yellow]no gateway answers for partitions {found['partitions_missing']}: runs are missing[/]")
+
+
+def _patiently(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what the live view answers; while it is being restored, ask again. Raises as the asking does."""
+    deadline = time.monotonic() + GATEWAY_AWAY_S
+    has_said = False
+    while True:
+        try:
+            return ask()
+        except RestoringError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not has_said:
+                _say_waiting(error)
+                has_said = True
+            time.sleep(RETRY_S)
+
+
+def _say_waiting(error: Exception) -> None:
+    _notes.print(f"{error} Waiting for it …", style="dim", markup=False)
 
 
 def _moment(option: str, text: str) -> int | None:
@@ -403,7 +423,7 @@ def _moment(option: str, text: str) -> int | None:
 def show(run_id: RunId, as_json: Json = False, url: Url = "") -> None:
     """Show how a run stands: its steps, its questions, its money."""
     with explained("runs show"):
-        found = LiveView(url).run(run_id, wait_s=NEW_RUN_S)
+        found = _patiently(lambda: LiveView(url).run(run_id, wait_s=NEW_RUN_S))
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
@@ -446,12 +466,13 @@ def _changes(view: LiveView, run_id: str, deadline: float | None) -> Iterator[di
         try:
             body = view.run(run_id, after_seq=seq, wait_s=wait_s)
         except (NotReadyError, UnknownRunError) as error:
-            # Known a moment ago, so the gateway that answers now is one that knows it not yet.
-            if not seq or (away_since and time.monotonic() - away_since > GATEWAY_AWAY_S):
+            # Known a moment ago, so the gateway that answers now is one that knows it not yet. Or it is there, and not whole yet.
+            is_hopeful = seq or isinstance(error, RestoringError)
+            if not is_hopeful or (away_since and time.monotonic() - away_since > GATEWAY_AWAY_S):
                 raise
             if away_since is None:
                 away_since = time.monotonic()
-                _notes.print(f"{error} Waiting for it …", style="dim", markup=False)
+                _say_waiting(error)
             time.sleep(RETRY_S)
         else:
             away_since = None

@@ -19,6 +19,10 @@ MAX_LINES: Final = 12
 DOLLAR_MICROS: Final = 1_000_000
 STALE_AFTER_S: Final = 30
 SILENT_AFTER_S: Final = 10
+MISSING: Final = (
+    "The tables lack records that the projection's group has passed, so all of this is too little. What brings them:\n"
+    "tidegate replay projection --from earliest"
+)
 
 Snapshot = dict[str, Any]
 
@@ -81,6 +85,7 @@ QUERIES: Final = {
         SELECT
             topic,
             sum(f.lag) AS lag,
+            sum(f.missing) AS missing,
             max(f.last_event_at) AS last_event,
             dateDiff('second', max(f.written_at), now()) AS written_s_ago
         FROM freshness AS f
@@ -230,13 +235,17 @@ def _executors(snapshot: Snapshot) -> Table:
     return _with_rest(table, snapshot["executors"])
 
 
-def _freshness(snapshot: Snapshot) -> Table:
-    table = _table("How old this is", "topic", "last event (UTC)", "records behind>", "written before>")
+def _freshness(snapshot: Snapshot) -> RenderableType:
+    columns = ("topic", "last event (UTC)", "records behind>", "missing>", "written before>")
+    table = _table("How old this is", *columns)
     for row in snapshot["freshness"]:
-        is_stale = row["written_s_ago"] > STALE_AFTER_S
-        last = str(row["last_event"] or "")
-        _add(table, row["topic"], last, str(row["lag"]), _age(row["written_s_ago"]), style="red" if is_stale else "")
-    return table
+        is_stale = row["written_s_ago"] > STALE_AFTER_S or row["missing"]
+        last, missing = str(row["last_event"] or ""), str(row["missing"] or "")
+        style = "red" if is_stale else ""
+        _add(table, row["topic"], last, str(row["lag"]), missing, _age(row["written_s_ago"]), style=style)
+    if not any(row["missing"] for row in snapshot["freshness"]):
+        return table
+    return Group(table, Text(MISSING, style="bold red"))
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -13,6 +13,7 @@ NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$"
 MAX_NAME_CHARACTERS = 64  # as the pattern says
 MAX_MICROS = 2**53  # of money in one number: beyond it JSON numbers lose precision in many languages
 DEFAULT_ACCOUNT = "default"
+NAMED_TOOL = "/tool:"  # in the id of a tool call's step, before the tool's name
 
 _run_id = re.compile(RUN_ID_PATTERN)
 _account = re.compile(ACCOUNT_PATTERN)
@@ -105,7 +106,18 @@ def tool_call_step(plan_step_id: str, tool: str, ordinal: int) -> str:
 
     Call ids that models make up are not used: they may be empty or repeated.
     """
-    return f"{plan_step_id}/tool:{tool}" if ordinal == 1 else f"{plan_step_id}/tool:{tool}#{ordinal}"
+    return f"{plan_step_id}{NAMED_TOOL}{tool}" if ordinal == 1 else f"{plan_step_id}{NAMED_TOOL}{tool}#{ordinal}"
+
+
+def function_in_step(step_id: str) -> str:
+    """Return the function that a step's id names itself: of an agent's tool call, or of a flow's call; else empty.
+
+    The ids of all other steps end in the name of their node, in the number of a visit or of a turn, or in `#` and an item's.
+    """
+    _, slash, last = step_id.rpartition("/")
+    if not slash or last.isdecimal() or last.startswith("#"):
+        return ""
+    return last.removeprefix("tool:").partition("#")[0]
 
 
 def entry_key(subject: str, first_seq: int, epoch: int) -> str:

@@ -3,6 +3,9 @@
 An owner publishes its state without being asked: every checkpoint writes each run as it is in the owner's memory, with the
 offset of the run's last entry. So folding up to that offset must give the same bytes, run by run. Nothing is written, and the
 owner notices nothing.
+
+Bytes of another version's snapshot format cannot be compared. Of those, what every format says is: whether the unit lives, whether
+the log has a valid entry there, and, where each unit has a hash chain of its own, the hash that it ends with.
 """
 
 from __future__ import annotations
@@ -39,7 +42,11 @@ class Difference(msgspec.Struct, kw_only=True):
 
 
 class StateReport(msgspec.Struct, kw_only=True):
-    """What was found in a partition. read_from: where its last checkpoint began; -1 if there is none to compare with."""
+    """What was found in a partition. read_from: where its last checkpoint began; -1 if there is none to compare with.
+
+    compared: states that were, in_part: of them those of other snapshot formats, of which only a part could be. formats: those
+    formats. own_format: the one that this version writes.
+    """
 
     log: str
     partition: int
@@ -47,6 +54,9 @@ class StateReport(msgspec.Struct, kw_only=True):
     read_from: int = -1
     entries: int = 0
     compared: int = 0
+    in_part: int = 0
+    formats: list[int] = []
+    own_format: int | None = None
     difference_count: int = 0
     differences: list[Difference] = []
 
@@ -169,8 +179,21 @@ class _Fold:
                 self._differs(state, f"the owner has {'something' if state.state else 'nothing'} of it, the log not so")
             return
         ours = machine.dump(folded, state.unit)
-        if ours != state.state and _normal(ours) != _normal(state.state):
+        if ours == state.state:
+            return
+        here, there = _format_of(ours), _format_of(state.state)
+        if here is not None and there is not None and here != there:
+            self._compare_in_part(state, here, there, ours)
+        elif _normal(ours) != _normal(state.state):
             self._differs(state, "the states differ", ours)
+
+    def _compare_in_part(self, state: UnitState, here: int, there: int, ours: bytes) -> None:
+        report = self._report
+        report.in_part += 1
+        report.own_format, report.formats = here, sorted({*report.formats, there})
+        machine, folded = self._part.machine, self._part.state
+        if machine.own_subject(folded) is None and machine.head(folded, state.unit)[1] not in state.state:
+            self._differs(state, "the owner's chain ends with another entry", ours)
 
     def _differs(self, state: UnitState, why: str, ours: bytes = b"") -> None:
         self._report.note(
@@ -183,6 +206,12 @@ class _Fold:
                 places=_places(state.state, ours),
             )
         )
+
+
+def _format_of(data: bytes) -> int | None:
+    """Return the snapshot format that a state begins with; None if it is no state."""
+    first = next(iter(_elements(_normal(data))), None)
+    return first if isinstance(first, int) else None
 
 
 def _places(one: bytes, other: bytes) -> list[int]:

@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
 from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
-from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, make_app, make_table
+from tidegate.gateway.faust_app import RUN_EVENTS, TABLES, GatewayApp, make_app, make_tables
 from tidegate.gateway.service import Gateway
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.gateway.web import Api
@@ -74,35 +74,34 @@ def _run_until(
     stop: threading.Event,
     health: Health,
 ) -> None:
-    topics = (RUN_EVENTS, GATEWAY_RUNS, "instances", "schemas")
+    topics = (RUN_EVENTS, *TABLES, "instances", "schemas")
     counts = wait_for_topics(broker, topics, process.broker_wait_s, stop)
-    group = _group(broker, counts)
+    source = _source(broker, counts)
     with _listen(settings) as listening:
-        asyncio.run(_serve(settings, kafka, broker, group, instance_id, listening, counts[RUN_EVENTS], stop, health))
+        asyncio.run(_serve(settings, kafka, broker, source, instance_id, listening, stop, health))
 
 
 async def _serve(
     settings: GatewaySettings,
     kafka: KafkaSettings,
     broker: KafkaBroker,
-    group: str,
+    source: _Source,
     instance_id: str,
     listening: socket.socket,
-    partition_count: int,
     stop: threading.Event,
     health: Health,
 ) -> None:
     """Run until the event is set. Raises EventLogError if the app fails."""
     url = f"http://{settings.advertised_host}:{listening.getsockname()[1]}"
-    app = make_app(kafka, group=group, instance_id=instance_id, listening=listening, advertised_url=url)
-    table = make_table(app, kafka.topic_prefix, partition_count)
+    app = make_app(kafka, group=source.group, instance_id=instance_id, listening=listening, advertised_url=url)
     gateway = Gateway(
         app,
-        table,
+        make_tables(app, kafka.topic_prefix, source.partition_count),
         broker,
-        committed=lambda: broker.committed(group, RUN_EVENTS),
+        committed=lambda: broker.committed(source.group, RUN_EVENTS),
         prefix=kafka.topic_prefix,
-        partition_count=partition_count,
+        log=source.log,
+        partition_count=source.partition_count,
         keep_minutes=settings.gateway_keep_h * 60,
     )
     Api(gateway, url)
@@ -224,20 +223,30 @@ def _listen(settings: GatewaySettings) -> socket.socket:
         ) from error
 
 
-def _group(broker: Broker, counts: dict[str, int]) -> str:
-    """Return the consumer group, whose committed offsets are as good as the topics they belong to.
+class _Source(NamedTuple):
+    """What is read: the id of `run-events`, its partitions, and the group whose committed offsets are good for it."""
 
-    Its name names both topics' ids: whoever deletes the changelog and makes it again has the view rebuilt from the start.
+    log: str
+    partition_count: int
+    group: str
+
+
+def _source(broker: Broker, counts: dict[str, int]) -> _Source:
+    """Return what is read. The group's committed offsets are as good as the topics they belong to.
+
+    Its name names all topics' ids: whoever deletes a changelog and makes it again has the view rebuilt from the start.
     Raises EventLogError if the topics do not fit together.
     """
-    if counts[RUN_EVENTS] != counts[GATEWAY_RUNS]:
-        raise EventLogError(
-            f"{GATEWAY_RUNS} has {counts[GATEWAY_RUNS]} partitions but {RUN_EVENTS} has {counts[RUN_EVENTS]}: delete "
-            f"{GATEWAY_RUNS} and create it anew with `tidegate topics apply`; it holds nothing that cannot be rebuilt"
-        )
-    found = broker.describe((RUN_EVENTS, GATEWAY_RUNS))
-    ids = f"{found[RUN_EVENTS].topic_id} {found[GATEWAY_RUNS].topic_id}"
-    return f"tidegate-gateway-{hashlib.sha256(ids.encode()).hexdigest()[:12]}"
+    for name in TABLES:
+        if counts[RUN_EVENTS] != counts[name]:
+            raise EventLogError(
+                f"{name} has {counts[name]} partitions but {RUN_EVENTS} has {counts[RUN_EVENTS]}: delete "
+                f"{name} and create it anew with `tidegate topics apply`; it holds nothing that cannot be rebuilt"
+            )
+    found = broker.describe((RUN_EVENTS, *TABLES))
+    ids = " ".join(found[name].topic_id for name in (RUN_EVENTS, *TABLES))
+    group = f"tidegate-gateway-{hashlib.sha256(ids.encode()).hexdigest()[:12]}"
+    return _Source(found[RUN_EVENTS].topic_id, counts[RUN_EVENTS], group)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Faust app, bent to our rules: declared topics only, our partitions, our socket, and a table that is guarded by `seq`.
+"""The Faust app, bent to our rules: declared topics only, our partitions, our socket, and tables whose rows know their age.
 
 Faust's own promises are not relied on (see the room's README): offsets are acknowledged by hand, after the rows that
 follow from them are, and what a changelog says is taken only if it is not older than what is known.
@@ -7,9 +7,9 @@ follow from them are, and what a changelog says is taken only if it is not older
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from socket import socket
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import faust
 import msgspec
@@ -25,23 +25,34 @@ from faust.web.drivers.aiohttp import Web
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.gateway.figures import Tally, partition_of_tally
 from tidegate.gateway.view import RunRow
 
 ROW_CODEC: Final = "tidegate-run-row"
+TALLY_CODEC: Final = "tidegate-tally"
 RUN_EVENTS: Final = "run-events"
 GATEWAY_RUNS: Final = "gateway-runs"
+GATEWAY_FIGURES: Final = "gateway-figures"
+TABLES: Final = (GATEWAY_RUNS, GATEWAY_FIGURES)
+STANDBYS: Final = 1  # gateways that keep a copy of each partition beside the one that owns it
 REQUEST_TIMEOUT_S: Final = 40.0
 
 _log = structlog.get_logger()
 
 
+class Row(Protocol):
+    """What a table of the view holds: something that knows which of two of its kind is the older one."""
+
+    def is_older_than(self, other: Any) -> bool: ...
+
+
 class _RowCodec(codecs.Codec):
     """Rows as JSON. A row that this version cannot read counts as none."""
 
-    def __init__(self) -> None:
+    def __init__(self, row_type: type[Row]) -> None:
         super().__init__()
         self._encoder = msgspec.json.Encoder()
-        self._decoder = msgspec.json.Decoder(RunRow)
+        self._decoder = msgspec.json.Decoder(row_type)
 
     def _dumps(self, obj: Any) -> bytes:
         return self._encoder.encode(obj)
@@ -54,13 +65,15 @@ class _RowCodec(codecs.Codec):
             return None
 
 
-codecs.register(ROW_CODEC, _RowCodec())
+codecs.register(ROW_CODEC, _RowCodec(RunRow))
+codecs.register(TALLY_CODEC, _RowCodec(Tally))
 
 
-class RunTable(faust.Table[str, RunRow]):
-    """Rows by run id, in memory and in a changelog whose partitions are those of `run-events`."""
+class ViewTable(faust.Table[str, Row]):
+    """Rows by key, in memory and in a changelog whose partitions are those of `run-events`."""
 
-    partition_count: int
+    row_type: type[Row]
+    partition_of_key: Callable[[str], int]
     unacknowledged: list[FutureMessage]
 
     def __post_init__(self) -> None:
@@ -68,8 +81,8 @@ class RunTable(faust.Table[str, RunRow]):
         self.unacknowledged = []
 
     def partition_for_key(self, key: Any) -> int:
-        """Return the run's partition, whatever event is being handled (Faust would take that event's)."""
-        return partition_of(key, self.partition_count)
+        """Return the key's partition, whatever event is being handled (Faust would take that event's)."""
+        return self.partition_of_key(key)
 
     def send_changelog(self, *args: Any, **options: Any) -> FutureMessage:
         """Send a change and remember it until somebody waits for all of them."""
@@ -82,16 +95,18 @@ class RunTable(faust.Table[str, RunRow]):
 
         The last record of a key need not be the newest: a worker that had lost the partition may have written it.
         """
-        newest: dict[str, RunRow | None] = {}
+        newest: dict[str, Row | None] = {}
         kept = []
         for event in batch:
-            run_id = cast(str, event.key)
-            row = cast(RunRow | None, event.value)
+            key = cast(str, event.key)
+            row = event.value
             if row is None and event.message.value is not None:
                 continue  # unreadable, and said so already
-            known = newest[run_id] if run_id in newest else self.data.get(run_id)
-            if row is None or known is None or row.seq >= known.seq:
-                newest[run_id] = row
+            if row is not None and not isinstance(row, self.row_type):
+                continue  # of the other table: what is left of a partition that is not ours any more, Faust hands to any table
+            known = newest[key] if key in newest else self.data.get(key)
+            if row is None or known is None or not row.is_older_than(known):
+                newest[key] = row
                 kept.append(event)
         super().apply_changelog_batch(kept)
 
@@ -168,6 +183,7 @@ def make_app(
         topic_allow_declare=False,
         topic_disable_leader=True,
         store="memory://",
+        table_standby_replicas=STANDBYS,
         stream_wait_empty=False,
         web_enabled=True,
         web_host=listening.getsockname()[0],
@@ -178,7 +194,7 @@ def make_app(
         web_router_enabled=False,
         web_tables_enabled=False,
         web_metrics_enabled=False,
-        Table=RunTable,
+        Table=ViewTable,
         TableManager=PromptTables,
         PartitionAssignor=RestartedAssignor,
         autodiscover=False,
@@ -187,23 +203,49 @@ def make_app(
     return app
 
 
-def make_table(app: GatewayApp, prefix: str, partition_count: int) -> RunTable:
-    """Return the app's table, whose changelog is the declared topic."""
+class ViewTables(NamedTuple):
+    """The tables of an app: rows of runs by run id, tallies by their keys."""
+
+    runs: ViewTable
+    figures: ViewTable
+
+
+def make_tables(app: GatewayApp, prefix: str, partition_count: int) -> ViewTables:
+    """Return the app's tables, whose changelogs are the declared topics."""
+
+    def of_run(run_id: str) -> int:
+        return partition_of(run_id, partition_count)
+
+    return ViewTables(
+        _make_table(app, prefix, GATEWAY_RUNS, partition_count, RunRow, ROW_CODEC, of_run),
+        _make_table(app, prefix, GATEWAY_FIGURES, partition_count, Tally, TALLY_CODEC, partition_of_tally),
+    )
+
+
+def _make_table(
+    app: GatewayApp,
+    prefix: str,
+    name: str,
+    partition_count: int,
+    row_type: type[Row],
+    codec: str,
+    partition_of_key: Callable[[str], int],
+) -> ViewTable:
     changelog = app.topic(
-        prefix + GATEWAY_RUNS,
+        prefix + name,
         key_type=str,
         key_serializer="raw",
-        value_serializer=ROW_CODEC,
+        value_serializer=codec,
         partitions=partition_count,
         internal=True,
         acks=False,
         allow_empty=True,
     )
-    table = app.Table(GATEWAY_RUNS, key_type=str, changelog_topic=changelog, partitions=partition_count)
-    assert isinstance(table, RunTable)  # noqa: S101 - the class that the app was given
+    table = app.Table(name, key_type=str, changelog_topic=changelog, partitions=partition_count)
+    assert isinstance(table, ViewTable)  # noqa: S101 - the class that the app was given
     table.key_serializer = "raw"
-    table.value_serializer = ROW_CODEC
-    table.partition_count = partition_count
+    table.value_serializer = codec
+    table.row_type, table.partition_of_key = row_type, partition_of_key
     return table
 
 

@@ -7,12 +7,12 @@ import contextlib
 import copy
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
 import structlog
 from faust import Stream
-from faust.types import EventT, StreamT
+from faust.types import TP, EventT, StreamT
 
 from tidegate import codec, metrics
 from tidegate.domain.identity import is_run_id, partition_of
@@ -20,8 +20,9 @@ from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, Offsets
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.failpoints import failpoint
-from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, GatewayApp, RunTable
-from tidegate.gateway.view import LiveView, PartitionReader, RunRow
+from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, TABLES, GatewayApp, ViewTable, ViewTables
+from tidegate.gateway.figures import Tally, partition_of_tally
+from tidegate.gateway.view import Changed, LiveView, PartitionReader, RunRow
 
 SCHEMAS: Final = "schemas"
 MAX_BATCH: Final = 1000
@@ -54,25 +55,30 @@ class Gateway:
     def __init__(
         self,
         app: GatewayApp,
-        table: RunTable,
+        tables: ViewTables,
         broker: Broker,
         committed: Callable[[], Mapping[int, int]],
         *,
         prefix: str,
+        log: str,
         partition_count: int,
         keep_minutes: int,
     ) -> None:
-        """Wire the parts into the app; nothing is started. `committed` returns how far our group is, by partition; may block."""
+        """Wire the parts into the app; nothing is started. `committed` returns how far our group is, by partition; may block.
+
+        log: the id of the topic `run-events`.
+        """
         self.app = app
-        self.view = LiveView(keep_minutes=keep_minutes)
+        self.view = LiveView(log=log, keep_minutes=keep_minutes)
         self.counters = Counters()
         self._counted = Counters()
         self.owned: frozenset[int] = frozenset()
         self.partition_count = partition_count
-        self._table = table
+        self._tables = tables
         self._broker = broker
         self._committed = committed
         self._prefix = prefix
+        self._log_id = log
         self._keep_minutes = keep_minutes
         self._readers: dict[int, PartitionReader] = {}
         self._begins: dict[int, int] = {}
@@ -87,7 +93,7 @@ class Gateway:
         app.agent(topic, name=RUN_EVENTS, concurrency=1)(self._consume)
         app.on_partitions_revoked.connect(self._revoked, weak=False)
         app.on_partitions_assigned.connect(self._assigned, weak=False)
-        table.on_recover(self._recovered)
+        tables.runs.on_recover(self._recovered)
 
     # -- who owns what -------------------------------------------------------------------
 
@@ -113,11 +119,11 @@ class Gateway:
         self._readers.clear()
 
     async def _recovered(self) -> None:
-        """The table holds what the changelog says of our partitions: make the view of it."""
-        changelog = self._prefix + GATEWAY_RUNS
-        owned = frozenset(tp.partition for tp in self.app.assignor.assigned_actives() if tp.topic == changelog)
-        rows = [row for row in self._table.values() if self.partition_of(row.run_id) in owned]
-        self.view = LiveView(rows, self._keep_minutes)
+        """The tables hold what the changelogs say of our partitions: make the view of it."""
+        owned = self._assigned_to_us(self.app.assignor.assigned_actives())
+        rows = [row for row in self._tables.runs.values() if self.partition_of(row.run_id) in owned]
+        tallies = [tally for key, tally in self._tables.figures.items() if partition_of_tally(key) in owned]
+        self.view = LiveView(rows, tallies, log=self._log_id, keep_minutes=self._keep_minutes)
         generation = self._generation
         failpoint("gateway.after-restore")
         begins = await asyncio.to_thread(self._committed)
@@ -127,6 +133,17 @@ class Gateway:
         self._begins = {partition: max(there.start, begins.get(partition, 0)) for partition, there in targets.items()}
         self._targets, self.owned, self._is_restored = targets, owned, True
         _log.info("restored", partitions=sorted(owned), runs=len(rows))
+
+    def _assigned_to_us(self, assigned: Iterable[TP]) -> frozenset[int]:
+        """Return the partitions of which both changelogs are among the assigned ones."""
+        changelogs = {self._prefix + name for name in TABLES}
+        found = {tp for tp in assigned if tp.topic in changelogs}
+        return frozenset(tp.partition for tp in found if all(TP(name, tp.partition) in found for name in changelogs))
+
+    @property
+    def standby(self) -> frozenset[int]:
+        """The partitions of which we keep a copy for another gateway."""
+        return self._assigned_to_us(self.app.assignor.assigned_standbys())
 
     def _ends(self, owned: frozenset[int]) -> dict[int, Offsets]:
         return {partition: self._broker.offsets(RUN_EVENTS, partition) for partition in owned}
@@ -152,6 +169,8 @@ class Gateway:
         metrics.gateway_unreadable.inc(counters.unreadable - seen.unreadable)
         self._counted = copy.copy(counters)
         metrics.gateway_runs.set(len(self.view.rows))
+        metrics.gateway_tallies.set(len(self.view.tallies.rows))
+        metrics.gateway_standby_partitions.set(len(self.standby))
         metrics.gateway_partitions.set(len(self.owned))
         metrics.gateway_restore_lag.set(self.lag() or 0)
 
@@ -202,23 +221,29 @@ class Gateway:
         if generation != self._generation:
             return []  # the partitions were given out afresh meanwhile: all of this is read again
         failpoint("gateway.before-fold")
-        changed: dict[str, RunRow] = {}
+        rows: dict[str, RunRow] = {}
+        tallies: dict[str, Tally] = {}
         for record in records:
-            row = self._take(record)
-            if row is not None:
-                changed[row.run_id] = row
-        for run_id, row in changed.items():
-            self._table[run_id] = row
+            changed = self._take(record)
+            if changed is not None:
+                if changed.row is not None:
+                    rows[changed.row.run_id] = changed.row
+                tallies |= {tally.key: tally for tally in changed.tallies}
+        for run_id, row in rows.items():
+            self._tables.runs[run_id] = row
+        for key, tally in tallies.items():
+            self._tables.figures[key] = tally
         failpoint("gateway.before-changelog-acks")
         await self._acknowledged()
         failpoint("gateway.after-changelog-acks")
-        self._wake(changed)
+        self._wake(rows)
         return events
 
     async def _acknowledged(self) -> None:
-        """Wait until the changelog has everything that was sent to it."""
-        sent, self._table.unacknowledged = self._table.unacknowledged, []
-        await asyncio.gather(*sent)
+        """Wait until the changelogs have everything that was sent to them."""
+        for table in self._tables:
+            sent, table.unacknowledged = table.unacknowledged, []
+            await asyncio.gather(*sent)
 
     async def _without_gaps(self, given: list[Record]) -> list[Record]:
         """Return the records, and those in between that the log has and Faust did not give us.
@@ -259,8 +284,8 @@ class Gateway:
 
     # -- 2. fold ---------------------------------------------------------------------------
 
-    def _take(self, message: Record) -> RunRow | None:
-        """Return the row that a record changed."""
+    def _take(self, message: Record) -> Changed | None:
+        """Return what a record changed; None if it is no entry that counts."""
         reader = self._readers[message.partition]
         void_before = reader.void_count
         try:
@@ -279,10 +304,10 @@ class Gateway:
         if entry is None:
             return None
         self.counters.entries += 1
-        row = self.view.take(entry)
-        if row is None:
+        changed = self.view.take(entry, message.partition, message.offset)
+        if changed.row is None and not changed.tallies:
             self.counters.known += 1
-        return row
+        return changed
 
     def _decoded(self, reader: PartitionReader, offset: int, value: bytes | None) -> Any:
         try:
@@ -327,19 +352,30 @@ class Gateway:
                     future.set_result(None)
 
     async def evict_forever(self) -> None:
-        """Forget runs that are over for longer than the view keeps them, here and in the changelog."""
+        """Forget runs and hours that are over for longer than the view keeps them, here and in the changelogs."""
         while True:
             await asyncio.sleep(EVICT_EVERY_S)
-            outdated = [
-                run_id
-                for run_id in self.view.outdated(time.time_ns() // 1_000_000)
-                if self.partition_of(run_id) in self.owned
-            ]
-            for run_id in outdated:
-                self.view.forget(run_id)
-                self._table.pop(run_id, None)
-            if outdated:
-                _log.info("forgotten", runs=len(outdated))
+            now_ms = time.time_ns() // 1_000_000
+            runs = self._evict(self.view.outdated(now_ms), self.partition_of, self.view.forget, self._tables.runs)
+            tallies = self._evict(
+                self.view.outdated_tallies(now_ms), partition_of_tally, self.view.tallies.forget, self._tables.figures
+            )
+            if runs or tallies:
+                _log.info("forgotten", runs=runs, tallies=tallies)
+
+    def _evict(
+        self,
+        outdated: list[str],
+        partition_of_key: Callable[[str], int],
+        forget: Callable[[str], None],
+        table: ViewTable,
+    ) -> int:
+        """Forget what is ours of the outdated keys; return how many those are."""
+        ours = [key for key in outdated if partition_of_key(key) in self.owned]
+        for key in ours:
+            forget(key)
+            table.pop(key, None)
+        return len(ours)
 
 
 def _has_gap(expected: int, records: list[Record]) -> bool:

@@ -1,14 +1,13 @@
-"""The live view, folded: a status row per run, and what accounts spent per minute. Pure.
+"""The live view, folded: a status row per run, and beside them the tallies of `figures.py`. Pure.
 
 A row is guarded by `seq`: an entry that the row already holds changes nothing, so reading any part of the log again is
-harmless. What a run spent per minute is part of its row and stands under the same guard; the windows of an account are
-sums over the rows of its runs and are never stored.
+harmless.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -17,13 +16,12 @@ from tidegate.domain import run_events as ev
 from tidegate.domain import states
 from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
+from tidegate.gateway.figures import MAX_SPENT, MINUTE_MS, Tallies, Tally, learn
 
-MINUTE_MS: Final = 60_000
 DEFAULT_KEEP_MINUTES: Final = 24 * 60
 MAX_STEP_LINES: Final = 64
 MAX_OUTPUT_CHARS: Final = 4096
 MAX_TEXT_CHARS: Final = 1024
-MAX_SPENT: Final = 2**63 - 1  # what a changelog can hold; no honest run gets there
 
 
 class StepLine(msgspec.Struct, array_like=True):
@@ -71,7 +69,7 @@ class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: as in `domain.states`; `absent` if only refused commands named the run. Counts of steps are exact; `steps` has
     a line for at most MAX_STEP_LINES of them, and leaves out finished ones first; so has `waits`, of which `waiting_count` is the
     true number. output: JSON text, cut to
-    MAX_OUTPUT_CHARS (`output_cut`). minutes: minute since the epoch -> micro-dollars spent in it, of the time that is kept.
+    MAX_OUTPUT_CHARS (`output_cut`). functions: what its nodes call, as `figures.learn` notes it.
     incomplete: earlier entries are missing, so that what is summed up may be too little.
     """
 
@@ -100,7 +98,11 @@ class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
     updated_ms: int = 0
     budget_micros: int | None = None
     spent_micros: int = 0
-    minutes: dict[int, int] = {}
+    functions: dict[str, str] = {}
+
+    def is_older_than(self, other: RunRow) -> bool:
+        """Tell whether the other one has more of the run's entries."""
+        return self.seq < other.seq
 
     @property
     def is_over(self) -> bool:
@@ -113,7 +115,7 @@ class RunRow(msgspec.Struct, kw_only=True, omit_defaults=True):
         return self.paused and not self.is_over
 
 
-def apply(row: RunRow, entry: Entry, keep_minutes: int = DEFAULT_KEEP_MINUTES) -> bool:
+def apply(row: RunRow, entry: Entry) -> bool:
     """Fold an entry into its run's row, in place. Returns False, and changes nothing, if the row holds it already.
 
     Never raises: a view of a log that cannot be explained shows what it can, and says that it is `incomplete`.
@@ -122,12 +124,12 @@ def apply(row: RunRow, entry: Entry, keep_minutes: int = DEFAULT_KEEP_MINUTES) -
         return False
     row.incomplete |= entry.first_seq != row.seq + 1
     for event in entry.events:
-        apply_event(row, event, entry.now_ms, keep_minutes)
+        apply_event(row, event, entry.now_ms)
     row.account = entry.account or row.account
     return True
 
 
-def apply_event(row: RunRow, event: Any, now_ms: int, keep_minutes: int = DEFAULT_KEEP_MINUTES) -> None:
+def apply_event(row: RunRow, event: Any, now_ms: int) -> None:
     """Fold the event that follows on the row's seq. Events of types that this version does not know only count."""
     row.seq += 1
     row.updated_ms = now_ms
@@ -136,15 +138,7 @@ def apply_event(row: RunRow, event: Any, now_ms: int, keep_minutes: int = DEFAUL
         handler(row, event, now_ms)
     micros = getattr(event, "actual_micros", 0)
     if micros > 0:
-        _spend(row, micros, now_ms // MINUTE_MS, keep_minutes)
-
-
-def _spend(row: RunRow, micros: int, minute: int, keep_minutes: int) -> None:
-    row.spent_micros = min(row.spent_micros + micros, MAX_SPENT)
-    if minute not in row.minutes:
-        oldest = max(minute, *row.minutes) - keep_minutes if row.minutes else minute
-        row.minutes = {known: spent for known, spent in row.minutes.items() if known > oldest}
-    row.minutes[minute] = min(row.minutes.get(minute, 0) + micros, MAX_SPENT)
+        row.spent_micros = min(row.spent_micros + micros, MAX_SPENT)
 
 
 def _cut(text: str) -> str:
@@ -365,73 +359,59 @@ _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
 }
 
 
-# --- windows of spend ---------------------------------------------------------------------------------------------------
+# --- rows and tallies ---------------------------------------------------------------------------------------------------
 
 
-class SpendWindows:
-    """What accounts spent per minute: the sums of `minutes` over rows. Made of rows, and kept up with their changes."""
+class Changed(NamedTuple):
+    """What an entry changed: its run's row, if it was not known, and tallies."""
 
-    def __init__(self, rows: Iterable[RunRow] = ()) -> None:
-        self._accounts: dict[str, dict[int, int]] = {}
-        for row in rows:
-            self.add(row)
-
-    def add(self, row: RunRow, sign: int = 1) -> None:
-        """Add what a row says to its account's windows; with `sign` -1 take it out again, before the row changes."""
-        if not row.minutes:
-            return
-        windows = self._accounts.setdefault(row.account, {})
-        for minute, micros in row.minutes.items():
-            left = windows.get(minute, 0) + sign * micros
-            if left:
-                windows[minute] = left
-            else:
-                windows.pop(minute, None)
-
-    def accounts(self, account: str = "", since_minute: int = 0) -> dict[str, dict[int, int]]:
-        """Return account -> minute -> micro-dollars, of an account and all below it (or of all), from a minute on."""
-        found = {}
-        for name, windows in self._accounts.items():
-            if not account or name == account or name.startswith(f"{account}/"):
-                recent = {minute: windows[minute] for minute in sorted(windows) if minute >= since_minute}
-                if recent:
-                    found[name] = recent
-        return found
+    row: RunRow | None
+    tallies: list[Tally]
 
 
 class LiveView:
-    """Rows by run id and the windows that follow from them, kept together."""
+    """Rows by run id, and tallies, of the partitions that are ours."""
 
-    def __init__(self, rows: Iterable[RunRow] = (), keep_minutes: int = DEFAULT_KEEP_MINUTES) -> None:
+    def __init__(
+        self,
+        rows: Iterable[RunRow] = (),
+        tallies: Iterable[Tally] = (),
+        *,
+        log: str = "",
+        keep_minutes: int = DEFAULT_KEEP_MINUTES,
+    ) -> None:
+        """`log`: id of the topic that is read; tallies of another one are left out."""
         self.rows = {row.run_id: row for row in rows}
-        self.windows = SpendWindows(self.rows.values())
+        self.tallies = Tallies(tallies, log)
         self._keep_minutes = keep_minutes
 
-    def take(self, entry: Entry) -> RunRow | None:
-        """Fold an entry; return the row that changed, None if the entry was known."""
+    def take(self, entry: Entry, partition: int, offset: int) -> Changed:
+        """Fold the entry of an offset. What is known of it already, by its row or by a tally, is not counted there again."""
         row = self.rows.get(entry.subject) or RunRow(run_id=entry.subject)
-        self.windows.add(row, -1)
-        has_changed = apply(row, entry, self._keep_minutes)
-        self.windows.add(row)
-        if not has_changed:
-            return None
-        self.rows[row.run_id] = row
-        return row
+        # Whether the row holds the entry or not: rows of an earlier version have no notes.
+        has_learned = learn(row.functions, entry.events)
+        is_new = apply(row, entry)
+        if is_new:
+            self.rows[row.run_id] = row
+        tallies = self.tallies.take(entry, row.functions, partition, offset)
+        return Changed(row if is_new or (has_learned and row.seq) else None, tallies)
 
     def forget(self, run_id: str) -> None:
-        """Remove a row, and with it what it says about windows."""
-        row = self.rows.pop(run_id, None)
-        if row is not None:
-            self.windows.add(row, -1)
+        """Remove a row."""
+        self.rows.pop(run_id, None)
 
     def outdated(self, now_ms: int) -> list[str]:
-        """Return the runs that are over, or never were, and have not changed for as long as windows are kept."""
+        """Return the runs that are over, or never were, and have not changed for as long as they are kept."""
         since_ms = now_ms - self._keep_minutes * MINUTE_MS
         return [
             row.run_id
             for row in self.rows.values()
             if row.updated_ms < since_ms and (row.is_over or row.status == states.ABSENT)
         ]
+
+    def outdated_tallies(self, now_ms: int) -> list[str]:
+        """Return the keys of tallies of hours that are over for as long as they are kept."""
+        return self.tallies.outdated(now_ms // MINUTE_MS - self._keep_minutes)
 
 
 # --- the log ------------------------------------------------------------------------------------------------------------

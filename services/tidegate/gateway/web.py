@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
 from faust.web import Request, Response, View
 
 from tidegate import metrics
+from tidegate.gateway.figures import ACCOUNT, FIELDS, MINUTE_MS, Figures, Name, Tally, is_at_or_below
 from tidegate.gateway.service import Gateway
-from tidegate.gateway.view import MINUTE_MS, RunRow
+from tidegate.gateway.view import RunRow
 
 PAUSED: Final = "paused"  # no status, but people look for it as for one
 DEFAULT_LIMIT: Final = 50
@@ -23,6 +25,8 @@ LATEST_MS: Final = 2**62
 MAX_WAIT_S: Final = 30.0
 PEER_TIMEOUT_S: Final = 5.0
 LOCAL: Final = "local"
+MAX_MINUTES: Final = 31 * 24 * 60
+WINDOW_MINUTES: Final = (5, 60, 24 * 60)
 
 _Handler = Callable[..., Awaitable[Response]]
 _encoder = msgspec.json.Encoder()
@@ -45,6 +49,10 @@ class Api:
             ("/v1/runs", self._when_ready(self._runs)),
             ("/v1/runs/{run_id}", self._when_ready(self._run)),
             ("/v1/spend", self._when_ready(self._spend)),
+            ("/v1/accounts", self._when_ready(self._accounts)),
+            ("/v1/accounts/{account:.+}", self._when_ready(self._accounts)),
+            ("/v1/functions", self._when_ready(self._functions)),
+            ("/v1/functions/{function}", self._when_ready(self._functions)),
         ):
             page(path, name=path)(_handler(path, handler))
 
@@ -56,7 +64,9 @@ class Api:
         body = {
             "ready": self._gateway.is_ready,
             "partitions": sorted(gateway.owned),
+            "standby": sorted(gateway.standby),
             "runs": len(gateway.view.rows),
+            "tallies": len(gateway.view.tallies.rows),
             "lag": gateway.lag(),
             **vars(gateway.counters),
         }
@@ -97,11 +107,12 @@ class Api:
     async def _spend(self, view: View, request: Request) -> Response:
         """What an account and all below it spent, per minute."""
         query = request.query
-        minutes = _whole(query, "minutes", 24 * 60, 1, 31 * 24 * 60)
+        minutes = _whole(query, "minutes", 24 * 60, 1, MAX_MINUTES)
         since = time.time_ns() // 1_000_000 // MINUTE_MS - minutes + 1
         if "since_ms" in query:
             since = _whole(query, "since_ms", 0, 0, 2**62) // MINUTE_MS
-        spent = self._gateway.view.windows.accounts(query.get("account", ""), since)
+        path = query.get("account", "")
+        spent = self._gateway.view.tallies.spent(lambda tally: is_at_or_below(tally.name, path), since)
         answers, missing = await self._ask_peers("/v1/spend", {**query, "since_ms": str(since * MINUTE_MS)})
         for answer in answers:
             for account in answer["accounts"]:
@@ -110,6 +121,42 @@ class Api:
                     minute = window["start_ms"] // MINUTE_MS
                     windows[minute] = windows.get(minute, 0) + window["micros"]
         return _json(view, 200, {**spend_body(spent, since), "partitions_missing": missing})
+
+    async def _accounts(self, view: View, request: Request, account: str = "") -> Response:
+        """What accounts did in the last minutes: one and all below it, or all."""
+
+        def fits(tally: Tally) -> bool:
+            return tally.kind == ACCOUNT and is_at_or_below(tally.name, account)
+
+        return await self._figures(view, request, "accounts", account, fits)
+
+    async def _functions(self, view: View, request: Request, function: str = "") -> Response:
+        """What functions did in the last minutes: one, or all; of one kind if the query names it."""
+        kind = request.query.get("kind", "")
+
+        def fits(tally: Tally) -> bool:
+            return tally.kind != ACCOUNT and function in ("", tally.name) and kind in ("", tally.kind)
+
+        return await self._figures(view, request, "functions", function, fits)
+
+    async def _figures(
+        self, view: View, request: Request, what: str, name: str, fits: Callable[[Tally], bool]
+    ) -> Response:
+        """Answer with the sums of windows that end with a minute: this one, or that of `until_ms`."""
+        query = request.query
+        minutes = _whole(query, "minutes", 0, 1, MAX_MINUTES)
+        sizes = (minutes,) if minutes else WINDOW_MINUTES
+        until = _whole(query, "until_ms", time.time_ns() // 1_000_000, 0, LATEST_MS) // MINUTE_MS
+        found = self._gateway.view.tallies.windows(fits, sizes, until)
+        answers, missing = await self._ask_peers(f"/v1/{what}", {**query, "until_ms": str(until * MINUTE_MS)}, name)
+        for answer in answers:
+            for row in answer[what]:
+                sums = found.setdefault(Name(row["kind"], row["name"]), [Figures() for _ in sizes])
+                for sum_, window in zip(sums, row["windows"], strict=True):
+                    sum_.add(Figures(*(window[field] for field in FIELDS)))
+        if name and not found and not missing and query.get("scope") != LOCAL:
+            return _error(view, 404, "nothing_counted", f"the live view has counted nothing of {name} in that time")
+        return _json(view, 200, {**figures_body(what, found, sizes, until), "partitions_missing": missing})
 
     def _when_ready(self, handler: _Handler) -> _Handler:
         """Return the handler, but no half answers while the view is being restored."""
@@ -140,8 +187,10 @@ class Api:
             )
         return view.bytes(body, content_type="application/json", status=status)
 
-    async def _ask_peers(self, path: str, query: Mapping[str, str]) -> tuple[list[Any], list[int]]:
-        """Return the other gateways' answers, and the partitions that nobody answered for."""
+    async def _ask_peers(self, path: str, query: Mapping[str, str], name: str = "") -> tuple[list[Any], list[int]]:
+        """Return the other gateways' answers about all, or one name, and the partitions that nobody answered for."""
+        if name:
+            path = f"{path}/{quote(name)}"
         gateway = self._gateway
         if query.get("scope") == LOCAL:
             return [], []
@@ -224,7 +273,7 @@ def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list
         return (
             (row.status in wanted or (row.is_paused and PAUSED in wanted) if wanted else row.status != "absent")
             and (not workflow or row.workflow == workflow or row.workflow.startswith(f"{workflow}@"))
-            and (not account or row.account == account or row.account.startswith(f"{account}/"))
+            and is_at_or_below(row.account, account)
             and since_ms <= row.started_ms < until_ms
             and (before is None or (row.started_ms, row.run_id) < before)
         )
@@ -291,6 +340,35 @@ def run_body(row: RunRow) -> dict[str, Any]:
                 "waits_for": line.waits_for,
             }
             for step_id, line in row.steps.items()
+        ],
+    }
+
+
+def figures_body(
+    what: str, found: Mapping[Name, Sequence[Figures]], sizes: Sequence[int], until_minute: int
+) -> dict[str, Any]:
+    """Return windows of figures, those of all together first. error_rate: null where no attempt ended."""
+    total = [Figures() for _ in sizes]
+    for sums in found.values():
+        for sum_, one in zip(total, sums, strict=True):
+            sum_.add(one)
+
+    def windows(sums: Sequence[Figures]) -> list[dict[str, Any]]:
+        return [
+            {
+                "minutes": size,
+                "start_ms": (until_minute - size + 1) * MINUTE_MS,
+                **{field: getattr(one, field) for field in FIELDS},
+                "error_rate": one.errors / one.attempts if one.attempts else None,
+            }
+            for size, one in zip(sizes, sums, strict=True)
+        ]
+
+    return {
+        "until_ms": (until_minute + 1) * MINUTE_MS,
+        "total": windows(total),
+        what: [
+            {"kind": kind, "name": name, "windows": windows(found[Name(kind, name)])} for kind, name in sorted(found)
         ],
     }
 

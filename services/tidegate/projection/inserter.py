@@ -15,7 +15,7 @@ import structlog
 
 from tidegate.eventlog.interface import TopicPartition
 from tidegate.failpoints import failpoint
-from tidegate.projection.rows import Row
+from tidegate.projection.rows import Reach, Row
 from tidegate.projection.store import Store, StoreError
 
 FIRST_RETRY_S: Final = 0.1
@@ -25,15 +25,30 @@ _log = structlog.get_logger()
 
 
 class Batch:
-    """Rows by table, and the next offset of every partition that they bring us to."""
+    """Rows by table, and the next offset of every partition that they bring us to.
 
-    __slots__ = ("began_s", "byte_count", "last_event_ms", "positions", "row_count", "tables", "urgent")
+    reach: of the partitions whose freshness it tells. whole_to: once it is inserted, up to where the tables lack nothing of them.
+    """
+
+    __slots__ = (
+        "began_s",
+        "byte_count",
+        "last_event_ms",
+        "positions",
+        "reach",
+        "row_count",
+        "tables",
+        "urgent",
+        "whole_to",
+    )
 
     def __init__(self, began_s: float) -> None:
         self.began_s = began_s
         self.tables: dict[str, list[Row]] = {}
         self.positions: dict[TopicPartition, int] = {}
         self.last_event_ms: dict[TopicPartition, int] = {}
+        self.reach: dict[TopicPartition, Reach] = {}
+        self.whole_to: dict[TopicPartition, int] = {}
         self.row_count = 0
         self.byte_count = 0
         self.urgent = False
@@ -130,11 +145,14 @@ class Inserter:
 
     def _insert_until_done(self, batch: Batch) -> None:
         failpoint("projection.before-insert")
-        if self._try_until_done(lambda: self._opened().insert(batch.tables)):
+        if self._try_until_done(lambda: self._insert(batch)):
             failpoint("projection.after-insert")
             with self._lock:
                 self._batch, self._done = None, batch
                 self._lock.notify_all()
+
+    def _insert(self, batch: Batch) -> None:
+        batch.whole_to = self._opened().insert(batch.tables, batch.reach)
 
     def _opened(self) -> Store:
         if self._store is None:

@@ -92,6 +92,7 @@ class Progress(msgspec.Struct, kw_only=True):
     request: ReplayRequest
     phase: str = PREPARE
     tables: list[str] = []
+    starts: dict[str, int] = {}  # where reading began, if all tables are replaced
     positions: dict[str, int] = {}
     ends: dict[str, int] = {}
     in_place: dict[str, str] = {}  # table -> UUID that it had before the exchange
@@ -213,6 +214,7 @@ class Replay:
             sources = set(TOPIC_OF)
         self.progress.tables = wanted
         self.progress.positions = self._starts({TOPIC_OF[source] for source in sources})
+        self.progress.starts = dict(self.progress.positions) if set(wanted) == lineage.keys() else {}
         return sources
 
     def _starts(self, topics: set[str]) -> dict[str, int]:
@@ -335,7 +337,19 @@ class Replay:
         """Read what was written since: before the exchange its rows went to the old tables."""
         failpoint("replay.catch-up")
         self._read_to_end(self._parts.database)
+        self._note_whole()
         self._go_on(CLEAN)
+
+    def _note_whole(self) -> None:
+        """Write down what the tables lack no more: all that was read, where nothing was missing before it."""
+        store, found = self._live(), {}
+        known = store.whole_to()
+        for at, offset in self._positions().items():
+            start = self.progress.starts.get(_name(at))
+            if start is not None:
+                reach = rows.Reach(start, self._parts.broker.offsets(at.topic, at.partition).start)
+                found[at] = reach.whole_to(known.get(at, 0), offset)
+        store.note_whole(found)
 
     def _clean(self) -> None:
         self._drop_shadow()

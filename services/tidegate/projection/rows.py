@@ -7,7 +7,7 @@ hot path of a rebuild.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -23,6 +23,20 @@ INSTANCES: Final = "instance_facts"
 DEAD_LETTERS: Final = "dead_letter_facts"
 UNREADABLE: Final = "unreadable_facts"
 FRESHNESS: Final = "freshness_facts"
+WHOLE: Final = "whole_facts"
+
+
+class Reach(NamedTuple):
+    """What a process has of a partition: everything from `since` on. log_start: what lies before is in no log any more."""
+
+    since: int
+    log_start: int
+
+    def whole_to(self, known: int, next_offset: int) -> int:
+        """Return up to where tables lack nothing that lacked nothing up to `known`, and have got what we have."""
+        known = max(known, self.log_start)
+        return max(known, next_offset) if self.since <= known else known
+
 
 LATEST_MS: Final = 4_102_444_800_000  # the year 2100
 INSERT_FORMAT: Final = "JSONCompactEachRow"
@@ -97,7 +111,8 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
         "at_ms",
     ),
     UNREADABLE: ("topic", "partition", "offset", "reason", "size", "at_ms"),
-    FRESHNESS: ("topic", "partition", "next_offset", "end_offset", "last_event_ms", "written_ms"),
+    FRESHNESS: ("topic", "partition", "next_offset", "end_offset", "last_event_ms", "written_ms", "whole_to"),
+    WHOLE: ("topic", "partition", "whole_to"),
 }
 
 _encoder: Final = msgspec.json.Encoder()

@@ -150,7 +150,9 @@ MEANINGS: Final = {
     "limit_micros": "the most that may be spent in it; null for no limit of money",
     "log_partition": "partition of `run-events`",
     "model": "the model that the call names; empty for none",
-    "next_offset": "everything below it is in the tables",
+    "missing": "offsets that the group has passed and that the tables never got; `tidegate replay projection --from earliest` "
+    "fills them in",
+    "next_offset": "where the projection reads on; everything below it is in the tables, unless something is `missing`",
     "nodes": "the nodes that it adds; of a plan, the steps of its calls",
     "node_id": "node of the workflow that it is an instance of",
     "offset": "offset of the record",
@@ -212,6 +214,7 @@ MEANINGS: Final = {
     "waiting": "attempts that wait for a slot",
     "waits_for": "approval, answer, event, time, retry, resume, budget, limit, executor, function, run or gate",
     "wave": "longest distance from the start of the run",
+    "whole_to": "everything below it is in the tables",
     "why": "`policy`, `outcome_unknown` (nobody knows if it had its effect) or `change` (of the run's graph)",
     "workflow": "name of the workflow; of an agent that runs alone `agent:NAME`",
     "written_at": "when the projection wrote this, by its own clock",

@@ -25,6 +25,7 @@ INSTANCES: Final = "instances"
 DEAD_LETTERS: Final = "dead-letters"
 TOPICS: Final = (RUN_EVENTS, GATE_LEDGER, INSTANCES, DEAD_LETTERS)
 SCHEMAS: Final = "schemas"
+FILL_UP: Final = "tidegate replay projection --from earliest"
 
 MAX_POLL: Final = 5_000
 IDLE_POLL_S: Final = 0.25
@@ -144,6 +145,8 @@ class Projection:
         self.turns = 0
         self._has_joined = False
         self._inserted: dict[TopicPartition, int] = {}  # and committed
+        self._reach: dict[TopicPartition, rows.Reach] = {}
+        self._missing: dict[TopicPartition, int] = {}
         self._counted = copy.copy(self.counters)
         self._measure_due_s = monotonic_s()
 
@@ -218,9 +221,25 @@ class Projection:
         failpoint("projection.before-commit")
         self._subscription.commit(done.positions)
         self._inserted.update(done.positions)
+        self._note_missing(done)
         if not self._is_shadow:
             metrics.projection_insert_seconds.observe(now_s - self._submitted_s)
         failpoint("projection.after-commit")
+
+    def _note_missing(self, done: Batch) -> None:
+        """Say it, once, if the tables lack records that the group has passed: nothing will bring them by itself."""
+        for row in done.tables.get(rows.FRESHNESS, ()):
+            at, next_offset = TopicPartition(row[0], row[1]), row[2]
+            missing = max(0, next_offset - done.whole_to.get(at, next_offset))
+            if missing and not self._missing.get(at):
+                _log.error(
+                    "the tables lack records that the group has passed: another database, or one that was emptied",
+                    topic=at.topic,
+                    partition=at.partition,
+                    missing=missing,
+                    what_to_do=FILL_UP,
+                )
+            self._missing[at] = missing
 
     # -- 2. poll, or wait ---------------------------------------------------------------
 
@@ -270,13 +289,22 @@ class Projection:
             self._last_event_ms.pop(at, None)
             if self._inserted.pop(at, None) is not None:
                 metrics.projection_lag.remove(at.topic, str(at.partition))
+            if self._missing.pop(at, None) is not None:
+                metrics.projection_missing.remove(at.topic, str(at.partition))
         committed = self._subscription.committed()
+        if not self._is_shadow:
+            self._reach = {at: self._reach_of(at, committed) for at in self._subscription.assigned}
         self._positions |= committed
         self._inserted |= committed
         _log.info(
             "partitions assigned",
             partitions=[f"{at.topic}-{at.partition}" for at in sorted(self._subscription.assigned)],
         )
+
+    def _reach_of(self, at: TopicPartition, committed: Mapping[TopicPartition, int]) -> rows.Reach:
+        """Return from where on we read a partition: where the group says, else where its log begins."""
+        start = self._broker.offsets(at.topic, at.partition).start
+        return rows.Reach(committed.get(at, start), start)
 
     def _take(self, batch: Batch, message: Message) -> None:
         topic, partition, offset = message.topic, message.partition, message.offset
@@ -414,9 +442,10 @@ class Projection:
     def _add_freshness(self, batch: Batch, positions: Mapping[TopicPartition, int]) -> None:
         ends, now_ms = self._subscription.ends(), self._clock_ms()
         batch.tables[rows.FRESHNESS] = [
-            (at.topic, at.partition, offset, ends.get(at, offset), self._last_event_ms.get(at), now_ms)
+            (at.topic, at.partition, offset, ends.get(at, offset), self._last_event_ms.get(at), now_ms, 0)
             for at, offset in positions.items()
         ]
+        batch.reach = {at: self._reach[at] for at in positions if at in self._reach}
 
     def why_not_ready(self) -> str:
         """Return what is missing until records become rows; empty if nothing is. Any thread may ask."""
@@ -446,6 +475,8 @@ class Projection:
             position = self._inserted.get(at)
             if position is not None:
                 metrics.projection_lag.labels(at.topic, at.partition).set(max(0, end - position))
+        for at, missing in self._missing.items():
+            metrics.projection_missing.labels(at.topic, at.partition).set(missing)
         latest: dict[str, int] = {}
         for at, event_ms in self._last_event_ms.items():
             latest[at.topic] = max(event_ms, latest.get(at.topic, 0))

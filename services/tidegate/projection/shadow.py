@@ -17,8 +17,8 @@ CREATE TABLE IF NOT EXISTS {REPLAYS}
 (replay_id String, saved Int64, at_ms Int64, instance_id String, phase LowCardinality(String), body String)
 ENGINE = ReplacingMergeTree(saved) ORDER BY replay_id
 """
-# Neither is made of the log.
-_NOT_REBUILT: Final = frozenset({rows.FRESHNESS, MIGRATIONS, REPLAYS})
+# None is made of the log.
+_NOT_REBUILT: Final = frozenset({rows.FRESHNESS, rows.WHOLE, MIGRATIONS, REPLAYS})
 # They change with every heartbeat, and by topics that are not compared by offset.
 _NOT_COMPARED: Final = frozenset({rows.INSTANCES})
 _TARGET: Final = re.compile(r"^CREATE MATERIALIZED VIEW \S+ TO (?:`?\w+`?\.)?`?(\w+)`?", re.IGNORECASE)

@@ -9,9 +9,10 @@ from typing import Any, Final, Self
 import clickhouse_connect
 import structlog
 
+from tidegate.eventlog.interface import TopicPartition
 from tidegate.failpoints import failpoint
 from tidegate.projection.migrations import pending
-from tidegate.projection.rows import COLUMNS, FRESHNESS, INSERT_FORMAT, Row, encode
+from tidegate.projection.rows import COLUMNS, FRESHNESS, INSERT_FORMAT, WHOLE, Reach, Row, encode
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.projection.tables import AGED_BY
 
@@ -41,6 +42,7 @@ class Store:
     def __init__(self, client: Any, insert_settings: Mapping[str, Any] | None = None) -> None:
         self._client = client
         self._insert_settings = dict(insert_settings or {})
+        self._whole_to: dict[TopicPartition, int] = {}
 
     @classmethod
     def open(cls, settings: ProjectionSettings) -> Self:
@@ -89,15 +91,23 @@ class Store:
             self._command(f"ALTER TABLE {table} {ttl}")
             _log.info("rows are kept", table=table, days=days or "for ever")
 
-    def insert(self, tables: Mapping[str, list[Row]]) -> None:
+    def insert(
+        self, tables: Mapping[str, list[Row]], reach: Mapping[TopicPartition, Reach] | None = None
+    ) -> dict[TopicPartition, int]:
         """Insert rows into their tables, `freshness` last, so that it never promises what is not there. Blocks.
 
+        reach: of the partitions whose freshness is told; it makes their last column. Returns up to where the tables lack nothing of
+        them.
         Whatever fails in between, inserting all of it again is right: rows are idempotent. Raises StoreError.
         """
+        whole_to: dict[TopicPartition, int] = {}
         for table in sorted(tables, key=lambda name: name == FRESHNESS):
             rows = tables[table]
             if not rows:
                 continue
+            if table == FRESHNESS:
+                whole_to = self._extended(rows, reach or {})
+                rows = [(*row[:-1], whole_to[_place(row)]) for row in rows]
             try:
                 self._client.raw_insert(
                     table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT, settings=self._insert_settings
@@ -105,6 +115,32 @@ class Store:
             except Exception as error:
                 raise StoreError(f"insert into {table}: {_first_line(error)}") from error
             failpoint("projection.between-tables")
+        self._whole_to |= whole_to
+        return whole_to
+
+    def _extended(self, rows: list[Row], reach: Mapping[TopicPartition, Reach]) -> dict[TopicPartition, int]:
+        """Return up to where the tables lack nothing, now that they have what these rows of freshness tell. Raises StoreError."""
+        known = self._whole_to
+        if any(found.since > known.get(at, -1) for at, found in reach.items()):
+            # We do not know, or there is a gap: unless somebody else, or a replay, has filled it meanwhile.
+            known |= self.whole_to()
+        found = {}
+        for row in rows:
+            at, next_offset = _place(row), row[2]
+            found[at] = reach.get(at, Reach(0, 0)).whole_to(known.get(at, 0), next_offset)
+        return found
+
+    def whole_to(self) -> dict[TopicPartition, int]:
+        """Return up to where the tables lack nothing, as the database says. Blocks. Raises StoreError."""
+        query = (
+            f"SELECT topic, `partition`, max(whole_to) FROM (SELECT topic, `partition`, whole_to FROM {FRESHNESS} FINAL "  # noqa: S608
+            f"UNION ALL SELECT topic, `partition`, whole_to FROM {WHOLE} FINAL) GROUP BY topic, `partition`"
+        )
+        return {TopicPartition(str(topic), int(number)): int(offset) for topic, number, offset in self.rows(query)}
+
+    def note_whole(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Write down up to where the tables lack nothing, for whoever writes freshness. Blocks. Raises StoreError."""
+        self.insert({WHOLE: [(at.topic, at.partition, offset) for at, offset in sorted(offsets.items())]})
 
     def insert_one(self, table: str, columns: Sequence[str], row: Row) -> None:
         """Insert a row of a table that is not made of the log. Blocks. Raises StoreError."""
@@ -136,6 +172,11 @@ class Store:
             self._client.command(statement, use_database=use_database)
         except Exception as error:
             raise StoreError(_first_line(error)) from error
+
+
+def _place(row: Row) -> TopicPartition:
+    """Return the topic partition that a row begins with."""
+    return TopicPartition(row[0], row[1])
 
 
 def _connect(settings: ProjectionSettings) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from tidegate.projection.rows import DEAD_LETTERS, EVENTS, FRESHNESS, INSTANCES, LEDGER, UNREADABLE
+from tidegate.projection.rows import DEAD_LETTERS, EVENTS, FRESHNESS, INSTANCES, LEDGER, UNREADABLE, WHOLE
 
 
 class Merged(NamedTuple):
@@ -18,8 +18,8 @@ class Merged(NamedTuple):
     by: str
 
 
-# Written by the projection, one row per record or event.
-FACTS: Final = (EVENTS, LEDGER, INSTANCES, DEAD_LETTERS, UNREADABLE, FRESHNESS)
+# Written by the projection, one row per record or event, or about how far it is.
+FACTS: Final = (EVENTS, LEDGER, INSTANCES, DEAD_LETTERS, UNREADABLE, FRESHNESS, WHOLE)
 # Merged from them: idempotent aggregates only.
 MERGED: Final = (
     Merged("run_state", EVENTS, "run_state_of_events"),

@@ -14,10 +14,11 @@ import msgspec
 import pytest
 import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
-from tidegate.cli import addresses, run_output
-from tidegate.cli.endings import exit_code, explained
-from tidegate.cli.live_view import LiveView, LiveViewError, NotReadyError, UnknownRunError
+from tidegate.cli import addresses, run_output, runs
+from tidegate.cli.endings import EXIT_NO_ANSWER, exit_code, explained
+from tidegate.cli.live_view import URL_VARIABLE, LiveView, LiveViewError, NotReadyError, RestoringError, UnknownRunError
 from tidegate.domain import run_events as ev
 from tidegate.domain import states
 from tidegate.eventlog.interface import EventLogError
@@ -279,7 +280,7 @@ def test_it_asks_at_the_address_that_the_gateway_wrote_at_that_moment(server: Se
     ("status", "data", "kind", "says"),
     [
         (404, b'{"code": "unknown_run", "message": "no r"}', UnknownRunError, "no r"),
-        (503, b'{"code": "restoring", "message": "in a moment"}', NotReadyError, "in a moment"),
+        (503, b'{"code": "restoring", "message": "in a moment"}', RestoringError, "in a moment"),
         (400, b'{"code": "bad_request", "message": "wrong"}', LiveViewError, "wrong"),
         (404, b"<html>", LiveViewError, "is it a gateway"),
         (200, b"<html>", LiveViewError, "does not answer as a gateway"),
@@ -298,3 +299,46 @@ def test_nobody_there_and_no_http() -> None:
         LiveView("http://127.0.0.1:1").runs({})
     with pytest.raises(LiveViewError, match="no http:// address"):
         LiveView("file:///etc/passwd").runs({})
+
+
+class Restored:
+    """A live view that is being restored for the first three questions of everybody."""
+
+    asked = 0
+
+    def __init__(self, url: str) -> None:
+        assert url == ""
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        type(self).asked += 1
+        if type(self).asked <= 3:
+            raise RestoringError("being restored.")
+        return body
+
+    def runs(self, query: Any) -> dict[str, Any]:
+        return self._answer({"runs": [], "next": None, "partitions_missing": []})
+
+    def run(self, run_id: str, **_: Any) -> dict[str, Any]:
+        return self._answer({"run_id": run_id, "seq": 1, "status": "succeeded"})
+
+
+@pytest.mark.feature("O4")
+@pytest.mark.parametrize("arguments", [["list"], ["show", "r"], ["watch", "r"]], ids=lambda arguments: arguments[0])
+def test_a_live_view_that_is_being_restored_is_waited_for(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "LiveView", Restored)
+    monkeypatch.setattr(runs, "RETRY_S", 0.0)
+    monkeypatch.setattr(Restored, "asked", 0)
+    ended = CliRunner().invoke(runs.app, [*arguments, "--json"], env={URL_VARIABLE: ""})
+    assert (ended.exit_code, Restored.asked) == (0, 4), ended.output
+    assert ended.output.count("Waiting for it") <= 1
+    assert json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.feature("O4")
+def test_a_live_view_that_is_not_restored_for_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "LiveView", Restored)
+    monkeypatch.setattr(runs, "GATEWAY_AWAY_S", -1.0)
+    monkeypatch.setattr(Restored, "asked", 0)
+    assert CliRunner().invoke(runs.app, ["list"], env={URL_VARIABLE: ""}).exit_code == EXIT_NO_ANSWER

@@ -110,3 +110,14 @@ def test_integers_are_integers_also_where_a_server_quotes_them() -> None:
         server.server_close()
 
     assert found == [{"a": None, "b": "7", "c": 2**64 - 1}, {"a": 1, "b": "", "c": 2}]
+
+
+def freshness(missing: int) -> dict[str, Any]:
+    return {"topic": "run-events", "last_event": None, "lag": 0, "missing": missing, "written_s_ago": 1}
+
+
+def test_tables_that_lack_something_say_what_to_do() -> None:
+    text = shown(freshness=[freshness(70)])
+    assert "70" in text
+    assert "tidegate replay projection --from earliest" in " ".join(text.split())
+    assert "replay" not in shown(freshness=[freshness(0)])

@@ -12,12 +12,11 @@ from faust.types import TP
 from support.logs import LogWriter, Story
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.memory import MemoryBroker
-from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS
+from tidegate.gateway.faust_app import RUN_EVENTS, TABLES, ViewTables
 from tidegate.gateway.service import Gateway
-from tidegate.gateway.view import RunRow
 
 
-class _Table(dict[str, RunRow]):
+class _Table(dict[str, Any]):
     """A table whose changelog takes everything at once."""
 
     def __init__(self) -> None:
@@ -36,11 +35,18 @@ def gateway(broker: MemoryBroker, committed: int = 0) -> Gateway:
         agent=lambda *_, **__: lambda _: None,
         on_partitions_revoked=signal,
         on_partitions_assigned=signal,
-        assignor=SimpleNamespace(assigned_actives=lambda: [TP(GATEWAY_RUNS, 0)]),
+        assignor=SimpleNamespace(assigned_actives=lambda: [TP(name, 0) for name in TABLES]),
     )
-    table: Any = _Table()
+    tables: Any = ViewTables(*(_Table() for _ in TABLES))  # type: ignore[arg-type]
     made = Gateway(
-        app, table, broker, lambda: {0: committed} if committed else {}, prefix="", partition_count=1, keep_minutes=60
+        app,
+        tables,
+        broker,
+        lambda: {0: committed} if committed else {},
+        prefix="",
+        log="the log",
+        partition_count=1,
+        keep_minutes=60,
     )
     asyncio.run(made._recovered())
     assert made.owned == {0}

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from tidegate.gateway import web
-from tidegate.gateway.view import MINUTE_MS, OpenApproval, RunRow, StepLine
+from tidegate.gateway.figures import MINUTE_MS
+from tidegate.gateway.view import OpenApproval, RunRow, StepLine
 from tidegate.gateway.web import newest, run_body, spend_body, summary
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tidegate.eventlog.interface import TopicPartition
 from tidegate.projection import inserter as module
 from tidegate.projection.inserter import Batch, Inserter
 from tidegate.projection.migrations import MigrationError
@@ -22,12 +23,13 @@ class Store:
         self.closed = False
         self.threads: set[str] = set()
 
-    def insert(self, tables: object) -> None:
+    def insert(self, tables: object, reach: object) -> dict[TopicPartition, int]:
         self.threads.add(threading.current_thread().name)
         if self.failures:
             self.failures -= 1
             raise StoreError("away")
         self.inserted.append(tables)
+        return {}
 
     def close(self) -> None:
         self.closed = True

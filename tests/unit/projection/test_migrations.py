@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tidegate.eventlog.interface import TopicPartition
 from tidegate.projection import migrations as module
 from tidegate.projection.migrations import MigrationError, migrations, pending
+from tidegate.projection.rows import FRESHNESS, Reach
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.projection.store import MIGRATIONS, Store
 from tidegate.projection.tables import AGED_BY, FACTS, MERGED, TABLES, VIEWS
@@ -134,5 +136,52 @@ def test_rows_older_than_that_go_and_the_others_stay(tmp_path: Path) -> None:
         for table in TABLES:
             store._command(f"OPTIMIZE TABLE {table} FINAL")
         assert store.rows("SELECT run_id FROM events") == store.rows("SELECT run_id FROM runs") == [("new",)]
+    finally:
+        store.close()
+
+
+@pytest.mark.feature("O1")
+def test_what_an_earlier_version_stored_is_believed_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = migrations()
+    before = next(number for number, migration in enumerate(everything) if migration.name == "whole")
+    monkeypatch.setattr(module, "migrations", lambda: everything[:before])
+    store = open_store(tmp_path)
+    store._command("INSERT INTO freshness_facts VALUES ('run-events', 3, 40, 50, NULL, 1)")
+    store.close()
+    monkeypatch.undo()
+
+    store = open_store(tmp_path)
+    try:
+        assert store.rows("SELECT `partition`, lag, whole_to, missing FROM freshness") == [(3, 10, 40, 0)]
+        at = TopicPartition("run-events", 3)
+        row = ("run-events", 3, 60, 60, None, 2, 0)
+        assert store.insert({FRESHNESS: [row]}, {at: Reach(40, 0)}) == {at: 60}
+        assert store.rows("SELECT whole_to, missing FROM freshness") == [(60, 0)]
+    finally:
+        store.close()
+
+
+@pytest.mark.feature("O1")
+def test_a_gap_stays_until_somebody_has_filled_it_and_closes_from_both_sides(tmp_path: Path) -> None:
+    at = TopicPartition("run-events", 3)
+    store = open_store(tmp_path)
+
+    def written(next_offset: int, since: int, log_start: int = 0) -> tuple[int, int]:
+        row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
+        store.insert({FRESHNESS: [row]}, {at: Reach(since, log_start)})
+        ((whole_to, missing),) = store.rows("SELECT whole_to, missing FROM freshness")
+        return whole_to, missing
+
+    try:
+        assert written(10, 0) == (10, 0)
+        assert written(30, 20) == (10, 20)
+        assert written(40, 20) == (10, 30)
+        store.note_whole({at: 35})
+        assert store.rows("SELECT whole_to, missing FROM freshness") == [(35, 5)]
+        assert written(41, 20) == (41, 0), "we have all since 20, somebody else what is before 35"
+        assert written(60, 50, log_start=45) == (45, 15)
+        assert written(70, 50, log_start=50) == (70, 0), "what is in no log any more is not missing"
     finally:
         store.close()

@@ -61,12 +61,14 @@ FRESHNESS: Final = Panel(
 SELECT
     max(last_event_at) AS "last event",
     sum(lag) AS "records behind",
+    sum(missing) AS "records missing",
     dateDiff('second', max(written_at), now()) AS "tables written before"
 FROM ${database}.freshness
 WHERE topic != 'instances'
 """,
     "How far the tables are: when the newest event in them happened, how many records of the logs are not in them yet, and how "
-    "long ago the projection last wrote. It writes every few seconds, events or not: an age that grows says that it is away.",
+    "long ago the projection last wrote. It writes every few seconds, events or not: an age that grows says that it is away. "
+    "Records missing are those that its group has passed and these tables never got: `tidegate replay projection` brings them.",
     width=WIDTH,
     height=4,
     units={"last event": "dateTimeAsIso", "tables written before": "s"},
