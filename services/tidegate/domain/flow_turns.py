@@ -51,10 +51,10 @@ def problem(state: str, value: Any) -> str | None:
         return (
             "the calls of a turn must be a list of objects with id, function, arguments and parents, and perhaps kind"
         )
-    if wrong := next(filter(None, map(_settings_problem, calls)), None):
-        return wrong
     if len(calls) > MAX_CALLS:
         return f"a turn may make at most {MAX_CALLS} calls, this one makes {len(calls)}"
+    if wrong := next(filter(None, map(_settings_problem, calls)), None):
+        return wrong
     before = canonical.loads(state)
     names = [*_made(before), *(call["id"] for call in calls)]
     known = set(names)
@@ -81,7 +81,7 @@ def _is_call(call: Any) -> bool:
     if not isinstance(name, str) or not isinstance(function, str) or not isinstance(parents, list):
         return False
     kind = kind_of(call)
-    is_known = (kind in waits.KINDS and function == kind) or kind in (*FLOW_CALLS, CHILD)
+    is_known = kind in (*FLOW_CALLS, CHILD) or (kind == function and kind in waits.KINDS)
     is_named_so = name == function or (name.startswith(f"{function}#") and name[len(function) + 1 :].isdecimal())
     return is_known and is_named_so and len(name) <= 80 and all(isinstance(parent, str) for parent in parents)
 

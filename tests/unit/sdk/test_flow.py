@@ -300,6 +300,31 @@ async def some(w: World, n: int) -> int:
     return n
 
 
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"kind": ["step"]}, "the calls of a turn must be a list of objects"),
+        ({"kind": "map"}, "the calls of a turn must be a list of objects"),
+        ({"kind": "sleep", "function": "ask"}, "the calls of a turn must be a list of objects"),
+        ({"kind": "sleep", "function": "sleep", "arguments": 1}, "sleep: 1 is not of type 'object'"),
+        ({"kind": "ask", "function": "ask", "arguments": {"prompt": ""}}, "ask.prompt: '' should be non-empty"),
+        ({"kind": "workflow", "function": "w", "arguments": 1}, "the call of workflow w must say its input"),
+        ({"kind": "workflow", "function": "w", "arguments": {"input": 1, "budget_micros": 0.5}}, "a whole number"),
+        ({"kind": "workflow", "function": "w", "arguments": {"input": 1}}, "'w', which is not among its `workflows`"),
+        ({"kind": "agent", "function": "double"}, "calls agent 'double', which is not among its `steps`"),
+        ({"kind": "tool", "function": "rm"}, "calls tool 'rm', which is not among its `steps`"),
+    ],
+)
+def test_a_turn_that_calls_what_a_flow_cannot_call_fails(call: dict[str, Any], reason: str) -> None:
+    w = World(chain)
+    w.begin(1)
+    made = {"id": call.get("function", "double"), "function": "double", "arguments": 1, "parents": [], **call}
+    w.p.answer(w.p.tasks.popleft(), value={"calls": [made], "waits": [[made["id"]]]})
+    assert w.run.code == "bad_output"
+    assert reason in w.run.reason
+    assert list(w.run.steps) == ["f/1"]
+
+
 def test_turns_do_not_count_against_max_steps_and_calls_do() -> None:
     w = World(some, max_steps=3)
     w.begin(3)
