@@ -29,14 +29,14 @@ MAPPED = ("[]", "[1]", "[1, 2, 3, 4]")
 def definition(rng: Random, name: str, version: int, now_ms: int) -> dict[str, Any]:
     """Return a random workflow that can be published: nodes of every kind, with conditions, routes and joins."""
     names = [f"n{number}" for number in range(rng.randint(1, 5))]
-    flows = FLOWS if rng.random() < 0.5 else STEPS_ALONE
+    flows = FLOWS if rng.random() < 0.7 else STEPS_ALONE
     nodes: dict[str, Any] = {}
     for node in names:
         kind = "agent" if rng.random() < 0.25 else "step"
         function = rng.choice(AGENTS if kind == "agent" else OFTEN if rng.random() < 0.8 else STEPS)
         nodes[node] = {"kind": kind, "function": function}
         if rng.random() < 0.2:
-            nodes[node] = {"kind": "flow", "function": rng.choice((*flows, flows[-1]))}
+            nodes[node] = {"kind": "flow", "function": rng.choice((*flows, flows[-1], flows[-1]))}
     shape = rng.choice(("chain", "wide", "any"))
     edges = []
     for index, target in enumerate(names[1:], 1):

@@ -64,7 +64,7 @@ class _Program:
             return await asyncio.create_task(self.play(value, depth + 1))
         if chance < 0.4:
             self.call(value)  # nobody waits for it
-        if chance < 0.8:
+        if chance < 0.9:
             try:
                 return await self.call(value)
             except CallFailedError as error:
@@ -109,7 +109,7 @@ def app_of(steps: tuple[str, ...], agents: tuple[str, ...], tools: tuple[str, ..
         return _plain(await _Program(value, functions[: len(made)]).play(value))
 
     async def everything(value: Any = None) -> Any:
-        return _plain(await _Program(value, [*functions, *waits, *waits]).play(value))
+        return _plain(await _Program(value, [*functions, *waits, *waits, *waits, *waits]).play(value))
 
     app.flow(name="f_calls", steps=made)(steps_alone)
     app.flow(name="f_wild", steps=made)(_async_copy_of(steps_alone))
