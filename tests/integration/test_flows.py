@@ -59,7 +59,7 @@ def test_calls_of_every_kind_are_made_once_whoever_is_killed(whole: WholeStack) 
     whole.kill("scheduler-0")
     whole.client.respond(run_id, 5)
     whole.until(run_id, "ChildEnded")
-    whole.kill("executor-0")
+    whole.kill("executor-default-0")
     whole.client.signal(run_id, "paid", {"amount": 7}, key="3")
     run = whole.wait(run_id)
     assert run.status == "succeeded", run.reason
