@@ -94,7 +94,7 @@ def app_of(steps: tuple[str, ...], agents: tuple[str, ...], tools: tuple[str, ..
     made = [app.step(name=name)(_copy_of(nothing)) for name in steps]
     talking = [app.agent(name=name)(_copy_of(nothing)) for name in agents]
     handy = [app.tool(name=name)(_copy_of(nothing)) for name in tools]
-    functions = [lambda program, value, call=call: call(value) for call in (*made, *talking, *handy)]
+    functions = [lambda program, value, call=call: call(value) for call in (*made, *talking * 3, *handy)]
     waits: list[Callable[[_Program, Any], Any]] = [
         lambda program, value: app.sleep(program.rng.choice((0, 0.3, 2)), **_timeout(program.rng)),
         lambda program, value: app.wait_until(_moment(program.rng, begins_ms), **_timeout(program.rng)),

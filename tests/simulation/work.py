@@ -64,7 +64,7 @@ def behaviour(rng: Random, task: StepTask) -> Outcome:
     trait = call.function.removeprefix("t_")
     if trait in ("flaky", "once_flaky") and rng.random() < 0.5:
         return Outcome(runs_ms, error="Flaky", cost_micros=cost)
-    if call.function in ONCE and rng.random() < 0.2:
+    if call.function in ONCE and rng.random() < 0.3:
         return Outcome(rng.choice((runs_ms, call.timeout_ms + 500)), error=results.DIED, cost_micros=cost)
     if trait == "fatal":
         return Outcome(runs_ms, error="Fatal", retryable=rng.random() < 0.5, cost_micros=cost)
