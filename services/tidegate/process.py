@@ -19,11 +19,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
-from tidegate.eventlog.schemas import SCHEMAS_TOPIC, load_schemas, publish_schemas
+from tidegate.eventlog.schemas import load_schemas, publish_schemas
 from tidegate.health import MAIN_LOOP, PULSE, Health, served
+from tidegate.topics.access import used_by
 from tidegate.topics.administration import AdministeredBroker
 from tidegate.topics.apply import TopicsError, check_at_start
 from tidegate.topics.continuity import check_logs
+from tidegate.topics.declaration import read_topic_files
 from tidegate.topics.settings import TopicsSettings
 
 EXIT_OK = 0
@@ -85,13 +87,21 @@ def settings_problems(error: ValidationError) -> list[str]:
 
 
 def run_service(main: Callable[[], int]) -> int:
-    """Run a service's `main`; settings that make no sense are lines on standard error and EXIT_USAGE, not a traceback."""
+    """Run a service's `main`; settings that make no sense are lines on standard error and EXIT_USAGE, not a traceback.
+
+    After a failure the process ends here: freeing the clients of a Kafka that refuses us may take for ever.
+    """
     try:
-        return main()
+        code = main()
     except ValidationError as error:
         for line in settings_problems(error):
             sys.stderr.write(f"error: {line}\n")
         return EXIT_USAGE
+    if code != EXIT_OK:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def configure_logging(service: str, instance_id: str, level: str) -> None:
@@ -186,12 +196,16 @@ def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: 
         stop.wait(0.2)
 
 
-def prepare(broker: AdministeredBroker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
-    """Wait for the topics, check that they are fit for use, and exchange schemas; returns their partition counts.
+def prepare(
+    broker: AdministeredBroker, service: str, wait_s: float, stop: threading.Event, queue: str | None = None
+) -> dict[str, int]:
+    """Wait for the topics that a service is declared to write or read, check that they are fit for use, exchange schemas.
 
-    Raises EventLogError with everything that is wrong. Blocks up to `wait_s` for the topics, then for some round trips.
+    queue: whose tasks an executor takes. Returns the topics' partition counts. Raises EventLogError with everything that is
+    wrong. Blocks up to `wait_s` for the topics, then for some round trips.
     """
-    counts = wait_for_topics(broker, (*topics, SCHEMAS_TOPIC), wait_s, stop)
+    topics = used_by(service, read_topic_files(), queue)
+    counts = wait_for_topics(broker, topics, wait_s, stop)
     check_at_start(broker, topics, production=TopicsSettings().production)
     check_logs(broker, topics)
     publish_schemas(broker)
@@ -199,12 +213,12 @@ def prepare(broker: AdministeredBroker, topics: Sequence[str], wait_s: float, st
     return counts
 
 
-def log_the_end(error: EventLogError) -> None:
-    """Say why an owner ends: it will begin afresh, or it refuses to go on until somebody has done something."""
+def log_the_end(error: Exception, restart: str = "takes over afresh") -> None:
+    """Say why a service ends: a restart does what `restart` says, or it refuses to go on until somebody has done something."""
     if isinstance(error, RefusedToStartError | CorruptLogError | TopicsError):
         _log.error("refusing to go on: somebody must look", error=str(error))
     else:
-        _log.exception("ending: a restart takes over afresh", error=str(error))
+        _log.exception(f"ending: a restart {restart}", error=str(error))
 
 
 @contextmanager

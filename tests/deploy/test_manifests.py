@@ -101,7 +101,10 @@ def test_strimzi_values_point_at_that_kafka(root: Path) -> None:
 def test_skaffold_points_at_what_is_there(root: Path) -> None:
     config = yaml.safe_load((root / "skaffold.yaml").read_text())
     (artifact,) = config["build"]["artifacts"]
-    assert (root / artifact["context"] / artifact["docker"]["dockerfile"]).is_file()
+    dockerfile = root / artifact["context"] / artifact["docker"]["dockerfile"]
+    # The Kafka and the ClickHouse of the development profile are in that stage alone.
+    assert f" AS {artifact['docker']['target']}\n" in dockerfile.read_text()
+    assert artifact["docker"]["target"] == "embedded"
     (release,) = config["deploy"]["helm"]["releases"]
     assert (root / release["chartPath"] / "Chart.yaml").is_file()
     assert release["valuesFiles"] == ["helm/values-dev.yaml"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support.brokers import create_topic
+from support.brokers import create_topics_of
 from tidegate import App, NonRetryable, Plan, ToolCall, codec, idempotency_key, report_cost, report_usage
 from tidegate.domain.entry import Position
 from tidegate.domain.identity import partition_of
@@ -79,13 +79,10 @@ class World:
     def __init__(self, bootstrap: str, prefix: str) -> None:
         self.settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=prefix)
         self.broker = KafkaBroker(self.settings)
-        for name, partitions in (
-            ("instances", 1),
-            ("step-tasks.default", TASK_PARTITIONS),
-            ("step-results", RESULT_PARTITIONS),
-        ):
-            create_topic(bootstrap, prefix + name, partitions=partitions, config={"cleanup.policy": "compact"})
-            wait_for_partitions(self.broker, name, partitions)
+        counts = {"instances": 1, "step-tasks.default": TASK_PARTITIONS, "step-results": RESULT_PARTITIONS}
+        create_topics_of("executor", bootstrap, prefix, partitions=counts)
+        for name, count in counts.items():
+            wait_for_partitions(self.broker, name, count)
         self._writer = self.broker.writer()
         self._offsets = itertools.count(100)
         self.results = Following(self.broker, "step-results", RESULT_PARTITIONS)

@@ -444,10 +444,15 @@ def test_a_gateway_that_is_killed_has_its_share_taken_over_and_no_figure_counts_
         assert view.figures(until_ms) == folded(whole, until_ms)
 
         start_some()
+        before = view.get("/health")
         second.kill()
         second.wait(WAIT_S)
         start_some()
     eventually(lambda: set(view.get("/health")["partitions"]) == every, "the first to own everything again")
+    after = view.get("/health")
+    # It had a copy: it read what the other one wrote in its last moments, and not all that both ever wrote.
+    read = after["changelog_records"] - before["changelog_records"]
+    assert read < (after["runs"] + after["tallies"]) / 2, (before, after)
     until_ms = until_seen()
     assert view.figures(until_ms) == folded(whole, until_ms)
     total = view.get(f"/v1/accounts/{root}", until_ms=until_ms)["total"][-1]

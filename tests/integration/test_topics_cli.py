@@ -1,8 +1,12 @@
 """`tidegate topics` against a real Kafka."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from click.testing import Result
@@ -14,9 +18,10 @@ from tidegate.cli.topics import app
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import load_schemas, publish_schemas
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.topics.access import used_by
 from tidegate.topics.apply import apply as apply_topics
 from tidegate.topics.apply import check_at_start
-from tidegate.topics.declaration import load_topics
+from tidegate.topics.declaration import SERVICES, load_topics, read_topic_files
 from tidegate.topics.settings import TopicsSettings
 
 Run = Callable[..., Result]
@@ -202,3 +207,77 @@ def test_list_needs_no_kafka() -> None:
 def test_generated_files_are_up_to_date() -> None:
     result = CliRunner().invoke(app, ["docs", "--check"])
     assert (result.exit_code, result.stdout) == (0, "")
+
+
+# --- services at their start ------------------------------------------------------------------------------------------
+
+# Of each service a topic that it writes, and one that it reads: some of them are nobody else's.
+OF_A_SERVICE = {
+    "scheduler": ("run-snapshots", "run-requests"),
+    "gate": ("gate-leases", "policies"),
+    "executor": ("step-results", "step-tasks.default"),
+    "projection": ("dead-letters", "gate-ledger"),
+    "gateway": ("gateway-runs", "run-events"),
+}
+
+
+def refusals(bootstrap: str, prefix: str, data_dir: Path, **env: str) -> dict[str, str]:
+    """Start every service as a process; return what each says last. All of them must end, and not with success."""
+
+    def ended(service: str) -> str:
+        arguments = ["--app", "tidegate.demo.app:app"] if service == "executor" else []
+        variables = {
+            "TIDEGATE_KAFKA_BOOTSTRAP": bootstrap,
+            "TIDEGATE_KAFKA_TOPIC_PREFIX": prefix,
+            "TIDEGATE_DATA_DIR": str(data_dir / service),
+            "TIDEGATE_GATEWAY_PORT": "0",
+            **env,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", f"tidegate.{service}", *arguments],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode not in {0, 2}, done.stderr
+        (said, *_) = [line["error"] for line in map(json.loads, done.stderr.splitlines()) if "error" in line]
+        return str(said)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SERVICES, pool.map(ended, SERVICES), strict=True))
+
+
+@pytest.mark.feature("K2")
+def test_in_production_no_service_uses_topics_that_could_lose_records(
+    run: Run, bootstrap: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    """This broker is alone: nothing that it acknowledges is on a second one."""
+    assert run("apply").exit_code == 0
+    files = read_topic_files()
+    for service, said in refusals(bootstrap, topic_prefix, tmp_path, TIDEGATE_TOPICS_PRODUCTION="true").items():
+        lines = said.splitlines()
+        for what in ("replication factor is 1, declared is 3", "min.insync.replicas is 1, declared is 2"):
+            refused = {line.partition(":")[0] for line in lines if what in line}
+            assert refused == set(used_by(service, files, "default" if service == "executor" else None)), said
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_service_uses_a_topic_that_forgets_what_it_holds(
+    number: int, bootstrap: str, topic_prefix: str, broker: KafkaBroker, run: Run, tmp_path: Path
+) -> None:
+    """Not even in development: what a service writes or reads would be deleted by time."""
+    files = read_topic_files()
+    wrong = {topics[number] for topics in OF_A_SERVICE.values()}
+    for name in wrong:
+        make(
+            broker, name, DECLARED[name].partition_count, {"cleanup.policy": "delete", "max.message.bytes": "16777216"}
+        )
+    assert run("apply").exit_code == 1
+    for name in DECLARED.keys() - wrong:
+        make(broker, name, DECLARED[name].partition_count, dict(DECLARED[name].config))
+    for service, said in refusals(bootstrap, topic_prefix, tmp_path).items():
+        refused = {line.partition(":")[0] for line in said.splitlines()}
+        assert refused == wrong & set(used_by(service, files, "default" if service == "executor" else None))
+        assert OF_A_SERVICE[service][number] in refused

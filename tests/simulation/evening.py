@@ -18,6 +18,7 @@ MAX_TAKE_OVER_TURNS = 100
 QUIET_MS = 20_000
 LONG_QUIET_MS = 60_000  # nothing that anybody waits for is due later
 MAX_REST_ROUNDS = 20_000
+MAX_READING_TURNS = 20_000
 OWNERS: dict[str, type[OwnerLife]] = {"gate": GateLife, "scheduler": SchedulerLife}
 
 
@@ -74,9 +75,14 @@ class Evening:
         self.world.lives.append(rebuild)
         self.world.run(rebuild, rebuild.start)
         for life in [life for life in self.world.lives if isinstance(life, ProjectionLife)]:
+            turns = 0
             while life.is_behind():
                 self.world.run(life)
                 self.world.now_ms += 100
+                turns += 1
+                self.world.judge.require(
+                    turns < MAX_READING_TURNS, f"(8) {life.name} never reaches the end of the logs"
+                )
         for table, found in rebuild.store.tables.items():
             there = self.world.store.tables[table]
             # What was retired is in the older tables only.

@@ -9,6 +9,9 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from tidegate.topics.access import used_by
+from tidegate.topics.declaration import load_topics, read_topic_files
+
 WAIT_S = 90.0
 
 
@@ -31,6 +34,23 @@ def create_topic(bootstrap: str, name: str, *, partitions: int = 1, config: Mapp
     admin = AdminClient({"bootstrap.servers": bootstrap})
     new = NewTopic(name, num_partitions=partitions, replication_factor=1, config=dict(config or {}))
     admin.create_topics([new])[name].result(WAIT_S)
+
+
+def create_topics_of(
+    service: str,
+    bootstrap: str,
+    prefix: str,
+    *,
+    partitions: Mapping[str, int] | None = None,
+    config: Mapping[str, str] | None = None,
+) -> None:
+    """Create all topics that a service asks for at its start, as declared but for the counts (1) and the config that is given."""
+    counts = partitions or {}
+    used = used_by(service, read_topic_files(), "default" if service == "executor" else None)
+    for topic in load_topics(["default"]):
+        if topic.name in used:
+            changed = {**topic.config, **(config or {})}
+            create_topic(bootstrap, prefix + topic.name, partitions=counts.get(topic.name, 1), config=changed)
 
 
 def produce(bootstrap: str, topic: str, records: Iterable[tuple[str, bytes | None]], *, partition: int = 0) -> None:

@@ -19,7 +19,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
 from confluent_kafka import TopicPartition as KafkaPartition
 from confluent_kafka.admin import AdminClient
 
-from support.brokers import create_topic
+from support.brokers import create_topics_of
 from tidegate.embedded.tools import tool_command
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.kafka import KafkaBroker
@@ -57,9 +57,8 @@ class Topics:
         self.settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=prefix, session_timeout_ms=6_000)
         self.broker = KafkaBroker(self.settings)
         self.counts = {"run-events": run_partitions, "gate-ledger": ledger_partitions}
-        for topic in (*TOPICS, "schemas"):
-            config = {"cleanup.policy": "compact", "segment.ms": "604800000"} | (EAGER if eager else {})
-            create_topic(bootstrap, prefix + topic, partitions=self.counts.get(topic, 1), config=config)
+        config = {"segment.ms": "604800000"} | (EAGER if eager else {})
+        create_topics_of("projection", bootstrap, prefix, partitions=self.counts, config=config)
 
     def write(self, records: Iterable[Record]) -> None:
         """Write records and wait for all acknowledgements."""

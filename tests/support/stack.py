@@ -26,6 +26,7 @@ from tidegate.domain.run import RunState
 from tidegate.embedded.stack import ExecutorPool, Stack
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.validity import EpochTracker
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.sdk.client import Client, Event, Run
@@ -51,6 +52,20 @@ def eventually(ask: Callable[[], T], what: str, timeout_s: float = WAIT_S) -> T:
             return answer
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain for {what}; last answer: {answer!r}"
         time.sleep(POLL_S)
+
+
+def run_cli(kafka: KafkaSettings, *words: str, code: int = 0, **variables: str) -> str:
+    """Run the `tidegate` command against a Kafka; returns what it printed, both ways. Fails unless it ends with `code`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tidegate.cli", *words],
+        env={**os.environ, "TIDEGATE_KAFKA_BOOTSTRAP": kafka.bootstrap, **variables},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
 
 
 class Entered(NamedTuple):
@@ -156,18 +171,7 @@ class WholeStack:
 
     def cli(self, *words: str, code: int = 0) -> str:
         """Run the `tidegate` command; returns what it printed, both ways. Fails unless it ends with `code`."""
-        settings = self.stack.settings
-        environment = {**os.environ, "TIDEGATE_KAFKA_BOOTSTRAP": settings.bootstrap}
-        done = subprocess.run(
-            [sys.executable, "-m", "tidegate.cli", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S,
-            check=False,
-        )
-        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        return run_cli(self.stack.settings, *words, code=code)
 
     def partition(self, run_id: str) -> int:
         """Return the partition of everything that concerns a run."""

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from tidegate.cli.__main__ import app as cli
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
-from tidegate.topics.access import GROUPS, ROLES, FoundGrant, Grant, Principals, compare, grants
+from tidegate.topics.access import GROUPS, ROLES, FoundGrant, Grant, Principals, compare, grants, used_by
 from tidegate.topics.continuity import OWNED_LOGS
-from tidegate.topics.declaration import Topic, load_topics
+from tidegate.topics.declaration import SERVICES, Topic, load_topics, read_topic_files
 from tidegate.topics.settings import TopicsSettings
 
 pytestmark = pytest.mark.feature("K2")
@@ -52,6 +52,21 @@ def found(wanted: list[Grant]) -> list[FoundGrant]:
 )
 def test_what_others_rest_on_has_one_writer(topics: list[Topic], topic: str, writer: str) -> None:
     assert writers(grants(topics, Principals()), topic) == {f"User:tidegate-{writer}"}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_checks_what_it_may_use_and_may_see_the_settings_of_what_it_checks(
+    service: str, topics: list[Topic]
+) -> None:
+    mine = [grant for grant in grants(topics, Principals()) if grant.principal == f"User:tidegate-{service}"]
+    used = used_by(service, read_topic_files(), "gpu" if service == "executor" else None)
+    written_or_read = {
+        grant.name for grant in mine if grant.resource == "topic" and grant.operation in {"Read", "Write"}
+    }
+    other_queues = {"step-tasks.default", "step-tasks.gpu"} - set(used)
+    assert set(used) == written_or_read - other_queues
+    assert set(used) <= {grant.name for grant in mine if grant.operation == "DescribeConfigs"}
+    assert ("step-tasks.gpu" in used) == (service == "executor")
 
 
 def test_nobody_is_granted_everything_or_everybody(topics: list[Topic]) -> None:

@@ -43,6 +43,7 @@ TARGETS: Final[dict[str, Target]] = {
     ),
     "HO": Target("≤ 10 s, the session, when nobody comes back", lambda figure: figure["pause_max_s"] <= 12),
     "SC": Target("≤ 0.8 ms of processor time a step", lambda figure: figure["cpu_ms_per_step"] <= 0.8),
+    "GM": Target("flat in the second half (± 5 MiB)", lambda figure: abs(figure["growth_mib"]) <= 5),
     "MEM": Target(
         "flat in the second half (± 10 MiB)",
         lambda figure: all(
@@ -63,6 +64,7 @@ _SUMMARIES: Final[dict[str, str]] = {
     "{scheduler_restored_mib:.0f} restored; "
     "ready {ready_s} s after kill -9; late p50 {late_p50_ms} ms, p99 {late_p99_ms} ms, most {late_max_ms} ms",
     "HO": "{action}: pause per partition {pause_median_s} s in the middle, {pause_max_s} s at most, of {partitions} that moved",
+    "GM": "{growth_mib} MiB gained in the second half; {units_left} units left",
     "MEM": "MiB gained in the second half: {growth_mib}",
     "SC": "{steps_per_s:,} steps/s, {cpu_ms_per_step} ms of processor time a step, {cores_used} cores in use",
 }
@@ -76,6 +78,7 @@ _SIZES: Final[dict[str, str]] = {
     "W7": "{runs:,} runs",
     "W8": "{rules} rules, {budgets} budgets, {limits} limits",
     "HO": "{runs:,} runs",
+    "GM": "{settled:,} settled reservations",
     "MEM": "{runs:,} runs",
     "SC": "{runs:,} runs, {replicas} of each owner",
 }

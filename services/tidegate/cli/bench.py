@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tidegate.bench import report
 from tidegate.bench.dataset import Note, read_note
-from tidegate.bench.gate_alone import w8_decisions
+from tidegate.bench.gate_alone import gate_memory, w8_decisions
 from tidegate.bench.lab import DEFAULT_SLOTS, Lab, say_on_stderr
 from tidegate.bench.profiled import summary
 from tidegate.bench.watcher import RunFailedError
@@ -23,8 +23,8 @@ from tidegate.eventlog.interface import EventLogError
 
 app = typer.Typer(add_completion=False)
 STANDARD_WORKS = ",".join(STANDARD)
-ALONE = "W8"  # in this process, before anything is started
-ALL_WORKS = ",".join((*WORKS, ALONE))
+ALONE = {"W8": w8_decisions, "GM": gate_memory}  # in this process, before anything is started
+ALL_WORKS = ",".join((*WORKS, *ALONE))
 
 
 @app.command()
@@ -53,9 +53,9 @@ def bench(
     folder = Path(tempfile.mkdtemp(prefix="tidegate-bench-"))
     figures: list[report.Figure] = []
     try:
-        if ALONE in names:
-            names.remove(ALONE)
-            figures.append(w8_decisions(runs, say_on_stderr))
+        for name in [name for name in names if name in ALONE]:
+            names.remove(name)
+            figures.append(ALONE[name](runs, say_on_stderr))
             typer.echo(report.json_line(figures[-1]))
             if out is not None:
                 report.append(out, figures[-1])
@@ -93,7 +93,7 @@ def _dataset(folder: Path, names: list[str]) -> Note:
 
 def _works(text: str) -> list[str]:
     names = [name.strip().upper() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in WORKS and name != ALONE]
+    unknown = [name for name in names if name not in WORKS and name not in ALONE]
     if unknown or not names:
         raise typer.BadParameter(
             f"unknown: {', '.join(unknown) or text!r}; there are {ALL_WORKS}", param_hint="--works"

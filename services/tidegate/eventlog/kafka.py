@@ -54,6 +54,7 @@ REQUEST_TIMEOUT_S = 30.0
 READ_SILENCE_S = 60.0
 ASK_AGAIN_S = 0.05
 FULL_BUFFER_POLL_S = 0.1
+LEAVE_TIMEOUT_S = 10.0
 FIRST_CONTACT_S = 2.0
 CONTACT_TIMEOUT_S = 3.0
 # While messages are waited for, the group is served so often, which bounds how late a rebalance is answered: more often
@@ -245,7 +246,7 @@ class KafkaBroker:
             found = _patiently(lambda: consumer.committed(wanted, REQUEST_TIMEOUT_S))
             return {at.partition: at.offset for at in found if at.offset >= 0}
         finally:
-            consumer.close()
+            leave(consumer)
 
     def reset_group(self, group: str, positions: Mapping[TopicPartition, int]) -> None:
         """Have a group read on from other offsets. Blocks for some round trips.
@@ -269,7 +270,7 @@ class KafkaBroker:
                 raise GroupInUseError(f"group {group} has members, so Kafka refuses to reset it") from error
             raise
         finally:
-            consumer.close()
+            leave(consumer)
 
     def close(self) -> None:
         """Free the connections kept for `read` and `offsets`. Writers and inboxes are closed by who asked for them."""
@@ -573,8 +574,7 @@ class _Member:
             self._consumer.commit(offsets=offsets, asynchronous=True)
 
     def close(self) -> None:
-        with suppress(KafkaException, RuntimeError):
-            self._consumer.close()
+        leave(self._consumer)
 
     def _join(self) -> Consumer:
         consumer = make_consumer(self._settings, _member_config(self._settings, self._group, self._instance_id))
@@ -741,8 +741,7 @@ class _Reader:
         return Offsets(*_patiently(ask))
 
     def close(self) -> None:
-        with suppress(KafkaException, RuntimeError):
-            self._consumer.close()
+        leave(self._consumer)
 
     def _check_existence(self, partitions: Iterable[TopicPartition]) -> None:
         """Raise UnknownTopicError, because the client would wait for ever for a topic or partition that is not there."""
@@ -817,6 +816,24 @@ def make_consumer(settings: KafkaSettings, config: Mapping[str, Any]) -> Consume
     if not settings.has_credential_files:
         return Consumer(dict(config), logger=_client_log)
     return RenewingConsumer(dict(config), Renewal(settings, _log_trouble), logger=_client_log)
+
+
+def leave(consumer: Consumer) -> None:
+    """Close a consumer, or leave it to itself if it does not end. Blocks up to LEAVE_TIMEOUT_S. Does not raise.
+
+    The client waits for ever for the answer to a commit that was under way when the brokers began to refuse us. On a thread,
+    which also keeps the consumer from being freed by ours: that waits for the same.
+    """
+
+    def close() -> None:
+        with suppress(KafkaException, RuntimeError):
+            consumer.close()
+
+    closing = threading.Thread(target=close, name="leave", daemon=True)
+    closing.start()
+    closing.join(LEAVE_TIMEOUT_S)
+    if closing.is_alive():
+        _log.warning("Kafka's client does not end, and is left to itself after %.0f s", LEAVE_TIMEOUT_S)
 
 
 def _make_producer(settings: KafkaSettings, config: Mapping[str, Any]) -> Producer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from operator import itemgetter
 from typing import Any, Final
 
@@ -15,6 +16,11 @@ from tidegate.eventlog.owned import OwnedPartition
 
 REPORT_EVERY_S: Final = 2.0
 _TOPIC: Final = itemgetter(0)  # of a Message
+
+
+@cache
+def _is_refusal(name: str) -> bool:
+    return name.endswith("Refused")
 
 
 class LoopMeter:
@@ -51,7 +57,7 @@ class LoopMeter:
         for event in entry.events:
             kind = type(event)
             self._types[kind] += 1
-            if kind.__name__.endswith("Refused"):
+            if _is_refusal(kind.__name__):
                 self._codes[getattr(event, "code", "") or kind.__name__] += 1
 
     def turn_done(

@@ -17,7 +17,7 @@ from confluent_kafka import TopicPartition as KafkaPartition
 
 from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
-from tidegate.eventlog.kafka import headers_of, make_consumer
+from tidegate.eventlog.kafka import headers_of, leave, make_consumer
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
@@ -89,8 +89,9 @@ class KafkaSubscription:
         self._assigned: frozenset[TopicPartition] = frozenset()
         self._gained: frozenset[TopicPartition] = frozenset()
         self._lost: frozenset[TopicPartition] = frozenset()
+        self._refusal: EventLogError | None = None
         membership = {} if instance_id is None else {"group.instance.id": instance_id}
-        config = _consumer_config(settings, group, gather_ms, prefetch) | membership
+        config = _consumer_config(settings, group, gather_ms, prefetch) | membership | {"on_commit": self._on_commit}
         self._consumer = make_consumer(settings, config)
         self._consumer.subscribe(
             list(self._names), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
@@ -106,7 +107,8 @@ class KafkaSubscription:
 
         They are all from after the changes that `take_changes` tells of next: what was read before is dropped.
         Blocks up to `timeout_s`. Must be called at least every `max_poll_interval_ms`, also while paused: it is how the
-        group knows that the reader lives. Raises UnknownTopicError, or EventLogError when shut out of the group.
+        group knows that the reader lives. Raises UnknownTopicError, or EventLogError when shut out of the group or when a
+        commit was refused for good.
         """
         try:
             batch: list[Any] = self._consumer.consume(1, timeout_s)
@@ -117,6 +119,7 @@ class KafkaSubscription:
                 batch = more if self._lost is not lost_before else batch + more
         except KafkaException as failure:
             raise EventLogError(str(failure.args[0])) from failure
+        self._raise_refusal()
         names = self._names
         messages = []
         for raw in batch:
@@ -138,26 +141,23 @@ class KafkaSubscription:
         return change
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
-        """Note next offsets in the group and wait for the answer; partitions that are no longer ours are left out.
+        """Note next offsets in the group; partitions that are no longer ours are left out. Does not wait for the answer.
 
-        A commit that fails because the group moves on or the broker is away is harmless, and only logged: who reads next
-        begins at what was committed before. Blocks for a round trip. Raises EventLogError if the broker refuses for good.
+        `poll` hears it. A commit that fails because the group moves on or the broker is away is harmless, and only logged: who
+        reads next begins at what was committed before. Raises EventLogError if the broker refused an earlier one for good.
         """
         ours = [
             KafkaPartition(self._prefix + at.topic, at.partition, offset)
             for at, offset in positions.items()
             if at in self._assigned
         ]
-        if not ours:
-            return
-        try:
-            results: Any = self._consumer.commit(offsets=ours, asynchronous=False)
-        except KafkaException as error:
-            self._commit_failed(error.args[0])
-            return
-        for result in results or ():
-            if result.error is not None:
-                self._commit_failed(result.error)
+        if ours:
+            # Waiting would never end if the brokers begin to refuse us meanwhile, and nobody would hear that they do.
+            try:
+                self._consumer.commit(offsets=ours, asynchronous=True)
+            except KafkaException as error:
+                self._commit_failed(error.args[0])
+        self._raise_refusal()
 
     def pause(self) -> None:
         """Deliver nothing more of what is assigned now. What a later rebalance brings is not paused: pause again."""
@@ -193,9 +193,8 @@ class KafkaSubscription:
         return ends
 
     def close(self) -> None:
-        """Leave the group. Nothing is committed. Does not raise."""
-        with suppress(KafkaException, RuntimeError):
-            self._consumer.close()
+        """Leave the group. Nothing more is committed. Blocks up to `LEAVE_TIMEOUT_S`. Does not raise."""
+        leave(self._consumer)
 
     def _physical(self) -> list[KafkaPartition]:
         return [KafkaPartition(self._prefix + at.topic, at.partition) for at in self._assigned]
@@ -222,10 +221,21 @@ class KafkaSubscription:
             raise EventLogError(f"{error.name()}: {error.str()}")
         _log.warning("trouble with Kafka: %s", error)
 
+    def _on_commit(self, error: KafkaError | None, partitions: list[KafkaPartition]) -> None:
+        failed = error or next((at.error for at in partitions if at.error is not None), None)
+        if failed is not None:
+            self._commit_failed(failed)
+
     def _commit_failed(self, error: KafkaError) -> None:
-        if error.code() not in _PASSING and not error.retriable():
-            raise EventLogError(f"commit failed: {error.name()}: {error.str()}")
-        _log.warning("not committed: %s", error)
+        """Log what passes; remember what does not, for what a callback raises would take a poll's messages with it."""
+        if error.code() in _PASSING or error.retriable():
+            _log.warning("not committed: %s", error)
+        else:
+            self._refusal = EventLogError(f"commit failed: {error.name()}: {error.str()}")
+
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
 
 def _consumer_config(settings: KafkaSettings, group: str, gather_ms: int, prefetch: tuple[int, int]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from tidegate.executor.isolation import Apart, Isolation
 from tidegate.executor.isolation.job_manifest import Owner
 from tidegate.executor.isolation.jobs import Jobs
 from tidegate.executor.isolation.process import Processes
-from tidegate.executor.results import STEP_RESULTS
 from tidegate.executor.service import EXIT_LOG_FAILED, Executor
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.health import Health, beat_forever
@@ -32,14 +31,14 @@ from tidegate.process import (
     ProcessSettings,
     configure_logging,
     observed,
+    prepare,
     settings_problems,
-    wait_for_topics,
 )
-from tidegate.registry import task_topic
 from tidegate.sdk.app import App
 from tidegate.sdk.errors import AppError
 from tidegate.sdk.loading import load_app
 
+SERVICE = "executor"
 _log = structlog.get_logger()
 
 app = typer.Typer(add_completion=False)
@@ -69,8 +68,8 @@ def executor(  # `tidegate executor` and `python -m tidegate.executor`
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     name = process.instance_id or f"executor-{settings.queue}-{socket.gethostname()}"
-    configure_logging("executor", name, process.log_level)
-    with observed(process, "executor", name) as health:
+    configure_logging(SERVICE, name, process.log_level)
+    with observed(process, SERVICE, name) as health:
         code = asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, target, process.broker_wait_s, health))
     raise typer.Exit(code)
 
@@ -120,8 +119,7 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        needed = [task_topic(settings.queue), "instances", STEP_RESULTS]
-        await asyncio.to_thread(wait_for_topics, broker, needed, wait_s, stop)
+        await asyncio.to_thread(prepare, broker, SERVICE, wait_s, stop, settings.queue)
         code = await service.run()
         beating.cancel()
     except EventLogError as error:

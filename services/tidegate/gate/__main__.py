@@ -16,7 +16,7 @@ from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate.measure import measure
 from tidegate.gate.placement import Executors
-from tidegate.gate.service import CONTROLS, INSTANCES, POLICIES, GateMachine
+from tidegate.gate.service import INSTANCES, GateMachine
 from tidegate.gate.settings import GateSettings
 from tidegate.health import Health
 from tidegate.process import (
@@ -35,17 +35,6 @@ from tidegate.process import (
 from tidegate.registry import Registration, task_topic
 
 SERVICE = "gate"
-TOPICS = (
-    "gate-requests",
-    "gate-leases",
-    "gate-ledger",
-    "gate-snapshots",
-    "gate-decisions",
-    "dead-letters",
-    INSTANCES,
-    POLICIES,
-    CONTROLS,
-)
 TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _log = structlog.get_logger()
 
@@ -72,7 +61,7 @@ def _run(
     process: ProcessSettings, broker: KafkaBroker, instance_id: str, stop: threading.Event, health: Health
 ) -> None:
     settings = GateSettings()  # before anything is waited for: it may make no sense
-    counts = prepare(broker, TOPICS, process.broker_wait_s, stop)
+    counts = prepare(broker, SERVICE, process.broker_wait_s, stop)
     executors = Executors(
         lease_ms=int(settings.lease_s * 1000),
         monotonic_ms=lambda: time.monotonic_ns() // 1_000_000,

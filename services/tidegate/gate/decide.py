@@ -122,6 +122,8 @@ class Draft:
         self.begun: set[AttemptKey] = set()
         self.ended: set[AttemptKey] = set()
         known = ledger.runs.get(request.run_id)
+        self._item: Any = None  # whose key was asked for last, and that
+        self._key = AttemptKey("", "", 0)
         self.approved = {} if known is None else known.approved
         self.money = None if known is None else _Money(known)
 
@@ -137,7 +139,9 @@ class Draft:
 
     def key(self, item: Any) -> AttemptKey:
         """Return the key of the attempt that an item of the request names."""
-        return AttemptKey(self.request.run_id, item.step_id, item.attempt)
+        if item is not self._item:
+            self._item, self._key = item, AttemptKey(self.request.run_id, item.step_id, item.attempt)
+        return self._key
 
     def open_attempt(self, item: Any) -> Attempt | None:
         """Return the attempt if it has not ended, neither before nor in this decision."""

@@ -57,6 +57,8 @@ def given_back(desk: Desk, key: AttemptKey, attempt: Attempt, outcome: str, reas
         own = held_by_itself(attempt, desk.ledger.partition)
         desk.free(own)
         events += desk.outcome(own, outcome)
+        if not attempt.granted and len(own) == len(attempt.leases):
+            return events  # nothing of others'
         partitions = {*attempt.granted, *(lease.partition for lease in attempt.leases if lease not in own)}
     elif attempt.status == QUEUED:
         partitions = {*attempt.granted, attempt.asked}

@@ -506,7 +506,8 @@ def held_by_itself(attempt: Attempt, partition: int) -> Leases:
 
 def leases_of(leases: Leases, partition: int) -> Leases:
     """Return those of the leases that a partition decides on."""
-    return tuple(lease for lease in leases if lease.partition == partition) if leases else ()
+    found = [lease for lease in leases if lease.partition == partition]
+    return leases if len(found) == len(leases) else tuple(found)
 
 
 def _count(counts: dict[K, int], name: K, by: int) -> None:

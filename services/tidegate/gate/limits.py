@@ -295,7 +295,7 @@ class LimitSet:
 
     def on_instance(self, leases: tuple[Lease, ...], instance_id: str, own_partition: int) -> tuple[Lease, ...]:
         """Return the leases with the executor put in where they name one; without those of limits that are gone since."""
-        if not any(INSTANCE_PLACE in lease.key for lease in leases):
+        if not [lease for lease in leases if INSTANCE_PLACE in lease.key]:
             return leases
         found = []
         for lease in leases:
@@ -345,9 +345,10 @@ class Desk:
 
     def has_all_here(self, leases: Iterable[Lease]) -> bool:
         """Tell whether this partition decides on all of them, whatever executor is chosen."""
-        return all(
-            self.is_ours(lease) and (INSTANCE_PLACE not in lease.key or self.limits.partitions == 1) for lease in leases
-        )
+        here, is_alone = self.ledger.partition, self.limits.partitions == 1
+        return not [
+            lease for lease in leases if lease.partition != here or (INSTANCE_PLACE in lease.key and not is_alone)
+        ]
 
     def held(self, lease: Lease) -> int:
         """Return how many hold the lease now."""
@@ -355,8 +356,9 @@ class Desk:
 
     def obstacle(self, leases: Iterable[Lease]) -> Obstacle | None:
         """Return the first of our leases that has no room; those that wait for an executor to be chosen are passed over."""
+        here = self.ledger.partition
         for lease in leases:
-            if self.is_ours(lease) and INSTANCE_PLACE not in lease.key:
+            if lease.partition == here and INSTANCE_PLACE not in lease.key:
                 found = self._obstacle(lease)
                 if found is not None:
                     if found.retry_at_ms and not 0 < self.soonest_ms < found.retry_at_ms:

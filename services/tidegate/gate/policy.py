@@ -179,14 +179,16 @@ class PolicySet:
             verdict = bound.matched if answer else _judge_rule(bound, variables)
             if verdict is None:
                 continue
-            redact += tuple(path for path in verdict.redact if path not in redact)
-            isolation = strongest(isolation, verdict.isolation)
+            if verdict.redact:
+                redact += tuple(path for path in verdict.redact if path not in redact)
+            if verdict.isolation:
+                isolation = strongest(isolation, verdict.isolation)
             if best is None or _STRENGTH[verdict.effect] > _STRENGTH[best.effect]:
                 best, decisive = verdict, bound
         if best is None or decisive is None:
             return self._default
         values = _without(_values(decisive, variables), redact)
-        return best._replace(values=values, redact=redact, isolation=isolation)
+        return Verdict(best.effect, best.rule, best.policy, best.reason, values, redact, isolation, best.expires_s)
 
 
 def _judge_rule(bound: _Bound, variables: Variables) -> Verdict | None:

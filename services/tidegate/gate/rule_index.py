@@ -133,6 +133,10 @@ class Conditions(NamedTuple):
         ranked = [(rank, comparison) for comparison in self.comparisons if (rank := comparison.rank) is not None]
         return min(ranked, key=lambda item: item[0])[1] if ranked else None
 
+    def without(self, found: Comparison | None) -> Conditions:
+        """Return the others."""
+        return self._replace(comparisons=tuple(each for each in self.comparisons if each is not found))
+
 
 def parts_of(source: str) -> list[str]:
     """Return what a CEL expression joins with `&&` at its outside; the expression itself if it does not, or if in doubt."""
@@ -163,7 +167,7 @@ def parts_of(source: str) -> list[str]:
 
 
 class _Numbered(NamedTuple, Generic[T]):
-    """A rule at its place among all."""
+    """A rule at its place among all. conditions: those that do not hold already because the rule was found."""
 
     number: int
     rule: T
@@ -181,10 +185,11 @@ class RuleIndex(Generic[T]):
         # By the variable and the length of the beginning, so that a text is looked up once for each length.
         self._by_beginning: dict[tuple[str, int], dict[str, list[_Numbered[T]]]] = {}
         for number, (source, rule) in enumerate(rules):
-            self._add(_Numbered(number, rule, Conditions.of(source)))
+            self._add(number, rule, Conditions.of(source))
 
-    def _add(self, item: _Numbered[T]) -> None:
-        by = item.conditions.found_by()
+    def _add(self, number: int, rule: T, conditions: Conditions) -> None:
+        by = conditions.found_by()
+        item = _Numbered(number, rule, conditions.without(by))
         if by is None:
             self._always.append(item)
         elif by.operator == BEGINS:
@@ -202,8 +207,7 @@ class RuleIndex(Generic[T]):
             found += by_beginning.get(get(name)[:length], ())
         if len(found) > 1:
             found.sort(key=_number)
-        answers = ((item.rule, item.conditions.hold(get)) for item in found)
-        return [(rule, answer) for rule, answer in answers if answer is not False]
+        return [(item.rule, answer) for item in found if (answer := item.conditions.hold(get)) is not False]
 
 
 def _number(item: _Numbered[Any]) -> int:

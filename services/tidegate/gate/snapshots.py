@@ -28,12 +28,6 @@ _LIMIT, _ASK, _SCALE_OUT = "limit:", "ask:", "scale-out:"
 CARRIED: Final = "carried:ledger"
 
 
-def unit_of(event: Any) -> str:
-    """Return the unit that an event changes. Called for every event: nearly all concern a run."""
-    named = _NAMED.get(type(event))
-    return event.run_id if named is None else named(event)
-
-
 def _limit_unit(event: Any) -> str:
     return f"{_LIMIT}{event.limit}\n{event.key}"
 
@@ -51,7 +45,8 @@ def _queue_unit(event: Any) -> str:
 
 
 # Buckets of budgets, and what was learned of functions, have a bar in their names, and no colon before it.
-_NAMED: Final[dict[type, Callable[[Any], str]]] = {
+# By the type of an event, what names the unit that it changes; of others, that is its run.
+NAMED: Final[dict[type, Callable[[Any], str]]] = {
     **dict.fromkeys(
         (ev.BudgetSet, ev.BudgetReserved, ev.BudgetSettled, ev.BudgetAlerted, ev.BudgetClosed), attrgetter("bucket")
     ),

@@ -39,23 +39,24 @@ _TASKS: Final = (ev.AttemptPlaced, ev.AttemptCancelTold)
 def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
     found: list[Tell] = []
-    for event in entry.events:
-        if isinstance(event, _TASKS):
-            found.append(_task(event, at(len(found)), run_partitions))
     decisions: dict[str, list[DecisionItem]] = {}
+    leases: dict[int, list[LeaseItem]] = {}
     for event in entry.events:
-        make = _DECISIONS.get(type(event))
+        kind = type(event)
+        if kind not in _TELLING:
+            continue
+        if kind in _TASKS:
+            found.append(_task(event, at(len(found)), run_partitions))
+        make = _DECISIONS.get(kind)
         if make is not None:
             decisions.setdefault(event.run_id, []).append(make(event))
+        make_lease = _LEASES.get(kind)
+        if make_lease is not None and (lease := make_lease(event)) is not None:
+            leases.setdefault(event.partition, []).append(lease)
     for run_id, items in decisions.items():
         message = GateDecision(run_id=run_id, source=at(len(found)), items=tuple(items))
         key = f"{run_id}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
         found.append(Tell(GATE_DECISIONS, partition_of(run_id, run_partitions), key, message))
-    leases: dict[int, list[LeaseItem]] = {}
-    for event in entry.events:
-        make_lease = _LEASES.get(type(event))
-        if make_lease is not None and (lease := make_lease(event)) is not None:
-            leases.setdefault(event.partition, []).append(lease)
     for partition, lease_items in leases.items():
         told = GateLeases(source=at(len(found)), items=tuple(lease_items))
         key = f"{partition}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
@@ -239,3 +240,5 @@ _LEASES: Final[dict[type, Callable[[Any], LeaseItem | None]]] = {
     ev.LeaseHeard: _wait,
     ev.LeaseRefused: _refuse,
 }
+
+_TELLING: Final = frozenset((*_TASKS, *_DECISIONS, *_LEASES))

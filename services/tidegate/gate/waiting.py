@@ -56,7 +56,7 @@ def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Executor, 
     if not attempt.leases:
         free = slots.take(call.queue, call.kind, call.function, prefer=call.prefer, only=attempt.pinned)
         return None if free is None else (free, ())
-    open_keys = tuple(lease for lease in attempt.leases if INSTANCE_PLACE in lease.key)
+    open_keys = tuple([lease for lease in attempt.leases if INSTANCE_PLACE in lease.key])
     executor = slots.take(
         call.queue,
         call.kind,

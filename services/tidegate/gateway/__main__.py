@@ -28,10 +28,11 @@ from tidegate.process import (
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    log_the_end,
     observed,
+    prepare,
     run_service,
     stop_on_signals,
-    wait_for_topics,
 )
 from tidegate.registry import Registration
 
@@ -58,7 +59,7 @@ def main() -> int:
     except (EventLogError, OSError) as error:
         if stop.is_set():
             return EXIT_OK
-        _log.exception("ending: a restart begins where the changelog ends", error=str(error))
+        log_the_end(error, restart="begins where the changelog ends")
         return EXIT_FAILED
     finally:
         broker.close()
@@ -74,8 +75,7 @@ def _run_until(
     stop: threading.Event,
     health: Health,
 ) -> None:
-    topics = (RUN_EVENTS, *TABLES, "instances", "schemas")
-    counts = wait_for_topics(broker, topics, process.broker_wait_s, stop)
+    counts = prepare(broker, SERVICE, process.broker_wait_s, stop)
     source = _source(broker, counts)
     with _listen(settings) as listening:
         asyncio.run(_serve(settings, kafka, broker, source, instance_id, listening, stop, health))
@@ -146,18 +146,22 @@ async def _password_replaced(kafka: KafkaSettings) -> None:
 async def _run(app: GatewayApp, gateway: Gateway, registration: Registration, address: _Address) -> None:
     """Start everything, say so when the view is complete, and return when the app has ended."""
     address.write()  # who asks now waits until the web server takes the connection from the socket
+    read = await gateway.changelogs.read_on(range(gateway.partition_count))
+    _log.info("changelogs read", records=read)
     await app.start()
     if not await _until_ready(app, gateway):
         return
     await asyncio.to_thread(registration.start)
     _log.info("ready", url=address.url, runs=len(gateway.view.rows))
-    evicting = asyncio.create_task(gateway.evict_forever())
+    tending = [asyncio.create_task(gateway.evict_forever()), asyncio.create_task(gateway.keep_standby_forever())]
     try:
         while not app.should_stop:
             await app.sleep(WATCH_EVERY_S)
             _check_assigned(gateway)
+            await gateway.read_the_rest()
     finally:
-        evicting.cancel()
+        for task in tending:
+            task.cancel()
 
 
 async def _until_ready(app: GatewayApp, gateway: Gateway) -> bool:
@@ -166,6 +170,7 @@ async def _until_ready(app: GatewayApp, gateway: Gateway) -> bool:
         if app.should_stop:
             return False
         _check_assigned(gateway)
+        await gateway.read_the_rest()
         await app.sleep(READY_POLL_S)
     return True
 

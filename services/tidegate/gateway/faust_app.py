@@ -18,8 +18,9 @@ from aiohttp.web import SockSite
 from faust.assignor.client_assignment import ClientMetadata
 from faust.assignor.partition_assignor import PartitionAssignor
 from faust.serializers import codecs
+from faust.stores import memory
 from faust.tables.manager import TableManager
-from faust.types import EventT, FutureMessage
+from faust.types import TP, EventT, FutureMessage
 from faust.web.drivers.aiohttp import Web
 
 from tidegate.domain.identity import partition_of
@@ -69,16 +70,53 @@ codecs.register(ROW_CODEC, _RowCodec(RunRow))
 codecs.register(TALLY_CODEC, _RowCodec(Tally))
 
 
+class KeptStore(memory.Store):  # type: ignore[type-arg] # its type parameters are Faust's own business
+    """Rows in memory, and up to which offset of each partition of the changelog they are all here.
+
+    Faust's own store in memory forgets what it has whenever the group gives out its partitions. This one answers as those on disk
+    do, so that Faust reads on where it was: as the owner, and for partitions that we stand by for.
+    """
+
+    table: ViewTable
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.read_to: dict[int, int] = {}  # partition -> offset of the last record that we have, -1 for none
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.read_to.clear()
+
+    def persisted_offset(self, tp: TP) -> int | None:
+        """Return up to where Faust need not read; None if it is not known that we have anything."""
+        return self.read_to.get(tp.partition)
+
+    def set_persisted_offset(self, tp: TP, offset: int) -> None:
+        """Note that the changelog has a record of ours. It says nothing of what others may have written before it."""
+        if self.read_to.get(tp.partition) == offset - 1:
+            self.read_to[tp.partition] = offset
+
+    async def on_recovery_completed(self, active_tps: set[TP], standby_tps: set[TP]) -> None:
+        """Forget what is neither ours nor one of those that we stand by for."""
+        kept = {tp.partition for tp in active_tps | standby_tps}
+        for key in [key for key in self.data if self.table.partition_of_key(key) not in kept]:
+            del self.data[key]
+        for partition in self.read_to.keys() - kept:
+            del self.read_to[partition]
+
+
 class ViewTable(faust.Table[str, Row]):
     """Rows by key, in memory and in a changelog whose partitions are those of `run-events`."""
 
     row_type: type[Row]
     partition_of_key: Callable[[str], int]
     unacknowledged: list[FutureMessage]
+    changelog_records: int  # that Faust has read
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.unacknowledged = []
+        self.changelog_records = 0
 
     def partition_for_key(self, key: Any) -> int:
         """Return the key's partition, whatever event is being handled (Faust would take that event's)."""
@@ -90,25 +128,43 @@ class ViewTable(faust.Table[str, Row]):
         self.unacknowledged.append(sent)
         return sent
 
+    def _new_store_by_url(self, url: Any) -> KeptStore:
+        return KeptStore(url, self.app, self, table_name=self.name, key_type=self.key_type)
+
+    @property
+    def store(self) -> KeptStore:
+        """Return the rows as they are kept."""
+        return cast(KeptStore, self.data)
+
     def apply_changelog_batch(self, batch: Iterable[EventT[Any]]) -> None:
-        """Take rows from the changelog, but no row that is older than the one known.
+        """Take what Faust has read of the changelog, as far as it comes without a gap; `changelog.py` reads the gaps."""
+        topic = self.changelog_topic.get_topic_name()
+        read_to = self.store.read_to
+        for event in batch:
+            message = event.message
+            if message.topic != topic:
+                continue  # what is left of a partition that is not ours any more, Faust hands to any table
+            self.changelog_records += 1
+            if read_to.get(message.partition) == message.offset - 1:
+                self.take(cast(str, event.key), cast(Row | None, event.value), is_tombstone=message.value is None)
+                read_to[message.partition] = message.offset
+
+    def decoded(self, value: bytes) -> Row | None:
+        """Return the row of a record of the changelog; None if this version cannot read it."""
+        return cast(Row | None, codecs.get_codec(self.value_serializer).loads(value))
+
+    def take(self, key: str, row: Row | None, *, is_tombstone: bool = False) -> None:
+        """Take a row from the changelog, but none that is older than the one known, nor one that cannot be read.
 
         The last record of a key need not be the newest: a worker that had lost the partition may have written it.
         """
-        newest: dict[str, Row | None] = {}
-        kept = []
-        for event in batch:
-            key = cast(str, event.key)
-            row = event.value
-            if row is None and event.message.value is not None:
-                continue  # unreadable, and said so already
-            if row is not None and not isinstance(row, self.row_type):
-                continue  # of the other table: what is left of a partition that is not ours any more, Faust hands to any table
-            known = newest[key] if key in newest else self.data.get(key)
-            if row is None or known is None or not row.is_older_than(known):
-                newest[key] = row
-                kept.append(event)
-        super().apply_changelog_batch(kept)
+        rows = self.store.data
+        if is_tombstone:
+            rows.pop(key, None)
+        elif row is not None:
+            known = rows.get(key)
+            if known is None or not row.is_older_than(known):
+                rows[key] = row
 
 
 class _OneSocketWeb(Web):

@@ -17,9 +17,10 @@ from faust.types import TP, EventT, StreamT
 from tidegate import codec, metrics
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.eventlog.epochs import epoch_before
-from tidegate.eventlog.interface import Broker, Offsets
+from tidegate.eventlog.interface import Broker, EventLogError, Offsets
 from tidegate.eventlog.schemas import load_schemas
 from tidegate.failpoints import failpoint
+from tidegate.gateway.changelog import Changelogs
 from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, TABLES, GatewayApp, ViewTable, ViewTables
 from tidegate.gateway.figures import Tally, partition_of_tally
 from tidegate.gateway.view import Changed, LiveView, PartitionReader, RunRow
@@ -29,6 +30,9 @@ MAX_BATCH: Final = 1000
 # How long a lone entry may wait for others. Faust looks as often as that whether there is anything.
 BATCH_WITHIN_S: Final = 0.1
 EVICT_EVERY_S: Final = 60.0
+# After so long without a record the view reads by itself what it waits for.
+SILENCE_S: Final = 5.0
+STANDBY_EVERY_S: Final = 2.0
 MAX_WAITERS: Final = 1000
 
 Event = EventT[bytes | None]
@@ -75,6 +79,7 @@ class Gateway:
         self.owned: frozenset[int] = frozenset()
         self.partition_count = partition_count
         self._tables = tables
+        self.changelogs = Changelogs(broker, tables)
         self._broker = broker
         self._committed = committed
         self._prefix = prefix
@@ -89,6 +94,8 @@ class Gateway:
         self._unassigned_since_s: float | None = time.monotonic()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._schemas_seen: set[str] = set()
+        self._handling = asyncio.Lock()  # what is folded, and when, is decided by one at a time
+        self._still_since_s = time.monotonic()
         topic = app.topic(prefix + RUN_EVENTS, key_serializer="raw", value_serializer="raw", allow_empty=True)
         app.agent(topic, name=RUN_EVENTS, concurrency=1)(self._consume)
         app.on_partitions_revoked.connect(self._revoked, weak=False)
@@ -119,20 +126,51 @@ class Gateway:
         self._readers.clear()
 
     async def _recovered(self) -> None:
-        """The tables hold what the changelogs say of our partitions: make the view of it."""
+        """The tables hold what the changelogs say of our partitions, gaps of Faust's reading apart: make the view of them."""
+        is_current = self._until_given_out_afresh()
         owned = self._assigned_to_us(self.app.assignor.assigned_actives())
+        failpoint("gateway.after-restore")
+        try:
+            mended = await self.changelogs.read_on(owned, is_current)
+            begins = await asyncio.to_thread(self._committed)
+            targets = await asyncio.to_thread(self._ends, owned)
+        except EventLogError as error:
+            await self.app.crash(error)
+            return
+        if not is_current():
+            return
         rows = [row for row in self._tables.runs.values() if self.partition_of(row.run_id) in owned]
         tallies = [tally for key, tally in self._tables.figures.items() if partition_of_tally(key) in owned]
         self.view = LiveView(rows, tallies, log=self._log_id, keep_minutes=self._keep_minutes)
-        generation = self._generation
-        failpoint("gateway.after-restore")
-        begins = await asyncio.to_thread(self._committed)
-        targets = await asyncio.to_thread(self._ends, owned)
-        if generation != self._generation:
-            return
         self._begins = {partition: max(there.start, begins.get(partition, 0)) for partition, there in targets.items()}
         self._targets, self.owned, self._is_restored = targets, owned, True
-        _log.info("restored", partitions=sorted(owned), runs=len(rows))
+        self._still_since_s = time.monotonic()
+        _log.info("restored", partitions=sorted(owned), runs=len(rows), by_faust=self.changelog_records, mended=mended)
+
+    @property
+    def changelog_records(self) -> int:
+        """How many records of changelogs Faust has read since the start: what was not kept when partitions moved."""
+        return sum(table.changelog_records for table in self._tables)
+
+    async def keep_standby_forever(self) -> None:
+        """Fill the gaps that Faust leaves in what we have of partitions that we stand by for."""
+        while True:
+            await asyncio.sleep(STANDBY_EVERY_S)
+            if not self._is_restored:
+                continue
+            try:
+                await self.changelogs.read_on(self.standby, self._until_given_out_afresh())
+            except EventLogError as error:
+                _log.warning("standby: trying again", error=str(error))
+
+    def _until_given_out_afresh(self) -> Callable[[], bool]:
+        """Return what tells whether the group has given out no partitions since now."""
+        generation = self._generation
+
+        def is_current() -> bool:
+            return generation == self._generation
+
+        return is_current
 
     def _assigned_to_us(self, assigned: Iterable[TP]) -> frozenset[int]:
         """Return the partitions of which both changelogs are among the assigned ones."""
@@ -199,7 +237,9 @@ class Gateway:
         """Handle batches until the stream ends. Whatever goes wrong ends the process: state is never repaired."""
         try:
             async for events in _batches(stream):
-                for event in await self._handle(events):
+                async with self._handling:
+                    done = await self._handle(events)
+                for event in done:
                     await stream.ack(event)
                 failpoint("gateway.after-acks")
         except asyncio.CancelledError:
@@ -214,13 +254,18 @@ class Gateway:
         without letting anything else run. 3. Send the changed rows. 4. Wait until all of them are acknowledged. Only then are
         the events (by the caller), so that what Faust commits never runs ahead of the changelog.
         """
-        generation = self._generation
         events = [event for event in events if event.message.partition in self.owned]
+        generation = self._generation
         records = await self._without_gaps([event.message for event in events])
+        return events if await self._fold(records, generation) else []
+
+    async def _fold(self, records: list[Record], generation: int) -> bool:
+        """Fold records of our partitions, as `_handle` says; False if they are given out afresh, and all is read again."""
         await self._find_epochs(records)
         if generation != self._generation:
-            return []  # the partitions were given out afresh meanwhile: all of this is read again
+            return False
         failpoint("gateway.before-fold")
+        self._still_since_s = time.monotonic()
         rows: dict[str, RunRow] = {}
         tallies: dict[str, Tally] = {}
         for record in records:
@@ -237,7 +282,30 @@ class Gateway:
         await self._acknowledged()
         failpoint("gateway.after-changelog-acks")
         self._wake(rows)
-        return events
+        return True
+
+    async def read_the_rest(self) -> None:
+        """Read what is missing until the view is complete, if Faust has not handed anything over for a while.
+
+        It may pass over the last records of a partition, too (see `_without_gaps`): if nothing is written behind them, nothing
+        would ever show that they are missing. Raises EventLogError.
+        """
+        if self.is_ready or not self._is_restored or time.monotonic() - self._still_since_s < SILENCE_S:
+            return
+        async with self._handling:
+            generation = self._generation
+            self._still_since_s = time.monotonic()
+            for partition, there in self._targets.items():
+                begin = self._position(partition)
+                if begin < there.end:
+                    records = await asyncio.to_thread(self._read, partition, begin, there.end)
+                    _log.warning("Faust is silent: read here", partition=partition, begin=begin, records=len(records))
+                    if not await self._fold(records, generation):
+                        return
+                    if partition in self._readers:
+                        self._readers[partition].next_offset = there.end  # compaction may have taken what was last
+                    else:
+                        self._begins[partition] = there.end
 
     async def _acknowledged(self) -> None:
         """Wait until the changelogs have everything that was sent to them."""

@@ -6,7 +6,8 @@ harmless.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import bisect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -362,6 +363,13 @@ _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
 # --- rows and tallies ---------------------------------------------------------------------------------------------------
 
 
+Place = tuple[int, str]  # when a run was started (Unix milliseconds), and its id
+
+
+def _place(row: RunRow) -> Place:
+    return row.started_ms, row.run_id
+
+
 class Changed(NamedTuple):
     """What an entry changed: its run's row, if it was not known, and tallies."""
 
@@ -382,6 +390,7 @@ class LiveView:
     ) -> None:
         """`log`: id of the topic that is read; tallies of another one are left out."""
         self.rows = {row.run_id: row for row in rows}
+        self._order = sorted(map(_place, self.rows.values()))
         self.tallies = Tallies(tallies, log)
         self._keep_minutes = keep_minutes
 
@@ -390,15 +399,31 @@ class LiveView:
         row = self.rows.get(entry.subject) or RunRow(run_id=entry.subject)
         # Whether the row holds the entry or not: rows of an earlier version have no notes.
         has_learned = learn(row.functions, entry.events)
+        before = _place(row)
         is_new = apply(row, entry)
         if is_new:
+            if before != _place(row) or row.run_id not in self.rows:
+                self._unplace(before)
+                bisect.insort(self._order, _place(row))
             self.rows[row.run_id] = row
         tallies = self.tallies.take(entry, row.functions, partition, offset)
         return Changed(row if is_new or (has_learned and row.seq) else None, tallies)
 
     def forget(self, run_id: str) -> None:
         """Remove a row."""
-        self.rows.pop(run_id, None)
+        row = self.rows.pop(run_id, None)
+        if row is not None:
+            self._unplace(_place(row))
+
+    def newest_first(self, before: Place) -> Iterator[RunRow]:
+        """Yield the rows that lie before a place, those started last first. What is asked for must not wait in between."""
+        for index in reversed(range(bisect.bisect_left(self._order, before))):
+            yield self.rows[self._order[index][1]]
+
+    def _unplace(self, place: Place) -> None:
+        index = bisect.bisect_left(self._order, place)
+        if index < len(self._order) and self._order[index] == place:
+            del self._order[index]
 
     def outdated(self, now_ms: int) -> list[str]:
         """Return the runs that are over, or never were, and have not changed for as long as they are kept."""

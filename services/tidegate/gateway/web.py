@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
+import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -16,7 +16,7 @@ from faust.web import Request, Response, View
 from tidegate import metrics
 from tidegate.gateway.figures import ACCOUNT, FIELDS, MINUTE_MS, Figures, Name, Tally, is_at_or_below
 from tidegate.gateway.service import Gateway
-from tidegate.gateway.view import RunRow
+from tidegate.gateway.view import LiveView, Place, RunRow
 
 PAUSED: Final = "paused"  # no status, but people look for it as for one
 DEFAULT_LIMIT: Final = 50
@@ -68,6 +68,7 @@ class Api:
             "runs": len(gateway.view.rows),
             "tallies": len(gateway.view.tallies.rows),
             "lag": gateway.lag(),
+            "changelog_records": gateway.changelog_records,
             **vars(gateway.counters),
         }
         return _json(view, 200, body)
@@ -97,7 +98,7 @@ class Api:
         """The newest runs, without their steps."""
         query = request.query
         limit = _whole(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
-        own = [summary(row) for row in newest(self._gateway.view.rows.values(), query, limit)]
+        own = [summary(row) for row in newest(self._gateway.view, query, limit)]
         answers, missing = await self._ask_peers("/v1/runs", query)
         rows = own + [row for answer in answers for row in answer["runs"]]
         rows.sort(key=lambda row: (row["started_ms"], row["run_id"]), reverse=True)
@@ -262,10 +263,10 @@ def _whole(query: Mapping[str, str], name: str, default: int, least: int, most: 
 # --- bodies -------------------------------------------------------------------------------------------------------------
 
 
-def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list[RunRow]:
+def newest(view: LiveView, query: Mapping[str, str], limit: int) -> list[RunRow]:
     """Return the rows that a query asks for, those started last first. Raises BadRequestError."""
     since_ms, until_ms = _whole(query, "since_ms", 0, 0, LATEST_MS), _whole(query, "until_ms", LATEST_MS, 0, LATEST_MS)
-    before = _place(query.get("before", ""))
+    before = min(_place(query.get("before", "")), (until_ms, ""))
     wanted = {status for status in query.get("status", "").split(",") if status}
     workflow, account = query.get("workflow", ""), query.get("account", "")
 
@@ -274,17 +275,16 @@ def newest(rows: Iterable[RunRow], query: Mapping[str, str], limit: int) -> list
             (row.status in wanted or (row.is_paused and PAUSED in wanted) if wanted else row.status != "absent")
             and (not workflow or row.workflow == workflow or row.workflow.startswith(f"{workflow}@"))
             and is_at_or_below(row.account, account)
-            and since_ms <= row.started_ms < until_ms
-            and (before is None or (row.started_ms, row.run_id) < before)
         )
 
-    return heapq.nlargest(limit, filter(fits, rows), key=lambda row: (row.started_ms, row.run_id))
+    young = itertools.takewhile(lambda row: row.started_ms >= since_ms, view.newest_first(before))
+    return list(itertools.islice(filter(fits, young), limit))
 
 
-def _place(text: str) -> tuple[int, str] | None:
+def _place(text: str) -> Place:
     """Return where a page begins: behind the run that `next` of the page before named. Raises BadRequestError."""
     if not text:
-        return None
+        return LATEST_MS, ""
     started_ms, colon, run_id = text.partition(":")
     if not colon:
         raise BadRequestError("before must be what `next` of the page before said")

@@ -20,12 +20,13 @@ from tidegate.process import (
     EXIT_OK,
     ProcessSettings,
     configure_logging,
+    log_the_end,
     observed,
+    prepare,
     run_service,
     run_until_stopped,
     spare_the_collector,
     stop_on_signals,
-    wait_for_topics,
 )
 from tidegate.projection.control import Control, Replays
 from tidegate.projection.inserter import Inserter
@@ -56,7 +57,7 @@ def main() -> int:
     except (EventLogError, MigrationError, QueryError) as error:
         if stop.is_set():
             return EXIT_OK
-        _log.exception("ending: a restart goes on from what is committed", error=str(error))
+        log_the_end(error, restart="goes on from what is committed")
         return EXIT_FAILED
     return EXIT_OK
 
@@ -64,7 +65,7 @@ def main() -> int:
 def _run(process: ProcessSettings, instance_id: str, stop: threading.Event, health: Health) -> None:
     settings, kafka = ProjectionSettings(), KafkaSettings()
     broker = KafkaBroker(kafka)
-    wait_for_topics(broker, TOPICS, process.broker_wait_s, stop)
+    prepare(broker, SERVICE, process.broker_wait_s, stop)
     with ExitStack() as stack:
         inserter = Inserter(lambda: _open_store(settings, stack))
         inserter.start()

@@ -434,6 +434,8 @@ class Projection:
         every = self._monotonic_s() >= self._freshness_due_s
         if every:
             self._freshness_due_s = self._monotonic_s() + FRESHNESS_EVERY_S
+            # A commit that the broker did not hear is made good, also where nothing new comes.
+            batch.positions.update(self._positions)
         if not self._is_shadow:
             self._add_freshness(batch, self._positions if every else batch.positions)
         self._submitted, self._submitted_s = batch, self._monotonic_s()

@@ -33,17 +33,6 @@ from tidegate.scheduler.service import SchedulerMachine
 from tidegate.scheduler.settings import SchedulerSettings
 
 SERVICE = "scheduler"
-TOPICS = (
-    "run-requests",
-    "run-commands",
-    "run-events",
-    "run-snapshots",
-    "gate-requests",
-    "gate-decisions",
-    "step-results",
-    "controls",
-    "dead-letters",
-)
 _log = structlog.get_logger()
 
 
@@ -75,7 +64,7 @@ def _run(
     health: Health,
 ) -> None:
     settings = SchedulerSettings()  # before anything is waited for: it may make no sense
-    counts = prepare(broker, TOPICS, process.broker_wait_s, stop)
+    counts = prepare(broker, SERVICE, process.broker_wait_s, stop)
     machine = SchedulerMachine(counts["run-events"], counts["gate-requests"])
     registration = Registration(broker, service=SERVICE, instance_id=instance_id)
     registration.start()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from tidegate.topics.declaration import SERVICES, Topic
+from tidegate.topics.declaration import QUEUE_PLACE, SERVICES, Topic, TopicFile
 
 Resource = Literal["topic", "group"]
 Pattern = Literal["literal", "prefixed"]
@@ -110,6 +110,19 @@ def grants(topics: Sequence[Topic], principals: Principals, prefix: str = "") ->
                 pattern: Pattern = "prefixed" if group.endswith("*") else "literal"
                 found.add(Grant(principal, "group", prefix + group.removesuffix("*"), pattern, "Read"))
     return sorted(found)
+
+
+def used_by(role: str, files: Iterable[TopicFile], queue: str | None = None) -> list[str]:
+    """Return the names of the topics that a role writes or reads, sorted. Of topics of tasks only the queue's, if there is one.
+
+    The gate writes those of all queues, which come and go while it runs: whoever serves a queue vouches for its topic.
+    """
+    names = [
+        file.name.replace(QUEUE_PLACE, queue or "")
+        for file in files
+        if role in _roles([*file.writers, *file.readers]) and (queue is not None or not file.is_template)
+    ]
+    return sorted(names)
 
 
 def _of_topic(topic: Topic, principals: Principals, prefix: str) -> Iterator[Grant]:

@@ -12,16 +12,20 @@ from faust.types import TP
 from support.logs import LogWriter, Story
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.memory import MemoryBroker
+from tidegate.gateway import service
 from tidegate.gateway.faust_app import RUN_EVENTS, TABLES, ViewTables
 from tidegate.gateway.service import Gateway
 
 
 class _Table(dict[str, Any]):
-    """A table whose changelog takes everything at once."""
+    """A table whose changelog takes everything at once, and is not asked for again."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
+        self.name = name
         self.unacknowledged: list[Any] = []
+        self.changelog_records = 0
+        self.store = SimpleNamespace(read_to={0: -1})
 
     def on_recover(self, _: Any) -> None:
         pass
@@ -37,7 +41,7 @@ def gateway(broker: MemoryBroker, committed: int = 0) -> Gateway:
         on_partitions_assigned=signal,
         assignor=SimpleNamespace(assigned_actives=lambda: [TP(name, 0) for name in TABLES]),
     )
-    tables: Any = ViewTables(*(_Table() for _ in TABLES))  # type: ignore[arg-type]
+    tables: Any = ViewTables(*map(_Table, TABLES))  # type: ignore[arg-type]
     made = Gateway(
         app,
         tables,
@@ -59,7 +63,8 @@ def log() -> tuple[MemoryBroker, list[Message]]:
     story = Story()
     story.play_all()
     broker = MemoryBroker()
-    broker.create_topic(RUN_EVENTS, 1)
+    for topic in (RUN_EVENTS, *TABLES):
+        broker.create_topic(topic, 1)
     writer = broker.writer()
     for record in LogWriter(1, 1).take(story.decided):
         if record.topic == RUN_EVENTS:
@@ -132,3 +137,42 @@ def test_what_is_read_again_after_a_rebalance_is_no_gap(log: tuple[MemoryBroker,
     broker, messages = log
     whole = rows_after(gateway(broker), [messages])
     assert rows_after(gateway(broker), [messages[:10], messages[4:20], [*messages[15:25], *messages[20:]]]) == whole
+
+
+def ready_by_itself(made: Gateway, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return whether the view was complete before it had waited, while it waited, and when it had read the rest by itself."""
+    said = [made.is_ready]
+    asyncio.run(made.read_the_rest())
+    said.append(made.is_ready)
+    monkeypatch.setattr(service, "SILENCE_S", 0.0)
+    asyncio.run(made.read_the_rest())
+    return [*said, made.is_ready]
+
+
+def test_a_view_whose_last_records_faust_passed_over_becomes_complete(
+    log: tuple[MemoryBroker, list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written behind them, so nothing would show that they are missing: a gateway was never ready."""
+    broker, messages = log
+    whole = rows_after(gateway(broker), [messages])
+    made = gateway(broker)
+    rows_after(made, [messages[:-5]])
+    assert ready_by_itself(made, monkeypatch) == [False, False, True]
+    assert {run_id: (row.seq, row.status, row.incomplete) for run_id, row in made.view.rows.items()} == whole
+    rows_after(made, [messages[-5:]])  # should Faust hand them over after all
+    assert {run_id: (row.seq, row.status, row.incomplete) for run_id, row in made.view.rows.items()} == whole
+
+
+def test_a_partition_of_which_faust_gives_nothing_becomes_complete(
+    log: tuple[MemoryBroker, list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, messages = log
+    made = gateway(broker)
+    assert ready_by_itself(made, monkeypatch) == [False, False, True]
+    assert made.view.rows.keys() == gateway_rows(broker, messages)
+    compacted: Any = _Noted(broker, [], range(len(messages) + 1))
+    assert ready_by_itself(gateway(compacted, committed=1), monkeypatch)[-1], "there is nothing left to wait for"
+
+
+def gateway_rows(broker: MemoryBroker, messages: list[Message]) -> Any:
+    return rows_after(gateway(broker), [messages]).keys()

@@ -232,6 +232,9 @@ def test_reading_any_part_again_changes_nothing(story: Story, seed: int) -> None
         position = max(0, (ahead if whole else position) - chance.randrange(0, 9))
 
     assert view.rows == once.rows
+    for one in (view, once):
+        newest = [(row.started_ms, row.run_id) for row in one.newest_first((2**62, ""))]
+        assert newest == sorted(((row.started_ms, row.run_id) for row in one.rows.values()), reverse=True)
     assert view.tallies.rows == once.tallies.rows
     assert windows_of(view) == windows_of(once) == spend_by_hand(story)
     assert figures_of(view) == figures_by_hand(story)
@@ -472,6 +475,7 @@ def test_runs_and_hours_that_are_over_are_forgotten_after_a_time_and_open_runs_n
         view.forget(run_id)
     view.forget("over")
     assert set(view.rows) == {"open", "young"}
+    assert {row.run_id for row in view.newest_first((2**62, ""))} == {"open", "young"}
     assert view.tallies.spent(lambda _: True, 0) == {"acme/shop": {0: 7}}, "what was spent was spent"
     assert view.outdated_tallies(70 * MINUTE_MS - 1) == []
     outdated = view.outdated_tallies(70 * MINUTE_MS)

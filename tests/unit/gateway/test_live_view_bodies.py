@@ -9,7 +9,7 @@ import pytest
 
 from tidegate.gateway import web
 from tidegate.gateway.figures import MINUTE_MS
-from tidegate.gateway.view import OpenApproval, RunRow, StepLine
+from tidegate.gateway.view import LiveView, OpenApproval, RunRow, StepLine
 from tidegate.gateway.web import newest, run_body, spend_body, summary
 
 
@@ -46,8 +46,8 @@ ROWS = [
     ],
 )
 def test_the_newest_runs_that_fit(query: dict[str, str], found: str) -> None:
-    assert "".join(one.run_id for one in newest(ROWS, query, 10)) == found
-    assert "".join(one.run_id for one in newest(ROWS, query, 2)) == found[:2]
+    assert "".join(one.run_id for one in newest(LiveView(ROWS), query, 10)) == found
+    assert "".join(one.run_id for one in newest(LiveView(ROWS), query, 2)) == found[:2]
 
 
 @pytest.mark.feature("O4")
@@ -112,7 +112,7 @@ def test_pages_go_through_all_runs_once() -> None:
     seen: list[str] = []
     before: str | None = ""
     while before is not None:
-        page = [summary(one) for one in newest(rows, {"before": before}, 9)]
+        page = [summary(one) for one in newest(LiveView(rows), {"before": before}, 9)]
         seen += [one["run_id"] for one in page]
         before = web._next_page(page, 9)
     assert len(seen) == len(set(seen)) == 100
@@ -121,4 +121,4 @@ def test_pages_go_through_all_runs_once() -> None:
 @pytest.mark.parametrize("query", [{"before": "x"}, {"before": "soon:x"}, {"since_ms": "-1"}, {"until_ms": "now"}])
 def test_places_that_make_no_sense_are_refused(query: dict[str, str]) -> None:
     with pytest.raises(web.BadRequestError):
-        newest(ROWS, query, 1)
+        newest(LiveView(ROWS), query, 1)

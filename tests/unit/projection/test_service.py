@@ -458,6 +458,24 @@ def test_freshness_tells_how_far_each_partition_is_and_is_renewed_while_nothing_
 
 
 @pytest.mark.feature("L4")
+def test_a_commit_that_the_broker_did_not_hear_is_made_good_while_nothing_happens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the group would seem behind for as long as nothing new comes, to whoever scales by its lag for instance."""
+    world, log = World(), LogWriter(3, 2)
+    world.write(log.take(story().decided))
+    with monkeypatch.context() as patch:
+        patch.setattr(world.group, "commit", lambda _: None)
+        for _ in range(300):
+            world.turn()
+    assert not world.group.is_at_end
+    for _ in range(3):
+        world.turn(service.FRESHNESS_EVERY_S)
+    assert world.group.is_at_end
+    check(world, log)
+
+
+@pytest.mark.feature("O1")
 def test_records_that_cannot_be_read_are_noted_and_the_rest_goes_on() -> None:
     world, log = World(), LogWriter(3, 2)
     log_records = log.take(story().decided)
