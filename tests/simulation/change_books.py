@@ -13,6 +13,21 @@ StepKey = tuple[str, str]
 GRAPH = "graph"
 
 
+class Proposals:
+    """Remembers what was proposed until it is accepted."""
+
+    def __init__(self) -> None:
+        self._open: dict[StepKey, str] = {}
+
+    def accepted(self, run_id: str, event: Any) -> dict[str, Any] | None:
+        """Take an event; return the change of the run's graph that it makes, if it makes one."""
+        if isinstance(event, re.GraphChangeProposed) and event.kind == GRAPH:
+            self._open[run_id, event.step_id] = event.change
+        elif isinstance(event, re.GraphChangeAccepted) and event.kind == GRAPH:
+            return canonical.loads(self._open[run_id, event.step_id])
+        return None
+
+
 class ChangeBooks:
     """Takes note of events. require: raises its text if its condition does not hold."""
 

@@ -33,7 +33,8 @@ LAST_WORDS_TURNS = 20
 
 @dataclass(slots=True)
 class Outcome:
-    """What a function will do: for how long, how it ends, what it reports to have cost, and the change that it proposes.
+    """What a function will do: for how long, how it ends, what it reports to have cost, the change that it proposes, and the
+    route that it chooses.
 
     error: class of what it raises; `results.DIED` if the place where it runs ends instead.
     """
@@ -44,6 +45,7 @@ class Outcome:
     retryable: bool = True
     cost_micros: int | None = None
     change: str = ""
+    goto: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -296,7 +298,7 @@ def _result(task: StepTask, outcome: Outcome, spent: results.Spent) -> StepResul
         return results.died(task, "as it was made to", retryable=task.call.idempotent, spent=spent)
     if outcome.error:
         return results.failed(task, outcome.error, "as it was made to", retryable=outcome.retryable, spent=spent)
-    return results.succeeded(task, outcome.value, spent, change=outcome.change)
+    return results.succeeded(task, outcome.value, spent, goto=outcome.goto, change=outcome.change)
 
 
 __all__ = ["ExecutorLife", "Outcome", "ProcessIdentity"]

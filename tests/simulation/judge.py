@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.budgets import PREFIXES, BudgetJudge
 from simulation.change_books import ChangeBooks
+from simulation.flows import FlowBooks
+from simulation.route_books import RouteBooks
 from simulation.wait_books import WaitBooks
 from simulation.work import BOUNDS, RULES
 from tidegate import codec
@@ -133,6 +135,8 @@ class Judge:
         self.limits = LimitBooks(BOUNDS)
         self.waits = WaitBooks(self.require)
         self.changes = ChangeBooks(self.require)
+        self.flows = FlowBooks(self.require)
+        self.routes = RouteBooks(self.require)
         self.budgets = BudgetJudge(self.require, self.books.budgets)
         self.effects: Counter[tuple[str, str]] = Counter()
         self.commands: dict[tuple[str, str], RunCommand] = {}
@@ -197,6 +201,11 @@ class Judge:
                 "changes rejected": self.changes.rejected,
                 "changes in conflict": self.changes.conflicts,
                 "outside calls ended": self.waits.outside,
+                "routes taken": self.routes.taken,
+                "loops entered": self.routes.loops,
+                "turns of flows": self.flows.turns,
+                **{f"{kind} called by flows": count for kind, count in self.flows.calls.items()},
+                "flows ended": self.flows.ended,
                 **{f"unknown outcomes: {how}": count for how, count in self.unknown_ends.items()},
                 "failures under a rule": self.by_rule.total(),
                 **self.budgets.counts,
@@ -471,6 +480,8 @@ class Judge:
         if getattr(event, "code", "") == "internal_error" or getattr(event, "error_class", "") == "InternalError":
             self.fail(f"{run_id}: a decision failed: {event}")
         self.changes.event(run_id, event)
+        self.flows.event(run_id, event)
+        self.routes.event(run_id, event)
         if isinstance(event, re.RunStarted):
             self.definitions[run_id] = event.definition
         elif isinstance(event, re.StepReady):

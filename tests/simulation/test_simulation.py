@@ -48,6 +48,13 @@ def test_there_was_work_and_trouble() -> None:
     assert total["outside calls ended"] > 2
     assert all(total[f"unknown outcomes: {how}"] > 10 for how in ("lost", "timed_out", "died"))
     assert total["failures under a rule"] > 5
+    assert total["turns of flows"] > 200
+    assert total["step called by flows"] > 200
+    for kind in ("agent", "tool", "workflow", "sleep", "wait_until", "wait_event", "ask"):
+        assert total[f"{kind} called by flows"] > 2, kind
+    assert total["flows ended"] > 50
+    assert total["routes taken"] > 20
+    assert total["loops entered"] > 10
     assert total["paused by budgets"] > 50
     assert total["budgets exceeded"] > 10
     assert total["questions expired"] > 50

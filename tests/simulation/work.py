@@ -7,7 +7,8 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from simulation.definitions import ONCE, OUTSIDE, TOOLS, definition, proposal
+from simulation import flows
+from simulation.definitions import FLOW_APP, GOES, ONCE, OUTSIDE, TOOLS, definition, proposal
 from simulation.executor import Outcome
 from tidegate import codec
 from tidegate.audit.limits import Bound
@@ -55,10 +56,15 @@ def behaviour(rng: Random, task: StepTask) -> Outcome:
     runs_ms = rng.choice((0, 0, 5, 20, 100, 500))
     if call.kind == "agent":
         return Outcome(runs_ms, _plan(rng, call), cost_micros=cost)
+    if call.kind == "flow":
+        if rng.random() < 0.1:
+            return Outcome(runs_ms, error="Flaky", cost_micros=cost)
+        said, error = flows.turn(FLOW_APP, rng, task.run_id, task.step_id, call)
+        return Outcome(runs_ms, said, error=error, retryable=False, cost_micros=cost)
     trait = call.function.removeprefix("t_")
     if trait in ("flaky", "once_flaky") and rng.random() < 0.5:
         return Outcome(runs_ms, error="Flaky", cost_micros=cost)
-    if call.function in ONCE and rng.random() < 0.2:
+    if call.function in ONCE and rng.random() < 0.3:
         return Outcome(rng.choice((runs_ms, call.timeout_ms + 500)), error=results.DIED, cost_micros=cost)
     if trait == "fatal":
         return Outcome(runs_ms, error="Fatal", retryable=rng.random() < 0.5, cost_micros=cost)
@@ -70,8 +76,14 @@ def behaviour(rng: Random, task: StepTask) -> Outcome:
         cost = call.reserve_micros + rng.choice((0, 1, 30))
     elif trait == "odd" and rng.random() < 0.2:
         return Outcome(runs_ms, "this is no JSON", cost_micros=cost)
+    goto = rng.choice((*canonical.loads(call.arguments)["routes"], "", "n9")) if _has_routes(call) else ""
     change = proposal(rng, task.step_id) if call.kind == "step" and rng.random() < 0.4 else ""
-    return Outcome(runs_ms, canonical.dumps({"n": rng.randint(0, 9)}), cost_micros=cost, change=change)
+    return Outcome(runs_ms, canonical.dumps({"n": rng.randint(0, 9)}), cost_micros=cost, change=change, goto=goto)
+
+
+def _has_routes(call: Call) -> bool:
+    value = canonical.loads(call.arguments)
+    return call.function == GOES and isinstance(value, dict) and bool(value.get("routes"))
 
 
 def _plan(rng: Random, call: Call) -> str:

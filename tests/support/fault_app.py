@@ -18,6 +18,7 @@ from typing import Any
 from tidegate import (
     MODEL_RETRIES,
     App,
+    CallFailedError,
     NonRetryable,
     Plan,
     Propose,
@@ -401,6 +402,21 @@ def confused(state: State) -> Plan:
         ]
         return Plan(content="trying", tool_calls=calls, usage={"input_tokens": 12, "output_tokens": 3})
     return Plan(content="", final=True, output=[[call.ok, call.error] for call in state.history[0].calls])
+
+
+@app.flow(steps=[one, look, confused], workflows=["chain"])
+async def papers(n: int) -> dict[str, Any]:
+    """Call something of every kind, and wait for somebody in between."""
+    advice, found = await asyncio.gather(confused(n), look(n))  # type: ignore[call-overload]  # in a flow, calls are awaited
+    await app.sleep(0.3)
+    answer, more = await asyncio.gather(app.ask("how many?", schema={"type": "integer"}), app.workflow("chain", found))
+    paid = await app.wait_event("paid", key=n, timeout_s=60)
+    try:
+        await app.wait_event("never", timeout_s=0.2)
+    except CallFailedError as error:
+        last = await one(answer)  # type: ignore[misc]
+        return {"advice": advice, "more": more, "paid": paid, "last": last, "missing": error.node_id}
+    return {}
 
 
 class RateLimitError(Exception):

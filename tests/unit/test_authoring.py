@@ -81,7 +81,7 @@ def run(app: App, definition: dict[str, Any], value: Any) -> RunState:
             if task.type == "run":
                 call(app, p, task)
         elif (due := p.scheduler.next_due_ms(p.runs)) is not None:
-            p.pass_time(due - p.now_ms)
+            p.pass_time_with_heartbeats(due - p.now_ms)
         else:
             break
     return p.run("r")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support.cluster import Cluster
+from support.pure import Pair, chain
 from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.messages import Control, PolicyPublished, WorkflowPublished
@@ -81,6 +82,18 @@ def test_as_long_as_the_row_of_before_is_known_it_stays() -> None:
     cluster = Cluster()
     write(cluster, "policies", "p", row_of("p", LETS_THROUGH), GARBAGE)
     assert start(cluster, "known")[0] == "succeeded"
+
+
+@pytest.mark.feature("P1")
+@pytest.mark.parametrize(("missed", "said"), [(0, "succeeded"), (1, "failed")])
+def test_a_gate_that_was_behind_does_not_take_an_older_row_for_the_one_of_before(missed: int, said: str) -> None:
+    """What came between was compacted away, by the broken document, before the gate came to read it."""
+    p = Pair(functions=("step:a",))
+    for offset, document in ((0, LETS_THROUGH), (1 + missed, {"policy": "p", "rules": "none"})):
+        p.gate.table_changed("policies", "p", codec.decode(row_of("p", document)), offset)
+    p.start("r", chain("a"))
+    p.work({"a": lambda value: value})
+    assert p.run("r").status == said
 
 
 @pytest.mark.feature("P1")

@@ -55,6 +55,7 @@ _MERMAID_SHAPES: Final[Mapping[str, tuple[str, str]]] = {
     "agent": ("([", "])"),
     "map": ("[[", "]]"),
     "flow": ("[(", ")]"),
+    "tool": ("[", "]"),  # only flows call tools: no definition has such a node
     "router": ("{", "}"),
     "workflow": ("[/", "/]"),
 }
@@ -64,6 +65,7 @@ _DOT_SHAPES: Final[Mapping[str, str]] = {
     "agent": "ellipse",
     "map": "box3d",
     "flow": "component",
+    "tool": "box",
     "router": "diamond",
     "workflow": "folder",
 }

@@ -150,7 +150,7 @@ def graph(
         usage("workflow graph", "name a workflow, a file or an app, or a run with --run")
     if run_id:
         with explained("workflow graph"), Client() as client:
-            definitions: list[Mapping[str, Any]] = [client.graph(run_id)]
+            definitions: list[Mapping[str, Any]] = [client.graph(run_id, calls=True)]
     elif _is_published_name(name):
         definitions = [_find("workflow graph", name)]
     else:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
+from tidegate.domain import run_events as ev
+from tidegate.domain import waits
 from tidegate.domain.messages import Call
 from tidegate.domain.workflow import Workflow
 
@@ -14,6 +18,12 @@ class Changed(NamedTuple):
     step_id: str
     status: str
     output: str
+
+
+def wait_of(step_id: str, node_id: str, wave: int, kind: str, value: str, bound: waits.Bound) -> ev.WaitStarted:
+    """Return the beginning of a wait. value: what it hands on. Its times are reckoned later: nothing here knows what time it is."""
+    settings = msgspec.structs.asdict(bound)
+    return ev.WaitStarted(step_id=step_id, node_id=node_id, wave=wave, kind=kind, input=value, **settings)
 
 
 def call_of(workflow: Workflow, function: str, arguments: str, agent: str = "") -> Call:

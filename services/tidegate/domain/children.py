@@ -5,6 +5,8 @@ The parent's definition holds those of its children, so nothing that is publishe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from tidegate.domain import run_events as ev
 from tidegate.domain import states
 from tidegate.domain.canonical import digest
@@ -13,14 +15,22 @@ from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Workflow
 
 
-def started(run: RunState, workflow: Workflow, node_id: str, step_id: str, wave: int, value: str) -> ev.ChildStarted:
+class Child(NamedTuple):
+    """What a step is that another run does. label: `name@version`. budget_micros: the most that it may cost."""
+
+    label: str
+    budget_micros: int | None = None
+
+
+def started(
+    run: RunState, workflow: Workflow, node_id: str, step_id: str, wave: int, value: str, child: Child
+) -> ev.ChildStarted:
     """Return the event that begins a child: its id follows from its parent's and the step's.
 
-    It has a budget of its own: the node's, but never more than the parent has.
+    It has a budget of its own: the one that is said, but never more than the parent has.
     """
-    node = workflow.document.nodes[node_id]
-    label = node.workflow
-    budgets = [micros for micros in (node.budget_micros, run.budget_micros) if micros is not None]
+    label = child.label
+    budgets = [micros for micros in (child.budget_micros, run.budget_micros) if micros is not None]
     definition = workflow.child_definition(label)
     return ev.ChildStarted(
         step_id=step_id,

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
-import msgspec
-
 from tidegate.domain import canonical, children, flow_turns, mapping, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.bindings import NO_HOP, Hop, Sight
-from tidegate.domain.calls import call_of
+from tidegate.domain.calls import call_of, wait_of
 from tidegate.domain.identity import visit_path
 from tidegate.domain.node_state import NodeState
 from tidegate.domain.run import RunState
@@ -226,7 +224,8 @@ class Flow:
 
     def _start_agent(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
         value = self.sight.input_of(node_id, used, hop)
-        self.events.append(first_turn(self.workflow, node_id, self._path(node_id), wave, value))
+        agent = self.workflow.document.nodes[node_id].function
+        self.events.append(first_turn(self.workflow, agent, node_id, self._path(node_id), wave, value))
 
     def _start_flow(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
         value = self.sight.input_of(node_id, used, hop)
@@ -256,23 +255,15 @@ class Flow:
         self.events.append(mapping.item_step(self.workflow, node_id, self._path(node_id), number, wave, value))
 
     def _start_child(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
-        value = self.sight.input_of(node_id, used, hop)
-        self.events.append(children.started(self.run, self.workflow, node_id, self._path(node_id), wave, value))
+        node = self.workflow.document.nodes[node_id]
+        value, child = self.sight.input_of(node_id, used, hop), children.Child(node.workflow, node.budget_micros)
+        self.events.append(children.started(self.run, self.workflow, node_id, self._path(node_id), wave, value, child))
 
     def _start_wait(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
-        """Begin a wait. Its times are reckoned later: nothing here knows what time it is."""
         kind = self.workflow.document.nodes[node_id].kind
+        value = self.sight.input_of(node_id, used, hop) if kind in waits.TIMES else "null"
         bound = self.sight.wait_of(node_id, used, hop)
-        self.events.append(
-            ev.WaitStarted(
-                step_id=self._path(node_id),
-                node_id=node_id,
-                wave=wave,
-                kind=kind,
-                input=self.sight.input_of(node_id, used, hop) if kind in waits.TIMES else "null",
-                **msgspec.structs.asdict(bound),
-            )
-        )
+        self.events.append(wait_of(self._path(node_id), node_id, wave, kind, value, bound))
 
     # -- loops ---------------------------------------------------------------
 

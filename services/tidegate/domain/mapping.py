@@ -16,7 +16,7 @@ def item_step(workflow: Workflow, node_id: str, path: str, number: int, wave: in
     name = workflow.document.nodes[node_id].function
     item = item_path(path, number)
     if workflow.function(name).kind == "agent":
-        return first_turn(workflow, node_id, item, wave, value)
+        return first_turn(workflow, name, node_id, item, wave, value)
     return ev.StepReady(step_id=item, node_id=node_id, wave=wave, call=call_of(workflow, name, value))
 
 

@@ -15,7 +15,7 @@ from tidegate.domain.calls import Changed
 from tidegate.domain.fingerprint import fingerprint
 from tidegate.domain.flow import Flow
 from tidegate.domain.identity import item_number, item_path, visit_path
-from tidegate.domain.run import RunState, StepState, node_output
+from tidegate.domain.run import RunState, StepState, node_output, plan_is_final
 from tidegate.domain.stop import MAX_OPEN_STEPS, Stop, check_size
 from tidegate.domain.workflow import CONTINUE, FAIL_FAST, Workflow
 
@@ -37,18 +37,21 @@ def after_success(run: RunState, step: StepState, output: str, goto: str = "") -
     """Return the events that follow a step's success: next steps, the agent's next turn, or the end of the run."""
     changed = Changed(step.step_id, states.SUCCEEDED, output)
     try:
-        if step.call.kind == "tool":
-            return _limited(run, turns.after_tool(run, _workflow(run), step, changed))
-        done = node_output(run, step, output)
-        if done is None and step.node_id in _workflow(run).flow_nodes:
-            follows = flow_turns.after_turn if step.call.kind == "flow" else flow_turns.after_call
-            return _limited(run, follows(run, _workflow(run), step, changed))
-        if done is None:
-            plan = canonical.loads(output)
-            return _limited(run, turns.after_plan(run, _workflow(run), step, changed, plan))
+        workflow = _workflow(run)
+        if turns.is_tool_call(step):
+            return _limited(run, turns.after_tool(run, workflow, step, changed))
         if step.call.kind == "agent":
-            goto = str(canonical.loads(output).get("goto") or "")
-        return _after_part(run, step, changed, done, goto)
+            plan = canonical.loads(output)
+            if not plan_is_final(plan):
+                return _limited(run, turns.after_plan(run, workflow, step, changed, plan))
+            goto = str(plan.get("goto") or "")
+        done = node_output(run, step, output)
+        if done is not None:
+            return _after_part(run, step, changed, done, goto)
+        if goto:
+            raise Stop("bad_route", f"step {step.step_id} wants to go on with {goto!r}: a call of a flow has no routes")
+        follows = flow_turns.after_turn if step.call.kind == "flow" else flow_turns.after_call
+        return _limited(run, follows(run, workflow, step, changed))
     except Stop as stop:
         return _stopped(run, changed, stop)
 
@@ -59,14 +62,14 @@ def failed(run: RunState, step: StepState, code: str, reason: str) -> list[Any]:
 
 
 def after_failure(run: RunState, step: StepState, code: str, reason: str) -> list[Any]:
-    """Return the events that follow `StepFailed`: an observation for the agent that called the tool, or what the failure
-    modes say: the run's end, or what goes on without the node.
+    """Return the events that follow `StepFailed`: an observation for the agent that called the tool, an exception for the flow
+    that called it, or what the failure modes say: the run's end, or what goes on without the node.
     """
     changed = Changed(step.step_id, states.FAILED, "")
     try:
-        if step.call.kind == "tool":
+        if turns.is_tool_call(step):
             return _limited(run, turns.after_tool(run, _workflow(run), step, changed, reason))
-        if step.call.kind == "step" and step.node_id in _workflow(run).flow_nodes:
+        if step.call.kind != "flow" and step.node_id in _workflow(run).flow_nodes:
             return _limited(run, flow_turns.after_call(run, _workflow(run), step, changed, reason))
         node = _workflow(run).document.nodes[step.node_id]
         if node.kind == "map" and node.on_item_failure == CONTINUE:
@@ -156,7 +159,7 @@ def _cancel_below(run: RunState, flow: Flow, step: StepState) -> None:
     for other_id in sorted(run.steps):
         other = run.steps[other_id]
         if other_id.startswith(below) and other_id != step.step_id and other.status not in states.STEP_TERMINAL:
-            flow.events.append(ev.StepCancelled(step_id=other_id, attempt=_attempt_out(other)))
+            flow.events += _cancelled(other, f"{step.node_id} is over")
             flow.cancelled.add(other_id)
 
 
@@ -250,10 +253,7 @@ def _finish(
         finals[step_id] = (states.CANCELLED, "")
         if step_id in cancelled_already:
             continue
-        step = run.steps[step_id]
-        events.append(ev.StepCancelled(step_id=step_id, attempt=_attempt_out(step)))
-        if step.status == states.IN_CHILD:
-            events.append(children.cancelled(step, reason))
+        events += _cancelled(run.steps[step_id], reason)
     mark = fingerprint(
         _workflow(run).mark,
         run.input,
@@ -263,6 +263,12 @@ def _finish(
     )
     events.append(ev.RunFinished(status=status, output=output, code=code, reason=reason, fingerprint=mark))
     return events + children.end_reported(run, status, code, reason)
+
+
+def _cancelled(step: StepState, reason: str) -> list[Any]:
+    """Return the end of an open step, and what its run is told if one does it."""
+    told = [children.cancelled(step, reason)] if step.status == states.IN_CHILD else []
+    return [ev.StepCancelled(step_id=step.step_id, attempt=_attempt_out(step)), *told]
 
 
 def _attempt_out(step: StepState) -> int:

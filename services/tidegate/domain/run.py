@@ -9,6 +9,7 @@ import msgspec
 from tidegate.domain import canonical, node_state, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.graph_changes import GRAPH, AcceptedChange, OpenProposal
+from tidegate.domain.identity import agent_turn_step
 from tidegate.domain.messages import Call
 from tidegate.domain.node_state import NodeState
 from tidegate.domain.workflow import Workflow, evolved, pinned_definition
@@ -30,7 +31,8 @@ class StepState(msgspec.Struct, array_like=True):
     `max_attempts` counts); losses: attempts whose executor went away. reported: attempts whose result was consumed, so that a
     doubled result is recognised. waits_for: why the gate lets it wait, while it does. child_run_id: the run that does it, if
     it is a workflow. rule_failures: of the failures, those that a retry rule counts, as (its label, how many). proposal: the
-    change of the graph that it proposes, until that is decided on.
+    change of the graph that it proposes, until that is decided on. call: of a turn of a flow that another has followed, it has no
+    arguments any more: they are the beginning of that one's.
     """
 
     step_id: str
@@ -168,8 +170,18 @@ def _step_ready(run: RunState, event: ev.StepReady, now_ms: int) -> None:
     if event.held:
         step.status, step.attempt = states.HELD, 0
     run.steps[event.step_id] = step
-    run.flow_turns += event.call.kind == "flow"
+    if event.call.kind == "flow":
+        run.flow_turns += 1
+        _forget_turn_before(run, event.step_id)
     node_state.begin_step(run, step, "StepReady")
+
+
+def _forget_turn_before(run: RunState, turn_step_id: str) -> None:
+    """Forget what the turn before this one was told: this one is told the same and more, and runs need not hold it twice."""
+    path, _, number = turn_step_id.rpartition("/")
+    before = run.steps.get(agent_turn_step(path, int(number) - 1))
+    if before is not None:
+        before.call = msgspec.structs.replace(before.call, arguments="null")
 
 
 def _attempt_requested(run: RunState, event: ev.AttemptRequested, now_ms: int) -> None:
@@ -357,7 +369,9 @@ def _child_ended(run: RunState, event: ev.ChildEnded, now_ms: int) -> None:
     if event.status == states.SUCCEEDED:
         _move_step(step, "ChildEnded", states.SUCCEEDED)
         step.output = event.output
-        node_state.take_output(run, step, "ChildEnded", event.output)
+        done = node_output(run, step)
+        if done is not None:
+            node_state.take_output(run, step, "ChildEnded", done)
     else:
         _move_step(step, "ChildEnded", states.FAILED)
         step.error = event.reason
@@ -423,18 +437,20 @@ def node_output(run: RunState, step: StepState, output: str | None = None) -> st
         return flow_output(text) if step.call.kind == "flow" and text is not None else None
     if step.call.kind in ("step", "workflow") or step.call.kind in waits.KINDS:
         return text
-    if step.call.kind == "tool" or text is None:
-        return None
-    plan = canonical.loads(text)
-    if not plan_is_final(plan):
-        return None
-    return canonical.dumps(plan.get("output") if plan.get("output") is not None else plan.get("content", ""))
+    return None if step.call.kind == "tool" or text is None else plan_output(canonical.loads(text))
 
 
 def flow_output(turn: str) -> str | None:
     """Return the output of a flow if this turn, canonical JSON, says it, else None."""
     said = canonical.loads(turn)
     return canonical.dumps(said["output"]) if "output" in said else None
+
+
+def plan_output(plan: dict[str, Any]) -> str | None:
+    """Return the output of an agent if this plan is its last one, else None."""
+    if not plan_is_final(plan):
+        return None
+    return canonical.dumps(plan.get("output") if plan.get("output") is not None else plan.get("content", ""))
 
 
 def plan_is_final(plan: dict[str, Any]) -> bool:

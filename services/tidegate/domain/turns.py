@@ -15,14 +15,19 @@ from tidegate.domain.workflow import Workflow
 MAX_REASON: Final = 4_000
 
 
-def first_turn(workflow: Workflow, node_id: str, path: str, wave: int, value: str) -> ev.StepReady:
-    """Return the step of an agent's first plan; `path` is what the step ids of this visit, or item, begin with."""
-    return _turn(workflow, node_id, path, 1, wave, value, [])
+def first_turn(workflow: Workflow, agent: str, node_id: str, path: str, wave: int, value: str) -> ev.StepReady:
+    """Return the step of an agent's first plan; `path` is what the step ids of this visit, item or call begin with."""
+    return _turn(workflow, agent, node_id, path, 1, wave, value, [])
+
+
+def is_tool_call(step: StepState) -> bool:
+    """Tell whether a step is what an agent's plan calls. A tool that a flow calls is none."""
+    return step.call.kind == "tool" and "/tool:" in step.step_id
 
 
 def after_plan(run: RunState, workflow: Workflow, step: StepState, changed: Changed, plan: dict[str, Any]) -> list[Any]:
     """Return the steps of a plan's tool calls, or the next turn if it calls none that there is."""
-    agent = workflow.document.nodes[step.node_id].function
+    agent = step.call.function
     calls = _calls_of(workflow, agent, step.step_id, plan)
     tools = [_called(workflow, step, agent, call) for call in calls if call.problem is None]
     following = tools or [_next_turn(run, workflow, step.node_id, step.step_id, step.wave + 1, changed, "")]
@@ -120,16 +125,11 @@ def _name(tool: str) -> str:
 
 
 def _turn(
-    workflow: Workflow, node_id: str, path: str, turn: int, wave: int, value: str, history: list[Any]
+    workflow: Workflow, agent: str, node_id: str, path: str, turn: int, wave: int, value: str, history: list[Any]
 ) -> ev.StepReady:
     state = f'{{"history":{canonical.dumps(history)},"input":{value},"turn":{turn}}}'
-    function = workflow.document.nodes[node_id].function
-    return ev.StepReady(
-        step_id=agent_turn_step(path, turn),
-        node_id=node_id,
-        wave=wave,
-        call=call_of(workflow, function, state, function),
-    )
+    call = call_of(workflow, agent, state, agent)
+    return ev.StepReady(step_id=agent_turn_step(path, turn), node_id=node_id, wave=wave, call=call)
 
 
 def _next_turn(
@@ -137,18 +137,18 @@ def _next_turn(
 ) -> ev.StepReady:
     """Return the step of the next plan, whose State holds what the turns so far planned and observed."""
     path, _, turn = plan_step_id.rpartition("/")
-    state = canonical.loads(run.steps[plan_step_id].call.arguments)
-    history = [*state["history"], _observed(run, workflow, node_id, plan_step_id, changed, error)]
-    return _turn(workflow, node_id, path, int(turn) + 1, wave, canonical.dumps(state["input"]), history)
+    call = run.steps[plan_step_id].call
+    state = canonical.loads(call.arguments)
+    history = [*state["history"], _observed(run, workflow, call.function, plan_step_id, changed, error)]
+    return _turn(workflow, call.function, node_id, path, int(turn) + 1, wave, canonical.dumps(state["input"]), history)
 
 
 def _observed(
-    run: RunState, workflow: Workflow, node_id: str, plan_step_id: str, changed: Changed, error: str
+    run: RunState, workflow: Workflow, agent: str, plan_step_id: str, changed: Changed, error: str
 ) -> dict[str, Any]:
     """Return one turn as the agent sees it later: its content, and each call with what came of it."""
     text = changed.output if changed.step_id == plan_step_id else run.steps[plan_step_id].output
     plan = canonical.loads(text or "{}")
-    agent = workflow.document.nodes[node_id].function
     calls = []
     for call in _calls_of(workflow, agent, plan_step_id, plan):
         output, problem = _outcome(run, call, changed, error)

@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import jsonschema
 import msgspec
-import referencing
 
 from tidegate.domain import canonical, expressions
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
+from tidegate.domain.strict_schema import StrictValidator
 
 EVENT: Final = "wait_event"
 UNTIL: Final = "wait_until"
@@ -35,8 +36,6 @@ MAX_CHOICES: Final = 100
 MAX_CHOICE: Final = 512
 MAX_SECONDS: Final = 20 * 366 * 24 * 3600
 LATEST_MS: Final = 4_102_444_800_000  # the year 2100: what databases can show
-
-_NOTHING_ELSEWHERE: Final[referencing.Registry[Any]] = referencing.Registry()
 
 SETTINGS_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
@@ -60,6 +59,7 @@ SETTINGS_SCHEMA: Final[dict[str, Any]] = {
         "timeout_value": {},
     },
 }
+_settings: Final = StrictValidator(SETTINGS_SCHEMA)
 _OF_ALL: Final = frozenset({"timeout_s", "on_timeout", "timeout_value"})
 _OF_KIND: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {  # kind -> what it must have, what it may have
     EVENT: (frozenset({"event"}), frozenset({"key"})),
@@ -120,21 +120,11 @@ class WaitError(ValueError):
 def definition_problems(node_id: str, node: Mapping[str, Any]) -> list[str]:
     """Return everything that is wrong with a wait node whose form `SETTINGS_SCHEMA` has checked."""
     where, kind, given = f"nodes.{node_id}", node["kind"], node.get("wait", {})
-    wanted, allowed = _OF_KIND[kind]
-    found = [f"{where}.wait: {kind} must say `{name}`" for name in sorted(wanted - given.keys())]
-    foreign = sorted(given.keys() - wanted - allowed - _OF_ALL)
-    found += [f"{where}.wait.{name}: {kind} has no such setting" for name in foreign]
+    found = _settings_problems(f"{where}.wait", kind, given)
     if "function" in node:
         found.append(f"{where}: {kind} runs no function")
     if "input" in node and kind not in TIMES:
         found.append(f"{where}: {kind} has no input: its output is what it waits for")
-    if given.get("on_timeout") == VALUE and "timeout_s" not in given:
-        found.append(f"{where}.wait.on_timeout: it needs `timeout_s`")
-    if "timeout_value" in given and given.get("on_timeout") != VALUE:
-        found.append(f"{where}.wait.timeout_value: it needs `on_timeout: value`")
-    is_closed = given.get("free_text") is False and "choices" not in given and "schema" not in given
-    if kind == ASK and is_closed:
-        found.append(f"{where}.wait.free_text: without it the question needs `choices` or a `schema`")
     for name in ("seconds", "timeout_s", "choices"):
         if isinstance(given.get(name), str) and not expressions.is_expression(given[name]):
             found.append(f"{where}.wait.{name}: a text here must be an expression: ${{ … }}")
@@ -143,6 +133,39 @@ def definition_problems(node_id: str, node: Mapping[str, Any]) -> list[str]:
         found += _problem_of(lambda: _moment_ms(at, f"{where}.wait.at"))
     templates = {name: value for name, value in given.items() if name != "schema"}
     return found + expressions.problems(templates, f"{where}.wait")
+
+
+def _settings_problems(where: str, kind: str, given: Mapping[str, Any]) -> list[str]:
+    wanted, allowed = _OF_KIND[kind]
+    found = [f"{where}: {kind} must say `{name}`" for name in sorted(wanted - given.keys())]
+    foreign = sorted(given.keys() - wanted - allowed - _OF_ALL)
+    found += [f"{where}.{name}: {kind} has no such setting" for name in foreign]
+    if given.get("on_timeout") == VALUE and "timeout_s" not in given:
+        found.append(f"{where}.on_timeout: it needs `timeout_s`")
+    if "timeout_value" in given and given.get("on_timeout") != VALUE:
+        found.append(f"{where}.timeout_value: it needs `on_timeout: value`")
+    is_closed = given.get("free_text") is False and "choices" not in given and "schema" not in given
+    if kind == ASK and is_closed:
+        found.append(f"{where}.free_text: without it the question needs `choices` or a `schema`")
+    return found
+
+
+def call_problem(kind: str, given: Any) -> str | None:
+    """Return what is wrong with the settings of a wait that a flow calls for, or None. They are values: no part is a template."""
+    found = sorted(
+        f"{kind}{''.join(f'.{part}' for part in error.absolute_path)}: {error.message[:300]}"
+        for error in _settings.iter_errors(given)
+    )
+    found = found or _settings_problems(kind, kind, given)
+    found = found or _problem_of(lambda: bind_values(kind, given))
+    if not found and "schema" in given:
+        found = schema_problems(f"{kind}.schema", given["schema"])
+    return "; ".join(found[:10]) or None
+
+
+def bind_values(kind: str, given: Mapping[str, Any]) -> Bound:
+    """Return the wait that settings without templates say. Raises WaitError."""
+    return bind(kind, Settings(**given), kind, lambda value: value)
 
 
 def schemas(definition: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +288,7 @@ def output_problem(value: Any, schema: str) -> str | None:
 
 
 def _schema_problem(value: Any, schema: str) -> str | None:
-    validator = jsonschema.Draft202012Validator(canonical.loads(schema), registry=_NOTHING_ELSEWHERE)
+    validator = jsonschema.Draft202012Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE)
     try:
         found = [
             f"answer{''.join(f'[{part!r}]' for part in error.absolute_path)}: {error.message[:300]}"

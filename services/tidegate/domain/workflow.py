@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
 import jsonschema
 import msgspec
-import referencing
-from referencing.jsonschema import DRAFT202012
 
 from tidegate.domain import canonical, expressions, retries, waits
 from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems
@@ -17,13 +15,11 @@ from tidegate.domain.graph_changes import EVOLUTION_SCHEMA, Evolution, graph_has
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.retries import Retries
 from tidegate.domain.routes import form_of
+from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
 from tidegate.domain.strict_schema import StrictValidator
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
 DEFAULT_MAX_STEPS: Final = 50
-# Only what a schema itself holds: nothing is ever fetched, because a decision has no inputs but those in the log.
-_NOTHING_ELSEWHERE: Final[referencing.Registry[Any]] = referencing.Registry()
-_VALUES_NOT_SCHEMAS: Final = frozenset(("const", "default", "enum", "examples"))
 AGENT_PREFIX: Final = "agent:"
 
 FAIL_FAST: Final = "fail_fast"
@@ -31,6 +27,7 @@ CONTINUE: Final = "continue"
 FAILURE_MODES: Final = (FAIL_FAST, CONTINUE)
 DEFAULT_MAX_HOPS: Final = 50
 MAX_NESTING: Final = 8  # of workflows in workflows
+FLOW_CALLS: Final = ("step", "agent", "tool")  # the kinds of functions that flows may call
 ALL: Final = 0  # as `needs`: every edge that leads here
 
 _expression = {"type": "string", "minLength": 1}
@@ -139,6 +136,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
                     "description": {"type": "string"},
                     "parameters": {"type": ["object", "boolean"]},
                     "tools": {"type": "array", "items": _name},
+                    "workflows": {"type": "array", "items": _workflow_label},
                     "outside": {"type": "boolean"},
                     "output": {"type": ["object", "boolean"]},
                 },
@@ -163,7 +161,7 @@ class Function(Retries, frozen=True, kw_only=True):
     """A function of an app as a workflow pins it, and how it is repeated. Times in milliseconds, money in micro-dollars.
 
     outside: a tool that no executor has: somebody outside answers each call, within `timeout_ms`. output: what the answer must
-    fit, a JSON Schema.
+    fit, a JSON Schema. tools: what an agent, or a flow, may call. workflows: of what a flow may start runs, as `name@version`.
     """
 
     kind: str
@@ -180,6 +178,7 @@ class Function(Retries, frozen=True, kw_only=True):
     description: str = ""
     parameters: Any = True
     tools: tuple[str, ...] = ()
+    workflows: tuple[str, ...] = ()
     outside: bool = False
     output: Any = True
     retry: str = ""  # the retry document that says how it is repeated, if that is in force
@@ -334,7 +333,7 @@ class Workflow:
 
 
 def _schema_validator(schema: Any) -> jsonschema.Draft202012Validator | None:
-    return None if schema is True else jsonschema.Draft202012Validator(schema, registry=_NOTHING_ELSEWHERE)
+    return None if schema is True else jsonschema.Draft202012Validator(schema, registry=NOTHING_ELSEWHERE)
 
 
 def _problem(validator: jsonschema.Draft202012Validator | None, value: Any, name: str) -> str | None:
@@ -381,33 +380,7 @@ def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
     for name, function in definition["functions"].items():
         schemas[f"functions.{name}.parameters"] = function.get("parameters", True)
         schemas[f"functions.{name}.output"] = function.get("output", True)
-    found = []
-    for where, schema in schemas.items():
-        try:
-            jsonschema.Draft202012Validator.check_schema(schema)
-        except jsonschema.SchemaError as error:
-            found.append(f"{where}: not a JSON Schema: {error.message[:300]}")
-            continue
-        resolver = _NOTHING_ELSEWHERE.resolver_with_root(DRAFT202012.create_resource(schema))
-        for reference in sorted(set(_references(schema))):
-            try:
-                resolver.lookup(reference)
-            except Exception:
-                found.append(f"{where}: $ref {reference[:200]!r} names nothing in this schema")
-    return found
-
-
-def _references(schema: Any) -> Iterator[str]:
-    """Yield what the schema refers to, wherever it does."""
-    if isinstance(schema, list):
-        for item in schema:
-            yield from _references(item)
-    elif isinstance(schema, dict):
-        for key, value in schema.items():
-            if key in {"$ref", "$dynamicRef"} and isinstance(value, str):
-                yield value
-            elif key not in _VALUES_NOT_SCHEMAS:
-                yield from _references(value)
+    return [problem for where, schema in schemas.items() for problem in schema_problems(where, schema)]
 
 
 def _function_problems(definition: Mapping[str, Any]) -> list[str]:
@@ -427,12 +400,35 @@ def _function_problems(definition: Mapping[str, Any]) -> list[str]:
         elif function["kind"] != node["kind"]:
             found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
     for name, function in functions.items():
-        wanted = "step" if function["kind"] == "flow" else "tool"
         found += retries.problems(function, f"functions.{name}") + _outside_problems(name, function)
         for tool in function.get("tools", ()):
-            if functions.get(tool, {}).get("kind") != wanted:
-                found.append(f"functions.{name}.tools: {tool!r} is not a {wanted} of this definition")
+            if problem := _call_problem(function["kind"], functions.get(tool, {})):
+                found.append(f"functions.{name}.tools: {tool!r} {problem} of this definition")
+        found += _child_problems(name, function, definition.get("workflows", {}))
     return found
+
+
+def _call_problem(caller: str, called: Mapping[str, Any]) -> str:
+    kind = called.get("kind")
+    if caller != "flow":
+        return "" if kind == "tool" else "is not a tool"
+    if called.get("outside"):
+        return "is done outside: only agents can call it; a flow asks with `ask`, and is no part"
+    return "" if kind in FLOW_CALLS else "is not a step, agent or tool"
+
+
+def _child_problems(name: str, function: Mapping[str, Any], workflows: Mapping[str, Any]) -> list[str]:
+    where, labels = f"functions.{name}.workflows", function.get("workflows", ())
+    if labels and function["kind"] != "flow":
+        return [f"{where}: a {function['kind']} starts no runs, only a flow does"]
+    found = [
+        f"{where}: {label!r} is not among the `workflows` of this definition"
+        for label in labels
+        if label not in workflows
+    ]
+    names = [label.partition("@")[0] for label in labels]
+    twice = sorted({child for child in names if names.count(child) > 1})
+    return found + [f"{where}: {child!r} is there twice" for child in twice]
 
 
 def _outside_problems(name: str, function: Mapping[str, Any]) -> list[str]:
@@ -458,6 +454,7 @@ def with_children(definitions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         nodes = definition.get("nodes")
         listed = nodes.values() if isinstance(nodes, dict) else ()
         labels = [node.get("workflow") for node in listed if isinstance(node, dict)]
+        labels += _started_by_flows(definition)
         there = definition.get("workflows", {})
         missing = [label for label in labels if isinstance(label, str) and label in known.keys() - {*there, *around}]
         if not missing or len(around) > MAX_NESTING:
@@ -469,6 +466,13 @@ def with_children(definitions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return [
         completed(definition, (f"{definition.get('name')}@{definition.get('version')}",)) for definition in definitions
     ]
+
+
+def _started_by_flows(definition: Mapping[str, Any]) -> list[Any]:
+    functions = definition.get("functions", {})
+    listed: Iterable[Any] = functions.values() if isinstance(functions, Mapping) else ()
+    named = [function.get("workflows", ()) for function in listed if isinstance(function, Mapping)]
+    return [label for labels in named if isinstance(labels, Sequence) for label in labels]
 
 
 def _nested_problems(definition: Mapping[str, Any], nesting: int) -> list[str]:

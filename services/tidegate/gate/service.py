@@ -66,6 +66,9 @@ class GateMachine:
         self.executors = executors
         self._controls = Controls()
         self._documents: dict[str, Document] = {}
+        self._document_offsets: dict[str, int] = {}
+        self._documents_end = 0  # up to where they were read
+        self._documents_gap = 0  # the record after the last one that was missing when its turn came
         self._policies = PolicySet({})
         self._budgets = Budgets(())
         self._limits = LimitSet(partitions=account_partitions)
@@ -284,11 +287,17 @@ class GateMachine:
     def _document_changed(self, key: str, row: PolicyPublished | Unreadable | None, offset: int) -> None:
         """Put a document in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
 
-        After a restart the one of before is not known any more. Then what it may have been about is denied, and the reason says
-        which document is broken.
+        After a restart the one of before is not known any more, nor after a gap in what was read: Kafka may have compacted it
+        away before this gate came to read it. Then what it may have been about is denied, and the reason says which document is
+        broken.
         """
+        if offset > self._documents_end:
+            self._documents_gap = offset
+        self._documents_end = max(self._documents_end, offset + 1)
         before = self._documents.pop(key, None)
-        now = None if row is None else _read(key, row) or before or _unreadable(key, row, offset)
+        known = before if self._document_offsets.get(key, offset) >= self._documents_gap else None
+        self._document_offsets[key] = offset
+        now = None if row is None else _read(key, row) or known or _unreadable(key, row, offset)
         if now is not None:
             self._documents[key] = now
         documents = self._documents

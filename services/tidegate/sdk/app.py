@@ -7,7 +7,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypedDict, TypeVar, Unpack, overload
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import jsonschema
 
@@ -19,6 +20,7 @@ from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_d
 from tidegate.sdk.binding import AGENT, FLOW, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, FlowFailedError, GraphError, NonRetryable
 from tidegate.sdk.flow import Player, path_here, playing
+from tidegate.sdk.flow_calls import Child, FlowCalls
 from tidegate.sdk.graph import Change, Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
@@ -116,10 +118,12 @@ class Options(TypedDict, total=False):
 class FlowOptions(Options, total=False):
     """What `@flow` may be given. timeout_s, retries and so on are those of a turn, which only plays what is recorded.
 
-    steps: what it may call, functions or names. max_steps: bounds a run of the flow alone (50); turns do not count.
+    steps: what it may call: steps, agents and tools, or their names. workflows: of what it may have runs: graphs, other flows of
+    the app, or definitions. max_steps: bounds a run of the flow alone (50); turns do not count.
     """
 
     steps: Sequence[Reference]
+    workflows: Sequence[Child]
     max_steps: int
 
 
@@ -262,9 +266,21 @@ class Function:
 
 
 class FlowFunction(Function):
-    """A flow. Its `call` plays a turn, given the record of those before; `coroutine` is what the author wrote."""
+    """A flow. Its `call` plays a turn, given the record of those before; `coroutine` is what the author wrote.
 
-    def __init__(self, name: str, coroutine: Callable[..., Any], settings: Settings, **options: Any) -> None:
+    children: the workflows of which it has runs, by name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        coroutine: Callable[..., Any],
+        settings: Settings,
+        *,
+        children: Mapping[str, Child] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
+        self.children = children
         if not inspect.iscoroutinefunction(coroutine):
             raise AppError(f"flow {name!r} must be declared with `async def`")
         super().__init__(FLOW, name, self._turn, settings, **options)
@@ -280,7 +296,7 @@ class FlowFunction(Function):
 
     def _turn(self, state: Mapping[str, Any]) -> dict[str, Any]:
         bound = self.inputs.bind(canonical.dumps(state["input"]))
-        player = Player(self.name, self.tools, path_here(self.name))
+        player = Player(self.name, self.tools, path_here(self.name), tuple(self.children))
         try:
             return player.play(lambda: self.coroutine(*bound.args, **bound.kwargs), state["turns"])
         except NonRetryable:
@@ -289,7 +305,7 @@ class FlowFunction(Function):
             raise FlowFailedError(f"{type(error).__name__}: {error}") from error
 
 
-class App:
+class App(FlowCalls):
     """A set of named functions and graphs, made once when its module is imported.
 
     What the decorators return can be called as the function itself, in a test for instance. Only while a flow is played a call of
@@ -340,10 +356,10 @@ class App:
     @overload
     def flow(self, /, **options: Unpack[FlowOptions]) -> Callable[[F], F]: ...
     def flow(self, function: Any = None, /, **options: Any) -> Any:
-        """Register an async function that calls steps: each call is a step of the run, recorded and never repeated.
+        """Register an async function that makes calls: each is a step of the run, recorded and never repeated.
 
-        It is played from its beginning whenever a call has brought something, so it must depend on nothing but its input and what
-        its calls give. docs/flows.md shows it. See `FlowOptions`.
+        It awaits steps, agents, tools, and what `FlowCalls` has. It is played from its beginning whenever a call has brought
+        something, so it must depend on nothing but its input and what its calls give. docs/flows.md shows it. See `FlowOptions`.
         """
         return self._decorate(FLOW, function, options)
 
@@ -388,6 +404,7 @@ class App:
     def _decorate(self, kind: str, function: F | None, options: dict[str, Any]) -> F | Callable[[F], F]:
         named = options.pop("steps" if kind == FLOW else "tools", ())
         tools = tuple(self._name_here(reference, "step" if kind == FLOW else "tool") for reference in named)
+        children = {self.child_name(child): child for child in options.pop("workflows", ())}
         max_steps = options.pop("max_steps", DEFAULT_MAX_STEPS)
 
         def register(call: F) -> F:
@@ -396,7 +413,7 @@ class App:
             settings = _settings(kind, name, {"queue": self.queue, **given})
             more: dict[str, Any] = {"tools": tools, "max_steps": max_steps}
             if kind == FLOW:
-                return self._add(FlowFunction(name, call, settings, **more), call)
+                return self._add(FlowFunction(name, call, settings, children=children, **more), call)
             return self._add(Function(kind, name, call, settings, **more), call)
 
         return register if function is None else register(function)
@@ -477,9 +494,7 @@ class App:
     def _definition(self, graph: Graph, around: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
         """Return what the graph says, with its children. around: the graphs that it is a child of."""
         if graph.label in around:
-            return {}, [
-                f"workflows.{graph.label}: {' -> '.join((*around, graph.label))}: a workflow cannot hold itself"
-            ]
+            return {}, [_held_by_itself(graph.label, around)]
         definition, problems = graph.to_definition(self.resolve)
         named = [self.resolve(reference) for reference in graph.may_use]
         problems += [
@@ -487,29 +502,44 @@ class App:
             for reference, found in zip(graph.may_use, named, strict=True)
             if found is None or found[1] not in self._functions
         ]
-        definition["functions"] = self._pinned([found[1] for found in named if found is not None])
-        definition = self.completed(definition)
+        pinned = self._pinned([found[1] for found in named if found is not None], (*around, graph.label))
+        definition |= pinned.parts()
+        definition, more = self._completed(definition, (*around, graph.label))
+        problems += pinned.problems + more
         for label, child in graph.children.items():
-            if isinstance(child, Graph):
-                inner, more = (child.app or self)._definition(child, (*around, graph.label))
-            else:
-                inner, more = dict(child), []
+            inner, more = self._inner(child, (*around, graph.label))
             problems += more
             definition.setdefault("workflows", {})[label] = inner
         return definition, problems
+
+    def _inner(self, child: Child, around: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+        """Return the definition of a child, and what is wrong with it as far as it is seen here."""
+        if isinstance(child, Graph):
+            return (child.app or self)._definition(child, around)
+        if isinstance(child, Mapping):
+            return dict(child), []
+        name = self.child_name(child)
+        graph = next((graph for graph in reversed(self._graphs) if graph.name == name), None)
+        return self._alone_within(FLOW, name, name, around) if graph is None else self._definition(graph, around)
 
     def completed(self, definition: Mapping[str, Any]) -> dict[str, Any]:
         """Return a definition with the functions of this app that its nodes name and that it does not hold itself.
 
         A node with a function and without a kind is what its function is. So a file can say the graph alone.
         """
+        made, _ = self._completed(definition, ())
+        return made
+
+    def _completed(self, definition: Mapping[str, Any], around: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
         made = dict(definition)
         nodes = {}
         for node_id, node in made.get("nodes", {}).items():
             function = self._functions.get(node.get("function", "")) if isinstance(node, Mapping) else None
             nodes[node_id] = {"kind": function.kind, **node} if function is not None else node
         used = [node["function"] for node in nodes.values() if isinstance(node, Mapping) and "function" in node]
-        return made | {"nodes": nodes, "functions": {**self._pinned(used), **made.get("functions", {})}}
+        pinned = self._pinned(used, around)
+        parts = {name: {**part, **made.get(name, {})} for name, part in pinned.parts().items()}
+        return made | {"nodes": nodes, **parts}, pinned.problems
 
     def agent_definition(self, agent: str) -> dict[str, Any]:
         """Return the implicit workflow of an agent: one node, so that a run can name the agent alone.
@@ -528,6 +558,17 @@ class App:
         return self._alone(FLOW, flow, flow)
 
     def _alone(self, kind: str, name: str, label: str) -> dict[str, Any]:
+        definition, problems = self._alone_within(kind, name, label, ())
+        problems += validate_definition(definition)
+        if problems:
+            raise GraphError(label, problems)
+        return definition
+
+    def _alone_within(
+        self, kind: str, name: str, label: str, around: tuple[str, ...]
+    ) -> tuple[dict[str, Any], list[str]]:
+        if label in around:
+            return {}, [_held_by_itself(label, around)]
         function = self._functions.get(name)
         if function is None or function.kind != kind:
             raise AppError(f"app {self.name!r} has no {kind} {name!r}")
@@ -536,13 +577,11 @@ class App:
             "nodes": {name: {"kind": kind, "function": name}},
             "edges": [],
             "max_steps": function.max_steps,
-            "functions": self._pinned([name]),
         }
+        pinned = self._pinned([name], (*around, label))
+        definition |= pinned.parts()
         definition["version"] = canonical.digest(canonical.dumps(definition))[:12]
-        problems = validate_definition(definition)
-        if problems:
-            raise GraphError(definition["name"], problems)
-        return definition
+        return definition, pinned.problems
 
     def definitions(self) -> list[dict[str, Any]]:
         """Return the definitions of all graphs, and of every agent and every flow alone. Raises GraphError, AppError."""
@@ -561,13 +600,50 @@ class App:
         function = self._functions.get(name)
         return (function.kind if function is not None and function.kind in (AGENT, FLOW) else STEP), name
 
-    def _pinned(self, names: Any) -> dict[str, Any]:
-        used = {name: self._functions[name] for name in names if name in self._functions}
-        called = {tool for function in used.values() for tool in function.tools}
-        used |= {tool: self._functions[tool] for tool in called if tool in self._functions}
-        pinned = {name: function.to_definition() for name, function in used.items()}
-        pinned |= {tool: self._outside[tool] for tool in called if tool in self._outside}
-        return dict(sorted(pinned.items()))
+    def _pinned(self, names: Sequence[str], around: tuple[str, ...]) -> _Pinned:
+        """Return what definitions pin of these functions, and of what they call or have runs of. around: as of `_definition`."""
+        made = _Pinned({}, {}, [])
+        ahead = list(names)
+        while ahead:
+            name = ahead.pop()
+            function = self._functions.get(name)
+            if name in self._outside:
+                made.functions[name] = self._outside[name]
+            if function is None or name in made.functions:
+                continue
+            made.functions[name] = function.to_definition()
+            ahead += function.tools
+            if isinstance(function, FlowFunction) and function.children:
+                made.functions[name] |= {"workflows": self._children_of(function, made, around)}
+        return made
+
+    def _children_of(self, flow: FlowFunction, made: _Pinned, around: tuple[str, ...]) -> list[str]:
+        """Add the definitions of what a flow has runs of; return them as `name@version`."""
+        labels = []
+        for child in flow.children.values():
+            inner, problems = self._inner(child, around)
+            made.problems.extend(problems)
+            if inner:
+                labels.append(f"{inner.get('name')}@{inner.get('version')}")
+                made.workflows[labels[-1]] = inner
+        return labels
+
+
+class _Pinned(NamedTuple):
+    """Functions and workflows that a definition holds, and what is wrong with them."""
+
+    functions: dict[str, Any]
+    workflows: dict[str, Any]
+    problems: list[str]
+
+    def parts(self) -> dict[str, Any]:
+        """Return the parts of the definition. One that no flow puts there is left out: the hashes of older ones stay."""
+        functions = {"functions": dict(sorted(self.functions.items()))}
+        return functions | ({"workflows": self.workflows} if self.workflows else {})
+
+
+def _held_by_itself(label: str, around: tuple[str, ...]) -> str:
+    return f"workflows.{label}: {' -> '.join((*around, label))}: a workflow cannot hold itself"
 
 
 def _seen_by_flows(function: Function, call: F) -> F:

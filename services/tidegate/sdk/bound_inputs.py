@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -11,6 +11,8 @@ from tidegate.domain import canonical, expressions
 from tidegate.domain.identity import agent_turn_step, visit_path
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Node, Workflow
+
+_TOLD: Final = {"agent": ("history", "plans and tool calls"), "flow": ("turns", "calls and results")}
 
 
 class BoundInput(NamedTuple):
@@ -29,25 +31,39 @@ def bound_inputs(run: RunState, step_id: str) -> list[BoundInput]:
     step = run.steps[step_id]
     workflow = run.workflow
     assert workflow is not None  # noqa: S101 - a run that has steps has a workflow
-    value = canonical.loads(step.call.arguments)
+    value = _arguments(run, step)
     plan_step_id, _, tool = step_id.rpartition("/tool:")
     if step.call.kind == "tool" and tool:
         return [BoundInput("", "", (f"the plan of {plan_step_id}",), value)]
     node = workflow.document.nodes[step.node_id]
-    if step.call.kind == "agent" and isinstance(value, dict):
+    told = _TOLD.get(step.call.kind)
+    if told is not None and isinstance(value, dict):
         path, _, turn = step_id.rpartition("/")
         if turn != "1":
-            first = f"input of {agent_turn_step(path, 1)}"
+            name, what = told
             return [
-                BoundInput("input", "", (first,), value.get("input")),
-                BoundInput(
-                    "history", "", (f"plans and tool calls of {path} before turn {turn}",), value.get("history")
-                ),
+                BoundInput("input", "", (f"input of {agent_turn_step(path, 1)}",), value.get("input")),
+                BoundInput(name, "", (f"{what} of {path} before turn {turn}",), value.get(name)),
             ]
         value = value.get("input")
+    if node.kind == "flow" and step.call.kind != "flow" and step.wait is None:
+        return [BoundInput("", "", (f"the call in flow {node.function}",), value)]
     if step.wait is not None:
         return list(_of_wait(step, node))
     return list(_of_node(run, workflow, step, node, value))
+
+
+def _arguments(run: RunState, step: StepState) -> Any:
+    """Return what a step was called with. Of a turn of a flow, which runs forget when another follows, that one has it."""
+    value = canonical.loads(step.call.arguments)
+    if step.call.kind != "flow" or isinstance(value, dict):
+        return value
+    path, _, turn = step.step_id.rpartition("/")
+    number = int(turn)
+    while not isinstance(value, dict):
+        number += 1
+        value = canonical.loads(run.steps[agent_turn_step(path, number)].call.arguments)
+    return {**value, "turns": value["turns"][: int(turn) - 1]}
 
 
 def _of_node(run: RunState, workflow: Workflow, step: StepState, node: Node, value: Any) -> Iterator[BoundInput]:

@@ -172,9 +172,12 @@ class Client:
         reader = self._read(run_id)
         return reader.run(), reader.state
 
-    def graph(self, run_id: str) -> dict[str, Any]:
-        """Return the definition that a run goes by: the one it began with, and what it has added since. Raises RunNotFoundError."""
-        return self._read(run_id).graph()
+    def graph(self, run_id: str, *, calls: bool = False) -> dict[str, Any]:
+        """Return the definition that a run goes by: the one it began with, and what it has added since. Raises RunNotFoundError.
+
+        calls: with the calls of its flows as nodes, for pictures.
+        """
+        return self._read(run_id).graph(calls=calls)
 
     def _read(self, run_id: str) -> RunReader:
         reader = RunReader(run_id)

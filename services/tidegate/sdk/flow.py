@@ -1,8 +1,9 @@
-"""Flows: plain Python that calls steps, played from its beginning in each turn on an event loop that knows nothing but calls.
+"""Flows: plain Python that makes calls, played from its beginning in each turn on an event loop that knows nothing but calls.
 
-`await look_up(order)` inside a flow asks for a step and gives its `Result`. A turn ends when nothing can go on without a result
-that is not there yet. The loop runs what is ready in order, one thing after the other, and results come in the order that the
-log has; so the same log plays the same way. Anything else that could be awaited, such as a timer or a socket, is refused.
+`await look_up(order)` inside a flow asks for a step and gives its `Result`. So do agents, tools, waits and child runs. A turn
+ends when nothing can go on without a result that is not there yet. The loop runs what is ready in order, one thing after the
+other, and results come in the order that the log has; so the same log plays the same way. Anything else that could be awaited,
+such as a timer or a socket, is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from tidegate.domain import canonical
+from tidegate.domain import canonical, waits
 from tidegate.sdk import json_form
 from tidegate.sdk.context import context
-from tidegate.sdk.errors import CallFailedError, FlowChangedError, FlowError, OutsideStepError
+from tidegate.sdk.errors import BadArgumentsError, CallFailedError, FlowChangedError, FlowError, OutsideStepError
 from tidegate.sdk.plan import Goto, Propose
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ _playing: contextvars.ContextVar[Player | None] = contextvars.ContextVar("tidega
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[T]):
-    """What a step gave to a flow, and where it comes from.
+    """What a call gave to a flow, and where it comes from.
 
-    node_id: the call, in the run's graph. producer: the step function. artifact_id: SHA-256 of the value's canonical JSON, so equal
-    values have equal ones. parents: node ids of the results that it was made of. A result can be an argument of another call, or
-    lie in one: the step gets the value, and the graph an edge.
+    node_id: the call, in the run's graph. producer: the function or workflow, or the kind of the wait. artifact_id: SHA-256 of the
+    value's canonical JSON, so equal values have equal ones. parents: node ids of the results that it was made of. A result can be
+    an argument of another call, or lie in one: the call gets the value, and the graph an edge.
     """
 
     value: T
@@ -65,11 +66,15 @@ def playing() -> Player | None:
 
 
 class Player:
-    """Plays one turn of a flow. path: what the node ids of its calls begin with."""
+    """Plays one turn of a flow. allowed: the functions that it may call. children: the names of the workflows that it may have
+    runs of. path: what the node ids of its calls begin with.
+    """
 
-    def __init__(self, flow: str, allowed: tuple[str, ...], path: str) -> None:
+    def __init__(self, flow: str, allowed: tuple[str, ...], path: str, children: tuple[str, ...] = ()) -> None:
         self._flow = flow
         self._allowed = allowed
+        self._children = children
+        self._recorded: frozenset[str] = frozenset()
         self._path = path
         self._loop = _Loop()
         self._calls: dict[str, _Call] = {}
@@ -86,6 +91,7 @@ class Player:
 
     def _play(self, begin: Callable[[], Coroutine[Any, Any, Any]], turns: list[dict[str, Any]]) -> dict[str, Any]:
         _playing.set(self)
+        self._recorded = frozenset(call["id"] for turn in turns for call in turn["calls"])
         asyncio._set_running_loop(self._loop)
         try:
             main = self._loop.create_task(begin())
@@ -144,26 +150,71 @@ class Player:
                 for waiter in call.waiters:
                     groups.setdefault(id(waiter), []).append(call.name)
         if not groups:
-            raise FlowError(f"flow {self._flow} awaits something that is no call of a step: it would wait for ever")
+            raise FlowError(f"flow {self._flow} awaits something that is no call: it would wait for ever")
         return {"calls": self._new, "waits": list(groups.values())}
 
     def call(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> asyncio.Future[Result[Any]]:
-        """Take note that the flow calls a step; what it gets can be awaited. Raises FlowError, TypeError, NotJsonError."""
-        if self._is_over:
-            raise FlowError(f"flow {self._flow} is not being played any more")
+        """Take note that the flow calls a step, an agent or a tool; what that gives can be awaited.
+
+        Raises FlowError, NotJsonError, TypeError and BadArgumentsError for arguments that do not fit the signature.
+        """
+        self._must_play()
         if function.name not in self._allowed:
             raise FlowError(f"flow {self._flow} calls {function.kind} {function.name!r}: its `steps` do not name it")
-        count = self._counts[function.name] = self._counts.get(function.name, 0) + 1
-        name = function.name if count == 1 else f"{function.name}#{count}"
-        value, parents = self._unwrapped(_input_of(function, args, kwargs))
+
+        def check(arguments: Any) -> None:
+            try:
+                if function.kind != "agent":
+                    function.binder.bind(canonical.dumps(arguments))
+            except BadArgumentsError as error:
+                raise BadArgumentsError(f"arguments of {function.kind} {function.name}: {error}") from None
+
+        return self._made(function.kind, function.name, _input_of(function, args, kwargs), check)
+
+    def wait(self, kind: str, settings: dict[str, Any]) -> asyncio.Future[Result[Any]]:
+        """Take note that the flow waits; what that gives can be awaited. Raises FlowError, NotJsonError."""
+        self._must_play()
+
+        def check(arguments: Any) -> None:
+            if problem := waits.call_problem(kind, arguments):
+                raise FlowError(f"flow {self._flow}: {problem}")
+
+        if "timeout_value" in settings:
+            settings = {**settings, "on_timeout": waits.VALUE}
+        return self._made(kind, kind, settings, check)
+
+    def child(self, name: str, value: Any, budget_micros: int | None) -> asyncio.Future[Result[Any]]:
+        """Take note that the flow has a run of another workflow; its output can be awaited. Raises FlowError, NotJsonError."""
+        self._must_play()
+        if name not in self._children:
+            raise FlowError(f"flow {self._flow} starts workflow {name!r}: its `workflows` do not name it")
+        if budget_micros is not None and (type(budget_micros) is not int or budget_micros < 0):
+            raise FlowError(
+                f"flow {self._flow}: budget_micros of {name!r} must be a whole number, is {budget_micros!r}"
+            )
+        said = {"input": value} | ({} if budget_micros is None else {"budget_micros": budget_micros})
+        return self._made("workflow", name, said, lambda arguments: None)
+
+    def _must_play(self) -> None:
+        if self._is_over:
+            raise FlowError(f"flow {self._flow} is not being played any more")
+
+    def _made(self, kind: str, function: str, said: Any, check: Callable[[Any], None]) -> asyncio.Future[Result[Any]]:
+        """Note a call. What the log has is not checked again: what it came to is known."""
+        count = self._counts[function] = self._counts.get(function, 0) + 1
+        name = function if count == 1 else f"{function}#{count}"
+        value, parents = self._unwrapped(said)
+        arguments = json_form.to_json(value, f"arguments of {name}")
+        if name not in self._recorded:
+            check(arguments)
         made = {
             "id": name,
-            "function": function.name,
-            "arguments": json_form.to_json(value, f"arguments of {name}"),
+            "function": function,
+            "arguments": arguments,
             "parents": [parent[len(self._path) + 1 :] for parent in dict.fromkeys(parents)],
         }
-        self._new.append(made)
-        call = self._calls[name] = _Call(name, f"{self._path}/{name}", function.name, tuple(parents), self._loop)
+        self._new.append(made if kind == "step" else {**made, "kind": kind})
+        call = self._calls[name] = _Call(name, f"{self._path}/{name}", function, tuple(parents), self._loop)
         return call
 
     def _unwrapped(self, value: Any) -> tuple[Any, list[str]]:
@@ -186,8 +237,10 @@ class Player:
 
 
 def _input_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a step gets as its input: its one argument, or an object of several."""
+    """Return what a step gets as its input: its one argument, or an object of several. An agent has one, a tool any number."""
     bound = inspect.signature(function.call).bind(*args, **kwargs)
+    if function.kind == "tool":
+        return dict(bound.arguments)
     if len(bound.signature.parameters) == 1:
         bound.apply_defaults()
         return next(iter(bound.arguments.values()))
@@ -195,7 +248,7 @@ def _input_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 class _Call(asyncio.Future[Result[Any]]):
-    """A call of a step. waiters: what goes on when it is done; what waits for several calls is the same for all of them."""
+    """A call. waiters: what goes on when it is done; what waits for several calls is the same for all of them."""
 
     def __init__(self, name: str, node_id: str, producer: str, parents: tuple[str, ...], loop: _Loop) -> None:
         super().__init__(loop=loop)
@@ -281,8 +334,8 @@ class _Loop(_AnyLoop):  # type: ignore[misc]  # what it does not have is refused
     def refuse(self, what: str) -> FlowError:
         """Note and return that the flow wants something that a loop can do and this one does not."""
         self.refused = self.refused or FlowError(
-            f"a flow awaits calls of steps, and asyncio.gather of them, and nothing else: it used `{what}` of the event loop. "
-            "Do that in a step; to wait for a time or a person, use a graph"
+            f"a flow awaits calls, and asyncio.gather of them, and nothing else: it used `{what}` of the event loop. "
+            "Do that in a step; to wait, use `sleep`, `wait_until`, `wait_event` or `ask` of the app"
         )
         return self.refused
 

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from tidegate import codec
 from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
-from tidegate.domain.graph_changes import merged
+from tidegate.domain.graph_changes import FLOW, merged
 from tidegate.domain.questions import question_id
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.epochs import stated_epoch
@@ -153,6 +153,7 @@ class RunReader:
         self._state = RunState(run_id)
         self._account = ""
         self._spent_micros = 0
+        self._calls: dict[str, str] = {}  # of flows: by turn, the change that its calls are
         self.answered: set[str] = set()
         """The ids of the commands that the run has answered."""
 
@@ -180,6 +181,8 @@ class RunReader:
             self._spent_micros += getattr(event, "actual_micros", 0)
             if isinstance(event, ANSWERS):
                 self.answered.add(event.command_id)
+            if isinstance(event, ev.GraphChangeProposed) and event.kind == FLOW:
+                self._calls[event.step_id] = event.change
             events.append(Event(entry.first_seq + number, entry.now_ms, type(event).__name__, event))
         return events
 
@@ -221,12 +224,17 @@ class RunReader:
             changes=tuple(change.step_id for change in state.changes),
         )
 
-    def graph(self) -> dict[str, Any]:
-        """Return the definition that the run has pinned, with the changes that its graph has had since."""
+    def graph(self, *, calls: bool = False) -> dict[str, Any]:
+        """Return the definition that the run has pinned, with the changes that its graph has had since.
+
+        calls: with those that its flows have made, as nodes named like their steps. That is a picture, and no definition.
+        """
         state = self._state
         if state.workflow is None:
             return {}
-        return merged(canonical.loads(state.workflow.definition), [change.change for change in state.changes])
+        made = self._calls.values() if calls else ()
+        changes = [*(change.change for change in state.changes), *made]
+        return merged(canonical.loads(state.workflow.definition), changes)
 
 
 def _wait(started: ev.WaitStarted) -> Wait:

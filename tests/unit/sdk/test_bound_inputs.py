@@ -53,6 +53,14 @@ for source, target in (
 ):
     graph.edge(source, target)
 
+
+@app.flow(steps=[bump])
+async def twice(n: int) -> int:
+    first = await bump(n)  # type: ignore[misc]  # in a flow, calls are awaited
+    return (await bump(first)).value  # type: ignore[misc]
+
+
+app.graph("flowing").node("twice", twice, input="${ input.n }")
 loop = app.graph("loop").node("go", bump).router("again", "output < 3 ? 'go' : null", routes=["go"]).edge("go", "again")
 
 
@@ -115,6 +123,16 @@ def test_a_later_turn_names_what_it_saw(run: Outcome) -> None:
     first, second = run.steps["clerk/2"].bound
     assert (first.part, first.value, second.part) == ("input", "A", "history")
     assert second.value[0]["calls"][0]["output"] == 1
+
+
+def test_turns_and_calls_of_a_flow_say_what_they_were_given() -> None:
+    steps = played("flowing", {"n": 4}).steps
+    assert steps["twice/1"].bound == (BoundInput("", "input.n", ("input",), 4),)
+    first, second = steps["twice/2"].bound
+    assert (first.part, first.sources, first.value) == ("input", ("input of twice/1",), 4)
+    assert (second.part, second.sources) == ("turns", ("calls and results of twice before turn 2",))
+    assert second.value[0]["results"][0]["output"] == 5
+    assert steps["twice/bump#2"].bound == (BoundInput("", "", ("the call in flow twice",), 5),)
 
 
 def test_a_round_of_a_loop_names_the_router_that_led_back() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from support.pure import Pair
 from tidegate import App, CallFailedError, Goto, Propose, functions_of, merge
-from tidegate.domain import canonical
+from tidegate.domain import canonical, flow_turns
 from tidegate.sdk.errors import NonRetryable
 from tidegate.sdk.testkit import step_context
 
@@ -294,18 +294,67 @@ def test_a_turn_that_waits_for_nothing_that_is_to_come_is_refused(calls: list[st
     assert reason in w.run.reason
 
 
-def test_turns_do_not_count_against_max_steps_and_calls_do() -> None:
-    async def some(w: World, n: int) -> int:
-        for _ in range(n):
-            await w.double(1)
-        return n
+async def some(w: World, n: int) -> int:
+    for _ in range(n):
+        await w.double(1)
+    return n
 
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"kind": ["step"]}, "the calls of a turn must be a list of objects"),
+        ({"kind": "map"}, "the calls of a turn must be a list of objects"),
+        ({"kind": "sleep", "function": "ask"}, "the calls of a turn must be a list of objects"),
+        ({"kind": "sleep", "function": "sleep", "arguments": 1}, "sleep: 1 is not of type 'object'"),
+        ({"kind": "ask", "function": "ask", "arguments": {"prompt": ""}}, "ask.prompt: '' should be non-empty"),
+        ({"kind": "workflow", "function": "w", "arguments": 1}, "the call of workflow w must say its input"),
+        ({"kind": "workflow", "function": "w", "arguments": {"input": 1, "budget_micros": 0.5}}, "a whole number"),
+        ({"kind": "workflow", "function": "w", "arguments": {"input": 1}}, "'w', which is not among its `workflows`"),
+        ({"kind": "agent", "function": "double"}, "calls agent 'double', which is not among its `steps`"),
+        ({"kind": "tool", "function": "rm"}, "calls tool 'rm', which is not among its `steps`"),
+    ],
+)
+def test_a_turn_that_calls_what_a_flow_cannot_call_fails(call: dict[str, Any], reason: str) -> None:
+    w = World(chain)
+    w.begin(1)
+    made = {"id": call.get("function", "double"), "function": "double", "arguments": 1, "parents": [], **call}
+    w.p.answer(w.p.tasks.popleft(), value={"calls": [made], "waits": [[made["id"]]]})
+    assert w.run.code == "bad_output"
+    assert reason in w.run.reason
+    assert list(w.run.steps) == ["f/1"]
+
+
+def test_turns_do_not_count_against_max_steps_and_calls_do() -> None:
     w = World(some, max_steps=3)
     w.begin(3)
     assert w.finish().status == "succeeded"
     w = World(some, max_steps=3)
     w.begin(4)
     assert w.finish().code == "max_steps"
+
+
+def test_a_run_holds_what_its_calls_gave_once() -> None:
+    w = World(some)
+    w.begin(3)
+    steps = w.finish().steps
+    assert [steps[f"f/{turn}"].call.arguments == "null" for turn in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [len(turn["results"]) for turn in canonical.loads(steps["f/4"].call.arguments)["turns"]] == [1, 1, 1]
+
+
+def test_a_flow_whose_turns_would_be_told_too_much_together_fails_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow_turns, "MAX_TOLD", 2_000)
+    w = World(some)
+    w.begin(3)
+    assert w.finish().status == "succeeded"
+    w = World(some)
+    w.begin(20)
+    run = w.finish()
+    assert (run.status, run.code) == ("failed", "too_large")
+    assert "characters, at most 2000 in all: each is told what all calls before it gave" in run.reason
+    assert "`app.workflow`" in run.reason
 
 
 def test_outside_flows_a_step_is_the_function_itself() -> None:
