@@ -195,14 +195,21 @@ def test_a_question_is_shown_approved_and_recorded(cli: Cli, whole: WholeStack) 
     (question,) = run["approvals"]
     assert (question["step_id"], question["function"], question["reason"]) == ("two", "two", "somebody must look")
     view_of(cli, run_id, "waiting")
-    assert f"tidegate runs approve {run_id} two" in cli("runs", "show", run_id).stdout
-
+    how = f"tidegate approvals approve {run_id} two --question {question['question']}"
+    listed = cli("approvals", "list", "--account", "asked/a").stdout
+    for shown in (cli("runs", "show", run_id).stdout, listed):
+        assert "rule ask-about-two of ask@1: somebody must look" in shown
+        assert f"arguments {question['arguments_hash']}" in shown
+        assert how in shown
+    stale = cli("approvals", "approve", run_id, "two", "--question", "0123456789abcdef", code=REFUSED)
+    assert f"by rule ask-about-two of ask@1, question {question['question']}" in stale.stderr
     wrong = cli("runs", "approve", run_id, "three", code=REFUSED)
     assert "no_such_approval" in wrong.stderr
     assert "open: two" in wrong.stderr
     assert cli("runs", "wait", run_id, code=NEEDS_HUMAN)
     done = cli("runs", "approve", run_id, "--by", "ann", "--reason", "fine")
-    assert done.stdout == f"approved: two (attempt 1) of run {run_id}\n"
+    about = f"rule ask-about-two of ask@1, arguments {question['arguments_hash']}"
+    assert done.stdout == f"approved: two (attempt 1) of run {run_id}: {about}\n"
     assert cli.json("runs", "wait", run_id)["output"] == {"n": 4}
     (resolved,) = [event.data for event in whole.events(run_id) if event.type == "ApprovalResolved"]
     assert (resolved.approved, resolved.by, resolved.reason) == (True, "ann", "fine")

@@ -131,6 +131,34 @@ def test_model_errors_do_not_fail_a_run_and_outside_answers_survive_the_schedule
     assert "run_is_over" in cli(whole, "runs", "respond", run_id, tea, "--value", "7", code=4)
 
 
+@pytest.mark.feature("T4", "P1", "P2")
+def test_the_gate_is_asked_before_anybody_outside_is(whole: WholeStack, ask_policy: str) -> None:
+    tea = "buyer/1/tool:order_tea"
+    denied = whole.client.run(agent="buyer", account="asked/denied", run_id=new_id("denied"), timeout_s=180)
+    assert denied.output == [False, None, "denied by never-orders: not for this account"]
+    dear = whole.client.run(agent="buyer", budget_micros=30, run_id=new_id("dear"), timeout_s=180)
+    assert dear.output[2].startswith("denied by budget: ")
+
+    run = whole.client.run(
+        agent="buyer", account=f"{ask_policy}/shop", budget_micros=50, run_id=new_id("asked"), timeout_s=180
+    )
+    assert [(asked.step_id, asked.why, asked.rule) for asked in run.approvals] == [(tea, "policy", "ask-about-orders")]
+    assert run.waits == ()
+    assert "approve or reject it" in cli(whole, "runs", "respond", run.run_id, tea, "--value", "5", code=4)
+    cli(whole, "runs", "approve", run.run_id, tea, "--attempt", "1", "--why", "policy")
+    seen(whole, run.run_id, lambda run: run.waits)
+    for name in ("scheduler-0", "gate-0"):
+        whole.kill(name)
+    assert f"answered: {tea}" in cli(whole, "runs", "respond", run.run_id, tea, "--value", "7", "--by", "erp")
+    over = seen(whole, run.run_id, lambda run: run.is_over)
+    assert (over.output, over.spent_micros) == ([True, 7, None], 40)
+
+    cancelled = whole.client.start(agent="buyer", run_id=new_id("cancelled"), budget_micros=50)
+    seen(whole, cancelled, lambda run: run.waits)
+    cli(whole, "runs", "cancel", cancelled)
+    assert seen(whole, cancelled, lambda run: run.is_over).spent_micros == 0
+
+
 @pytest.mark.feature("D4")
 def test_what_is_paused_is_taken_and_shown_but_not_started(whole: WholeStack) -> None:
     before = whole.client.run("chain", 1)

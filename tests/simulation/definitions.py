@@ -183,7 +183,8 @@ def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
 
 def _outside(rng: Random) -> dict[str, Any]:
     """Return a tool that is done outside, sometimes for too short a time, sometimes with answers that must fit."""
-    made = {"kind": "tool", "outside": True, "timeout_ms": rng.choice((500, 8_000, 60_000))}
+    made: dict[str, Any] = {"kind": "tool", "outside": True, "timeout_ms": rng.choice((500, 8_000, 60_000))}
+    made["reserve_micros"] = rng.choice((0, 5, 50))
     return made | ({"output": {"enum": list(CHOICES)}} if rng.random() < 0.5 else {})
 
 

@@ -38,6 +38,7 @@ from tidegate.domain.messages import (
     StepTask,
 )
 from tidegate.domain.run import RunState
+from tidegate.domain.waits import OUTSIDE
 from tidegate.eventlog.interface import Message, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.shelf import Shelf
@@ -501,6 +502,11 @@ class Judge:
             self.require(is_known, f"{name} failed, and nobody was asked whether it had its effect")
         elif isinstance(event, re.ApprovalResolved):
             self._answered(run_id, event)
+        elif isinstance(event, re.WaitStarted) and event.kind == OUTSIDE:
+            is_allowed = self.placed.get((run_id, event.step_id, 1)) == ("", -1)
+            self.require(
+                is_allowed, f"(2) {run_id} {event.step_id} waits for somebody outside, and the gate allows no such call"
+            )
 
     def _answered(self, run_id: str, event: re.ApprovalResolved) -> None:
         if event.why == "outcome_unknown":

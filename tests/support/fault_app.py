@@ -434,6 +434,19 @@ quote = app.outside_tool(
 )
 
 
+order_tea = app.outside_tool("order_tea", cost_micros=40)
+
+
+@app.agent(tools=[order_tea])
+def buyer(state: State) -> Plan:
+    """Have tea ordered outside, and say what came of it."""
+    enter()
+    if state.turn == 1:
+        return Plan(tool_calls=[ToolCall("order_tea", {"grams": 100})])
+    (call,) = state.observations()
+    return Plan(output=[call.ok, call.output, call.error])
+
+
 @app.agent(tools=[quote], retries=0, retry_rules=MODEL_RETRIES)
 def throttled(state: State) -> Plan:
     """Be refused twice by the model in each turn; then have two quotes made outside, under one id."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 
-from tidegate.cli import runs
+from tidegate.cli import run_output, runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained
 from tidegate.cli.live_view import LiveView, UnknownRunError
 from tidegate.domain import states
@@ -52,13 +51,11 @@ def list_(
 
 def _shown(question: dict[str, Any]) -> list[str]:
     """Return a question as lines: a table would cut step ids and reasons, and both are what an answer rests on."""
-    by = f"{question['policy']}/{question['rule']}" if question["policy"] else question["rule"] or question["why"]
     until = f", until {_time(question['expires_at_ms'])}" if question["expires_at_ms"] else ""
     run, step, attempt = question["run_id"], question["step_id"], question["attempt"]
     return [
         f"{_time(question['since_ms'])}  {run}  {step} (attempt {attempt}) of {question['account']}{until}",
-        f"    {by}: {question['reason'] or '-'}",
-        f"    tidegate approvals approve {run} {shlex.quote(step)} --attempt {attempt}   (or reject)",
+        *run_output.question(run, question),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -14,7 +15,9 @@ from rich.text import Text
 
 from tidegate.domain import canonical, states, waits
 from tidegate.domain.entry import TAG_FIELD
+from tidegate.domain.questions import asks_by
 from tidegate.sdk.client import Event, Run
+from tidegate.sdk.reading import Approval
 
 MICROS: Final = 1_000_000
 DEFAULT_RULE: Final = "default"
@@ -82,13 +85,18 @@ def _outcome(status: str) -> Text:
     return Text(word).append_text(_status(status))
 
 
-def _how_to_answer(run_id: str, step_id: str, attempt: int, why: str) -> Text:
-    line = f"    tidegate runs approve {run_id} {step_id} --attempt {attempt}   (or reject)"
-    if why == "outcome_unknown":
-        line = (
-            f"    tidegate runs respond {run_id} {step_id} --attempt {attempt} --again   (or --fail, or --done RESULT)"
-        )
-    return Text(line, style="dim")
+def question(run_id: str, asked: Body) -> list[str]:
+    """Return who asks about what, and how that is answered. A gateway of before names no question and no arguments."""
+    lines = [f"    {asks_by(asked['rule'], asked['policy'], asked['why'])}: {asked['reason'] or '-'}"]
+    if asked.get("arguments_hash"):
+        lines.append(f"    arguments {asked['arguments_hash']}")
+    known = asked.get("question", "")
+    meant = f"{run_id} {shlex.quote(asked['step_id'])} " + (
+        f"--question {known}" if known else f"--attempt {asked['attempt']}"
+    )
+    if asked["why"] == "outcome_unknown":
+        return [*lines, f"    tidegate runs respond {meant} --again   (or --fail, or --done RESULT)"]
+    return [*lines, f"    tidegate approvals approve {meant}   (or reject)"]
 
 
 def _asked(run_id: str, wait: Body) -> list[Text]:
@@ -118,14 +126,16 @@ def waited_for(wait: Body) -> str:
     return f"waits until {moment(wait['due_ms'])}"
 
 
-def answer(run_id: str, event: Event) -> str:
-    """Return what came of a command that was not refused."""
+def answer(run_id: str, event: Event, asked: Approval | None = None) -> str:
+    """Return what came of a command that was not refused. asked: the question that it answered, if it is known."""
     body = event.data
     if event.type == "ApprovalResolved":
         word = {"done": "taken as done", "again": "run again"}.get(
             body.answer, "approved" if body.approved else "rejected"
         )
-        return f"{word}: {body.step_id} (attempt {body.attempt}) of run {run_id}"
+        about = "" if asked is None else f": {asks_by(asked.rule, asked.policy, asked.why)}"
+        said = f"{word}: {body.step_id} (attempt {body.attempt}) of run {run_id}{about}"
+        return said + (f", arguments {body.arguments_hash}" if body.arguments_hash else "")
     if event.type == "WaitEnded":
         word = "rejected" if body.outcome == "rejected" else "answered"
         return f"{word}: {body.step_id} of run {run_id}"
@@ -211,8 +221,7 @@ def ending(run: Run) -> list[Text]:
             else f"{approval.function}({_one_line(arguments)})"
         )
         lines.append(Text(f"  {approval.step_id} asks: {asked}", style="magenta"))
-        lines.append(Text(f"    {approval.why}, rule {approval.rule or '-'}: {approval.reason or '-'}"))
-        lines.append(_how_to_answer(run.run_id, approval.step_id, approval.attempt, approval.why))
+        lines += map(Text, question(run.run_id, approval._asdict()))
     for wait in run.waits:
         lines += _asked(run.run_id, wait._asdict())
     if run.paused:
@@ -328,8 +337,7 @@ def _question(run_id: str, approval: Body) -> list[Text]:
     until = f", until {moment(expires_at_ms)}" if expires_at_ms else ""
     return [
         Text(f"  {approval['step_id']} asks for approval since {moment(approval['since_ms'])}{until}", style="magenta"),
-        Text(f"    {approval['why']}, rule {approval['rule'] or '-'}: {approval['reason'] or '-'}"),
-        _how_to_answer(run_id, approval["step_id"], approval["attempt"], approval["why"]),
+        *map(Text, question(run_id, approval)),
     ]
 
 
@@ -344,9 +352,9 @@ def changes(old: Body | None, new: Body) -> list[Text]:
             line.append(f" (attempt {step['attempt']})" if step["attempt"] > 1 else "")
             why = _step_why(step)
             lines.append(line.append(" - ").append_text(why) if why else line)
-    asked = [approval["step_id"] for approval in old["approvals"]] if old else []
+    asked = old["approvals"] if old else []
     for approval in new["approvals"]:
-        if approval["step_id"] not in asked:
+        if approval not in asked:
             lines += _question(new["run_id"], approval)
     waited = [wait["step_id"] for wait in old["waits"]] if old else []
     for wait in new["waits"]:

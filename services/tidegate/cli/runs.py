@@ -34,7 +34,8 @@ from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.requests import parse_json, validate
 from tidegate.sdk.client import Client, Run
-from tidegate.sdk.errors import RunNotFinishedError
+from tidegate.sdk.errors import RunNotFinishedError, RunNotFoundError
+from tidegate.sdk.reading import Approval
 
 ANSWER_TIMEOUT_S: Final = 30.0
 # How long a run that was asked for a moment ago may take to be known to the live view.
@@ -65,6 +66,10 @@ Attempt = Annotated[
 ]
 Why = Annotated[
     str | None, typer.Option("--why", help="policy, outcome_unknown or change: as the question that is meant says.")
+]
+Question = Annotated[
+    str | None,
+    typer.Option("--question", help="Id of the question that is meant, as lists show it; another one is not answered."),
 ]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0.0, help="Seconds after which to give up waiting.")]
 Url = Annotated[
@@ -165,24 +170,40 @@ def events(
 
 @app.command(epilog=RUN_EXIT_CODES)
 def approve(
-    run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None, attempt: Attempt = None, why: Why = None
+    run_id: RunId,
+    step_id: StepId = None,
+    reason: Reason = "",
+    by: By = None,
+    attempt: Attempt = None,
+    why: Why = None,
+    question: Question = None,
 ) -> None:
-    """Let the attempt that waits go ahead; say what came of it."""
+    """Let the attempt that waits go ahead; say what was answered, and what came of it."""
     with _client("runs approve", by) as client:
-        _check("approve", run_id, step_id=step_id, reason=reason, by=by, attempt=attempt, why=why)
-        command = client.approve(run_id, step_id, reason=reason, attempt=attempt, why=why)
-        _answer(client, "approve", run_id, command)
+        fields: dict[str, Any] = {"reason": reason, "attempt": attempt, "why": why, "question": question}
+        _check("approve", run_id, step_id=step_id, by=by, **fields)
+        asked = _asked(client, run_id, step_id)
+        fields["question"] = question or (asked.question if asked else None)
+        _answer(client, "approve", run_id, client.approve(run_id, step_id, **fields), asked)
 
 
 @app.command(epilog=RUN_EXIT_CODES)
 def reject(
-    run_id: RunId, step_id: StepId = None, reason: Reason = "", by: By = None, attempt: Attempt = None, why: Why = None
+    run_id: RunId,
+    step_id: StepId = None,
+    reason: Reason = "",
+    by: By = None,
+    attempt: Attempt = None,
+    why: Why = None,
+    question: Question = None,
 ) -> None:
     """Refuse the attempt that waits, or say that an outside tool cannot be done: its step fails. Say what came of it."""
     with _client("runs reject", by) as client:
-        _check("reject", run_id, step_id=step_id, reason=reason, by=by, attempt=attempt, why=why)
-        command = client.reject(run_id, step_id, reason=reason, attempt=attempt, why=why)
-        _answer(client, "reject", run_id, command)
+        fields: dict[str, Any] = {"reason": reason, "attempt": attempt, "why": why, "question": question}
+        _check("reject", run_id, step_id=step_id, by=by, **fields)
+        asked = _asked(client, run_id, step_id)
+        fields["question"] = question or (asked.question if asked else None)
+        _answer(client, "reject", run_id, client.reject(run_id, step_id, **fields), asked)
 
 
 @app.command(epilog=RUN_EXIT_CODES)
@@ -205,6 +226,7 @@ def respond(
     by: By = None,
     attempt: Attempt = None,
     why: Why = None,
+    question: Question = None,
 ) -> None:
     """Answer what a run waits for: a question, an event, an outside tool, what became of an attempt. Say what came of it."""
     given = [text is not None, value is not None, done is not None, again, fail]
@@ -218,8 +240,9 @@ def respond(
     elif again or fail:
         answer = "again" if again else "fail"
     with _client("runs respond", by) as client:
-        _check("respond", run_id, step_id=step_id, value=answer, reason=reason, by=by, attempt=attempt, why=why)
-        command = client.respond(run_id, answer, step_id, reason=reason, attempt=attempt, why=why)
+        meant: dict[str, Any] = {"attempt": attempt, "why": why, "question": question}
+        _check("respond", run_id, step_id=step_id, value=answer, reason=reason, by=by, **meant)
+        command = client.respond(run_id, answer, step_id, reason=reason, **meant)
         _answer(client, "respond", run_id, command)
 
 
@@ -337,8 +360,18 @@ def _follow(
     raise typer.Exit(EXIT_NEEDS_HUMAN if last.needs_human else exit_code(last.status))
 
 
-def _answer(client: Client, command: str, run_id: str, command_id: str) -> None:
-    """Wait until the run has answered a command, and say what it answered."""
+def _asked(client: Client, run_id: str, step_id: str | None) -> Approval | None:
+    """Return the question that an answer about this step means now; None if that is not sure, or there is none."""
+    try:
+        approvals = client.get(run_id).approvals
+    except RunNotFoundError:
+        return None
+    found = [asked for asked in approvals if step_id in (None, asked.step_id)]
+    return found[0] if len(found) == 1 else None
+
+
+def _answer(client: Client, command: str, run_id: str, command_id: str, asked: Approval | None = None) -> None:
+    """Wait until the run has answered a command, and say what it answered. asked: the question that it was about."""
     try:
         event = client.answer(run_id, command_id, ANSWER_TIMEOUT_S)
     except RunNotFinishedError:
@@ -348,7 +381,7 @@ def _answer(client: Client, command: str, run_id: str, command_id: str) -> None:
     if event.type == "CommandRefused":
         typer.echo(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
         raise typer.Exit(EXIT_REFUSED)
-    print(run_output.answer(run_id, event))
+    print(run_output.answer(run_id, event, asked))
 
 
 # --- through the live view ------------------------------------------------------------------------------------------------

@@ -211,6 +211,18 @@ def _released(event: ev.AttemptReleased) -> str:
     return "released: its run wants it no more" if event.reason == VOID else f"released: {event.reason}"
 
 
+def _queued(event: ev.AttemptQueued) -> str:
+    if event.call.is_outside:
+        return "waits for a place under a limit"
+    return f"waits for a free slot of an executor of queue {event.call.queue}"
+
+
+def _placed(event: ev.AttemptPlaced) -> str:
+    if event.call.is_outside:
+        return "let through: it waits for whoever does it outside"
+    return f"placed on {event.instance_id} (incarnation {event.incarnation})"
+
+
 _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: lambda event: f"denied: {event.reason};",
@@ -218,8 +230,8 @@ _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
     ev.QuestionAnswered: lambda event: f"needs no approval any more, because of {event.by}: {event.reason};",
     ev.ApprovalLapsed: lambda event: f"the approval expired: {event.reason};",
     ev.AttemptPaused: _paused,
-    ev.AttemptQueued: lambda event: f"waits for a free slot of an executor of queue {event.call.queue}",
-    ev.AttemptPlaced: lambda event: f"placed on {event.instance_id} (incarnation {event.incarnation})",
+    ev.AttemptQueued: _queued,
+    ev.AttemptPlaced: _placed,
     ev.PlacementLost: lambda event: f"lost with {event.instance_id}: {event.reason}",
     ev.AttemptCancelTold: lambda event: f"{event.instance_id} was told to abort it",
     ev.AttemptSettled: _settled,

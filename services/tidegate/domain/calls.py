@@ -32,7 +32,7 @@ def call_of(workflow: Workflow, function: str, arguments: str, agent: str = "") 
     return Call(
         kind=settings.kind,
         function=function,
-        queue=settings.queue,
+        queue="" if settings.outside else settings.queue,
         arguments=arguments,
         timeout_ms=settings.timeout_ms,
         reserve_micros=settings.reserve_micros,

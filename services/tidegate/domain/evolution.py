@@ -18,6 +18,7 @@ from tidegate.domain.graph_changes import (
     MAX_CHANGE_BYTES,
     MAX_CHANGE_EDGES,
     MAX_CHANGE_NODES,
+    MAX_GRAPH_EDGES,
     AcceptedChange,
     edge_ends,
     merged,
@@ -128,6 +129,9 @@ def _completed(
     led_to = {edge_ends(edge)[1] for edge in edges}
     led_to.update(target for node in nodes.values() for target in node.get("routes", ()))
     edges += [[node_id, name] for name in nodes if name not in led_to]
+    if edges and len(edges_there) + len(edges) > MAX_GRAPH_EDGES:
+        reason = f"the run's graph would have {len(edges_there) + len(edges)} edges, at most {MAX_GRAPH_EDGES} it may"
+        problem = problem or Problem("too_many", reason)
     return {"nodes": nodes, "edges": edges, "because": proposed.get("because", "")}, problem
 
 

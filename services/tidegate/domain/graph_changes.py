@@ -24,6 +24,7 @@ MODES: Final = (DISABLED, OPTIONAL, REQUIRED)
 MAX_CHANGES: Final = 50  # of one run
 MAX_CHANGE_NODES: Final = 100
 MAX_CHANGE_EDGES: Final = 1_000
+MAX_GRAPH_EDGES: Final = 10_000  # of a graph that has changed: each change is judged by walks through all of it
 MAX_CHANGE_BYTES: Final = 256 * 1024
 MAX_EXPIRES_S: Final = 366 * 24 * 3600
 

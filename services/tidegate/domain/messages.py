@@ -19,6 +19,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outcome of an attempt is unknown. provider, model, operation: what it uses, as declared; limits, rules and prices look at
     them. prefer: the instance that should run it if it has a free slot. agent: whose turn it is, or who called the tool; empty
     for a step. max_input_tokens, max_output_tokens: the most that one attempt uses; 0 if not said.
+    queue: whose executors have the function; empty for a tool that somebody outside does.
     """
 
     kind: str
@@ -35,6 +36,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     agent: str = ""
     max_input_tokens: int = 0
     max_output_tokens: int = 0
+
+    @property
+    def is_outside(self) -> bool:
+        """Tell whether no executor does it, but whoever posts its answer: the gate judges it, and nothing is entered."""
+        return not self.queue and self.kind == "tool"
 
 
 class Amounts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -66,9 +72,9 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     parent_run_id and parent_step_id), and they tell it `child_ended`, with status, output, code and reason. source:
     `topic:partition:offset` of the request, or of the entry that tells it. original: the request's bytes, for the dead letter
     if it is refused (cut to a bound). content_hash: SHA-256 of the canonical request, to tell a repeated start from another one
-    with its id. attempt, why: of the question that is answered; 0 and empty if the answer does not name them. value: canonical
-    JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait of
-    the name.
+    with its id. attempt, why, question: of the question that is answered; 0 and empty if the answer does not name them. value:
+    canonical JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait
+    of the name.
     paused: whether the run that starts is paused from its beginning.
     """
 
@@ -102,6 +108,7 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     status: str = ""
     output: str = ""
     paused: bool = False
+    question: str = ""
 
 
 # --- scheduler to gate ---------------------------------------------------------------

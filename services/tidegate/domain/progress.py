@@ -273,7 +273,7 @@ def _cancelled(step: StepState, reason: str) -> list[Any]:
 
 def _attempt_out(step: StepState) -> int:
     """Return the attempt that the gate knows of and has not seen the end of; 0 if there is none."""
-    if step.status in (states.REQUESTED, states.DISPATCHED):
+    if step.status in (states.REQUESTED, states.DISPATCHED, states.WAITING):  # 0 of a wait that nobody was asked for
         return step.attempt
     if step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy":
         return step.attempt

@@ -24,6 +24,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from tidegate.domain import canonical
 from tidegate.domain.identity import ACCOUNT_PATTERN, DEFAULT_ACCOUNT, MAX_MICROS, NAME_PATTERN, RUN_ID_PATTERN
+from tidegate.domain.questions import QUESTION_PATTERN
 from tidegate.domain.waits import MAX_KEY
 
 DEFAULT_MAX_BYTES: Final = 1024 * 1024
@@ -82,6 +83,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     payload: str | None = None
     priority: int = DEFAULT_PRIORITY
     failure_mode: str | None = None
+    question: str | None = None
 
 
 def _none_if_empty(text: str | None) -> str | None:
@@ -208,6 +210,11 @@ class _Answer(_Request):
     why: Literal["policy", "outcome_unknown", "change"] | None = Field(
         default=None, description="Why it was asked. If the open question was asked for another reason: refused."
     )
+    question: str | None = Field(
+        default=None,
+        pattern=QUESTION_PATTERN,
+        description="The id of the question that is meant, as lists of approvals show it. If another one is open: refused.",
+    )
 
 
 class ApproveRequest(_Answer):
@@ -304,6 +311,7 @@ _RULES: Final = {
     "reason": "must be a string of at most 4096 characters",
     "attempt": "must be a whole number from 1",
     "why": "must be `policy`, `outcome_unknown` or `change`",
+    "question": "must be the id of a question, as `tidegate approvals list` shows it",
     "event": "must be an event's name: up to 64 letters, digits, dots, dashes and underscores, no digit first",
     "key": f"must be a string of at most {MAX_KEY} characters",
 }

@@ -284,13 +284,15 @@ def _not_run(kind: str, function: str, arguments: str) -> Call:
 
 
 def _wait_started(run: RunState, event: ev.WaitStarted, now_ms: int) -> None:
-    if event.step_id in run.steps:
-        raise states.IllegalTransitionError(f"step {event.step_id} exists already")
-    call = _not_run("tool" if event.kind == waits.OUTSIDE else event.kind, event.function, event.input)
-    step = run.steps[event.step_id] = StepState(
-        event.step_id, event.node_id, event.wave, call, status=states.WAITING, attempt=0, wait=event
-    )
-    node_state.begin_step(run, step, "WaitStarted")
+    step = run.steps.get(event.step_id)
+    if step is None:
+        # Older runs began to wait for outside tools at once: the gate was not asked.
+        call = _not_run("tool" if event.kind == waits.OUTSIDE else event.kind, event.function, event.input)
+        step = StepState(event.step_id, event.node_id, event.wave, call, status=states.ABSENT, attempt=0)
+        run.steps[event.step_id] = step
+        node_state.begin_step(run, step, "WaitStarted")
+    _move_step(step, "WaitStarted", states.WAITING)
+    step.wait = event
     _move_run(run, "WaitStarted", states.WAITING)
 
 

@@ -51,6 +51,8 @@ RUN_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
 STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (ABSENT, "StepReady"): (REQUESTED, HELD),
     (ABSENT, "WaitStarted"): (WAITING,),
+    # An outside tool: the gate has let the call through, and it waits for whoever does it.
+    (DISPATCHED, "WaitStarted"): (WAITING,),
     (REQUESTED, "AttemptDispatched"): (DISPATCHED,),
     (REQUESTED, "ApprovalRequested"): (AWAITING_APPROVAL,),
     (REQUESTED, "AttemptAwaitsBudget"): (REQUESTED,),
@@ -77,6 +79,8 @@ STEP_TRANSITIONS: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     (AWAITING_APPROVAL, "ApprovalExpired"): (ENDED,),
     (WAITING, "WaitEnded"): (ENDED,),
     (WAITING, "StepCancelled"): (CANCELLED,),
+    # Nobody did the outside tool: with its wait the attempt ends.
+    (ENDED, "AttemptEnded"): (ENDED,),
     # A wait that is over, or an unknown outcome that a human knew.
     (ENDED, "StepSucceeded"): (SUCCEEDED,),
     (REQUESTED, "StepCancelled"): (CANCELLED,),

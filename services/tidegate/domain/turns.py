@@ -8,7 +8,7 @@ from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed, call_of
 from tidegate.domain.graph_changes import PLAN
-from tidegate.domain.identity import agent_turn_step, tool_call_step
+from tidegate.domain.identity import MAX_NAME_CHARACTERS, agent_turn_step, tool_call_step
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import Workflow
 
@@ -56,20 +56,26 @@ def _as_change(step: StepState, calls: list[_PlannedCall]) -> list[Any]:
     return found
 
 
-def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall) -> ev.StepReady | ev.WaitStarted:
-    """Return the step of a tool call: one to run, or one that waits until somebody outside has answered it."""
-    tool, arguments = workflow.function(call.tool), canonical.dumps(call.arguments)
-    if not tool.outside:
-        made = call_of(workflow, call.tool, arguments, agent)
-        return ev.StepReady(step_id=call.step_id, node_id=step.node_id, wave=step.wave + 1, call=made)
+def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall) -> ev.StepReady:
+    """Return the step of a tool call: one to run, or one that waits, once it is allowed, until somebody outside has answered it."""
+    made = call_of(workflow, call.tool, canonical.dumps(call.arguments), agent)
+    return ev.StepReady(step_id=call.step_id, node_id=step.node_id, wave=step.wave + 1, call=made)
+
+
+def outside_wait(run: RunState, step: StepState) -> ev.WaitStarted:
+    """Return the wait that an allowed call of an outside tool becomes. It names the call as the model did."""
+    assert run.workflow is not None  # noqa: S101 - a run with steps has its workflow
+    tool, plan_step_id = run.workflow.function(step.call.function), step.step_id.rpartition("/tool:")[0]
+    plan = canonical.loads(run.steps[plan_step_id].output or "{}")
+    calls = _calls_of(run.workflow, step.call.agent, plan_step_id, plan)
     return ev.WaitStarted(
-        step_id=call.step_id,
+        step_id=step.step_id,
         node_id=step.node_id,
-        wave=step.wave + 1,
+        wave=step.wave,
         kind=waits.OUTSIDE,
-        input=arguments,
-        function=call.tool,
-        key=call.call_id[: waits.MAX_KEY],
+        input=step.call.arguments,
+        function=step.call.function,
+        key=next(call.call_id for call in calls if call.step_id == step.step_id)[: waits.MAX_KEY],
         prompt=tool.description[: waits.MAX_PROMPT],
         schema="" if tool.output is True else canonical.dumps(tool.output),
         timeout_ms=tool.timeout_ms,
@@ -102,7 +108,7 @@ def _calls_of(workflow: Workflow, agent: str, plan_step_id: str, plan: dict[str,
     counts: dict[str, int] = {}
     calls = []
     for item in plan.get("tool_calls") or ():
-        tool, arguments = str(item.get("name", "")), item.get("arguments", {})
+        tool, arguments = _name(str(item.get("name", ""))), item.get("arguments", {})
         counts[tool] = counts.get(tool, 0) + 1
         if tool not in allowed:
             problem: str | None = f"unknown tool {tool!r}; this agent may call: {', '.join(allowed) or 'none'}"
@@ -111,6 +117,11 @@ def _calls_of(workflow: Workflow, agent: str, plan_step_id: str, plan: dict[str,
         step_id = tool_call_step(plan_step_id, tool, counts[tool])
         calls.append(_PlannedCall(step_id, str(item.get("id") or ""), tool, arguments, problem))
     return calls
+
+
+def _name(tool: str) -> str:
+    """Return what a model calls a tool; what is longer than a name may be is no name of one, and is cut to be told so."""
+    return tool if len(tool) <= MAX_NAME_CHARACTERS else tool[: MAX_NAME_CHARACTERS - 1] + "…"
 
 
 def _turn(

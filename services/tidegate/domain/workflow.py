@@ -31,7 +31,9 @@ FLOW_CALLS: Final = ("step", "agent", "tool")  # the kinds of functions that flo
 ALL: Final = 0  # as `needs`: every edge that leads here
 
 _expression = {"type": "string", "minLength": 1}
-_OF_OUTSIDE_TOOLS: Final = frozenset({"kind", "outside", "timeout_ms", "description", "parameters", "output"})
+_OF_OUTSIDE_TOOLS: Final = frozenset(
+    {"kind", "outside", "timeout_ms", "reserve_micros", "description", "parameters", "output"}
+)
 _workflow_label = {
     "type": "string",
     "pattern": r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}@[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",

@@ -174,7 +174,7 @@ def _tags(tags: dict[str, str]) -> str:
 
 
 def _call(call: Call) -> str:
-    if call.kind not in KINDS or not _is_name(call.function) or not _is_name(call.queue):
+    if call.kind not in KINDS or not _is_name(call.function) or not (call.is_outside or _is_name(call.queue)):
         return "kind, function or queue of the call"
     if max(map(len, (call.provider, call.model, call.operation, call.prefer))) > MAX_LABEL:
         return "provider, model, operation or prefer of the call"

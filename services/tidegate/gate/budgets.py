@@ -217,7 +217,8 @@ def estimate(call: Call, learned: Learned | None, now_ms: int) -> Estimate:
     """Return what an attempt is expected to use at most.
 
     Money: what the function declares; else what its model's most tokens cost; else what it cost on average so far. Tokens: what
-    it declares, else the average. Calls: one. Time: all that it may take. Of the call, this looks at what `lacking.Alike` holds.
+    it declares, else the average. Calls: one. Time: all that it may take; none for what somebody outside does. Of the call, this
+    looks at what `lacking.Alike` holds.
     """
     mean = (0, 0, 0, 0, 0) if learned is None else learned.mean
     input_tokens = call.max_input_tokens or mean[1]
@@ -229,7 +230,7 @@ def estimate(call: Call, learned: Learned | None, now_ms: int) -> Estimate:
             micros, basis = priced
     if not basis and learned is not None:
         micros, basis = mean[0], "history"
-    return Estimate((micros, input_tokens, output_tokens, 1, call.timeout_ms), basis)
+    return Estimate((micros, input_tokens, output_tokens, 1, 0 if call.is_outside else call.timeout_ms), basis)
 
 
 def learn(learned: Learned | None, used: tuple[int, ...]) -> Learned:

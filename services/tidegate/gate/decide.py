@@ -46,6 +46,7 @@ from tidegate.gate.leasing import LIMIT_RULE
 from tidegate.gate.ledger import (
     HELD,
     MAX_SETTLED_MICROS,
+    OUTSIDE,
     PLACED,
     RESERVED,
     Attempt,
@@ -524,9 +525,9 @@ def _place_at_once(draft: Draft, key: AttemptKey, attempt: Attempt) -> bool:
     found = slot_for(desk, draft.slots, attempt)
     if found is None:
         return False
-    executor, leases = found
+    place, leases = found
     draft.events += desk.take(leases)
-    draft.events.append(placed(key, attempt, executor, leases))
+    draft.events.append(placed(key, attempt, place, leases))
     return True
 
 
@@ -624,19 +625,20 @@ def _released(draft: Draft, item: Any, attempt: Attempt, reason: str) -> None:
 
 
 def _void(draft: Draft, item: Void) -> None:
-    """Forget an attempt that waits; tell the executor of one that runs. One that is lost already has no one to be told."""
+    """Forget an attempt that waits; tell the executor of one that runs. Of one that is lost, or done outside, nobody is told."""
     attempt = draft.open_attempt(item)
     if attempt is None:
         return
-    if attempt.status != PLACED or attempt.lost or attempt.incarnation is None or attempt.call is None:
+    life = attempt.incarnation
+    if attempt.status != PLACED or attempt.lost or life is None or life == OUTSIDE or attempt.call is None:
         _released(draft, item, attempt, "void")
         return
     draft.events.append(
         ev.AttemptCancelTold(
             **draft.names(item),
             queue=attempt.call.queue,
-            instance_id=attempt.incarnation.instance_id,
-            incarnation=attempt.incarnation.incarnation,
+            instance_id=life.instance_id,
+            incarnation=life.incarnation,
             task_partition=attempt.task_partition,
         )
     )

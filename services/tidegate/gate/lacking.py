@@ -35,6 +35,7 @@ class Alike(NamedTuple):
     max_input_tokens: int
     max_output_tokens: int
     timeout_ms: int
+    is_outside: bool
 
 
 class Scope(NamedTuple):
@@ -140,6 +141,7 @@ class Lacking:
             call.max_input_tokens,
             call.max_output_tokens,
             call.timeout_ms,
+            call.is_outside,
         )
         self._stand(key, turn, Spot(Scope(scope_of(bucket), is_asked), alike))
 

@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -39,6 +39,12 @@ class Incarnation(NamedTuple):
 
     instance_id: str
     incarnation: int
+
+
+OUTSIDE: Final = Incarnation(
+    "", -1
+)  # stands for whoever does outside tools: it has no slots, and no life that could end
+OUTSIDE_LINE: Final = ("", "")
 
 
 class RunMoney(msgspec.Struct, array_like=True):
@@ -119,8 +125,10 @@ class Attempt(msgspec.Struct, array_like=True):
 
     @property
     def line(self) -> tuple[str, str]:
-        """Return the queue and function that it waits for."""
+        """Return the queue and function that it waits for. What is done outside waits for neither, but perhaps for limits."""
         assert self.call is not None  # noqa: S101 - what waits has a call
+        if self.call.is_outside:
+            return OUTSIDE_LINE
         return self.call.queue, self.call.function
 
 
@@ -492,7 +500,8 @@ def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) 
 
 
 def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
-    if ledger.partition not in attempt.granted:  # its ask counts for its root already
+    # Its ask counts for its root already; whoever does outside tools has no slots.
+    if ledger.partition not in attempt.granted and attempt.incarnation != OUTSIDE:
         _count(ledger.busy, account_root(attempt.account), by)
     for lease in held_by_itself(attempt, ledger.partition):
         _count(ledger.held, lease, by)

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 
 from tidegate.domain.messages import Instance
-from tidegate.gate.ledger import Incarnation, Ledger
+from tidegate.gate.ledger import OUTSIDE, OUTSIDE_LINE, Incarnation, Ledger
 
 EXECUTOR: Final = "executor"
 MAX_SLOTS: Final = 1_000  # more than that an executor of ours does not offer
@@ -119,6 +119,8 @@ class Executors:
         self._is_listening = True
 
     def _end(self, life: Incarnation, reason: str) -> None:
+        if life == OUTSIDE:
+            return  # a record of `instances` that says so is none of ours
         self.ended.setdefault(life, reason)
         self._heard_ms.pop(life, None)
         self._suspects.pop(life, None)
@@ -144,7 +146,7 @@ class Executors:
         """Begin a full lease for lives that hold attempts but were never heard of here (after a take-over)."""
         now_ms = self._monotonic_ms()
         for life in lives:
-            if life not in self.ended:
+            if life not in self.ended and life != OUTSIDE:
                 self._heard_ms.setdefault(life, now_ms)
 
     def expire(self, table_version: int) -> None:
@@ -218,8 +220,10 @@ class FreeSlots:
         return any(self._of(executor) > 0 for executor in self._by_life.values())
 
     def lines_with_room(self, lines: Mapping[tuple[str, str], object]) -> set[tuple[str, str]]:
-        """Return those of the lines (queue, function) that an executor with a free slot works off."""
+        """Return those of the lines (queue, function) that an executor with a free slot works off, or that need none."""
         found: set[tuple[str, str]] = set()
+        if OUTSIDE_LINE in lines and not self.is_paused(OUTSIDE_LINE[0]):
+            found.add(OUTSIDE_LINE)
         for executor in self._by_life.values():
             if self._of(executor) > 0:
                 few, many = (executor.lines, lines) if len(executor.lines) < len(lines) else (lines, executor.lines)

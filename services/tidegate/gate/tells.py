@@ -45,7 +45,7 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
         kind = type(event)
         if kind not in _TELLING:
             continue
-        if kind in _TASKS:
+        if kind in _TASKS and not (kind is ev.AttemptPlaced and event.call.is_outside):
             found.append(_task(event, at(len(found)), run_partitions))
         make = _DECISIONS.get(kind)
         if make is not None:

@@ -15,7 +15,7 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import Lease
 from tidegate.gate import leasing
-from tidegate.gate.ledger import Attempt, AttemptKey, Leases, Ledger, Line, Name
+from tidegate.gate.ledger import OUTSIDE, OUTSIDE_LINE, Attempt, AttemptKey, Incarnation, Leases, Ledger, Line, Name
 from tidegate.gate.limits import INSTANCE_PLACE, Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import Executor, FreeSlots
 from tidegate.gate.variables import Variables
@@ -27,10 +27,17 @@ MAX_CALLS_BYTES: Final = 6 * 1024 * 1024
 UNSERVED_MS: Final = 2_000  # executors that are about to register are given this long
 SCALE_OUT_MS: Final = 5_000
 
-ASKS: Final = ("", "")  # the line of attempts of other partitions, which need no slot of ours
+ASKS: Final = ("", "*")  # the line of attempts of other partitions, which need no slot of ours
 
 
-def placed(key: AttemptKey, attempt: Attempt, executor: Executor, leases: Leases) -> ev.AttemptPlaced:
+class Place(NamedTuple):
+    """Where an attempt goes: the life of an executor, and the partition of its tasks."""
+
+    life: Incarnation
+    task_partition: int
+
+
+def placed(key: AttemptKey, attempt: Attempt, place: Place, leases: Leases) -> ev.AttemptPlaced:
     """Return the placement of an attempt that was reserved."""
     assert attempt.call is not None  # noqa: S101 - what waits has a call
     return ev.AttemptPlaced(
@@ -38,9 +45,9 @@ def placed(key: AttemptKey, attempt: Attempt, executor: Executor, leases: Leases
         reserved_micros=attempt.reserved_micros,
         rule=attempt.rule,
         policy=attempt.policy,
-        instance_id=executor.life.instance_id,
-        incarnation=executor.life.incarnation,
-        task_partition=executor.row.task_partition,
+        instance_id=place.life.instance_id,
+        incarnation=place.life.incarnation,
+        task_partition=place.task_partition,
         call=attempt.call,
         leases=leases,
         queued_ms=attempt.queued_ms,
@@ -49,13 +56,19 @@ def placed(key: AttemptKey, attempt: Attempt, executor: Executor, leases: Leases
     )
 
 
-def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Executor, Leases] | None:
-    """Take a slot for an attempt and return its executor, with all leases that it needs there; None if there is no slot."""
+def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Place, Leases] | None:
+    """Take a slot for an attempt and return where, with all leases that it needs there; None if there is no slot.
+
+    What is done outside needs none; limits on executors are not about it.
+    """
     assert attempt.call is not None  # noqa: S101 - what waits has a call
     call, here = attempt.call, desk.ledger.partition
+    if call.is_outside:
+        leases = tuple(lease for lease in attempt.leases if INSTANCE_PLACE not in lease.key)
+        return None if slots.is_paused(call.queue) else (Place(OUTSIDE, 0), leases)
     if not attempt.leases:
         free = slots.take(call.queue, call.kind, call.function, prefer=call.prefer, only=attempt.pinned)
-        return None if free is None else (free, ())
+        return None if free is None else (_place(free), ())
     open_keys = tuple([lease for lease in attempt.leases if INSTANCE_PLACE in lease.key])
     executor = slots.take(
         call.queue,
@@ -70,8 +83,12 @@ def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Executor, 
     return (
         None
         if executor is None
-        else (executor, desk.limits.on_instance(attempt.leases, executor.life.instance_id, here))
+        else (_place(executor), desk.limits.on_instance(attempt.leases, executor.life.instance_id, here))
     )
+
+
+def _place(executor: Executor) -> Place:
+    return Place(executor.life, executor.row.task_partition)
 
 
 def place_waiting(
@@ -113,11 +130,13 @@ class _Round:
         self.size = 0
         self.asked: Counter[Name] = Counter()
         self.busy = _busy_after(ledger, self.gone)
+        self.is_outside = False
         self.queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
 
     def play(self) -> list[Any]:
         """Return the events."""
         self._open_lines()
+        self.is_outside = any(where.name == OUTSIDE_LINE for where in self.queues)
         heads = [(self._held(where), *next(queue), where) for where, queue in self.queues.items()]
         heapq.heapify(heads)
         while heads and self.count < MAX_PLACEMENTS_PER_ENTRY:
@@ -130,7 +149,7 @@ class _Round:
             if key not in self.gone and self._is_too_much(key, where):
                 break
             if key not in self.gone and not self._serve(key, where):
-                if where.name != ASKS and not self.slots.has_room() and not self.ledger.ask_lines:
+                if where.name[0] and not self.slots.has_room() and not self.ledger.ask_lines and not self.is_outside:
                     break
                 continue
             following = next(self.queues[where], None)
@@ -198,16 +217,16 @@ class _Round:
         found = slot_for(self.desk, self.slots, attempt)
         if found is None:
             return False
-        executor, leases = found
-        pinned = executor.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
+        place, leases = found
+        pinned = place.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
         question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
         if question is not None:
             return self._ask(question, attempt)
         has_asked_here = self.ledger.partition in attempt.granted
         self.events += self.desk.take(attempt.needs if has_asked_here else leases)
-        if not has_asked_here:  # else its ask counts for its root
+        if not has_asked_here and place.life != OUTSIDE:  # else its ask counts for its root, or it has no slot
             self.busy[where.root] = self.busy.get(where.root, 0) + 1
-        self.events.append(placed(key, attempt, executor, leases))
+        self.events.append(placed(key, attempt, place, leases))
         self.count += 1
         return True
 
@@ -216,7 +235,7 @@ class _Round:
         assert attempt.call is not None  # noqa: S101 - what waits has a call
         name, call = attempt.line, attempt.call
         free = self.slots.left(call.queue, call.kind, call.function)  # besides the one that was just taken
-        if free < self.ledger.asking.get(name, 0):
+        if not call.is_outside and free < self.ledger.asking.get(name, 0):
             return False
         self.events.append(question)
         self.count += 1
@@ -250,7 +269,7 @@ def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
     busy = dict(ledger.busy)
     for key in ended:
         attempt = ledger.attempts.get(key)
-        holds_slot = attempt is not None and attempt.incarnation is not None and not attempt.lost
+        holds_slot = attempt is not None and attempt.incarnation not in (None, OUTSIDE) and not attempt.lost
         if attempt is not None and holds_slot and ledger.partition not in attempt.granted:
             root = account_root(attempt.account)
             busy[root] = busy.get(root, 0) - 1
@@ -271,7 +290,7 @@ def unserved(ledger: Ledger, slots: FreeSlots, now_ms: int) -> list[Any]:
     events: list[Any] = []
     for (queue, function), keys in ledger.unnoticed.items():
         first = ledger.attempts[next(iter(keys))]
-        if first.call is None or slots.offered(queue, first.call.kind, function):
+        if first.call is None or first.call.is_outside or slots.offered(queue, first.call.kind, function):
             continue
         for key in keys:
             attempt = ledger.attempts[key]
@@ -288,7 +307,9 @@ def unserved(ledger: Ledger, slots: FreeSlots, now_ms: int) -> list[Any]:
 def scale_out(ledger: Ledger, desk: Desk, slots: FreeSlots) -> list[Any]:
     """Return what changed about queues that want more executors: work for which only a slot is missing waits for long."""
     wanting = {
-        queue for queue in ledger.depth if not slots.is_paused(queue) and _wants_more(ledger, desk, slots, queue)
+        queue
+        for queue in ledger.depth
+        if queue and not slots.is_paused(queue) and _wants_more(ledger, desk, slots, queue)
     }
     events: list[Any] = []
     for queue in sorted(wanting ^ set(ledger.scale_out)):

@@ -14,8 +14,9 @@ import msgspec
 
 from tidegate import codec
 from tidegate.domain import run_events as ev
-from tidegate.domain import states
+from tidegate.domain import states, waits
 from tidegate.domain.entry import Entry, OwnerAnnounced
+from tidegate.domain.questions import question_id
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 from tidegate.gateway.figures import MAX_SPENT, MINUTE_MS, Tallies, Tally, learn
 
@@ -36,7 +37,10 @@ class StepLine(msgspec.Struct, array_like=True):
 
 
 class OpenApproval(msgspec.Struct, kw_only=True):
-    """A question that waits for a human, since `since_ms` (Unix milliseconds), until `expires_at_ms` (0: whenever)."""
+    """A question that waits for a human, since `since_ms` (Unix milliseconds), until `expires_at_ms` (0: whenever).
+
+    question: names it in an answer.
+    """
 
     step_id: str
     attempt: int
@@ -46,6 +50,8 @@ class OpenApproval(msgspec.Struct, kw_only=True):
     reason: str
     since_ms: int
     expires_at_ms: int = 0
+    arguments_hash: str = ""
+    question: str = ""
 
 
 class OpenWait(msgspec.Struct, kw_only=True):
@@ -202,7 +208,12 @@ def _add_step(row: RunRow, step_id: str, line: StepLine) -> None:
 
 
 def _wait_started(row: RunRow, event: ev.WaitStarted, now_ms: int) -> None:
-    _add_step(row, event.step_id, StepLine(states.WAITING, 0))
+    # A call of an outside tool was a step before it waited, but in older runs; it may have no line any more.
+    was_step = event.kind == waits.OUTSIDE and (
+        _set_step(row, event.step_id, states.WAITING) is not None or len(row.steps) >= MAX_STEP_LINES
+    )
+    if not was_step:
+        _add_step(row, event.step_id, StepLine(states.WAITING, 0))
     row.waiting_count += 1
     row.status = states.WAITING
     if len(row.waits) < MAX_STEP_LINES:
@@ -268,6 +279,8 @@ def _approval_requested(row: RunRow, event: ev.ApprovalRequested, now_ms: int) -
         reason=_cut(event.reason),
         since_ms=now_ms,
         expires_at_ms=event.expires_at_ms,
+        arguments_hash=event.arguments_hash,
+        question=question_id(event),
     )
     row.status = states.WAITING
 

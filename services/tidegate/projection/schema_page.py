@@ -184,6 +184,8 @@ MEANINGS: Final = {
     "budgets.reserved_micros": "set aside and not yet ended",
     "account_budgets.reserved_micros": "set aside and not yet ended",
     "resolved_at": "when it was answered",
+    "retry_document": "`name@version` of the retry document that decided; empty if the function itself did",
+    "retry_rule": "label of the retry rule that counts its failure; empty for none",
     "rule": "the rule that decided; `budget` (the run's own), `budget:NAME` (an account's), `limit` or `default` (none matched) "
     "are none of a policy",
     "run_id": "the run",

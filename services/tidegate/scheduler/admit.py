@@ -93,6 +93,7 @@ def _fields(request: Command) -> dict[str, Any]:
     fields: dict[str, Any] = {"reason": request.reason or ""}
     if isinstance(request, ApproveRequest | RejectRequest | RespondRequest):
         fields |= {"step_id": request.step_id or "", "attempt": request.attempt or 0, "why": request.why or ""}
+        fields["question"] = request.question or ""
     if isinstance(request, RespondRequest):
         fields["value"] = canonical.dumps(request.value)
     return fields

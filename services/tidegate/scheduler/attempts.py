@@ -54,13 +54,18 @@ def succeeded(step: StepState, result: StepResult) -> ev.StepSucceeded:
     )
 
 
-def output_given(step: StepState, output: str, given_by: str = "", goto: str = "") -> ev.StepSucceeded:
-    """Return the success of a step whose output comes from no attempt, or from one whose end is recorded already."""
+def output_given(
+    step: StepState, output: str, given_by: str = "", goto: str = "", *, attempt: int = 0
+) -> ev.StepSucceeded:
+    """Return the success of a step whose output comes from no executor, or from an attempt whose end is recorded already.
+
+    attempt: the one that the output ends, if it is done outside; it cost what was set aside for it.
+    """
     return ev.StepSucceeded(
         step_id=step.step_id,
-        attempt=0,
+        attempt=attempt,
         output=output,
-        actual_micros=0,
+        actual_micros=step.call.reserve_micros if attempt else 0,
         usage={},
         instance_id="",
         incarnation=-1,

@@ -9,6 +9,7 @@ from tidegate.domain import canonical, children, progress, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.evolution import Problem
 from tidegate.domain.messages import RunCommand
+from tidegate.domain.questions import asks_by, question_id
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.domain.workflow import FAILURE_MODES, DefinitionError, compile_definition
 from tidegate.scheduler import attempts, evolution
@@ -201,12 +202,19 @@ def _asked(run: RunState, command: RunCommand, open_: list[StepState], what: str
         return _refused(command, f"no_such_{what}", f"no open {what}{named}; open: {names}")
     asked = step.approval
     if asked is None:
-        if command.attempt or command.why:
-            return _refused(command, "other_question", f"the question of {step.step_id} has no attempt and no `why`")
+        if command.attempt not in (0, step.attempt) or command.why or command.question:
+            about = f"attempt {step.attempt}" if step.attempt else "no attempt"
+            return _refused(
+                command, "other_question", f"the question of {step.step_id} is about {about} and has no `why`"
+            )
         return step
-    if command.attempt not in (0, asked.attempt) or command.why not in ("", asked.why):
+    question = question_id(asked)
+    is_other = command.attempt not in (0, asked.attempt) or command.why not in ("", asked.why)
+    if is_other or command.question not in ("", question):
+        by = asks_by(asked.rule, asked.policy, asked.why)
         reason = (
-            f"{step.step_id} asks about attempt {asked.attempt} ({asked.why}), not about what was answered: look again"
+            f"{step.step_id} asks about attempt {asked.attempt} ({asked.why}), by {by}, question {question}: that is not what "
+            "was answered; look again"
         )
         return _refused(command, "other_question", reason)
     return step

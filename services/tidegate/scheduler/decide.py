@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.domain import canonical, flow_turns, progress, retries, states
+from tidegate.domain import canonical, flow_turns, progress, retries, states, turns
 from tidegate.domain import run_events as ev
 from tidegate.domain.identity import MAX_MICROS, MAX_NAME_CHARACTERS
 from tidegate.domain.messages import (
@@ -74,19 +74,7 @@ def _on_item(run: RunState, item: Any) -> Events:
     if step.status != states.REQUESTED:
         return []
     if isinstance(item, Allowed):
-        return [
-            ev.AttemptDispatched(
-                step_id=step.step_id,
-                attempt=item.attempt,
-                reserved_micros=item.reserved_micros,
-                rule=item.rule,
-                policy=item.policy,
-                instance_id=item.instance_id,
-                incarnation=item.incarnation,
-                redact=item.redact,
-                isolation=item.isolation,
-            )
-        ]
+        return _on_allowed(run, step, item)
     if isinstance(item, BudgetPaused):
         return [
             ev.AttemptAwaitsBudget(
@@ -127,6 +115,21 @@ def _on_item(run: RunState, item: Any) -> Events:
             values=item.values,
         )
     ]
+
+
+def _on_allowed(run: RunState, step: StepState, item: Allowed) -> Events:
+    dispatched = ev.AttemptDispatched(
+        step_id=step.step_id,
+        attempt=item.attempt,
+        reserved_micros=item.reserved_micros,
+        rule=item.rule,
+        policy=item.policy,
+        instance_id=item.instance_id,
+        incarnation=item.incarnation,
+        redact=item.redact,
+        isolation=item.isolation,
+    )
+    return [dispatched, turns.outside_wait(run, step)] if step.call.is_outside else [dispatched]
 
 
 def _on_unanswered(run: RunState, step: StepState, item: Unanswered) -> Events:
@@ -271,11 +274,12 @@ def error_reason(what: str, error: Exception) -> str:
 
 
 def _is_foreign(step: StepState, result: StepResult) -> bool:
-    """Tell whether this attempt cannot have run there: it was placed elsewhere, or the gate still holds it for approval.
+    """Tell whether this attempt cannot have run there: it was placed elsewhere, no executor does it, or the gate still holds it.
 
     Such a result is nobody's; if it were noted as the attempt's, the true one would later pass for a doubled one.
     """
-    if step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy":
+    is_held = step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy"
+    if is_held or step.call.is_outside:
         return True
     return step.instance_id not in ("", result.instance_id) or step.incarnation not in (-1, result.incarnation)
 
@@ -331,8 +335,7 @@ def output_problem(step: StepState, output: str) -> str | None:
         return "an agent's output must be a plan: an object whose tool_calls is a list of objects"
     if len(calls) > MAX_PLAN_CALLS:
         return f"a plan may call at most {MAX_PLAN_CALLS} tools at once, this one calls {len(calls)}"
-    names = (_too_long("the name of a tool", str(call.get("name", ""))) for call in calls)
-    return _too_long("goto", str(value.get("goto") or "")) or next(filter(None, names), None)
+    return _too_long("goto", str(value.get("goto") or ""))
 
 
 def _too_long(what: str, name: str) -> str | None:

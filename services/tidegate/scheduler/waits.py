@@ -58,11 +58,15 @@ def on_due(run: RunState, step: StepState, now_ms: int) -> Events:
 
 
 def _timed_out(run: RunState, step: StepState, wait: ev.WaitStarted) -> Events:
-    ended = ev.WaitEnded(step_id=step.step_id, outcome=TIMED_OUT)
+    ended: Any = ev.WaitEnded(step_id=step.step_id, outcome=TIMED_OUT)
     if wait.on_timeout == waits.VALUE:
         return [ended, *_succeeded(run, step, wait.timeout_value)]
     reason = f"nothing came within {(wait.timeout_ms or 0) / 1000:g} s: {described(wait)}"
-    return [ended, *progress.failed(run, step, "wait_timed_out", reason)]
+    return [
+        ended,
+        *_not_done(step, "timed_out", "TimedOut", reason),
+        *progress.failed(run, step, "wait_timed_out", reason),
+    ]
 
 
 def answered(run: RunState, step: StepState, value: str, command_id: str, by: str, reason: str) -> Events:
@@ -73,10 +77,14 @@ def answered(run: RunState, step: StepState, value: str, command_id: str, by: st
 
 def rejected(run: RunState, step: StepState, command_id: str, by: str, reason: str) -> Events:
     """Return what follows when whoever was to do an outside tool could not: the agent that called it is told."""
-    ended = ev.WaitEnded(step_id=step.step_id, outcome=REJECTED, command_id=command_id, by=by, reason=reason)
+    ended: Any = ev.WaitEnded(step_id=step.step_id, outcome=REJECTED, command_id=command_id, by=by, reason=reason)
     said = f"rejected by {by or 'a human'}" + (f": {reason}" if reason else "")
-    failed = ev.StepFailed(step_id=step.step_id, code="rejected", reason=said)
-    return [ended, failed, *progress.after_failure(run, step, "rejected", said)]
+    return [ended, *_not_done(step, "failed", "Rejected", said), *progress.failed(run, step, "rejected", said)]
+
+
+def _not_done(step: StepState, outcome: str, error_class: str, reason: str) -> Events:
+    """Return the end of the attempt that an outside tool's wait was, if it was one: what the gate set aside is free."""
+    return [attempts.ended(step, step.attempt, outcome, error_class, reason)] if step.attempt else []
 
 
 def signalled(run: RunState, step: StepState, payload: str) -> Events:
@@ -85,7 +93,8 @@ def signalled(run: RunState, step: StepState, payload: str) -> Events:
 
 
 def _succeeded(run: RunState, step: StepState, output: str, given_by: str = "") -> Events:
-    return [attempts.output_given(step, output, given_by), *progress.after_success(run, step, output)]
+    given = attempts.output_given(step, output, given_by, attempt=step.attempt)
+    return [given, *progress.after_success(run, step, output)]
 
 
 # --- events that come ---------------------------------------------------------------

@@ -371,15 +371,19 @@ class App(FlowCalls):
         parameters: Schema = True,
         output: Schema = True,
         timeout_s: float = DEFAULT_OUTSIDE_TIMEOUT_S,
+        cost_micros: int = 0,
     ) -> str:
         """Declare a tool that agents may call and that is done elsewhere: a call waits until its answer is posted.
 
         parameters, output: JSON Schemas, or pydantic models, that the arguments and the answer must fit. timeout_s: how long an
-        answer is waited for (a day); then the agent is told that none came. Returns the name, for `tools`. Raises AppError.
+        answer is waited for (a day); then the agent is told that none came. cost_micros: what an answered call costs; it is set
+        aside while the answer is waited for. Returns the name, for `tools`. Raises AppError.
         """
         _checked_name(TOOL, name)
         if not 0.001 <= timeout_s <= MAX_OUTSIDE_TIMEOUT_S:
             raise AppError(f"tool {name!r}: timeout_s must be from 0.001 to {MAX_OUTSIDE_TIMEOUT_S}")
+        if cost_micros < 0:
+            raise AppError(f"tool {name!r}: cost_micros must not be negative")
         schemas = {"parameters": schema_of(parameters), "output": schema_of(output)}
         self._refuse_taken(TOOL, name)
         self._outside[name] = {
@@ -387,6 +391,7 @@ class App(FlowCalls):
             "outside": True,
             "timeout_ms": round(timeout_s * 1000),
             "description": description,
+            **({"reserve_micros": cost_micros} if cost_micros else {}),
             **{field: schema for field, schema in schemas.items() if schema is not True},
         }
         return name

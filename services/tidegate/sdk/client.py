@@ -238,12 +238,14 @@ class Client:
         reason: str = "",
         attempt: int | None = None,
         why: str | None = None,
+        question: str | None = None,
     ) -> str:
         """Allow the attempt that waits; `step_id` may be left out if only one does. Returns the command's id.
 
-        attempt, why: those of the question that is meant (see `Approval`); if another one is open, the answer is refused.
+        attempt, why, question: those of the question that is meant (see `Approval`); if another one is open, the answer is refused.
         """
-        return self._command("approve", run_id, step_id=step_id, reason=reason, attempt=attempt, why=why)
+        meant = {"attempt": attempt, "why": why, "question": question}
+        return self._command("approve", run_id, step_id=step_id, reason=reason, **meant)
 
     def reject(
         self,
@@ -253,9 +255,11 @@ class Client:
         reason: str = "",
         attempt: int | None = None,
         why: str | None = None,
+        question: str | None = None,
     ) -> str:
         """Refuse the attempt that waits; its step fails. As `approve`."""
-        return self._command("reject", run_id, step_id=step_id, reason=reason, attempt=attempt, why=why)
+        meant = {"attempt": attempt, "why": why, "question": question}
+        return self._command("reject", run_id, step_id=step_id, reason=reason, **meant)
 
     def respond(
         self,
@@ -266,6 +270,7 @@ class Client:
         reason: str = "",
         attempt: int | None = None,
         why: str | None = None,
+        question: str | None = None,
     ) -> str:
         """Answer what a step waits for; `step_id` may be left out if only one can be answered. Returns the command's id.
 
@@ -273,7 +278,7 @@ class Client:
         {"done": its result}. A bad answer is refused with the reason (see `answer`) and the question stays open. Raises
         NotJsonError.
         """
-        fields = {"step_id": step_id, "reason": reason, "attempt": attempt, "why": why}
+        fields = {"step_id": step_id, "reason": reason, "attempt": attempt, "why": why, "question": question}
         return self._command("respond", run_id, value=json_form.to_json(value, "value"), **fields)
 
     def signal(self, run_id: str, event: str, payload: Any = None, *, key: str | None = None) -> str:

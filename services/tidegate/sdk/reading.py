@@ -9,6 +9,7 @@ from tidegate import codec
 from tidegate.domain import canonical, states, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.graph_changes import FLOW, merged
+from tidegate.domain.questions import question_id
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.epochs import stated_epoch
 from tidegate.eventlog.interface import EventLogError, Message
@@ -39,7 +40,8 @@ class Approval(NamedTuple):
     """A question that waits for a human: may this attempt run? `arguments` is what it would be called with.
 
     why: `policy`; `outcome_unknown`: it may have had its effect already; or `change`: the step has run and wants to change the
-    graph of its run, by `arguments`. expires_at_ms: 0 for never.
+    graph of its run, by `arguments`. expires_at_ms: 0 for never. rule, policy: who asks, and the version of its document, empty if
+    it is no rule. arguments_hash: SHA-256 of the arguments that are asked about. question: names this very question in an answer.
     """
 
     step_id: str
@@ -50,6 +52,9 @@ class Approval(NamedTuple):
     rule: str
     attempt: int
     expires_at_ms: int
+    policy: str = ""
+    arguments_hash: str = ""
+    question: str = ""
 
 
 class Wait(NamedTuple):
@@ -202,6 +207,9 @@ class RunReader:
                     step.approval.rule,
                     step.approval.attempt,
                     step.approval.expires_at_ms,
+                    step.approval.policy,
+                    step.approval.arguments_hash,
+                    question_id(step.approval),
                 )
                 for step in state.open_approvals()
                 if step.approval is not None

@@ -163,7 +163,7 @@ def test_open_questions_are_listed_oldest_first(monkeypatch: pytest.MonkeyPatch)
     found = json.loads(CliRunner().invoke(approvals.app, [*words, "--json"]).stdout)
     assert [(q["run_id"], q["expires_at_ms"]) for q in found] == [("old", 0), ("new", 99_000)]
     table = CliRunner().invoke(approvals.app, words, env={"COLUMNS": "200"})
-    assert "money@3/big" in table.stdout
+    assert "rule big of money@3" in table.stdout
     assert "too [big]" in table.stdout
     helped = CliRunner().invoke(approvals.app, ["approve", "--help"])
     assert helped.exit_code == 0

@@ -99,8 +99,8 @@ def test_only_what_changed_is_told_and_everything_the_first_time() -> None:
     told = [line.plain for line in run_output.changes(first, second)]
     assert told[0].endswith("b  backing_off (attempt 2) - bad luck")
     assert "c asks for approval" in told[1]
-    assert "policy, rule big: too big" in told[2]
-    assert "tidegate runs approve r c" in told[3]
+    assert "rule big of p: too big" in told[2]
+    assert "tidegate approvals approve r c" in told[3]
     assert told[4].endswith("run r is waiting")
 
     third = body("waiting", 3, steps=second_steps(second), approvals={"c": asked}, cancel_requested=True)

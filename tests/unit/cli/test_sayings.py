@@ -20,6 +20,8 @@ QUESTION: dict[str, Any] = {
     "reason": "refunds above 40 dollars need a human",
     "since_ms": 1_795_298_405_000,
     "expires_at_ms": 0,
+    "arguments_hash": "9f" * 32,
+    "question": "0123456789abcdef",
 }
 
 
@@ -50,8 +52,11 @@ def test_why_has_a_saying_for_every_reason_to_refuse_hold_or_wait() -> None:
 def test_a_question_is_shown_whole_with_the_command_that_answers_it() -> None:
     lines = approvals._shown(QUESTION)
     assert QUESTION["step_id"] in lines[0]
-    assert lines[1].strip() == "big-refunds@1/ask-a-human: refunds above 40 dollars need a human"
-    assert "tidegate approvals approve r-1 support/2/tool:issue_refund --attempt 1" in lines[2]
+    assert lines[1].strip() == "rule ask-a-human of big-refunds@1: refunds above 40 dollars need a human"
+    assert lines[2].strip() == f"arguments {QUESTION['arguments_hash']}"
+    assert "tidegate approvals approve r-1 support/2/tool:issue_refund --question 0123456789abcdef" in lines[3]
+    older = approvals._shown(QUESTION | {"arguments_hash": "", "question": ""})
+    assert "tidegate approvals approve r-1 support/2/tool:issue_refund --attempt 1" in older[2]
     assert "until" not in lines[0]
     assert "until 2026-11-21 22:00:06" in approvals._shown(QUESTION | {"expires_at_ms": 1_795_298_406_000})[0]
 

@@ -122,6 +122,16 @@ def test_what_was_added_may_add_more_and_each_change_counts() -> None:
     assert (rejected.step_id, rejected.code) == ("y", "too_many")
 
 
+def test_a_run_s_graph_has_no_more_edges_than_can_be_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evolution, "MAX_GRAPH_EDGES", 3)
+    p = begun(evolving(chain("a", "b")))  # one edge
+    finish(p, "a", change=change(x=node(), y=node()))
+    assert [one.nodes for one in said(p, "GraphChangeAccepted")] == [("x", "y")]
+    finish(p, "x", change=change(z=node()))
+    (rejected,) = said(p, "GraphChangeRejected")
+    assert (rejected.code, rejected.reason) == ("too_many", "the run's graph would have 4 edges, at most 3 it may")
+
+
 def test_the_plan_of_an_agent_is_a_change_too() -> None:
     definition = chain("a")
     definition["functions"] = {"a": agent("t"), "t": tool(parameters={"type": "object", "required": ["x"]})}

@@ -9,6 +9,7 @@ import pytest
 from support.graphs import NAMES, STEPS, events, graph
 from support.pure import Pair, agent
 from tidegate.domain import canonical
+from tidegate.domain import run_events as ev
 from tidegate.domain.messages import StepResult, StepTask
 from tidegate.domain.workflow import validate_definition
 
@@ -123,14 +124,22 @@ def test_a_choice_longer_than_a_name_is_bad_output(agent_chooses: bool, length: 
 
 
 @pytest.mark.feature("G6")
-@pytest.mark.parametrize(("length", "code"), [(64, ""), (65, "bad_output")])
-def test_a_tool_s_name_longer_than_a_name_is_bad_output(length: int, code: str) -> None:
+@pytest.mark.parametrize("length", [64, 65, 1_000_000])
+def test_a_made_up_name_of_any_length_is_an_observation(length: int) -> None:
     p = Pair(functions=("agent:bot",))
     definition = graph(nodes={"a": {"kind": "agent", "function": "bot"}})
     definition["functions"]["bot"] = agent()
     p.start("r", definition)
-    p.answer(p.tasks.popleft(), value={"tool_calls": [{"name": "x" * length}]})
-    assert p.run("r").code == code
+    p.answer(p.tasks.popleft(), value={"tool_calls": [{"name": "x" * length}, {"name": "x" * length}]})
+    assert p.run("r").status == "running"
+    (turn,) = p.tasks
+    assert turn.call is not None
+    calls = canonical.loads(turn.call.arguments)["history"][0]["calls"]
+    name = "x" * 64 if length == 64 else "x" * 63 + "…"
+    assert [(call["name"], call["ok"]) for call in calls] == [(name, False)] * 2
+    assert all(call["error"].startswith(f"unknown tool {name!r}") for call in calls)
+    (rejected,) = [event for _, event in p.events if isinstance(event, ev.GraphChangeRejected)]
+    assert rejected.nodes == (f"a/1/tool:{name}", f"a/1/tool:{name}#2")
 
 
 @pytest.mark.feature("G6")

@@ -11,6 +11,7 @@ from support.pure import Pair, agent, chain, step, tool
 from tidegate.domain import canonical
 from tidegate.domain import run_events as ev
 from tidegate.domain.messages import EndedIncarnation
+from tidegate.domain.questions import question_id
 from tidegate.domain.run import RunState, StepState
 from tidegate.domain.workflow import validate_definition
 from tidegate.scheduler import decide
@@ -284,6 +285,30 @@ def test_an_answer_to_an_earlier_question_is_no_answer_to_this_one() -> None:
     p.command("r", "approve", step_id="pay", attempt=1, why="policy")
     assert refusal(p).code == "other_question", "it was asked for another reason meanwhile"
     assert p.run("r").steps["pay"].approval is not None
+
+
+@pytest.mark.feature("P4")
+@pytest.mark.parametrize("answer", ["approve", "reject"])
+def test_an_answer_does_not_count_for_the_question_that_the_same_attempt_asks_next(answer: str) -> None:
+    """First a rule asks about the attempt, then a budget does: whoever answers the first twice has not answered the second."""
+    p = pair()
+    p.policy({"policy": "ask", "version": "7", "rules": [{"name": "r", "when": "true", "then": "require_approval"}]})
+    budget = {"kind": "budget", "budget": "daily", "version": "3", "window": "day", "on_exceed": "ask"}
+    p.policy(budget | {"account": "acme", "limits": {"money_micros": 5}})
+    p.start("r", chain("pay", pay=step(reserve_micros=10)))
+    first = p.run("r").steps["pay"].approval
+    assert first is not None
+    about = {"step_id": "pay", "attempt": 1, "why": "policy"}
+    p.command("r", "approve", **about, question=question_id(first))
+    second = p.run("r").steps["pay"].approval
+    assert second is not None
+    assert (first.rule, first.policy, second.rule) == ("r", "ask@7", "budget:daily")
+    p.command("r", answer, **about, question=question_id(first))
+    assert refusal(p).code == "other_question"
+    assert f"rule budget:daily of {second.policy}, question {question_id(second)}" in refusal(p).reason
+    assert p.run("r").steps["pay"].approval == second
+    p.command("r", answer, **about, question=question_id(second))
+    assert len(p.tasks) == (answer == "approve")
 
 
 def unknown_outcome() -> Pair:

@@ -74,6 +74,8 @@ def test_bodies_are_json_with_null_for_what_is_not_there() -> None:
             "reason": "because",
             "since_ms": 5,
             "expires_at_ms": 0,
+            "arguments_hash": "",
+            "question": "",
         }
     ]
     assert body.items() >= summary(one).items()

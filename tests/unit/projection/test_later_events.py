@@ -292,3 +292,36 @@ def test_what_only_the_gate_can_price_is_what_runs_steps_and_attempts_cost(store
     assert store.rows(f"SELECT step_id, spent_micros FROM steps {of} ORDER BY 1") == [("a", 78), ("b", 30)]
     assert store.rows(f"SELECT step_id, actual_micros FROM attempts {of} ORDER BY 1") == [("a", 78), ("b", 30)]
     assert store.rows(f"SELECT count() FROM runs {of} AND status = 'running'") == [(1,)]
+
+
+def test_the_retry_rule_that_counted_a_failure_is_named_whatever_came_first(store: Store) -> None:
+    more = {"retry_rule": "model", "retry_document": "models@2", "retry_at_ms": 9}
+    failed = about("AttemptEnded", "a", outcome="failed", error_class="RateLimited", **more)
+    plain = about("AttemptEnded", "b", outcome="failed", error_class="Boom")
+    plain = (plain[0], {**plain[1], "step_id": "b"})
+    entry = {"subject": "retried", "account": "acme", "epoch": 0, "now_ms": 1, "cause": "", "first_seq": 1}
+    found: list[rows.Row] = []
+    rows.add_run_events(found, {**entry, "events": [STARTED, ready("a"), failed, ready("b"), plain]}, 0, 901)
+    for part in (found[2:], found[:2], found):  # in another order, and doubled
+        store.insert({rows.EVENTS: part})
+    assert store.rows(
+        "SELECT step_id, outcome, error_class, retry_rule, retry_document FROM attempts WHERE run_id = 'retried' ORDER BY 1"
+    ) == [("a", "failed", "RateLimited", "model", "models@2"), ("b", "failed", "Boom", "", "")]
+
+
+def test_a_call_of_an_outside_tool_is_an_attempt_and_then_waits_for_its_answer(store: Store) -> None:
+    call = {"kind": "tool", "function": "quote", "queue": "", "arguments": '{"item":"tea"}', "model": ""}
+    asked: Event = "StepReady", {**ready("a")[1], "call": call}
+    entry = {"subject": "governed", "account": "acme", "epoch": 0, "now_ms": 1, "cause": "", "first_seq": 1}
+    events = [STARTED, asked, about("AttemptDispatched", "a", instance_id="", incarnation=-1, reserved_micros=40)]
+    shown = []
+    for number, more in enumerate(([], [wait("a", "outside", function="quote")])):
+        found: list[rows.Row] = []
+        events += more
+        rows.add_run_events(found, {**entry, "events": events}, 0, 902 + number)
+        store.insert({rows.EVENTS: found})
+        shown += store.rows("SELECT status, attempts, kind, function, queue FROM steps WHERE run_id = 'governed'")
+    assert shown == [("dispatched", 1, "outside", "quote", ""), ("waiting", 1, "outside", "quote", "")]
+    assert store.rows("SELECT outcome, reserved_micros, instance_id FROM attempts WHERE run_id = 'governed'") == [
+        ("dispatched", 40, "")
+    ]

@@ -27,7 +27,7 @@ AGAIN = re.compile(
     # Facts, into the table that they are in: the same rows, twice.
     r"|INSERT INTO (event|ledger)_facts \((?:.|\n)*\nFROM \3_facts FINAL\n"
     # What is merged of facts, by aggregates that do not count.
-    r"|INSERT INTO (run|step|attempt)_state \((?:.|\n)*\nFROM ledger_facts AS l WHERE "
+    r"|INSERT INTO (run|step|attempt)_state \((?:.|\n)*\nFROM (?:ledger_facts AS l|event_facts AS f)\s+WHERE "
 )
 
 
