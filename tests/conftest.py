@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.brokers import Broker, ExistingBroker
 from tidegate.embedded.kafka import EmbeddedKafka
 
 BOOTSTRAP_VARIABLE = "TIDEGATE_TEST_BOOTSTRAP"
 KAFKA_FIXTURES = {"kafka", "bootstrap", "own_kafka"}
+
+# A busy machine is no defect: no example has a time limit.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

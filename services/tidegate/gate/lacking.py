@@ -127,8 +127,9 @@ class Lacking:
 
     # -- who stands where ---------------------------------------------------------------
 
-    def add(self, key: AttemptKey, bucket: str, turn: int, run: RunMoney, call: Call, *, is_asked: bool) -> None:
-        """Stand in the line of those that are alike and lack the same, by turn. It lacks that now: there is nothing to look at."""
+    def add(self, key: AttemptKey, lack: Shortage, turn: int, run: RunMoney, call: Call, *, is_asked: bool) -> None:
+        """Stand in the line of those that are alike and lack the same, by turn. It lacks that now: there is nothing to look at
+        until something is stirred or the window turns."""
         alike = Alike(
             run.account,
             run.workflow.partition("@")[0],
@@ -143,7 +144,9 @@ class Lacking:
             call.timeout_ms,
             call.is_outside,
         )
-        self._stand(key, turn, Spot(Scope(scope_of(bucket), is_asked), alike))
+        scope = Scope(scope_of(lack.bucket), is_asked)
+        self._stand(key, turn, Spot(scope, alike))
+        self._note_end(scope, lack)
 
     def _stand(self, key: AttemptKey, turn: int, spot: Spot) -> None:
         self._spots[key] = spot
@@ -245,8 +248,8 @@ class Lacking:
             if spot.alike in lines.todo:
                 del lines.todo[spot.alike]
                 lines.done[spot.alike] = None
-            if not lines.todo:
-                self._stirred.pop(spot.scope, None)
+            if self._stirred.pop(spot.scope, 0) is None and lines.todo:
+                self._stirred[spot.scope] = None  # behind the others: a scope that is stirred all the time hides nobody
             self._note_end(spot.scope, shortage)
         for key, shortage in look.moved:
             before = self._spots[key]
@@ -265,7 +268,8 @@ class Lacking:
     def _note_end(self, scope: Scope, shortage: Shortage) -> None:
         if shortage.until_ms:
             self._until_ms[scope] = shortage.until_ms
-            self._next_end_ms = min(self._until_ms.values())
+            # Too early is harmless: `wake` finds out.
+            self._next_end_ms = min(self._next_end_ms or shortage.until_ms, shortage.until_ms)
 
 
 def _function(spot: Spot) -> str:

@@ -174,6 +174,25 @@ def _answered(desk: Desk, key: AttemptKey, item: LeaseGrant | LeaseWait | LeaseR
     return [throttled(key, attempt.account, obstacle, item.position)]
 
 
+def orphaned(desk: Desk) -> list[Any]:
+    """Return the end of what attempts of our own partition hold here and do not want any more.
+
+    A gate of an earlier version never asked its own partition. If one had the partition for a while (in an upgrade that was turned
+    back, say), it ended such attempts without giving that back.
+    """
+    events: list[Any] = []
+    here = desk.ledger.partition
+    for key, found in desk.ledger.asks.items():
+        attempt = desk.ledger.attempts.get(key) if found.partition == here else None
+        if found.partition == here and (attempt is None or (attempt.asked != here and here not in attempt.granted)):
+            events += _ended(
+                desk, key, LeaseReturn(run_id=key.run_id, step_id=key.step_id, attempt=key.attempt, outcome="")
+            )
+            if len(events) >= MAX_RETURNS_PER_ENTRY:
+                break
+    return events
+
+
 def idle(ledger: Ledger, now_ms: int) -> list[Any]:
     """Return the return of leases that have found no slot for `LEASE_IDLE_MS`. Their attempts ask again when there is one."""
     events: list[Any] = []

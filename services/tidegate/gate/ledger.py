@@ -14,7 +14,7 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
 from tidegate.gate import family
-from tidegate.gate.lacking import Lacking
+from tidegate.gate.lacking import Lacking, Shortage
 
 K = TypeVar("K")
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
@@ -474,7 +474,9 @@ def _note_question(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
 
 def _lack(ledger: Ledger, key: AttemptKey, attempt: Attempt, bucket: str, *, is_asked: bool) -> None:
     assert attempt.call is not None  # noqa: S101 - what waits has a call
-    ledger.lacking.add(key, bucket, attempt.turn, ledger.runs[key.run_id], attempt.call, is_asked=is_asked)
+    found = ledger.buckets.get(bucket)
+    lack = Shortage(bucket, 0 if found is None else found.until_ms)
+    ledger.lacking.add(key, lack, attempt.turn, ledger.runs[key.run_id], attempt.call, is_asked=is_asked)
 
 
 def _note_bucket(ledger: Ledger, name: str, bucket: Bucket) -> None:

@@ -78,11 +78,13 @@ class GateMachine:
         self._retention: Retention | None = None
         self._retention_by = ""
         self._carry_not_before_ms: dict[int, int] = {}
+        self._may_hold_orphans: set[int] = set()  # partitions that were not looked through since they are ours
         self._look_not_before_ms: dict[tuple[int, str], int] = {}
 
     def new_state(self, partition: int, shelf: Shelf) -> Ledger:
         """Return an empty ledger."""
         ledger = self._ledgers[partition] = Ledger(partition)
+        self._may_hold_orphans.add(partition)
         return ledger
 
     def dropped(self, partition: int) -> None:
@@ -113,7 +115,15 @@ class GateMachine:
 
         What cannot be decided is said loudly and left alone for a while; everything else goes on.
         """
-        for look in (self._lost, self._timely, self._resumed, self._waiting, self._scale_out, self._carry_forward):
+        for look in (
+            self._orphaned,
+            self._lost,
+            self._timely,
+            self._resumed,
+            self._waiting,
+            self._scale_out,
+            self._carry_forward,
+        ):
             name = look.__name__.lstrip("_")
             if now_ms < self._look_not_before_ms.get((state.partition, name), 0):
                 continue
@@ -127,6 +137,14 @@ class GateMachine:
             if found is not None:
                 return found
         return None
+
+    def _orphaned(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        if state.partition not in self._may_hold_orphans:
+            return None
+        events = leasing.orphaned(Desk(state, self._limits, now_ms))
+        if not events:
+            self._may_hold_orphans.discard(state.partition)
+        return _due(state, tables, INSTANCES, events)
 
     def _lost(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         if not state.held_by:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.logs import Decided
@@ -107,11 +107,11 @@ OTHERS = ("approve", "approve", "reject", "cancel", "wait", "top_up", "change", 
 moves = st.lists(
     st.tuples(st.sampled_from(MOVES + OTHERS), st.integers(0, 30), st.integers(0, 3_000)), min_size=5, max_size=60
 )
-calm = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+fewer = settings(max_examples=60)
 
 
 @pytest.mark.feature("P2")
-@calm
+@fewer
 @given(moves, st.integers(0, 2**32))
 def test_no_budget_is_ever_exceeded_but_by_recorded_overshoot(played: list[tuple[str, int, int]], seed: int) -> None:
     player = BudgetPlayer()
@@ -128,7 +128,7 @@ def test_no_budget_is_ever_exceeded_but_by_recorded_overshoot(played: list[tuple
 
 
 @pytest.mark.feature("P2")
-@calm
+@fewer
 @given(moves)
 def test_every_reservation_ends(played: list[tuple[str, int, int]]) -> None:
     player = BudgetPlayer()

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from support.logs import Decided, LogWriter, Story
@@ -140,11 +140,9 @@ HUMAN_MOVES = ("approve", "reject", "cancel", "wait")
 moves = st.lists(
     st.tuples(st.sampled_from(MOVES + HUMAN_MOVES), st.integers(0, 30), st.integers(0, 3_000)), max_size=60
 )
-calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.feature("P2")
-@calm
 @given(moves, st.integers(0, 2**32))
 def test_the_books_agree_with_the_gate_whatever_happened(played: list[tuple[str, int, int]], seed: int) -> None:
     player = Player()
@@ -163,7 +161,6 @@ def test_the_books_agree_with_the_gate_whatever_happened(played: list[tuple[str,
     assert {name for name, mine in books.attempts.items() if mine.status not in ENDED} == kept.keys()
 
 
-@calm
 @given(moves)
 def test_when_nothing_is_under_way_any_more_nothing_is_left_over(played: list[tuple[str, int, int]]) -> None:
     player = Player()
@@ -265,7 +262,6 @@ def test_a_doubled_event_is_noticed(place: int) -> None:
 
 
 @pytest.mark.feature("P2")
-@calm
 @given(st.data())
 def test_a_changed_amount_is_noticed(data: st.DataObject) -> None:
     fields = ("reserved_micros", "actual_micros", "overshoot_micros", "settled_micros")

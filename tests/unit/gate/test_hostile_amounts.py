@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from genai_prices.data_snapshot import get_snapshot
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from support.pure import Pair, chain, step
@@ -18,7 +18,6 @@ from tidegate.gate.prices import price
 
 MOST = 2**63 - 1
 KNOWN = [(provider.id, model.id) for provider in get_snapshot().providers for model in provider.models]
-calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 texts = st.text(max_size=40) | st.sampled_from(
     ["openai", "gpt-4o", "\x00", "a\nb", "*", "(", "[a-", "\ud800", "ﷺ" * 30]
 )
@@ -28,7 +27,6 @@ times = st.integers(0, 4_000_000_000_000) | st.integers(0, MOST)
 means = st.tuples(amounts, amounts, amounts, amounts, amounts)
 
 
-@calm
 @given(models, amounts, amounts, times)
 @example(("openai", "gpt-4o"), 1, 1, MOST)
 @example(("openai", "gpt-4o"), -1, 1, 0)
@@ -47,7 +45,6 @@ def test_every_model_of_the_table_has_a_price_or_none(tokens: int) -> None:
         assert found is None or 0 <= found.micros <= MAX_MICROS, (provider, model)
 
 
-@calm
 @given(models, st.tuples(amounts, amounts, amounts, amounts), st.none() | means, times)
 def test_an_estimate_is_made_of_amounts(
     model: tuple[str, str], declared: tuple[int, int, int, int], mean: tuple[int, ...] | None, now_ms: int
@@ -67,7 +64,6 @@ def test_an_estimate_is_made_of_amounts(
     assert all(type(amount) is int and 0 <= amount <= MOST for amount in found.amounts)
 
 
-@calm
 @given(st.lists(means, min_size=1, max_size=20), st.integers(1, AVERAGED_OVER))
 def test_an_average_stays_between_what_was_used(used: list[tuple[int, ...]], count: int) -> None:
     learned = Learned(count, used[0])

@@ -17,7 +17,8 @@ from tidegate.gate.lacking import Alike, Lacking, Look, Scope, Shortage
 from tidegate.gate.ledger import AttemptKey, RunMoney
 from tidegate.gate.service import LOOK_AGAIN_MS
 
-DAY_MS = 24 * 3600 * 1000
+HOUR_MS = 3600 * 1000
+DAY_MS = 24 * HOUR_MS
 
 
 def budget(name: str, account: str, calls: int, version: str = "1", **fields: Any) -> dict[str, Any]:
@@ -220,13 +221,51 @@ def _could_go_on(pair: Pair) -> list[AttemptKey]:
     ]
 
 
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("on_exceed", ["pause", "ask"])
+def test_a_window_that_turns_while_what_filled_it_goes_on_lets_the_next_one_in(on_exceed: str) -> None:
+    pair = Pair(functions=("step:a",))
+    pair.policy(budget("hourly", "acme", 1, window="hour", on_exceed=on_exceed))
+    pair.policy(budget("never", "zed", 0))
+    pair.start("z", chain("a"), account="zed")  # waits for something else all the time
+    for first, second in (("a", "b"), ("c", "d")):  # the first two are looked at in any case, after the document
+        pair.start(first, chain("a"))
+        pair.start(second, chain("a"))
+        assert entered(pair) == [first]
+        pair.pass_time_with_heartbeats(HOUR_MS)
+        assert entered(pair) == [first, second]
+        while pair.tasks:
+            pair.answer(pair.tasks.popleft(), value=1)
+        pair.pass_time_with_heartbeats(HOUR_MS)
+
+
+@pytest.mark.feature("P2")
+def test_a_budget_that_moves_all_the_time_and_in_which_all_differ_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decide, "MAX_LOOKED_AT", 10)
+    pair = Pair(functions=("step:a",), slots=10)
+    pair.policy({**budget("hot", "acme", 0), "limits": {"money_micros": 1_000}})
+    pair.policy(budget("small", "zed", 0))
+    for number in range(25):
+        pair.start(f"f{number}", chain("a", a=step(reserve_micros=5_000)), tags={"ticket": str(number)})
+    pair.start("s", chain("a"), account="zed")
+    pair.policy(budget("small", "zed", 1, "2"))
+    for number in range(10):
+        pair.start(f"c{number}", chain("a", a=step(reserve_micros=1)))
+        if "s" in entered(pair):
+            return
+        pair.answer(pair.tasks.popleft(), value=1, actual_micros=1)
+    raise AssertionError("s has room, and was never looked at")
+
+
 def test_lines_forget_whoever_leaves() -> None:
     lacking = Lacking()
     run = RunMoney("acme", None, "w@1", {})
     call = Call(kind="step", function="a", queue="q", arguments="", timeout_ms=1, reserve_micros=0, idempotent=True)
     keys = [AttemptKey("r", "s", number) for number in range(3)]
     for key in keys:
-        lacking.add(key, "b|acme|100", 9 - key.attempt, run, call, is_asked=False)
+        lacking.add(key, Shortage("b|acme|100", 100), 9 - key.attempt, run, call, is_asked=False)
     assert lacking.wake(0)
     ((spot, members),) = lacking.to_look_at()
     assert list(members) == keys[::-1]

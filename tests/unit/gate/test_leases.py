@@ -13,12 +13,15 @@ from support.pure import chain, step
 from tidegate import codec
 from tidegate.audit.limits import Bound, LimitBooks, audit_limits
 from tidegate.domain import canonical
+from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import LeaseAsk, PolicyPublished
+from tidegate.domain.messages import Call, Lease, LeaseAsk, PolicyPublished
 from tidegate.eventlog import owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.settings import CheckpointSettings
-from tidegate.gate.leasing import LEASE_IDLE_MS
+from tidegate.gate.leasing import LEASE_IDLE_MS, orphaned
+from tidegate.gate.ledger import Ledger, apply
+from tidegate.gate.limits import Desk, LimitSet
 
 ACCOUNTS = [f"acme{n}" for n in range(5)]
 BOUNDS = {
@@ -286,3 +289,31 @@ def test_cancelling_what_asks_elsewhere_gives_everything_back() -> None:
         for partition in range(ACCOUNT_PARTITIONS):
             ledger = world.ledger_state(partition)
             assert (ledger.held, ledger.asks, ledger.asking, ledger.attempts) == ({}, {}, {}, {})
+
+
+def test_what_a_gate_of_before_did_not_give_back_to_itself_is_found() -> None:
+    """It never asked its own partition, so it did not know that an attempt of a newer gate's held something there."""
+    here, there = Lease(1, "one", "p"), Lease(2, "two", "p")
+    names: dict[str, Any] = {"account": "acme", "run_id": "r", "step_id": "s", "attempt": 1}
+    call = Call(kind="step", function="f", queue="q", arguments="{}", timeout_ms=1, reserve_micros=0, idempotent=True)
+    ledger = Ledger(1)
+    so_far: list[Any] = [
+        ev.RunOpened(
+            account="acme", run_id="r", budget_micros=None, workflow="w@1", tags={}, priority=5, request_id="x"
+        ),
+        ev.AttemptReserved(**names, reserved_micros=0, rule="", policy="", approved_by=""),
+        ev.AttemptQueued(**names, call=call, leases=(here, there), limits_version=1),
+        ev.LeasesAsked(**names, partition=1, priority=5, leases=(here,), instance_id="", local=()),
+        ev.LeaseHeard(**names, partition=1, priority=5, leases=(here,)),
+        ev.LeaseGiven(**names, partition=1, leases=(here,)),
+        ev.LeasesGranted(**names, partition=1),
+    ]
+    for number, event in enumerate(so_far, 1):
+        apply(ledger, event, number, 1_000)
+    desk = Desk(ledger, LimitSet([], 3, 1), 2_000)
+    assert orphaned(desk) == []
+    apply(ledger, ev.AttemptReleased(**names, reserved_micros=0, reason="ended"), 8, 1_000)
+    assert ledger.held == {here: 1}
+    (end,) = orphaned(desk)
+    apply(ledger, end, 9, 2_000)
+    assert (ledger.held, ledger.busy, ledger.asks) == ({}, {}, {})
