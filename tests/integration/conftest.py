@@ -51,12 +51,4 @@ rules:
     when: account == 'asked/denied' && name == 'one'
     then: deny
     reason: not for this account
-  - name: ask-about-orders
-    when: account.startsWith('asked/') && tool == 'order_tea'
-    then: require_approval
-    reason: somebody must look
-  - name: never-orders
-    when: account == 'asked/denied' && tool == 'order_tea'
-    then: deny
-    reason: not for this account
 """

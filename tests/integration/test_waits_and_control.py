@@ -40,11 +40,28 @@ DEFINITIONS = [
     then_one("ask", prompt="How many?", schema={"type": "integer", "maximum": 9}),
 ]
 
+ORDERS = """
+policy: orders
+version: "1"
+rules:
+  - name: ask-about-orders
+    when: account.startsWith('asked/') && tool == 'order_tea'
+    then: require_approval
+    reason: somebody must look
+  - name: never-orders
+    when: account == 'asked/denied' && tool == 'order_tea'
+    then: deny
+    reason: not for this account
+"""
+
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStack]:
     with WholeStack(tmp_path_factory.mktemp("waits"), env=RESTING) as whole:
         whole.client.publish(DEFINITIONS)
+        file = tmp_path_factory.mktemp("policy") / "orders.yaml"
+        file.write_text(ORDERS, encoding="utf-8")
+        cli(whole, "policy", "apply", str(file))
         yield whole
 
 
@@ -132,16 +149,14 @@ def test_model_errors_do_not_fail_a_run_and_outside_answers_survive_the_schedule
 
 
 @pytest.mark.feature("T4", "P1", "P2")
-def test_the_gate_is_asked_before_anybody_outside_is(whole: WholeStack, ask_policy: str) -> None:
+def test_the_gate_is_asked_before_anybody_outside_is(whole: WholeStack) -> None:
     tea = "buyer/1/tool:order_tea"
     denied = whole.client.run(agent="buyer", account="asked/denied", run_id=new_id("denied"), timeout_s=180)
     assert denied.output == [False, None, "denied by never-orders: not for this account"]
     dear = whole.client.run(agent="buyer", budget_micros=30, run_id=new_id("dear"), timeout_s=180)
     assert dear.output[2].startswith("denied by budget: ")
 
-    run = whole.client.run(
-        agent="buyer", account=f"{ask_policy}/shop", budget_micros=50, run_id=new_id("asked"), timeout_s=180
-    )
+    run = whole.client.run(agent="buyer", account="asked/shop", budget_micros=50, run_id=new_id("asked"), timeout_s=180)
     assert [(asked.step_id, asked.why, asked.rule) for asked in run.approvals] == [(tea, "policy", "ask-about-orders")]
     assert run.waits == ()
     assert "approve or reject it" in cli(whole, "runs", "respond", run.run_id, tea, "--value", "5", code=4)
