@@ -27,6 +27,7 @@ from tidegate.gateway.view import LiveView, PartitionReader
 GATEWAY = "gateway-0"
 SESSION_TIMEOUT_MS = "6000"
 DAY_MINUTES = 24 * 60
+KEPT_MINUTES = DAY_MINUTES // 2  # so that a window that ended some minutes ago is kept whole
 
 
 class Answer(NamedTuple):
@@ -87,16 +88,16 @@ class View:
         assert listed["partitions_missing"] == []
         everything = {
             "runs": [self.get(f"/v1/runs/{run['run_id']}") for run in listed["runs"]],
-            "spend": self.get("/v1/spend", since_ms=0),
+            "spend": self.get("/v1/spend", minutes=KEPT_MINUTES)["accounts"],
             "figures": sorted(self.figures(listed["runs"][0]["updated_ms"]).items()),
         }
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
     def figures(self, until_ms: int) -> dict[tuple[str, str], list[int]]:
-        """Return the figures of all accounts and functions over the day that ends with a minute, when none is missing."""
+        """Return the figures of all accounts and functions over the hours that end with a minute, when none is missing."""
 
         def ask(what: str) -> Any:
-            answer = self.ask_if_there(f"/v1/{what}", minutes=DAY_MINUTES, until_ms=until_ms)
+            answer = self.ask_if_there(f"/v1/{what}", minutes=KEPT_MINUTES, until_ms=until_ms)
             return answer is not None and answer.status == 200 and not answer.body["partitions_missing"] and answer.body
 
         found = {}
@@ -116,7 +117,7 @@ def folded(whole: WholeStack, until_ms: int) -> dict[tuple[str, str], list[int]]
             entry = reader.take(message.offset, message.value)
             if entry is not None:
                 view.take(entry, partition, message.offset)
-    found = view.tallies.windows(lambda _: True, [DAY_MINUTES], until_ms // MINUTE_MS)
+    found = view.tallies.windows(lambda _: True, [KEPT_MINUTES], until_ms // MINUTE_MS)
     return {tuple(name): list(msgspec.structs.astuple(sums)) for name, (sums,) in found.items()}
 
 
@@ -301,6 +302,8 @@ def test_who_waits_is_told_of_the_next_change_and_of_none_after_the_time(whole: 
         ("/v1/runs", {"limit": "0"}, 400, "bad_request"),
         ("/v1/runs", {"limit": "9" * 5000}, 400, "bad_request"),
         ("/v1/spend", {"minutes": "all"}, 400, "bad_request"),
+        ("/v1/spend", {"since_ms": "0"}, 400, "bad_request"),
+        ("/v1/accounts", {"minutes": "2880"}, 400, "bad_request"),
         ("/v1/nothing", {}, 404, None),
     ],
 )

@@ -449,7 +449,11 @@ class LiveView:
 
     def outdated_tallies(self, now_ms: int) -> list[str]:
         """Return the keys of tallies of hours that are over for as long as they are kept."""
-        return self.tallies.outdated(now_ms // MINUTE_MS - self._keep_minutes)
+        return self.tallies.outdated(self.kept_since(now_ms // MINUTE_MS))
+
+    def kept_since(self, now_minute: int) -> int:
+        """Return the first minute that figures are kept of; what is older is forgotten hour by hour."""
+        return now_minute - self._keep_minutes
 
 
 # --- the log ------------------------------------------------------------------------------------------------------------

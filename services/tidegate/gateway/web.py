@@ -108,10 +108,7 @@ class Api:
     async def _spend(self, view: View, request: Request) -> Response:
         """What an account and all below it spent, per minute."""
         query = request.query
-        minutes = _whole(query, "minutes", 24 * 60, 1, MAX_MINUTES)
-        since = time.time_ns() // 1_000_000 // MINUTE_MS - minutes + 1
-        if "since_ms" in query:
-            since = _whole(query, "since_ms", 0, 0, 2**62) // MINUTE_MS
+        since = since_asked(query, *self._now_and_kept())
         path = query.get("account", "")
         spent = self._gateway.view.tallies.spent(lambda tally: is_at_or_below(tally.name, path), since)
         answers, missing = await self._ask_peers("/v1/spend", {**query, "since_ms": str(since * MINUTE_MS)})
@@ -143,13 +140,13 @@ class Api:
     async def _figures(
         self, view: View, request: Request, what: str, name: str, fits: Callable[[Tally], bool]
     ) -> Response:
-        """Answer with the sums of windows that end with a minute: this one, or that of `until_ms`."""
+        """Answer with the sums of windows that end with a minute: this one, or that of `until_ms`; of all that is kept at most."""
         query = request.query
-        minutes = _whole(query, "minutes", 0, 1, MAX_MINUTES)
-        sizes = (minutes,) if minutes else WINDOW_MINUTES
-        until = _whole(query, "until_ms", time.time_ns() // 1_000_000, 0, LATEST_MS) // MINUTE_MS
+        sizes, until = windows_asked(query, *self._now_and_kept())
         found = self._gateway.view.tallies.windows(fits, sizes, until)
-        answers, missing = await self._ask_peers(f"/v1/{what}", {**query, "until_ms": str(until * MINUTE_MS)}, name)
+        # Others cut windows where we do, whatever minute it is there.
+        same = {"until_ms": str(until * MINUTE_MS), "since_ms": str((until - max(sizes) + 1) * MINUTE_MS)}
+        answers, missing = await self._ask_peers(f"/v1/{what}", {**query, **same}, name)
         for answer in answers:
             for row in answer[what]:
                 sums = found.setdefault(Name(row["kind"], row["name"]), [Figures() for _ in sizes])
@@ -158,6 +155,11 @@ class Api:
         if name and not found and not missing and query.get("scope") != LOCAL:
             return _error(view, 404, "nothing_counted", f"the live view has counted nothing of {name} in that time")
         return _json(view, 200, {**figures_body(what, found, sizes, until), "partitions_missing": missing})
+
+    def _now_and_kept(self) -> tuple[int, int]:
+        """Return the minute that it is, and the first one that figures are kept of."""
+        now = time.time_ns() // 1_000_000 // MINUTE_MS
+        return now, self._gateway.view.kept_since(now)
 
     def _when_ready(self, handler: _Handler) -> _Handler:
         """Return the handler, but no half answers while the view is being restored."""
@@ -342,6 +344,37 @@ def run_body(row: RunRow) -> dict[str, Any]:
             for step_id, line in row.steps.items()
         ],
     }
+
+
+def windows_asked(query: Mapping[str, str], now: int, kept: int) -> tuple[tuple[int, ...], int]:
+    """Return the lengths of windows of figures, and the minute that they end with.
+
+    kept: the first minute that is kept. Those that nobody named begin no earlier. Raises BadRequestError.
+    """
+    minutes = _whole(query, "minutes", 0, 1, MAX_MINUTES)
+    until = _whole(query, "until_ms", now * MINUTE_MS, 0, LATEST_MS) // MINUTE_MS
+    # One minute is left over: it may be the next one by the time that another gateway is asked.
+    since = _whole(query, "since_ms", 0 if minutes else (kept + 1) * MINUTE_MS, 0, LATEST_MS) // MINUTE_MS
+    sizes = tuple(max(1, min(size, until - since + 1)) for size in ((minutes,) if minutes else WINDOW_MINUTES))
+    _must_be_kept(until - max(sizes) + 1, now, kept)
+    return sizes, until
+
+
+def since_asked(query: Mapping[str, str], now: int, kept: int) -> int:
+    """Return the minute from which on spend is asked for. kept: the first one that is kept. Raises BadRequestError."""
+    minutes = _whole(query, "minutes", min(24 * 60, now - kept), 1, MAX_MINUTES)
+    since = _whole(query, "since_ms", (now - minutes + 1) * MINUTE_MS, 0, LATEST_MS) // MINUTE_MS
+    _must_be_kept(since, now, kept)
+    return since
+
+
+def _must_be_kept(since: int, now: int, kept: int) -> None:
+    """Refuse a window of which a part is forgotten: its sums would be too small. Raises BadRequestError."""
+    if since < kept:
+        raise BadRequestError(
+            f"the window begins at {since * MINUTE_MS} ms, and figures are kept from {kept * MINUTE_MS} ms on, for "
+            f"{(now - kept) // 60} h: ask for a shorter or later one, ask ClickHouse, or raise TIDEGATE_GATEWAY_KEEP_H"
+        )
 
 
 def figures_body(

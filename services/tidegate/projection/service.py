@@ -233,7 +233,7 @@ class Projection:
             missing = max(0, next_offset - done.whole_to.get(at, next_offset))
             if missing and not self._missing.get(at):
                 _log.error(
-                    "the tables lack records that the group has passed: another database, or one that was emptied",
+                    "the tables lack records that the group has passed: another database, or one that was emptied or restored",
                     topic=at.topic,
                     partition=at.partition,
                     missing=missing,

@@ -42,7 +42,8 @@ class Store:
     def __init__(self, client: Any, insert_settings: Mapping[str, Any] | None = None) -> None:
         self._client = client
         self._insert_settings = dict(insert_settings or {})
-        self._whole_to: dict[TopicPartition, int] = {}
+        self._written_ms: dict[TopicPartition, int] = {}  # of our last row of freshness
+        self._since: dict[TopicPartition, int] = {}  # where the tables begin again, of partitions whose row was lost
 
     @classmethod
     def open(cls, settings: ProjectionSettings) -> Self:
@@ -115,28 +116,41 @@ class Store:
             except Exception as error:
                 raise StoreError(f"insert into {table}: {_first_line(error)}") from error
             failpoint("projection.between-tables")
-        self._whole_to |= whole_to
+        self._written_ms |= {_place(row): row[5] for row in tables.get(FRESHNESS, ())}
         return whole_to
 
     def _extended(self, rows: list[Row], reach: Mapping[TopicPartition, Reach]) -> dict[TopicPartition, int]:
-        """Return up to where the tables lack nothing, now that they have what these rows of freshness tell. Raises StoreError."""
-        known = self._whole_to
-        if any(found.since > known.get(at, -1) for at, found in reach.items()):
-            # We do not know, or there is a gap: unless somebody else, or a replay, has filled it meanwhile.
-            known |= self.whole_to()
+        """Return up to where the tables lack nothing, now that they have what these rows of freshness tell. Raises StoreError.
+
+        The database is asked each time. Somebody else, or a replay, may have filled a gap. And the tables may have been
+        emptied, or restored from a backup, under us: then our row is gone, and they hold what comes from here on.
+        """
+        known = self._known()
         found = {}
         for row in rows:
             at, next_offset = _place(row), row[2]
-            found[at] = reach.get(at, Reach(0, 0)).whole_to(known.get(at, 0), next_offset)
+            whole_to, written_ms = known.get(at, (0, 0))
+            if written_ms < self._written_ms.get(at, 0):
+                self._since[at] = next_offset
+            since, log_start = reach.get(at, Reach(0, 0))
+            found[at] = Reach(max(since, self._since.get(at, 0)), log_start).whole_to(whole_to, next_offset)
         return found
 
     def whole_to(self) -> dict[TopicPartition, int]:
         """Return up to where the tables lack nothing, as the database says. Blocks. Raises StoreError."""
+        return {at: whole_to for at, (whole_to, _) in self._known().items()}
+
+    def _known(self) -> dict[TopicPartition, tuple[int, int]]:
+        """Return up to where the tables lack nothing, and when freshness was written (0 if it is not there). Raises StoreError."""
         query = (
-            f"SELECT topic, `partition`, max(whole_to) FROM (SELECT topic, `partition`, whole_to FROM {FRESHNESS} FINAL "  # noqa: S608
-            f"UNION ALL SELECT topic, `partition`, whole_to FROM {WHOLE} FINAL) GROUP BY topic, `partition`"
+            "SELECT topic, `partition`, max(whole_to), max(written_ms) FROM ("  # noqa: S608 - tables of ours
+            f"SELECT topic, `partition`, whole_to, written_ms FROM {FRESHNESS} FINAL UNION ALL "
+            f"SELECT topic, `partition`, whole_to, 0 FROM {WHOLE} FINAL) GROUP BY topic, `partition`"
         )
-        return {TopicPartition(str(topic), int(number)): int(offset) for topic, number, offset in self.rows(query)}
+        return {
+            TopicPartition(str(topic), int(number)): (int(offset), int(written_ms))
+            for topic, number, offset, written_ms in self.rows(query)
+        }
 
     def note_whole(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Write down up to where the tables lack nothing, for whoever writes freshness. Blocks. Raises StoreError."""

@@ -185,3 +185,58 @@ def test_a_gap_stays_until_somebody_has_filled_it_and_closes_from_both_sides(tmp
         assert written(70, 50, log_start=50) == (70, 0), "what is in no log any more is not missing"
     finally:
         store.close()
+
+
+BACKUP = "CREATE TABLE backup ENGINE = MergeTree ORDER BY tuple() AS SELECT * FROM freshness_facts"
+LOSSES = {
+    "emptied": ([], ["TRUNCATE TABLE freshness_facts"], 0),
+    "restored from a backup": (
+        [BACKUP],
+        ["TRUNCATE TABLE freshness_facts", "INSERT INTO freshness_facts SELECT * FROM backup"],
+        10,
+    ),
+}
+
+
+@pytest.mark.feature("O1")
+@pytest.mark.parametrize(("before", "lost", "whole_to"), LOSSES.values(), ids=LOSSES)
+def test_tables_that_lose_rows_under_a_running_projection_lack_them_until_a_replay(
+    tmp_path: Path, before: list[str], lost: list[str], whole_to: int
+) -> None:
+    at = TopicPartition("run-events", 3)
+    store = open_store(tmp_path)
+
+    def written(next_offset: int, since: int = 0) -> list[tuple[int, int]]:
+        row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
+        assert store.insert({FRESHNESS: [row]}, {at: Reach(since, 0)}).keys() == {at}
+        return store.rows("SELECT whole_to, missing FROM freshness")
+
+    try:
+        assert written(10) == [(10, 0)]
+        for statement in before:
+            store.command(statement)
+        assert written(20) == [(20, 0)]
+        for statement in lost:
+            store.command(statement)
+        assert written(31) == [(whole_to, 31 - whole_to)]
+        assert written(32) == [(whole_to, 32 - whole_to)]
+        store.close()
+        store = open_store(tmp_path)
+        assert written(33, since=32) == [(whole_to, 33 - whole_to)], "a restart does not make it whole"
+        store.note_whole({at: 33})
+        assert written(34, since=32) == [(34, 0)]
+    finally:
+        store.close()
+
+
+@pytest.mark.feature("O1")
+def test_a_row_that_hides_ours_because_its_writer_s_clock_is_ahead_is_no_loss(tmp_path: Path) -> None:
+    at = TopicPartition("run-events", 3)
+    store = open_store(tmp_path)
+    try:
+        store.command("INSERT INTO freshness_facts VALUES ('run-events', 3, 10, 10, NULL, 9000, 10)")
+        for next_offset in (20, 30):
+            row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
+            assert store.insert({FRESHNESS: [row]}, {at: Reach(5, 0)}) == {at: next_offset}
+    finally:
+        store.close()
