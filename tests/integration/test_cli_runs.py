@@ -166,7 +166,7 @@ def test_the_same_again_runs_once_and_other_content_is_told(cli: Cli, whole: Who
         (["chain", "--account", "denied", "-i", "1"], FAILED, "not for this account"),
         (["no-such-workflow"], REFUSED, "unknown_workflow"),
         (["checked", "-i", "-1"], REFUSED, "invalid_input"),
-        (["chain", "-i", "1", "--account", "asked/exit"], NEEDS_HUMAN, "tidegate runs approve"),
+        (["chain", "-i", "1", "--account", "asked/exit"], NEEDS_HUMAN, "tidegate approvals approve"),
     ],
     ids=["failed", "denied", "unknown workflow", "bad input", "needs a human"],
 )

@@ -325,9 +325,13 @@ def test_an_empty_database_behind_a_group_that_has_read_everything_is_not_fresh_
     wanted = {at: end for at, end in topics.ends().items() if at in stood and at.topic != "instances"}
     eventually(lambda: short() == wanted, "every record to be missing, the new ones too: nobody knows what lies before")
     assert all(row["whole_to"] == 0 for row in projection.rows(lacking) if row["missing"])
-    said = [json.loads(line) for line in projection.log.read_text().splitlines() if '"what_to_do"' in line]
-    assert {line["what_to_do"] for line in said} == {"tidegate replay projection --from earliest"}
-    assert {(line["topic"], line["partition"]) for line in said} >= set(wanted)
+
+    def said() -> set[TopicPartition]:
+        lines = [json.loads(line) for line in projection.log.read_text().splitlines() if '"what_to_do"' in line]
+        assert {line["what_to_do"] for line in lines} <= {"tidegate replay projection --from earliest"}
+        return {TopicPartition(line["topic"], line["partition"]) for line in lines}
+
+    eventually(lambda: said() >= set(wanted), "the log to say it of every partition, which comes after the rows")
     assert "tidegate replay projection --from earliest" in top(projection)
 
     # A replay of what is there already does not help; what is said to help does, and the tables stay whole.

