@@ -37,8 +37,10 @@ def test_whatever_goes_wrong_the_invariants_hold(seed: int) -> None:
 
 
 def test_there_was_work_and_trouble() -> None:
-    """The seeds are worth something only if much went on while much went wrong. Every change of the code draws them anew: the bounds
-    are far below what they usually hold."""
+    """The seeds are worth something only if much went on while much went wrong.
+
+    Every change of the code draws them anew: the bounds are far below what they usually hold.
+    """
     total = sum((day_of(seed).counts for seed in SEEDS), Counter())
     assert total["functions entered under faults"] > 100
     assert total["void entries"] > 10
