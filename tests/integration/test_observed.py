@@ -55,9 +55,9 @@ def measured(stack: WholeStack, name: str) -> dict[str, float]:
     return found
 
 
-def as_wanted(stack: WholeStack, name: str, wanted: dict[str, float]) -> dict[str, float] | None:
+def as_wanted(stack: WholeStack, name: str, wanted: dict[str, float]) -> dict[str, float | None] | None:
     found = measured(stack, name)
-    shown = {key: found[key] for key in wanted}
+    shown = {key: found.get(key) for key in wanted}  # some are shown only once they are known
     return shown if shown == wanted else None
 
 

@@ -46,7 +46,7 @@ def train(java: Java, work_dir: Path, checkpoint_path: Path, *, idle: bool) -> b
     process is at it. The cache appears by a rename, whole or not at all. Raises EmbeddedKafkaError, KafkaException or
     OSError.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
+    work_dir.parent.mkdir(parents=True, exist_ok=True)
     with work_dir.with_suffix(".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
