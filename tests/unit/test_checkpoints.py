@@ -15,7 +15,7 @@ from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.identity import partition_of
-from tidegate.eventlog import checkpoints, owned, restore, tail
+from tidegate.eventlog import checkpoints, owned, owner, restore, tail
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.owned import OwnedPartition
@@ -587,3 +587,17 @@ def test_a_tail_gives_what_the_log_holds_however_little_it_may_keep(seed: int, m
         begin = rng.randint(0, 55)
         end = rng.randint(begin, 55)
         assert list(end_of_log.read(begin, end)) == list(broker.read("run-events", 0, begin, end))
+
+
+def test_a_checkpoint_does_not_wait_for_inputs_that_do_not_come() -> None:
+    """It is made of a quiet moment: turns that wait their full time for inputs would make it last longer than that."""
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, steps=12)
+    loop = cluster.owners["scheduler"]
+    waits = {True: set[float](), False: set[float]()}
+    for _ in range(200):
+        cluster.turn()
+        waits[any(checkpointer.is_busy for checkpointer in loop._checkpointers.values())].add(loop._patience_s(0.2))
+
+    assert max(waits[True]) <= owner.CHECKPOINT_POLL_S
+    assert max(waits[False]) == 0.2

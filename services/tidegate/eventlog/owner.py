@@ -56,6 +56,8 @@ GATHER_MS: Final = 5
 GATHER_TELLS_MS: Final = 50  # longer than most turns take, at the end of which they go out
 MAX_UNTOLD: Final = 8
 UNTOLD_POLL_S: Final = 0.02
+# A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
+CHECKPOINT_POLL_S: Final = 0.002
 
 
 class OwnerLoop:
@@ -92,6 +94,7 @@ class OwnerLoop:
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
         self._log_identity: TopicDescription | None = None
+        self._is_same_log = False  # seen so since partitions came to us, or one fell into doubt
         self.turns = 0
         self._schemas_sought: set[str] = set()
         self._has_joined = False
@@ -162,6 +165,8 @@ class OwnerLoop:
             return 0.0
         if any(part.unacknowledged for part in self.owned.values()):
             timeout_s = min(timeout_s, UNTOLD_POLL_S)
+        if any(checkpointer.is_busy for checkpointer in self._checkpointers.values()):
+            timeout_s = min(timeout_s, CHECKPOINT_POLL_S)
         soonest = min(
             (
                 due - self._now_ms(part)
@@ -177,6 +182,7 @@ class OwnerLoop:
         for partition in changes.lost:
             self._drop(partition, "the group gave it to another instance")
         self._to_take = (self._to_take - changes.lost) | changes.gained
+        self._is_same_log = self._is_same_log and not changes.gained
         self._has_joined = self._has_joined or self._inbox.has_joined
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
@@ -334,6 +340,7 @@ class OwnerLoop:
             if part.doubt:
                 self._drop(part.partition, part.doubt)
                 self._to_take.add(part.partition)
+                self._is_same_log = False
                 continue
             batch, part.unacknowledged = part.unacknowledged, []
             logged += len(batch)
@@ -415,7 +422,7 @@ class OwnerLoop:
     def _take_over(self, partition: int) -> OwnedPartition:
         """Announce, fold the log up to the announcement, tell again what may be untold, and read on from what it records."""
         began = self._monotonic_s()
-        identity = same_topic(self._broker, self._identity())
+        identity = self._same_log()
         epoch = self._announce(partition, identity)
         failpoint("owner.after-announce")
         part, untold, stale_keys = restore(
@@ -438,7 +445,7 @@ class OwnerLoop:
         self._checkpointers[partition] = Checkpointer(
             part,
             self._checkpoint_settings,
-            self._tell_writer.send,
+            self._send_snapshot,
             lambda checkpoint: self._certify(part, checkpoint),
             stale_keys,
             self._monotonic_s(),
@@ -495,6 +502,13 @@ class OwnerLoop:
             positions[TopicPartition(topic, part.partition)] = recorded
         return positions
 
+    def _same_log(self) -> TopicDescription:
+        """Return what Kafka says of the log: asked once for all partitions that came to us together. Raises RefusedToStartError."""
+        if self._log_identity is not None and not self._is_same_log:
+            self._log_identity = same_topic(self._broker, self._log_identity)
+        self._is_same_log = True
+        return self._identity()
+
     def _identity(self) -> TopicDescription:
         if self._log_identity is None:
             found = self._broker.describe([self.machine.log_topic]).get(self.machine.log_topic)
@@ -544,6 +558,10 @@ class OwnerLoop:
         )
         self._send_to_log(part, record)
         failpoint("owner.after-announce-again")
+
+    def _send_snapshot(self, record: Record, acked: Callable[[int], None] | None) -> None:
+        self._has_told = True  # the next turn waits for it, as for tells
+        self._tell_writer.send(record, acked)
 
     def _certify(self, part: OwnedPartition, checkpoint: Checkpoint) -> bool:
         """Announce a finished checkpoint and wait for it; tells whether the announcement stands where ours must."""
