@@ -26,6 +26,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from tidegate.eventlog.client_lines import Sparing
+from tidegate.eventlog.contact import GroupContact
 from tidegate.eventlog.interface import (
     EventLogError,
     GroupInUseError,
@@ -527,6 +528,7 @@ class _Member:
         self._failure: EventLogError | None = None
         self._is_settled = False
         self._member_id = ""  # by which the group knew us when it last gave us partitions
+        self._contact = group_contact(settings, self._topic)
         self._consumer = self._join()
 
     @property
@@ -549,6 +551,7 @@ class _Member:
         """Take part in the group. Blocks up to `timeout_s` for the next event. Raises EventLogError when shut out."""
         if self._failure is not None:
             raise self._failure
+        self._contact.check()
         try:
             event = self._consumer.poll(timeout_s)
         except KafkaException as failure:
@@ -585,6 +588,7 @@ class _Member:
         # An empty assignment is the answer that the group waits for, and keeps this client from fetching anything.
         consumer.assign([])
         self._is_settled = True
+        self._contact.gained()
         self._member_id = consumer.memberid() or ""
         self._owned = frozenset(p.partition for p in partitions if p.topic == self._topic)
 
@@ -626,6 +630,7 @@ class _Member:
         lost, self._owned = self._owned, frozenset()
         self._lost |= lost
         self._is_settled = False
+        self._contact.lost()
         self.on_loss(lost)
 
 
@@ -816,6 +821,28 @@ def make_consumer(settings: KafkaSettings, config: Mapping[str, Any]) -> Consume
     if not settings.has_credential_files:
         return Consumer(dict(config), logger=_client_log)
     return RenewingConsumer(dict(config), Renewal(settings, _log_trouble), logger=_client_log)
+
+
+def group_contact(settings: KafkaSettings, name: str) -> GroupContact:
+    """Return the watch over a member of the group that shares `name`."""
+    return GroupContact(
+        name,
+        session_timeout_s=settings.session_timeout_ms / 1000,
+        max_poll_interval_s=max(settings.max_poll_interval_ms, settings.session_timeout_ms) / 1000,
+        is_answered=partial(_is_answered, settings),
+        monotonic_s=time.monotonic,
+    )
+
+
+def _is_answered(settings: KafkaSettings) -> bool:
+    """Tell whether the brokers answer a client that has just been made, with the credentials of now. Blocks for seconds."""
+    try:
+        admin = AdminClient(_connection(settings), logger=_client_log)
+        admin.describe_cluster(request_timeout=CONTACT_TIMEOUT_S).result()
+    except (KafkaException, EventLogError) as error:
+        _log.warning("without the group, and brokers do not answer a new client: %s", error)
+        return False
+    return True
 
 
 def leave(consumer: Consumer) -> None:
