@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -60,6 +60,18 @@ UNTOLD_POLL_S: Final = 0.02
 CHECKPOINT_POLL_S: Final = 0.002
 
 
+class OwnerWriters(NamedTuple):
+    """What an owner writes its log with, and what it tells with."""
+
+    log: Writer
+    tells: Writer
+
+
+def owner_writers(broker: Broker) -> OwnerWriters:
+    """Return new writers for an owner. They connect by themselves: who asks for them first thing need not wait for that later."""
+    return OwnerWriters(broker.writer(gather_ms=GATHER_MS), broker.writer(gather_ms=GATHER_TELLS_MS))
+
+
 class OwnerLoop:
     """Owns partitions of one log and runs the protocol for them, one turn at a time, in one thread."""
 
@@ -73,15 +85,18 @@ class OwnerLoop:
         monotonic_s: Callable[[], float] = time.monotonic,
         checkpoints: CheckpointSettings | None = None,
         measure: Callable[[Iterable[Any]], None] | None = None,
+        writers: OwnerWriters | None = None,
     ) -> None:
-        """Nothing is read or written yet. measure: sets the service's own gauges from the owned partitions' states."""
+        """Nothing is read or written yet. measure: sets the service's own gauges from the owned partitions' states.
+
+        writers: made before, and ours from now on.
+        """
         self._broker = broker
         self.machine = machine
         self._instance_id = instance_id
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
-        self._log_writer: Writer = broker.writer(gather_ms=GATHER_MS)
-        self._tell_writer: Writer = broker.writer(gather_ms=GATHER_TELLS_MS)
+        self._log_writer, self._tell_writer = writers or owner_writers(broker)
         self._has_told = False
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
