@@ -369,7 +369,9 @@ def test_every_variable_of_the_chart_is_a_setting(objects: list[Object], values:
     known |= {f"TIDEGATE_{field.upper()}" for field in GatewaySettings.model_fields}
     known |= {f"TIDEGATE_TOPICS_{field.upper()}" for field in TopicsSettings.model_fields}
     known |= {STATEFUL_POD_VARIABLE, "TIDEGATE_SQL_URL", "TIDEGATE_HTTP_HOST", "TIDEGATE_HTTP_PORT"}
-    given = {*values.get("env", {}), *values.get("cli", {}).get("env", {})}.union(*(pool.get("env", {}) for pool in values.get("executors", [])))
+    given = {*values.get("env", {}), *values.get("cli", {}).get("env", {})}.union(
+        *(pool.get("env", {}) for pool in values.get("executors", []))
+    )
     for name, spec in pod_specs(objects):
         variables = [entry["name"] for entry in spec["containers"][0]["env"]]
         assert len(variables) == len(set(variables)), name
