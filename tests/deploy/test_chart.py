@@ -368,7 +368,13 @@ def test_every_variable_of_the_chart_is_a_setting(objects: list[Object], values:
     known |= {f"TIDEGATE_EXECUTOR_{field.upper()}" for field in ExecutorSettings.model_fields}
     known |= {f"TIDEGATE_{field.upper()}" for field in GatewaySettings.model_fields}
     known |= {f"TIDEGATE_TOPICS_{field.upper()}" for field in TopicsSettings.model_fields}
-    known |= {STATEFUL_POD_VARIABLE, "TIDEGATE_SQL_URL", "TIDEGATE_HTTP_HOST", "TIDEGATE_HTTP_PORT"}
+    known |= {
+        STATEFUL_POD_VARIABLE,
+        "TIDEGATE_SQL_URL",
+        "TIDEGATE_GATEWAY_URL",
+        "TIDEGATE_HTTP_HOST",
+        "TIDEGATE_HTTP_PORT",
+    }
     given = {*values.get("env", {}), *values.get("cli", {}).get("env", {})}.union(
         *(pool.get("env", {}) for pool in values.get("executors", []))
     )
@@ -491,6 +497,14 @@ def test_who_asks_for_rows_asks_where_the_projection_writes(render: Render) -> N
             if more is server
             else {"TIDEGATE_SQL_URL"}
         )
+
+
+def test_commands_find_the_gateway(render: Render) -> None:
+    objects = render(MINIMAL | {"cli": {"enabled": True}})
+    cli_pod = named(objects, "Deployment", "tidegate-cli")["spec"]["template"]["spec"]
+    service = named(objects, "Service", "tidegate-gateway")
+    where = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    assert environment(cli_pod)["TIDEGATE_GATEWAY_URL"]["value"] == where
 
 
 def test_what_scales_a_pool_is_not_taken_back_by_an_upgrade(render: Render) -> None:
