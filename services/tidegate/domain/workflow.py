@@ -332,6 +332,11 @@ class Workflow:
         return _problem(self._parameters[tool], arguments, "arguments")
 
 
+def arguments_problem(parameters: Any, arguments: Any) -> str | None:
+    """Return why arguments do not fit a tool's parameters, a JSON Schema, or None."""
+    return _problem(_schema_validator(parameters), arguments, "arguments")
+
+
 def _schema_validator(schema: Any) -> jsonschema.Draft202012Validator | None:
     return None if schema is True else jsonschema.Draft202012Validator(schema, registry=NOTHING_ELSEWHERE)
 
@@ -412,8 +417,6 @@ def _call_problem(caller: str, called: Mapping[str, Any]) -> str:
     kind = called.get("kind")
     if caller != "flow":
         return "" if kind == "tool" else "is not a tool"
-    if called.get("outside"):
-        return "is done outside: only agents can call it; a flow asks with `ask`, and is no part"
     return "" if kind in FLOW_CALLS else "is not a step, agent or tool"
 
 

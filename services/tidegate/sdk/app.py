@@ -20,7 +20,7 @@ from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_d
 from tidegate.sdk.binding import AGENT, FLOW, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, FlowFailedError, GraphError, NonRetryable
 from tidegate.sdk.flow import Player, path_here, playing
-from tidegate.sdk.flow_calls import Child, FlowCalls
+from tidegate.sdk.flow_calls import Child, FlowCalls, OutsideTool
 from tidegate.sdk.graph import Change, Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
@@ -372,12 +372,12 @@ class App(FlowCalls):
         output: Schema = True,
         timeout_s: float = DEFAULT_OUTSIDE_TIMEOUT_S,
         cost_micros: int = 0,
-    ) -> str:
-        """Declare a tool that agents may call and that is done elsewhere: a call waits until its answer is posted.
+    ) -> OutsideTool:
+        """Declare a tool that agents and flows may call and that is done elsewhere: a call waits until its answer is posted.
 
         parameters, output: JSON Schemas, or pydantic models, that the arguments and the answer must fit. timeout_s: how long an
-        answer is waited for (a day); then the agent is told that none came. cost_micros: what an answered call costs; it is set
-        aside while the answer is waited for. Returns the name, for `tools`. Raises AppError.
+        answer is waited for (a day); then whoever called is told that none came. cost_micros: what an answered call costs; it
+        is set aside while the answer is waited for. Returns its name, for `tools` and `steps`, which a flow can call. Raises AppError.
         """
         _checked_name(TOOL, name)
         if not 0.001 <= timeout_s <= MAX_OUTSIDE_TIMEOUT_S:
@@ -394,7 +394,7 @@ class App(FlowCalls):
             **({"reserve_micros": cost_micros} if cost_micros else {}),
             **{field: schema for field, schema in schemas.items() if schema is not True},
         }
-        return name
+        return OutsideTool(name, schemas["parameters"])
 
     @property
     def outside_tools(self) -> Mapping[str, Mapping[str, Any]]:
@@ -434,7 +434,7 @@ class App(FlowCalls):
             raise AppError(f"{kind} {name!r}: app {self.name!r} has a {there} of that name already")
 
     def _name_here(self, reference: Reference, kind: str) -> str:
-        name = reference if isinstance(reference, str) else self.name_of(reference)
+        name = str(reference) if isinstance(reference, str) else self.name_of(reference)
         if name is None:
             raise AppError(f"{reference!r} is not a {kind} of app {self.name!r}: decorate it with @{kind} first")
         return name
