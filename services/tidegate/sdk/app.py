@@ -377,7 +377,7 @@ class App(FlowCalls):
 
         parameters, output: JSON Schemas, or pydantic models, that the arguments and the answer must fit. timeout_s: how long an
         answer is waited for (a day); then whoever called is told that none came. cost_micros: what an answered call costs; it
-        is set aside while the answer is waited for. Returns its name, for `tools` and `steps`, which a flow can call. Raises AppError.
+        is set aside while the answer is waited for. Returns its name, for `tools` and `steps`; a flow can call it. Raises AppError.
         """
         _checked_name(TOOL, name)
         if not 0.001 <= timeout_s <= MAX_OUTSIDE_TIMEOUT_S:

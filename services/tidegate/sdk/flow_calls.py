@@ -89,6 +89,7 @@ class OutsideTool(str):
     """A tool that is done outside: the name that agents know it by, and for flows what calls it: `await quote(item="tea")`."""
 
     __slots__ = ("_parameters",)
+    _parameters: Any
 
     def __new__(cls, name: str, parameters: Any) -> OutsideTool:
         """parameters: the JSON Schema that arguments must fit."""

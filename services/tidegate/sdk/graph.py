@@ -115,7 +115,9 @@ class Graph:
         self.version = version
         self.max_steps = options.get("max_steps", DEFAULT_MAX_STEPS)
         self.app: App | None = None  # set when it is added to one
-        self.children: dict[str, Graph | Mapping[str, Any]] = {}  # by `name@version`: of nodes, and what changes may name
+        self.children: dict[
+            str, Graph | Mapping[str, Any]
+        ] = {}  # by `name@version`: of nodes, and what changes may name
         self._options: dict[str, Any] = {**options, "max_steps": self.max_steps}
         self._nodes: dict[str, _Node] = {}
         self._waits: dict[str, dict[str, Any]] = {}

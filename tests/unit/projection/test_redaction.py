@@ -64,7 +64,15 @@ def test_no_view_shows_what_was_redacted_whichever_log_is_read_first(tmp_path: P
     rows.add_run_events(events, entry(("StepReady", call(step_id="open", node_id="open", wave=0))), 0, 1)
     events[-1] = (events[-1][0], 3, *events[-1][2:])
     # As a call of a tool that is done outside: what it waits with are the arguments.
-    waits = {"run_id": "r", "step_id": "s", "node_id": "s", "wave": 0, "kind": "outside", "key": "k", "input": ARGUMENTS}
+    waits = {
+        "run_id": "r",
+        "step_id": "s",
+        "node_id": "s",
+        "wave": 0,
+        "kind": "outside",
+        "key": "k",
+        "input": ARGUMENTS,
+    }
     rows.add_run_events(events, entry(("WaitStarted", waits), ("WaitStarted", waits | {"step_id": "open"})), 0, 2)
     events[-2:] = [(line[0], 4 + number, *line[2:]) for number, line in enumerate(events[-2:])]
     ledger: list[rows.Row] = []

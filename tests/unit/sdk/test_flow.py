@@ -314,7 +314,10 @@ async def some(w: World, n: int) -> int:
         ({"kind": "workflow", "function": "w", "arguments": {"input": 1}}, "'w', which is not among its `workflows`"),
         ({"kind": "agent", "function": "double"}, "calls agent 'double', which is not among its `steps`"),
         ({"kind": "tool", "function": "rm"}, "calls tool 'rm', which is not among its `steps`"),
-        ({"kind": "tool", "function": "sign"}, "calls tool 'sign' with wrong arguments: arguments: 1 is not of type 'object'"),
+        (
+            {"kind": "tool", "function": "sign"},
+            "calls tool 'sign' with wrong arguments: arguments: 1 is not of type 'object'",
+        ),
     ],
 )
 def test_a_turn_that_calls_what_a_flow_cannot_call_fails(call: dict[str, Any], reason: str) -> None:

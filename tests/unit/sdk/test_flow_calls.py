@@ -352,7 +352,9 @@ SIGNED = {"type": "object", "required": ["by"]}
 POLICY = {
     "policy": "p",
     "version": "1",
-    "rules": [{"name": "no-cheques", "when": 'tool == "sign" && args.paper == "cheque"', "then": "deny", "reason": "no"}],
+    "rules": [
+        {"name": "no-cheques", "when": 'tool == "sign" && args.paper == "cheque"', "then": "deny", "reason": "no"}
+    ],
 }
 
 
