@@ -71,6 +71,15 @@ def test_calls_of_every_kind_are_made_once_whoever_is_killed(whole: WholeStack) 
     assert run.output["tea"] == "ordered"
     paid = [event.data for event in whole.events(run_id) if event.type == "StepSucceeded"]
     assert [step.actual_micros for step in paid if step.step_id == "papers/order_tea"] == [40]
+    # The log says which code did what was done here, and of nothing else.
+    code = app.functions["one"].file_version
+    assert code
+    assert {step.step_id for step in paid if step.code_version != code} == {
+        "papers/sleep",
+        "papers/ask",
+        "papers/wait_event",
+        "papers/order_tea",
+    }
     (child,) = (event.data for event in whole.events(run_id) if event.type == "ChildStarted")
     assert run.output["more"] == whole.client.get(child.child_run_id).output
     assert run.output["paid"] == {"amount": 7}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
@@ -217,7 +219,7 @@ class Settings:
 
 
 class Function:
-    """A registered function. `tools`: what an agent may call, by name."""
+    """A registered function. `tools`: what an agent may call, by name. file_version: of the file that it is in; or empty."""
 
     def __init__(
         self,
@@ -236,6 +238,7 @@ class Function:
         self.tools = tools
         self.max_steps = max_steps
         self.public: Any = call  # what the decorator returned
+        self.file_version = _file_version(call)
         self.is_async = inspect.iscoroutinefunction(call) or (
             not inspect.isroutine(call) and inspect.iscoroutinefunction(type(call).__call__)
         )
@@ -285,6 +288,7 @@ class FlowFunction(Function):
             raise AppError(f"flow {name!r} must be declared with `async def`")
         super().__init__(FLOW, name, self._turn, settings, **options)
         self.coroutine = coroutine
+        self.file_version = _file_version(coroutine)
 
     @functools.cached_property
     def inputs(self) -> Binder:
@@ -644,6 +648,16 @@ class _Pinned(NamedTuple):
 
 def _held_by_itself(label: str, around: tuple[str, ...]) -> str:
     return f"workflows.{label}: {' -> '.join((*around, label))}: a workflow cannot hold itself"
+
+
+def _file_version(call: Callable[..., Any]) -> str:
+    """Return the first digits of the SHA-256 of the file with a function, as it is when the function is registered."""
+    made = inspect.unwrap(call)
+    code = getattr(made, "__code__", None) or getattr(type(made).__call__, "__code__", None)
+    try:
+        return hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest()[:12] if code is not None else ""
+    except OSError:  # made by `exec`, say
+        return ""
 
 
 def _seen_by_flows(function: Function, call: F) -> F:
