@@ -244,8 +244,8 @@ def test_a_cancel_reaches_what_runs_and_nothing_follows(whole: WholeStack) -> No
     victims = [run_id, asleep, queued, backing_off, in_approval, asking, parent]
     for victim in victims:
         cli(whole, "runs", "cancel", victim, "--reason", "enough")
-        assert whole.wait(victim).status == "cancelled"
-    assert whole.wait(child).status == "cancelled"
+    for victim in (*victims, child):
+        assert seen(whole, victim, lambda run: run.is_over).status == "cancelled"
     for victim in (*victims, child):
         types = whole.types(victim)
         assert BEGINNINGS.isdisjoint(types[types.index("RunCancelRequested") :]), types
