@@ -40,6 +40,7 @@ ASKS = then_one("ask", prompt="How many?", schema={"type": "integer", "maximum":
 DEFINITIONS = [
     then_one("sleep", seconds=SLEEP_S),
     then_one("wait_event", event="paid", key="${ string(input) }"),
+    then_one("wait_until", at="2090-01-01T00:00:00Z"),
     ASKS,
     {
         "name": "waits_to_retry",
@@ -228,7 +229,7 @@ def test_what_is_paused_is_taken_and_shown_but_not_started(whole: WholeStack) ->
 def test_a_cancel_reaches_what_runs_and_nothing_follows(whole: WholeStack) -> None:
     run_id = whole.client.start("wait_here", 60, run_id=new_id("cancel"))
     eventually(lambda: whole.entered(run_id), "it runs")
-    asleep = whole.client.start("waits_sleep", 1, run_id=new_id("asleep"))
+    asleep = whole.client.start("waits_wait_until", 1, run_id=new_id("asleep"))
     waiting(whole, asleep)
     # In every other state that a run may be in: queued for a slot, backing off, in approval, asking, in a child.
     queued = whole.client.start("never", 1, run_id=new_id("queued"))
