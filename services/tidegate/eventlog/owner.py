@@ -217,7 +217,7 @@ class OwnerLoop:
             _log.info("partition dropped", log=self.machine.log_topic, partition=partition, reason=reason)
             self._inbox.remove([TopicPartition(topic, partition) for topic in self._input_topics])
 
-    # -- 3. decide ---------------------------------------------------------------
+    # -- 2. decide ---------------------------------------------------------------
 
     def _handle(self, message: Message) -> None:
         if message.topic in self.tables.rows:
@@ -427,7 +427,7 @@ class OwnerLoop:
         else:
             self._tell_writer.poll()
 
-    # -- 2. take over ---------------------------------------------------------------
+    # -- 3. take over ---------------------------------------------------------------
 
     def _take_over_gained(self) -> None:
         if not self._to_take:
