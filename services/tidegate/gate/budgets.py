@@ -24,8 +24,8 @@ from tidegate.domain.messages import Amounts, Call
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import METERS, Bucket, Learned, Ledger
 from tidegate.gate.names import bucket_key
-from tidegate.prices import price
 from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
+from tidegate.prices import price
 
 OnExceed = Literal["deny", "ask", "pause"]
 # Of several budgets without room, the one that says the most decides.

@@ -61,9 +61,9 @@ from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.names import FAMILY, RULE_WAIT, family_wait, learned_key, scope_of
 from tidegate.gate.placement import FreeSlots
 from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
-from tidegate.prices import price
 from tidegate.gate.variables import MAKERS, Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
+from tidegate.prices import price
 
 BUDGET_RULE: Final = "budget"
 QUEUE_FULL_RULE: Final = "queue_full"
