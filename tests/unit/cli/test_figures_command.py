@@ -1,4 +1,4 @@
-"""`tidegate figures`: what it asks of a gateway, what it shows, and how it ends. A real one: `tests/integration/test_gateway.py`."""
+"""`tidegate figures`: what it asks a gateway, what it shows, how it ends. A real one: `tests/integration/test_gateway.py`."""
 
 from __future__ import annotations
 
