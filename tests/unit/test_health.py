@@ -106,3 +106,7 @@ def test_labels_that_are_too_many_are_summed_up() -> None:
     metrics.set_by_label(gauge, {"busy": 2.0})
     shown = {sample.labels["queue"]: sample.value for family in gauge.collect() for sample in family.samples}
     assert shown == {"busy": 2.0}
+    left = {f"budget-{number}": number / 100 for number in range(metrics.MAX_LABEL_VALUES + 5)}
+    metrics.set_by_label(gauge, left, keep_least=True)
+    shown = {sample.labels["queue"]: sample.value for family in gauge.collect() for sample in family.samples}
+    assert (len(shown), shown["budget-0"], shown["other"]) == (51, 0, 0.5)

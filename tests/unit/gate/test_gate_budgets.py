@@ -14,6 +14,7 @@ from tidegate.domain.run_events import AttemptEnded, StepSucceeded
 from tidegate.gate.budgets import Budget, Budgets
 from tidegate.gate.kinds import parse
 from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.measure import budgets_left
 from tidegate.gate.snapshots import dump, load
 from tidegate.scheduler import decide as scheduler_decide
 
@@ -580,3 +581,25 @@ def test_an_answer_and_a_top_up_at_once_let_it_run_once() -> None:
             pair.command("r", "approve", by="ada")
             assert [letter.code for letter in pair.letters] == ["no_such_approval"]
         assert [task.step_id for task in pair.tasks] == ["b"], first
+
+
+# --- how much is left -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("O5")
+def test_the_metric_says_what_is_left_where_least_is() -> None:
+    pair = pair_with(
+        budget(limits={"money_micros": 1000, "calls": 4}),
+        budget("free"),
+        budget("each", window="run", limits={"calls": 1}),
+    )
+    assert budgets_left([pair.ledger], pair.now_ms) == {}
+    pair.start("r0", one(reserve_micros=300), account="acme")
+    assert budgets_left([pair.ledger], pair.now_ms) == {"daily": 0.7}  # what is set aside is not left
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=1250)
+    assert budgets_left([pair.ledger], pair.now_ms) == {"daily": -0.25}
+    pair.start("r1", one(reserve_micros=1), account="wayne")
+    assert {bucket.account for bucket in pair.ledger.buckets.values()} == {"acme", "wayne"}
+    assert budgets_left([pair.ledger], pair.now_ms) == {"daily": -0.25}  # of both accounts the smaller
+    later(pair, DAY_MS)
+    assert budgets_left([pair.ledger], pair.now_ms) == {}  # another day, in which nobody has asked yet
