@@ -40,7 +40,7 @@ _UNITS: Final = {
 OTHER_VARIABLES: Final = {
     "TIDEGATE_GATEWAY_URL": (
         "",
-        "Where `tidegate runs` asks the live view; without it `gateway.json` in the data folder.",
+        "Where `tidegate runs` and `tidegate figures` ask the live view; without it `gateway.json` in the data folder.",
     ),
     "TIDEGATE_SQL_URL": ("", "Where `tidegate sql` asks; without it the ClickHouse server, or `sql.json`."),
     "TIDEGATE_EXECUTOR_APP": ("", "The app of `tidegate executor`: `module:attribute` or `file.py:attribute`."),
