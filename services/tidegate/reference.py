@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 import tidegate
-from tidegate import metrics
+from tidegate import metrics, metrics_use
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
@@ -208,6 +208,23 @@ def metrics_page() -> str:
         "message; the owners hand over what they counted every two seconds.",
     ]
     lines = _joined_rows(lines)
+    lines += ["", "## What to ask", ""]
+    lines += [
+        "Every metric answers one of these questions. Those that must never wait for somebody to ask are the chart's alerts"
+    ]
+    lines += [
+        "([alerts.yaml](../charts/tidegate/files/alerts.yaml)); the same questions about runs, accounts and functions are for the"
+    ]
+    lines += [
+        "[dashboards](dashboards.md), whose tables know who and what.",
+        "",
+        "| question | PromQL |",
+        "| --- | --- |",
+    ]
+    lines += [
+        f"| {_cell(question)} | {'<br>'.join(f'`{_cell(asked)}`' for asked in asks)} |"
+        for question, asks in metrics_use.USES.items()
+    ]
     for service in metrics.SERVICES:
         lines += ["", f"## {service}", "", "| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
         lines += [
