@@ -210,13 +210,9 @@ def metrics_page() -> str:
     lines = _joined_rows(lines)
     lines += ["", "## What to ask", ""]
     lines += [
-        "Every metric answers one of these questions. Those that must never wait for somebody to ask are the chart's alerts"
-    ]
-    lines += [
-        "([alerts.yaml](../charts/tidegate/files/alerts.yaml)); the same questions about runs, accounts and functions are for the"
-    ]
-    lines += [
-        "[dashboards](dashboards.md), whose tables know who and what.",
+        "Every metric answers one of these questions. Those that must never wait for somebody to ask are the chart's alerts",
+        "([alerts.yaml](../charts/tidegate/files/alerts.yaml)). Questions about single runs, accounts and functions are for the",
+        "[dashboards](dashboards.md).",
         "",
         "| question | PromQL |",
         "| --- | --- |",
