@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -32,6 +33,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
+
 _log = structlog.get_logger()
 # Without the values of local variables: passwords and customers' data can be among them.
 _EXCEPTIONS: Final = structlog.processors.ExceptionRenderer(
@@ -53,6 +56,12 @@ class ProcessSettings(BaseSettings):
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     broker_wait_s: float = Field(
         default=60.0, gt=0, description="How long to wait for the broker and the topics at start."
+    )
+    stop_within_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="So long after SIGTERM a scheduler, gate, projection or gateway ends at the latest, even if it waits for a "
+        "Kafka that is away: what it has not written then is read or told again. Executors: TIDEGATE_EXECUTOR_DRAIN_S.",
     )
     http_host: str = Field(
         default="127.0.0.1", description="Address that health and metrics are served on; 0.0.0.0 for everywhere."
@@ -158,18 +167,47 @@ def spare_the_collector() -> None:
     gc.enable()  # see `quick_start`
 
 
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once."""
+def stop_on_signals(within_s: float | None = None) -> threading.Event:
+    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once.
+
+    within_s: the process ends with EXIT_OK at the latest so long after the first one, whatever it waits for. Only for those who
+    lose nothing by it. The main thread may be inside a client that waits for Kafka: handlers run in between, so a thread is
+    told of signals by the system.
+    """
     stop = threading.Event()
 
-    def handle(number: int, _: object) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
+    def handle(_: int, __: object) -> None:
         stop.set()
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    for number in _STOPPING:
+        signal.signal(number, handle)
+    threading.Thread(target=_end, args=(told, stop, within_s), name="signals", daemon=True).start()
     return stop
+
+
+def _end(told: int, stop: threading.Event, within_s: float | None) -> None:
+    """Follow the signals whose numbers come through a pipe."""
+    _await_signal(told, None)
+    stop.set()
+    again = _await_signal(told, within_s)
+    if again is None:
+        _log.warning("leaving without a clean end, which lasts too long: is Kafka away?", after_s=within_s)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_OK if again is None else 128 + again)
+
+
+def _await_signal(told: int, timeout_s: float | None) -> int | None:
+    """Return the number of the next signal that asks for the end; None if none comes in time."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while select.select([told], [], [], None if deadline is None else max(0.0, deadline - time.monotonic()))[0]:
+        number = os.read(told, 1)[0]
+        if number in _STOPPING:
+            return number
+    return None
 
 
 def wait_for_topics(

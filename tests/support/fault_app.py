@@ -30,6 +30,7 @@ from tidegate import (
     merge,
     model_errors,
     report_cost,
+    report_usage,
 )
 
 app = App("faults")
@@ -340,6 +341,16 @@ for _function in (
 ):
     app.graph(_function.__name__).node("it", _function)
 
+
+@app.step(provider="openai", model="gpt-4o")
+def talk(n: int) -> int:
+    """Say which tokens were used, and not what they cost: the price table knows."""
+    enter()
+    report_usage(input_tokens=1000 * n, output_tokens=100)
+    return n
+
+
+app.graph("talk").node("it", talk)
 app.graph("dear-twice").node("first", dear).node("second", dear, input="${ input }").edge("first", "second")
 
 
@@ -404,7 +415,10 @@ def confused(state: State) -> Plan:
     return Plan(content="", final=True, output=[[call.ok, call.error] for call in state.history[0].calls])
 
 
-@app.flow(steps=[one, look, confused], workflows=["chain"])
+order_tea = app.outside_tool("order_tea", cost_micros=40)
+
+
+@app.flow(steps=[one, look, confused, order_tea], workflows=["chain"])
 async def papers(n: int) -> dict[str, Any]:
     """Call something of every kind, and wait for somebody in between."""
     advice, found = await asyncio.gather(confused(n), look(n))  # type: ignore[call-overload]  # in a flow, calls are awaited
@@ -415,7 +429,8 @@ async def papers(n: int) -> dict[str, Any]:
         await app.wait_event("never", timeout_s=0.2)
     except CallFailedError as error:
         last = await one(answer)  # type: ignore[misc]
-        return {"advice": advice, "more": more, "paid": paid, "last": last, "missing": error.node_id}
+        tea = await order_tea(grams=last)
+        return {"advice": advice, "more": more, "paid": paid, "tea": tea, "missing": error.node_id}
     return {}
 
 
@@ -432,9 +447,6 @@ class RateLimitError(Exception):
 quote = app.outside_tool(
     "quote", parameters={"type": "object", "required": ["item"]}, output={"type": "integer"}, timeout_s=60
 )
-
-
-order_tea = app.outside_tool("order_tea", cost_micros=40)
 
 
 @app.agent(tools=[order_tea])

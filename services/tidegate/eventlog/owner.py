@@ -150,8 +150,8 @@ class OwnerLoop:
     def run_once(self, timeout_s: float = 0.2) -> int:
         """Run one turn; returns how many entries it sent to the log. Blocks up to `timeout_s` when nothing happens.
 
-        1. Poll inputs, learn of gained and lost partitions. 2. Take over what was gained. 3. Decide on each input, in order;
-        the events of one input become one entry. 4. Log the entries and wait until all are acknowledged at the offsets that
+        1. Poll inputs, learn of gained and lost partitions. 2. Decide on each input, in order; the events of one input become
+        one entry. 3. Take over what was gained. 4. Log the entries and wait until all are acknowledged at the offsets that
         follow our last one; while there is nothing to tell and inputs keep coming, a later turn waits. 5. Tell. Raises
         EventLogError on any doubt that concerns more than one partition; the process exits then and takes over afresh.
         """
@@ -160,9 +160,11 @@ class OwnerLoop:
         self.meter.polled(messages)
         failpoint("owner.after-poll")
         self._follow_changes()
-        self._take_over_gained()
+        # What was read of a partition that is ours anew was read without the entries that we have dropped: it is passed over, as
+        # nobody owns it yet, and read again from where the log says.
         for message in messages:
             self._handle(message)
+        self._take_over_gained()
         self._ask_what_is_due()
         failpoint("owner.before-log")
         logged = self._log_and_tell(is_busy=bool(messages))
@@ -215,7 +217,7 @@ class OwnerLoop:
             _log.info("partition dropped", log=self.machine.log_topic, partition=partition, reason=reason)
             self._inbox.remove([TopicPartition(topic, partition) for topic in self._input_topics])
 
-    # -- 3. decide ---------------------------------------------------------------
+    # -- 2. decide ---------------------------------------------------------------
 
     def _handle(self, message: Message) -> None:
         if message.topic in self.tables.rows:
@@ -425,7 +427,7 @@ class OwnerLoop:
         else:
             self._tell_writer.poll()
 
-    # -- 2. take over ---------------------------------------------------------------
+    # -- 3. take over ---------------------------------------------------------------
 
     def _take_over_gained(self) -> None:
         if not self._to_take:

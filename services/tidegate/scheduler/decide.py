@@ -29,6 +29,7 @@ from tidegate.domain.messages import (
 from tidegate.domain.questions import is_answered_by_room
 from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
 from tidegate.domain.run import RunState, StepState, apply
+from tidegate.prices import price
 from tidegate.scheduler import attempts, evolution, waits
 
 MAX_LOSSES: Final = 10  # of what may be repeated without asking
@@ -38,6 +39,7 @@ MAX_PLAN_CALLS: Final = 100
 MAX_ERROR_CHARACTERS: Final = 4_000
 MAX_USAGE_NAMES: Final = 100
 MAX_USAGE_NAME: Final = 100
+MAX_CODE_VERSION: Final = 128
 MAX_MS: Final = 4_102_444_800_000  # the year 2100: what databases can show
 MAX_OUTPUT_BYTES: Final = 9 * 1024 * 1024  # more than executors of ours send, and an entry can still hold it
 
@@ -217,7 +219,7 @@ def on_result(run: RunState, result: StepResult, now_ms: int, documents: RetryDo
         return []
     if result.attempt == step.attempt and _is_foreign(step, result):
         return []
-    result = _bounded(result)
+    result = _priced(step, _bounded(result), now_ms)
     if run.is_over or result.attempt != step.attempt:
         return [_ignored(run, step, result)]
     overtaken = _overtaken(step)
@@ -235,6 +237,7 @@ def _bounded(result: StepResult) -> StepResult:
         and not result.error_message
         and not result.error_class
         and 0 <= result.actual_micros <= MAX_MICROS
+        and len(result.code_version) <= MAX_CODE_VERSION
         and 0 <= result.started_ms < MAX_MS
         and 0 <= result.finished_ms < MAX_MS
     ):
@@ -248,7 +251,19 @@ def _bounded(result: StepResult) -> StepResult:
         usage={name: min(max(result.usage[name], 0), MAX_MICROS) for name in names},
         started_ms=result.started_ms if 0 <= result.started_ms < MAX_MS else 0,
         finished_ms=result.finished_ms if 0 <= result.finished_ms < MAX_MS else 0,
+        code_version=result.code_version[:MAX_CODE_VERSION],
     )
+
+
+def _priced(step: StepState, result: StepResult, now_ms: int) -> StepResult:
+    """Add what an attempt cost that reports tokens of a known model, and no amount: both logs are to say the same."""
+    if result.actual_micros or not result.usage or not step.call.model:
+        return result
+    tokens_in, tokens_out = result.usage.get("input_tokens", 0), result.usage.get("output_tokens", 0)
+    if not (tokens_in or tokens_out):
+        return result
+    found = price(step.call.provider, step.call.model, tokens_in, tokens_out, now_ms)
+    return result if found is None else msgspec.structs.replace(result, actual_micros=found.micros)
 
 
 def on_error(run: RunState, record: GateDecision | StepResult, error: Exception) -> Events:
