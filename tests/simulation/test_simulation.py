@@ -16,7 +16,7 @@ import tidegate
 from simulation.__main__ import main
 from simulation.day import Day, simulate
 
-SEEDS = range(1, 21)
+SEEDS = range(1, 41)
 STEPS = 6_000
 PACKAGE = Path(tidegate.__file__).parent
 # Passed only by real threads, an event loop or ClickHouse; tests/integration/test_failpoints.py and test_replay.py kill there.
@@ -37,33 +37,30 @@ def test_whatever_goes_wrong_the_invariants_hold(seed: int) -> None:
 
 
 def test_there_was_work_and_trouble() -> None:
-    """The seeds are worth something only if much went on while much went wrong.
-
-    Every change of the code draws them anew: the bounds are far below what they usually hold.
-    """
+    """The seeds are worth something only if much went on while much went wrong."""
     total = sum((day_of(seed).counts for seed in SEEDS), Counter())
-    assert total["functions entered under faults"] > 100
+    assert total["functions entered under faults"] > 500
     assert total["void entries"] > 10
-    assert total["attempts lost"] > 50
-    assert total["runs over"] > 200
-    assert total["waits ended"] > 50
-    assert total["attempts held back"] > 50
-    assert total["outside calls ended"] > 0
-    assert all(total[f"unknown outcomes: {how}"] > 3 for how in ("lost", "timed_out", "died"))
-    assert total["failures under a rule"] > 3
-    assert total["turns of flows"] > 30
-    assert total["step called by flows"] > 30
+    assert total["attempts lost"] > 100
+    assert total["runs over"] > 500
+    assert total["waits ended"] > 200
+    assert total["attempts held back"] > 200
+    assert total["outside calls ended"] > 5
+    assert all(total[f"unknown outcomes: {how}"] > 20 for how in ("lost", "timed_out", "died"))
+    assert total["failures under a rule"] > 50
+    assert total["turns of flows"] > 200
+    assert total["step called by flows"] > 200
     others = ("agent", "tool", "workflow", "sleep", "wait_until", "wait_event", "ask")
-    assert sum(total[f"{kind} called by flows"] for kind in others) > 10
-    assert total["flows ended"] > 10
-    assert total["routes taken"] > 5
-    assert total["loops entered"] > 2
-    assert total["paused by budgets"] > 15
-    assert total["budgets exceeded"] > 3
-    assert total["questions expired"] > 15
-    assert total["changes accepted"] > 8
-    assert total["changes rejected"] > 20
-    assert total["changes in conflict"] > 0
+    assert sum(total[f"{kind} called by flows"] for kind in others) > 20
+    assert total["flows ended"] > 50
+    assert total["routes taken"] > 20
+    assert total["loops entered"] > 10
+    assert total["paused by budgets"] > 50
+    assert total["budgets exceeded"] > 10
+    assert total["questions expired"] > 50
+    assert total["changes accepted"] > 40
+    assert total["changes rejected"] > 100
+    assert total["changes in conflict"] > 3
 
 
 def test_processes_died_at_every_failpoint() -> None:
@@ -86,13 +83,13 @@ def test_a_seed_is_the_same_day_in_every_process() -> None:
 
 
 def test_a_failing_seed_says_how_to_have_it_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seed", "1", "--seeds", "24", "--steps", "2500", "--mutant", "once"]) == 1
+    assert main(["--seed", "1", "--seeds", "24", "--steps", "1500", "--mutant", "once"]) == 1
     told = capsys.readouterr().err
-    again = re.search(r"--seed \d+ --steps 2500 --mutant once", told)
+    again = re.search(r"--seed \d+ --steps 1500 --mutant once", told)
     assert again is not None, told
     assert main(again[0].split()) == 1
     assert capsys.readouterr().err == told
-    assert re.search(r"\(3\) r\d+ .* had its effect", told), told
+    assert re.search(r"repeats \w+, attempt \d+ of which may have had its effect", told), told
 
 
 def test_the_command_goes_on_for_as_long_as_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:

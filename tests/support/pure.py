@@ -67,6 +67,7 @@ class Pair:
         self.events: list[Any] = []
         self.ledger_events: list[Any] = []
         self.dispatches: list[tuple[str, int]] = []
+        self.unheard: deque[Any] | None = None  # what the gate says, while the scheduler does not read it
         self._queue: deque[tuple[Machine, Any, Any]] = deque()
         self._offset = 0
         self.offered = (functions, slots)
@@ -173,6 +174,13 @@ class Pair:
                 self.answer(task, "succeeded", value, actual_micros=task.call.reserve_micros)
         raise AssertionError("the run does not end")
 
+    def hear(self) -> None:
+        """Let the scheduler read what it has not read of the gate, and everything after that."""
+        unheard, self.unheard = self.unheard, None
+        for record in unheard or ():
+            self._send(self.scheduler, record)
+        self.settle_down()
+
     def pass_time(self, ms: int) -> None:
         self.now_ms += ms
         self.settle_down()
@@ -250,6 +258,8 @@ class Pair:
         for tell in machine.tells(entry, lambda index: Position(0, offset, index)):
             if tell.topic == "gate-requests":
                 self._send(self.gate, tell.record)
+            elif tell.topic == "gate-decisions" and self.unheard is not None:
+                self.unheard.append(tell.record)
             elif tell.topic in ("gate-decisions", "run-commands"):
                 self._send(self.scheduler, tell.record)
             elif tell.topic.startswith("step-tasks."):

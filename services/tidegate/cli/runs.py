@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -179,12 +179,7 @@ def approve(
     question: Question = None,
 ) -> None:
     """Let the attempt that waits go ahead; say what was answered, and what came of it."""
-    with _client("runs approve", by) as client:
-        fields: dict[str, Any] = {"reason": reason, "attempt": attempt, "why": why, "question": question}
-        _check("approve", run_id, step_id=step_id, by=by, **fields)
-        asked = _asked(client, run_id, step_id)
-        fields["question"] = question or (asked.question if asked else None)
-        _answer(client, "approve", run_id, client.approve(run_id, step_id, **fields), asked)
+    _decide("approve", run_id, step_id, by, {"reason": reason, "attempt": attempt, "why": why, "question": question})
 
 
 @app.command(epilog=RUN_EXIT_CODES)
@@ -198,12 +193,7 @@ def reject(
     question: Question = None,
 ) -> None:
     """Refuse the attempt that waits, or say that an outside tool cannot be done: its step fails. Say what came of it."""
-    with _client("runs reject", by) as client:
-        fields: dict[str, Any] = {"reason": reason, "attempt": attempt, "why": why, "question": question}
-        _check("reject", run_id, step_id=step_id, by=by, **fields)
-        asked = _asked(client, run_id, step_id)
-        fields["question"] = question or (asked.question if asked else None)
-        _answer(client, "reject", run_id, client.reject(run_id, step_id, **fields), asked)
+    _decide("reject", run_id, step_id, by, {"reason": reason, "attempt": attempt, "why": why, "question": question})
 
 
 @app.command(epilog=RUN_EXIT_CODES)
@@ -368,6 +358,18 @@ def _asked(client: Client, run_id: str, step_id: str | None) -> Approval | None:
         return None
     found = [asked for asked in approvals if step_id in (None, asked.step_id)]
     return found[0] if len(found) == 1 else None
+
+
+def _decide(
+    verb: Literal["approve", "reject"], run_id: str, step_id: str | None, by: str | None, fields: dict[str, Any]
+) -> None:
+    """Decide what was asked: the question that `fields` names, or the only one that is open now."""
+    with _client(f"runs {verb}", by) as client:
+        _check(verb, run_id, step_id=step_id, by=by, **fields)
+        asked = _asked(client, run_id, step_id)
+        fields["question"] = fields["question"] or (asked.question if asked else None)
+        send = client.approve if verb == "approve" else client.reject
+        _answer(client, verb, run_id, send(run_id, step_id, **fields), asked)
 
 
 def _answer(client: Client, command: str, run_id: str, command_id: str, asked: Approval | None = None) -> None:

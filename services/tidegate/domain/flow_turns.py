@@ -21,9 +21,8 @@ from tidegate.domain.stop import Stop
 from tidegate.domain.workflow import FLOW_CALLS, Workflow
 
 MAX_CALLS: Final = 1_000  # of one turn
-MAX_TOLD: Final = (
-    256 * 1024 * 1024
-)  # characters that all turns of a flow are told: some 700 calls one by one of 1 KiB each
+# Characters that all turns of a flow are told: some 700 calls one by one of 1 KiB each.
+MAX_TOLD: Final = 256 * 1024 * 1024
 STEP: Final = "step"  # the kind of a call that names none, as none did when steps were all that there was
 CHILD: Final = "workflow"
 _CHILD_SETTINGS: Final = frozenset({"input", "budget_micros"})

@@ -8,6 +8,7 @@ from tidegate.domain import canonical
 from tidegate.domain import run_events as ev
 
 QUESTION_PATTERN: Final = "^[0-9a-f]{16}$"
+LACK_RULE: Final = "budget:"  # before a budget's name: what is named as the rule when a budget asks, or refuses
 
 
 def question_id(asked: ev.ApprovalRequested) -> str:
@@ -17,6 +18,11 @@ def question_id(asked: ev.ApprovalRequested) -> str:
     """
     about = [asked.step_id, asked.attempt, asked.why, asked.rule, asked.policy, asked.arguments_hash]
     return canonical.digest(canonical.dumps(about))[:16]
+
+
+def is_answered_by_room(asked: ev.ApprovalRequested) -> bool:
+    """Tell whether a budget asks: then the gate may let the attempt run without an answer, as soon as there is room."""
+    return asked.why == "policy" and asked.rule.startswith(LACK_RULE)
 
 
 def asks_by(rule: str, policy: str, why: str) -> str:

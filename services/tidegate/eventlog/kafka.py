@@ -249,26 +249,43 @@ class KafkaBroker:
             leave(consumer)
 
     def reset_group(self, group: str, positions: Mapping[TopicPartition, int]) -> None:
-        """Have a group read on from other offsets. Blocks for some round trips.
+        """Have a group read on from other offsets. Blocks for some round trips, or for half a minute if nobody answers.
 
-        Raises GroupInUseError as long as the group has members: Kafka itself refuses it then, so there is no race. EventLogError.
+        Raises GroupInUseError as long as the group has members: Kafka itself refuses it then, so there is no race. EventLogError,
+        which says so if the offsets may have been set all the same.
         """
+        answers: list[tuple[KafkaError | None, list[KafkaPartition]]] = []
         config = {
             **_connection(self._settings),
             "group.id": self._settings.topic_prefix + group,
             "enable.auto.commit": False,
+            "on_commit": lambda error, partitions: answers.append((error, partitions)),
         }
         wanted = [KafkaPartition(self.physical_name(at.topic), at.partition, to) for at, to in positions.items()]
+        self._make_contact(self.admin_client())
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
         consumer = make_consumer(self._settings, config)
         try:
-            with _as_log_errors(f"offsets of group {group}"):
-                for done in consumer.commit(offsets=wanted, asynchronous=False):
-                    if done.error is not None:
-                        raise KafkaException(done.error)
-        except EventLogError as error:
-            if isinstance(error.__cause__, KafkaException) and error.__cause__.args[0].code() in _HAS_MEMBERS:
-                raise GroupInUseError(f"group {group} has members, so Kafka refuses to reset it") from error
-            raise
+            while True:
+                # Not waited for by the client, which may never return from that (docs/adr/0032-commits-are-not-waited-for.md).
+                with _as_log_errors(f"offsets of group {group}: "):
+                    consumer.commit(offsets=wanted, asynchronous=True)
+                    while not answers and time.monotonic() < deadline:
+                        consumer.poll(ASK_AGAIN_S)
+                if not answers:
+                    raise EventLogError(
+                        f"no answer about the offsets of group {group} after {REQUEST_TIMEOUT_S:g} s: whether they were set is "
+                        "not known. Ask again; it does no harm twice."
+                    )
+                error, done = answers.pop()
+                refused = error or next((at.error for at in done if at.error is not None), None)
+                if refused is None:
+                    return
+                if refused.code() in _HAS_MEMBERS:
+                    raise GroupInUseError(f"group {group} has members, so Kafka refuses to reset it")
+                if refused.code() not in _PASSING or time.monotonic() > deadline:
+                    raise _log_error(refused, f"offsets of group {group}: ")
+                time.sleep(ASK_AGAIN_S)
         finally:
             leave(consumer)
 

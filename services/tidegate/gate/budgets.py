@@ -21,6 +21,7 @@ from tidegate.domain.identity import (
     account_root,
 )
 from tidegate.domain.messages import Amounts, Call
+from tidegate.domain.questions import LACK_RULE
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import METERS, Attempt, Bucket, Learned, Ledger, tight
 from tidegate.gate.names import bucket_key
@@ -36,7 +37,6 @@ EVERY_ROOT: Final = "*"
 MAX_ALERTS: Final = 20
 MAX_LEARNED: Final = 10_000  # functions that a ledger partition keeps averages of
 AVERAGED_OVER: Final = 100
-LACK_RULE: Final = "budget:"  # before a budget's name: what decisions name as the rule
 
 _Limit = Field(default=None, ge=0, le=MAX_MICROS)
 

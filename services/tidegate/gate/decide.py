@@ -23,9 +23,9 @@ from tidegate.domain.messages import (
     Settle,
     Void,
 )
+from tidegate.domain.questions import LACK_RULE
 from tidegate.gate import family, lacking, leasing
 from tidegate.gate.budgets import (
-    LACK_RULE,
     MAX_LEARNED,
     NO_BUDGETS,
     Budget,

@@ -26,6 +26,7 @@ from tidegate.domain.messages import (
     Throttled,
     Unanswered,
 )
+from tidegate.domain.questions import is_answered_by_room
 from tidegate.domain.retries import OUTCOME_UNKNOWN
 from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
 from tidegate.domain.run import RunState, StepState, apply
@@ -217,11 +218,14 @@ def on_result(run: RunState, result: StepResult, now_ms: int, documents: RetryDo
     if result.attempt == step.attempt and _is_foreign(step, result):
         return []
     result = _bounded(result)
-    if run.is_over or result.attempt != step.attempt or not _still_counts(step, result):
+    if run.is_over or result.attempt != step.attempt:
+        return [_ignored(run, step, result)]
+    overtaken = _overtaken(step)
+    if not (overtaken or _still_counts(step, result)):
         return [_ignored(run, step, result)]
     if result.outcome == "succeeded":
-        return _on_success(run, step, result, now_ms)
-    return _on_failure(run, step, result, now_ms, documents)
+        return [*overtaken, *_on_success(run, step, result, now_ms)]
+    return [*overtaken, *_on_failure(run, step, result, now_ms, documents)]
 
 
 def _bounded(result: StepResult) -> StepResult:
@@ -278,10 +282,19 @@ def _is_foreign(step: StepState, result: StepResult) -> bool:
 
     Such a result is nobody's; if it were noted as the attempt's, the true one would later pass for a doubled one.
     """
-    is_held = step.status == states.AWAITING_APPROVAL and step.approval is not None and step.approval.why == "policy"
+    asked = step.approval if step.status == states.AWAITING_APPROVAL else None
+    is_held = asked is not None and asked.why == "policy" and not is_answered_by_room(asked)
     if is_held or step.call.is_outside:
         return True
     return step.instance_id not in ("", result.instance_id) or step.incarnation not in (-1, result.incarnation)
+
+
+def _overtaken(step: StepState) -> Events:
+    """Return that the gate has answered its question about room: the result that is here says so before the gate's message."""
+    asked = step.approval
+    if step.status != states.AWAITING_APPROVAL or asked is None or not is_answered_by_room(asked):
+        return []
+    return [attempts.resolved(step, asked, approved=True, by=asked.rule, reason="there was room: the attempt has run")]
 
 
 def _still_counts(step: StepState, result: StepResult) -> bool:

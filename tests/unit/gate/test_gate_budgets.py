@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.pure import Pair, chain, step
 from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
+from tidegate.domain import run_events as run_ev
 from tidegate.gate.budgets import Budget, Budgets
 from tidegate.gate.kinds import parse
 from tidegate.gate.ledger import Ledger, apply, derive
@@ -492,6 +495,47 @@ def test_a_question_for_which_there_is_room_now_is_answered_by_the_document_that
     assert events(pair, ev.ApprovalLapsed) == []
     pair.answer(pair.tasks.popleft(), value=1)
     assert pair.run("r").status == "succeeded"
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.feature("D2")
+@pytest.mark.parametrize("outcome", ["succeeded", "failed"])
+def test_a_result_may_overtake_the_answer_that_let_its_attempt_run(outcome: str) -> None:
+    """Answers of the gate and results lie in different topics: a scheduler that was away may read the results first."""
+    pair = asking()
+    pair.unheard = deque()
+    ROOM["a top-up"](pair)
+    pair.answer(pair.tasks.popleft(), outcome, value=1, actual_micros=7)
+    resolved = next(event for _, event in pair.events if isinstance(event, run_ev.ApprovalResolved))
+    assert (resolved.approved, resolved.by, resolved.command_id) == (True, "budget:daily", "")
+    assert pair.money() == (0, 97), "it ran: what it cost is spent"
+    seen = pair.seen("r")
+    pair.hear()
+    assert pair.seen("r") == seen, "the answer says nothing new"
+    later(pair, 1_000)
+    if outcome == "succeeded":
+        assert pair.run("r").status == "succeeded"
+    else:
+        asked = pair.run("r").steps["b"].approval
+        assert asked is not None
+        assert asked.attempt == 2, "the second attempt asks anew: 43 are left"
+
+
+@pytest.mark.feature("P4")
+def test_a_result_of_an_attempt_that_a_rule_holds_is_nobodys() -> None:
+    """Only a human's answer lets it run, and that one is in the run's log first."""
+    pair = pair_with()
+    pair.start("before", chain("a"))
+    ran = pair.tasks.popleft()
+    rule = {"name": "r", "when": 'step == "a"', "then": "require_approval"}
+    pair.policy({"policy": "p", "version": "1", "rules": [rule]})
+    pair.start("r", chain("a"))
+    asked = pair.seen("r")
+    pair.answer(msgspec.structs.replace(ran, run_id="r"), value=1)
+    assert pair.seen("r") == asked
+    pair.command("r", "approve", by="ada")
+    pair.answer(pair.tasks.popleft(), value=2)
+    assert pair.run("r").output == "2"
 
 
 @pytest.mark.feature("P2")

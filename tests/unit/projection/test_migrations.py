@@ -21,6 +21,7 @@ def test_they_are_numbered_from_one_without_gaps_and_named() -> None:
     assert all(migration.name and migration.statements for migration in found)
 
 
+AT = TopicPartition("run-events", 3)
 AGAIN = re.compile(
     r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW "
     r"|ALTER TABLE \w+ (ADD COLUMN IF NOT EXISTS|MODIFY QUERY) "
@@ -155,34 +156,34 @@ def test_what_an_earlier_version_stored_is_believed_to_be_whole(
     store = open_store(tmp_path)
     try:
         assert store.rows("SELECT `partition`, lag, whole_to, missing FROM freshness") == [(3, 10, 40, 0)]
-        at = TopicPartition("run-events", 3)
         row = ("run-events", 3, 60, 60, None, 2, 0)
-        assert store.insert({FRESHNESS: [row]}, {at: Reach(40, 0)}) == {at: 60}
+        assert store.insert({FRESHNESS: [row]}, {AT: Reach(40, 0)}) == {AT: 60}
         assert store.rows("SELECT whole_to, missing FROM freshness") == [(60, 0)]
     finally:
         store.close()
 
 
+def whole_and_missing(store: Store, next_offset: int, since: int = 0, log_start: int = 0) -> list[tuple[int, int]]:
+    """Write that a reader who has all since an offset is at another one; return up to where tables are whole and what they lack."""
+    row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
+    assert store.insert({FRESHNESS: [row]}, {AT: Reach(since, log_start)}).keys() == {AT}
+    return store.rows("SELECT whole_to, missing FROM freshness")
+
+
 @pytest.mark.feature("O1")
 def test_a_gap_stays_until_somebody_has_filled_it_and_closes_from_both_sides(tmp_path: Path) -> None:
-    at = TopicPartition("run-events", 3)
     store = open_store(tmp_path)
-
-    def written(next_offset: int, since: int, log_start: int = 0) -> tuple[int, int]:
-        row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
-        store.insert({FRESHNESS: [row]}, {at: Reach(since, log_start)})
-        ((whole_to, missing),) = store.rows("SELECT whole_to, missing FROM freshness")
-        return whole_to, missing
-
     try:
-        assert written(10, 0) == (10, 0)
-        assert written(30, 20) == (10, 20)
-        assert written(40, 20) == (10, 30)
-        store.note_whole({at: 35})
+        assert whole_and_missing(store, 10) == [(10, 0)]
+        assert whole_and_missing(store, 30, since=20) == [(10, 20)]
+        assert whole_and_missing(store, 40, since=20) == [(10, 30)]
+        store.note_whole({AT: 35})
         assert store.rows("SELECT whole_to, missing FROM freshness") == [(35, 5)]
-        assert written(41, 20) == (41, 0), "we have all since 20, somebody else what is before 35"
-        assert written(60, 50, log_start=45) == (45, 15)
-        assert written(70, 50, log_start=50) == (70, 0), "what is in no log any more is not missing"
+        found = whole_and_missing(store, 41, since=20)
+        assert found == [(41, 0)], "we have all since 20, somebody else what is before 35"
+        assert whole_and_missing(store, 60, since=50, log_start=45) == [(45, 15)]
+        found = whole_and_missing(store, 70, since=50, log_start=50)
+        assert found == [(70, 0)], "what is in no log any more is not missing"
     finally:
         store.close()
 
@@ -203,28 +204,21 @@ LOSSES = {
 def test_tables_that_lose_rows_under_a_running_projection_lack_them_until_a_replay(
     tmp_path: Path, before: list[str], lost: list[str], whole_to: int
 ) -> None:
-    at = TopicPartition("run-events", 3)
     store = open_store(tmp_path)
-
-    def written(next_offset: int, since: int = 0) -> list[tuple[int, int]]:
-        row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
-        assert store.insert({FRESHNESS: [row]}, {at: Reach(since, 0)}).keys() == {at}
-        return store.rows("SELECT whole_to, missing FROM freshness")
-
     try:
-        assert written(10) == [(10, 0)]
+        assert whole_and_missing(store, 10) == [(10, 0)]
         for statement in before:
             store.command(statement)
-        assert written(20) == [(20, 0)]
+        assert whole_and_missing(store, 20) == [(20, 0)]
         for statement in lost:
             store.command(statement)
-        assert written(31) == [(whole_to, 31 - whole_to)]
-        assert written(32) == [(whole_to, 32 - whole_to)]
+        assert whole_and_missing(store, 31) == [(whole_to, 31 - whole_to)]
+        assert whole_and_missing(store, 32) == [(whole_to, 32 - whole_to)]
         store.close()
         store = open_store(tmp_path)
-        assert written(33, since=32) == [(whole_to, 33 - whole_to)], "a restart does not make it whole"
-        store.note_whole({at: 33})
-        assert written(34, since=32) == [(34, 0)]
+        assert whole_and_missing(store, 33, since=32) == [(whole_to, 33 - whole_to)], "a restart does not make it whole"
+        store.note_whole({AT: 33})
+        assert whole_and_missing(store, 34, since=32) == [(34, 0)]
     finally:
         store.close()
 
