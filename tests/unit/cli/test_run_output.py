@@ -18,7 +18,15 @@ from typer.testing import CliRunner
 
 from tidegate.cli import addresses, run_output, runs
 from tidegate.cli.endings import EXIT_NO_ANSWER, exit_code, explained
-from tidegate.cli.live_view import URL_VARIABLE, LiveView, LiveViewError, NotReadyError, RestoringError, UnknownRunError
+from tidegate.cli.live_view import (
+    URL_VARIABLE,
+    BadQuestionError,
+    LiveView,
+    LiveViewError,
+    NotReadyError,
+    RestoringError,
+    UnknownRunError,
+)
 from tidegate.domain import run_events as ev
 from tidegate.domain import states
 from tidegate.eventlog.interface import EventLogError
@@ -281,7 +289,7 @@ def test_it_asks_at_the_address_that_the_gateway_wrote_at_that_moment(server: Se
     [
         (404, b'{"code": "unknown_run", "message": "no r"}', UnknownRunError, "no r"),
         (503, b'{"code": "restoring", "message": "in a moment"}', RestoringError, "in a moment"),
-        (400, b'{"code": "bad_request", "message": "wrong"}', LiveViewError, "wrong"),
+        (400, b'{"code": "bad_request", "message": "wrong"}', BadQuestionError, "wrong"),
         (404, b"<html>", LiveViewError, "is it a gateway"),
         (200, b"<html>", LiveViewError, "does not answer as a gateway"),
         (200, b"[]", LiveViewError, "does not answer as a gateway"),
