@@ -18,9 +18,9 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tidegate.eventlog.interface import Broker, EventLogError
+from tidegate.eventlog.interface import Broker, EventLogError, TopicDescription
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
-from tidegate.eventlog.schemas import load_schemas, publish_schemas
+from tidegate.eventlog.schemas import exchange_schemas
 from tidegate.health import MAIN_LOOP, PULSE, Health, served
 from tidegate.topics.access import used_by
 from tidegate.topics.administration import AdministeredBroker
@@ -209,8 +209,10 @@ def _await_signal(told: int, timeout_s: float | None) -> int | None:
     return None
 
 
-def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
-    """Return the partition counts of the topics once all of them exist. Blocks up to `wait_s`.
+def wait_for_topics(
+    broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event
+) -> dict[str, TopicDescription]:
+    """Return what the broker says of the topics once all of them exist. Blocks up to `wait_s`.
 
     Raises EventLogError that names what is missing and what to do.
     """
@@ -224,7 +226,7 @@ def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: 
         except EventLogError as error:
             missing, reason = list(topics), f"the broker does not answer: {error}"
         if not missing:
-            return {topic: found[topic].partition_count for topic in topics}
+            return found
         if time.monotonic() >= deadline or stop.is_set():
             raise EventLogError(reason)
         if not said:
@@ -243,12 +245,11 @@ def prepare(
     wrong. Blocks up to `wait_s` for the topics, then for some round trips.
     """
     topics = used_by(service, read_topic_files(), queue)
-    counts = wait_for_topics(broker, topics, wait_s, stop)
-    check_at_start(broker, topics, production=TopicsSettings().production)
+    found = wait_for_topics(broker, topics, wait_s, stop)
+    check_at_start(broker, topics, production=TopicsSettings().production, found=found)
     check_logs(broker, topics)
-    publish_schemas(broker)
-    load_schemas(broker)
-    return counts
+    exchange_schemas(broker)
+    return {topic: description.partition_count for topic, description in found.items()}
 
 
 def log_the_end(error: Exception, restart: str = "takes over afresh") -> None:

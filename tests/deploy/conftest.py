@@ -1,6 +1,7 @@
 """What the tests of the chart, the manifests and the image share. All of them work offline, without a cluster."""
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -8,8 +9,28 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
+PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^ ;]+) \\$")
+HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$")
+
+
+def locked(path: Path) -> dict[str, str]:
+    """Return the versions that a lock file pins; fails on a line of any other kind."""
+    versions: dict[str, str] = {}
+    hashes = 0
+    for line in path.read_text().splitlines():
+        if found := PINNED.match(line):
+            assert not versions or hashes, f"{list(versions)[-1]} has no hash"
+            versions[canonicalize_name(found[1])], hashes = found[2], 0
+        elif HASH.match(line):
+            hashes += 1
+        else:
+            assert line.lstrip().startswith("#"), line
+            assert "://" not in line, line
+    assert hashes
+    return versions
 
 
 @pytest.fixture(scope="session")

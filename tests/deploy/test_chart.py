@@ -81,6 +81,7 @@ VARIANTS: dict[str, Object] = {
             "gatewayFrom": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
         },
         "projection": {"sql": {"enabled": True}},
+        "cli": {"enabled": True, "env": {"COLUMNS": "200"}},
         "podAnnotations": {"a": "b"},
         "scheduling": {
             "spread": "DoNotSchedule",
@@ -224,6 +225,7 @@ REFUSED: dict[str, tuple[Object, str]] = {
         MINIMAL | {"executors": [POOL | {"jobs": {"namespace": "default"}}]},
         "another namespace",
     ),
+    "commands with replicas": (MINIMAL | {"cli": {"enabled": True, "replicas": 2}}, "replicas"),
     "no time to drain": (MINIMAL | {"gate": {"terminationGracePeriodSeconds": 0}}, "terminationGracePeriodSeconds"),
     "credentials for no server": (MINIMAL | {"clickhouse": {"existingSecret": "s"}}, "url"),
     "a DSN for a server": (MINIMAL | {"clickhouse": {"url": "clickhouse://u:p@h"}}, "url"),
@@ -327,7 +329,9 @@ def test_every_pod_says_what_it_needs_and_bounds_its_memory(objects: list[Object
 def test_every_pod_runs_tidegate_of_a_certain_version(objects: list[Object]) -> None:
     for name, spec in pod_specs(objects):
         (container,) = spec["containers"]
-        assert container["command"] == ["tidegate"], name
+        # Only where people give commands nothing runs by itself.
+        assert container["command"] == (["sleep", "infinity"] if name.endswith("-cli") else ["tidegate"]), name
+        assert ("args" in container) == (container["command"] == ["tidegate"]), name
         repository, _, digest = container["image"].partition("@")
         tag = repository.rpartition("/")[2].partition(":")[2]
         assert digest or tag not in {"", "latest"}, name
@@ -364,8 +368,16 @@ def test_every_variable_of_the_chart_is_a_setting(objects: list[Object], values:
     known |= {f"TIDEGATE_EXECUTOR_{field.upper()}" for field in ExecutorSettings.model_fields}
     known |= {f"TIDEGATE_{field.upper()}" for field in GatewaySettings.model_fields}
     known |= {f"TIDEGATE_TOPICS_{field.upper()}" for field in TopicsSettings.model_fields}
-    known |= {STATEFUL_POD_VARIABLE, "TIDEGATE_SQL_URL", "TIDEGATE_HTTP_HOST", "TIDEGATE_HTTP_PORT"}
-    given = set(values.get("env", {})).union(*(pool.get("env", {}) for pool in values.get("executors", [])))
+    known |= {
+        STATEFUL_POD_VARIABLE,
+        "TIDEGATE_SQL_URL",
+        "TIDEGATE_GATEWAY_URL",
+        "TIDEGATE_HTTP_HOST",
+        "TIDEGATE_HTTP_PORT",
+    }
+    given = {*values.get("env", {}), *values.get("cli", {}).get("env", {})}.union(
+        *(pool.get("env", {}) for pool in values.get("executors", []))
+    )
     for name, spec in pod_specs(objects):
         variables = [entry["name"] for entry in spec["containers"][0]["env"]]
         assert len(variables) == len(set(variables)), name
@@ -400,7 +412,7 @@ def test_disruption_budgets_cover_what_has_replicas(objects: list[Object]) -> No
     assert covered == [
         workload["spec"]["selector"]["matchLabels"]
         for workload in sorted(workloads(objects), key=lambda o: o["metadata"]["name"])
-        if workload["spec"]["replicas"] > 1
+        if workload["spec"].get("replicas", 2) > 1  # what is scaled by somebody else may be more than one
     ]
 
 
@@ -465,8 +477,44 @@ def test_projection_on_a_server_ends_before_its_successor_begins(render: Render)
     assert variables["TIDEGATE_CLICKHOUSE_URL"]["value"] == "http://ch:8123"
     password = variables["TIDEGATE_CLICKHOUSE_PASSWORD"]["valueFrom"]
     assert password == {"secretKeyRef": {"name": "clickhouse", "key": "password"}}
-    others = [spec for name, spec in pod_specs(objects) if not name.endswith(("-projection", "-test-run"))]
+    others = [spec for name, spec in pod_specs(objects) if not name.endswith(("-projection", "-test-run", "-cli"))]
     assert not any("TIDEGATE_CLICKHOUSE_PASSWORD" in environment(spec) for spec in others)
+
+
+def test_who_asks_for_rows_asks_where_the_projection_writes(render: Render) -> None:
+    server = {"clickhouse": {"url": "http://ch:8123", "database": "blue", "existingSecret": "clickhouse"}}
+    for more in (server, {"projection": {"sql": {"enabled": True}}}):
+        pods = {
+            name.rpartition("tidegate-")[2]: environment(spec)
+            for name, spec in pod_specs(render(MINIMAL | {"cli": {"enabled": True}} | more))
+        }
+        asked = {variable for variable in pods["cli"] if variable.startswith(("TIDEGATE_CLICKHOUSE", "TIDEGATE_SQL"))}
+        for variable in asked:
+            assert pods["test-run"][variable] == pods["cli"][variable]
+            assert more is not server or pods["projection"][variable] == pods["cli"][variable]
+        assert asked == (
+            {f"TIDEGATE_CLICKHOUSE_{what}" for what in ("URL", "DATABASE", "USER", "PASSWORD")}
+            if more is server
+            else {"TIDEGATE_SQL_URL"}
+        )
+
+
+def test_commands_find_the_gateway(render: Render) -> None:
+    objects = render(MINIMAL | {"cli": {"enabled": True}})
+    cli_pod = named(objects, "Deployment", "tidegate-cli")["spec"]["template"]["spec"]
+    service = named(objects, "Service", "tidegate-gateway")
+    where = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    assert environment(cli_pod)["TIDEGATE_GATEWAY_URL"]["value"] == where
+
+
+def test_what_scales_a_pool_is_not_taken_back_by_an_upgrade(render: Render) -> None:
+    scaled = POOL | {"replicas": 1, "autoscaling": {"enabled": True, "maxReplicas": 9, "prometheus": "http://p:9090"}}
+    for pool, replicas, budgets in ((scaled, None, 1), (POOL, 2, 1), (POOL | {"replicas": 1}, 1, 0)):
+        objects = render(MINIMAL | {"executors": [pool]})
+        spec = named(objects, "StatefulSet", "tidegate-executor-orders")["spec"]
+        assert spec.get("replicas") == replicas
+        found = [o for o in objects if o["kind"] == "PodDisruptionBudget" and "executor" in o["metadata"]["name"]]
+        assert len(found) == budgets
 
 
 def test_gateways_find_each_other(render: Render) -> None:
@@ -591,7 +639,9 @@ def test_strimzi_users_may_do_what_their_services_need(render: Render) -> None:
     assert {"Blue_step-tasks.gpu", "Blue_step-tasks.smoke", "Blue_gate-ledger"} <= set(topics)
     for name in ("Blue_gate-ledger", "Blue_step-tasks.gpu", "Blue_step-tasks.smoke"):
         assert {user for user in users if name in may(user, "Write")} == {"tidegate-gate"}
-    assert may("tidegate-executor-orders", "Read") & {n for n in topics if "step-tasks" in n} == {"Blue_step-tasks.gpu"}
+    tasks = {name for name in topics if "step-tasks" in name}
+    assert may("tidegate-executor-orders", "Read") & tasks == {"Blue_step-tasks.gpu"}
+    assert may("tidegate-test", "Read") & tasks == {"Blue_step-tasks.smoke"}
     for made in [*users.values(), *topics.values()]:
         assert made["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
         assert made["metadata"]["name"] == made["metadata"]["name"].lower().replace("_", "-")

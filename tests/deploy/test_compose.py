@@ -33,12 +33,17 @@ def services(root: Path) -> dict[str, Object]:
 
 
 def test_every_service_is_there_and_waits_for_its_topics(services: dict[str, Object]) -> None:
-    assert set(services) == {*SERVICES, "kafka", "topics", "tidegate"}
-    for name in SERVICES:
+    assert set(services) == {*SERVICES, "kafka", "topics", "workflows", "tidegate"}
+    for name in (*SERVICES, "workflows"):
         assert services[name]["depends_on"] == {"topics": {"condition": "service_completed_successfully"}}, name
-        assert services[name]["command"][0] == name
+        assert name == "workflows" or services[name]["command"][0] == name
     assert services["topics"]["depends_on"] == {"kafka": {"condition": "service_healthy"}}
     assert "healthcheck" in services["kafka"]
+
+
+def test_the_app_whose_workflows_are_published_is_the_one_that_is_served(services: dict[str, Object]) -> None:
+    executor = services["executor"]["command"]
+    assert services["workflows"]["command"][-1] == executor[executor.index("--app") + 1]
 
 
 def test_every_command_exists_with_its_options(services: dict[str, Object]) -> None:

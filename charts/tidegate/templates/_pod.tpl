@@ -44,6 +44,7 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{/*
 The spec of a pod, restricted as the Pod Security Standard of that name demands, and with a read-only root file system.
 Argument: dict root, component, args (of the command `tidegate`), and optionally
+  command    list, instead of `tidegate` and args: a pod that waits for people's commands
   service    values of the service: env, envFromSecrets, image, resources, terminationGracePeriodSeconds
   grace      seconds, instead of the service's terminationGracePeriodSeconds
   stateful   true for a pod of a StatefulSet
@@ -113,8 +114,10 @@ containers:
   - name: tidegate
     image: {{ include "tidegate.image" (dict "root" .root "image" $service.image) | quote }}
     imagePullPolicy: {{ $values.image.pullPolicy }}
-    command: [tidegate]
-    args: {{ toJson .args }}
+    command: {{ .command | default (list "tidegate") | toJson }}
+    {{- with .args }}
+    args: {{ toJson . }}
+    {{- end }}
     env:
       {{- include "tidegate.env" . | nindent 6 }}
     {{- with $service.envFromSecrets }}
@@ -124,7 +127,7 @@ containers:
           name: {{ . }}
       {{- end }}
     {{- end }}
-    {{- $isService := not (or .once .tool) }}
+    {{- $isService := not (or .once .tool .command) }}
     {{- if or .http (and $isService $values.health.enabled) }}
     ports:
       {{- with .http }}
@@ -259,7 +262,7 @@ volumes:
 - name: TIDEGATE_STATEFUL_POD
   value: $(POD_NAMESPACE)/$(POD_NAME)
 {{- end }}
-{{- if and $values.health.enabled (not .once) }}
+{{- if and $values.health.enabled (not (or .once .command)) }}
 - name: TIDEGATE_HTTP_HOST
   value: {{ $values.health.host | quote }}
 - name: TIDEGATE_HTTP_PORT
@@ -271,6 +274,31 @@ volumes:
 {{- range $name, $value := merge (dict) ((.service | default dict).env | default dict) $values.env }}
 - name: {{ $name }}
   value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+
+{{/* Variables with which the ClickHouse server is asked, as a YAML list; none if there is none. Argument: the root. */}}
+{{- define "tidegate.clickhouse" -}}
+{{- $server := .Values.clickhouse }}
+{{- $variables := list }}
+{{- if $server.url }}
+{{- $variables = append $variables (dict "name" "TIDEGATE_CLICKHOUSE_URL" "value" $server.url) }}
+{{- $variables = append $variables (dict "name" "TIDEGATE_CLICKHOUSE_DATABASE" "value" $server.database) }}
+{{- if $server.existingSecret }}
+{{- range $name, $key := dict "TIDEGATE_CLICKHOUSE_USER" $server.userKey "TIDEGATE_CLICKHOUSE_PASSWORD" $server.passwordKey }}
+{{- $variables = append $variables (dict "name" $name "valueFrom" (dict "secretKeyRef" (dict "name" $server.existingSecret "key" $key))) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- toYaml $variables }}
+{{- end }}
+
+{{/* The same for who only asks for rows, also of an embedded ClickHouse that answers in the cluster. Argument: the root. */}}
+{{- define "tidegate.rows" -}}
+{{- if and (not .Values.clickhouse.url) .Values.projection.sql.enabled }}
+{{- toYaml (list (dict "name" "TIDEGATE_SQL_URL" "value" (printf "http://%s:8123" (include "tidegate.name" (dict "root" . "component" "sql"))))) }}
+{{- else }}
+{{- include "tidegate.clickhouse" . }}
 {{- end }}
 {{- end }}
 

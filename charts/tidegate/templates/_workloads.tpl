@@ -1,6 +1,7 @@
 {{/*
 A StatefulSet: for processes whose name must outlive them. A restarted pod finds its partitions, or the work it held, by
-its name at once. Argument: that of `tidegate.pod`, and optionally claims (volumeClaimTemplates).
+its name at once. Argument: that of `tidegate.pod`, and optionally claims (volumeClaimTemplates), scaled (true if somebody else
+says how many there are: an upgrade must not take that back).
 */}}
 {{- define "tidegate.statefulSet" -}}
 apiVersion: apps/v1
@@ -11,7 +12,9 @@ metadata:
     {{- include "tidegate.labels" . | nindent 4 }}
 spec:
   serviceName: {{ include "tidegate.fullname" .root }}
+  {{- if not .scaled }}
   replicas: {{ .replicas | default .service.replicas | int }}
+  {{- end }}
   # The pods do not need each other. An update still replaces one after the other.
   podManagementPolicy: Parallel
   minReadySeconds: {{ ternary .service.minReadySeconds 10 (hasKey .service "minReadySeconds") | int }}

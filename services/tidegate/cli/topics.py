@@ -85,12 +85,14 @@ def apply(
     principal: Principal = None,
     as_json: Json = False,
 ) -> None:
-    """Create the topics that are missing and publish the schemas. Changes nothing if something else is wrong."""
+    """Create the topics that are missing and publish the schemas. Changes no topic if something else is wrong."""
     with _explained():
         declared, settings = _declared(queue, production)
         _check_alterations(declared, alter_config or [])
         wanted = wanted_grants(declared, principal)
         broker = _kafka()
+        # First: among them are the rights to make the topics, which nobody has yet whose only right is to set ACLs.
+        granted = apply_acls(broker, wanted) if acls else []
         done = apply_topics(
             broker,
             declared,
@@ -99,7 +101,6 @@ def apply(
             on_progress=lambda text: _notes.print(text, markup=False),
         )
         published = publish_schemas(broker)
-        granted = apply_acls(broker, wanted) if acls else []
     for warning in done.warnings:
         _notes.print(f"warning: {warning}", markup=False)
     if as_json:

@@ -26,6 +26,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "gate": ("tidegate-gate",),
     "projection": ("tidegate-projection*",),
     "gateway": ("tidegate-gateway-*",),
+    "cli": ("tidegate-projection*",),  # `tidegate replay offsets`
 }
 # Operations that change what a topic holds or who may use it. A stranger who has one of them breaks the guarantee.
 CHANGING: Final = frozenset({"Write", "All", "Alter", "AlterConfigs", "Delete"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
@@ -21,6 +22,7 @@ from tidegate.eventlog.interface import EventLogError
 from tidegate.topics.access import FoundGrant, Grant
 
 REQUEST_TIMEOUT_S: Final = 30.0
+ASK_AGAIN_S: Final = 0.1
 ANY_HOST: Final = "*"
 _PATTERNS: Final = {"literal": ResourcePatternType.LITERAL, "prefixed": ResourcePatternType.PREFIXED}
 
@@ -68,7 +70,10 @@ def _refuse_blindness(admin: AdminClient) -> None:
 
 
 def set_grants(admin: AdminClient, wanted: Sequence[Grant], there: Collection[FoundGrant]) -> list[Grant]:
-    """Make those of the grants that are not there; return them. Takes nothing away. Blocks. Raises EventLogError."""
+    """Make those of the grants that are not there; return them. Takes nothing away. Raises EventLogError.
+
+    Blocks until a broker that is asked knows them, too: the controller has them a moment before.
+    """
     missing = [grant for grant in wanted if FoundGrant(*grant) not in set(there)]
     if not missing:
         return []
@@ -80,6 +85,10 @@ def set_grants(admin: AdminClient, wanted: Sequence[Grant], there: Collection[Fo
             future.result()
         except KafkaException as error:
             raise _explained(error.args[0]) from error
+    made = {FoundGrant(*grant) for grant in missing}
+    deadline = time.monotonic() + REQUEST_TIMEOUT_S
+    while not made <= set(found_grants(admin)) and time.monotonic() < deadline:
+        time.sleep(ASK_AGAIN_S)
     return missing
 
 
