@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -208,9 +208,18 @@ class GateMachine:
         """Return when a rate or a breaker lets the next one through. Leases are looked at in every turn, at least every 200 ms."""
         return self._soonest_ms.get(state.partition)
 
-    def apply(self, state: Ledger, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
-        """Change the ledger by one event."""
-        apply(state, event, seq, now_ms)
+    def apply(
+        self,
+        state: Ledger,
+        subject: str,
+        account: str,
+        event: Any,
+        seq: int,
+        now_ms: int,
+        covered: Container[str] = (),
+    ) -> None:
+        """Change the ledger by one event, but for the units that it has changed already."""
+        apply(state, event, seq, now_ms, covered)
 
     # -- units: a run's money is one; the chain is the partition's ------------------------------
 
@@ -226,10 +235,9 @@ class GateMachine:
         """Return the name of the ledger's chain."""
         return state.subject
 
-    def unit_of(self, subject: str, event: Any) -> str:
-        """Return the run whose money it is, or what else of the ledger it changes."""
-        named = snapshots.NAMED.get(type(event))  # asked for every event: nearly all concern a run
-        return event.run_id if named is None else named(event)
+    def units_of(self, subject: str, event: Any) -> Sequence[str]:
+        """Return the run whose money it is, buckets that count it, or what else of the ledger it changes."""
+        return snapshots.units_of_event(event)
 
     def standing(self, state: Ledger, unit: str) -> Standing:
         """A run that is closed, and of which nothing is open, is forgotten by the ledger itself."""
