@@ -1,6 +1,7 @@
 """The executor against a real broker: the test plays the gate by writing the tasks itself."""
 
 import asyncio
+import hashlib
 import itertools
 import json
 import os
@@ -349,6 +350,8 @@ def test_sync_async_step_tool_and_agent(world: World, execute: Callable[..., InT
     ]
     third, fourth = world.answers(*tasks)
     fifth = world.answer(world.place(worker, "triage", {"input": 1, "turn": 2, "history": history}, kind="agent"))
+    here = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    assert {result.code_version for result in (first, second, third, fourth, fifth)} == {here}
 
     assert {result.outcome for result in (first, second, third, fourth, fifth)} == {"succeeded"}
     assert json.loads(first.output) == {"order": "A7", "limit": 3, "key": "key-100"}
@@ -403,7 +406,7 @@ def test_failures_say_what_and_whether_repeating_helps(world: World, execute: Ca
     def quits() -> None:
         raise SystemExit(3)
 
-    worker = execute(app, slots=20, output_max_bytes=1000)
+    worker = execute(app, slots=20, output_max_bytes=1000, code_version="release-7")
     names = ["raises", "gives_up", "not_json", "not_a_number", "too_large", "quits", "unheard_of"]
     tasks = [world.place(worker, name) for name in names]
     tasks += [
@@ -413,6 +416,8 @@ def test_failures_say_what_and_whether_repeating_helps(world: World, execute: Ca
     ]
     results = world.answers(*tasks)
     assert {result.outcome for result in results} == {"failed"}
+    # Of what was entered: nothing is said of the code where none was.
+    assert [result.code_version for result in results] == ["release-7"] * 6 + [""] * 4
     assert [(result.error_class, result.retryable) for result in results] == [
         ("ValueError", True),
         ("NonRetryable", False),

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from support.stack import WAIT_S, WholeStack, assert_whole, eventually
 from tidegate.cli.__main__ import app
+from tidegate.domain.identity import child_run_id
 from tidegate.sdk.client import Run
 
 SLEEP_S = 4.0
@@ -34,11 +35,30 @@ def then_one(kind: str, **settings: Any) -> dict[str, Any]:
     }
 
 
+RETRIES = {"kind": "step", "max_attempts": 3, "backoff_ms": 600_000, "backoff_max_ms": 600_000}
+ASKS = then_one("ask", prompt="How many?", schema={"type": "integer", "maximum": 9})
 DEFINITIONS = [
     then_one("sleep", seconds=SLEEP_S),
     then_one("wait_event", event="paid", key="${ string(input) }"),
-    then_one("ask", prompt="How many?", schema={"type": "integer", "maximum": 9}),
+    then_one("wait_until", at="2090-01-01T00:00:00Z"),
+    ASKS,
+    {
+        "name": "waits_to_retry",
+        "version": "1",
+        "nodes": {"w": {"kind": "step", "function": "fail"}},
+        "edges": [],
+        "functions": {"fail": RETRIES},
+    },
+    {
+        "name": "waits_for_child",
+        "version": "1",
+        "nodes": {"c": {"kind": "workflow", "workflow": "waits_ask@1"}},
+        "edges": [],
+        "functions": {},
+        "workflows": {"waits_ask@1": ASKS},
+    },
 ]
+BEGINNINGS = {"StepReady", "AttemptRequested", "AttemptDispatched", "WaitStarted", "ChildStarted"}
 
 ORDERS = """
 policy: orders
@@ -209,14 +229,37 @@ def test_what_is_paused_is_taken_and_shown_but_not_started(whole: WholeStack) ->
 def test_a_cancel_reaches_what_runs_and_nothing_follows(whole: WholeStack) -> None:
     run_id = whole.client.start("wait_here", 60, run_id=new_id("cancel"))
     eventually(lambda: whole.entered(run_id), "it runs")
-    asleep = whole.client.start("waits_sleep", 1, run_id=new_id("asleep"))
+    asleep = whole.client.start("waits_wait_until", 1, run_id=new_id("asleep"))
     waiting(whole, asleep)
-    for victim in (run_id, asleep):
+    # In every other state that a run may be in: queued for a slot, backing off, in approval, asking, in a child.
+    queued = whole.client.start("never", 1, run_id=new_id("queued"))
+    whole.until(queued, "StepReady")
+    backing_off = whole.client.start("waits_to_retry", 1, run_id=new_id("retrying"))
+    whole.until(backing_off, "AttemptEnded")
+    in_approval = whole.client.start(agent="buyer", account="asked/shop", run_id=new_id("approval"))
+    asking = whole.client.start("waits_ask", 1, run_id=new_id("asking"))
+    parent = whole.client.start("waits_for_child", 1, run_id=new_id("parent"))
+    child = child_run_id(parent, "c")
+    for one in (in_approval, asking, child):
+        seen(whole, one, lambda run: run.needs_human)
+    victims = [run_id, asleep, queued, backing_off, in_approval, asking, parent]
+    for victim in victims:
         cli(whole, "runs", "cancel", victim, "--reason", "enough")
-        assert whole.wait(victim).status == "cancelled"
+    for victim in (*victims, child):
+        assert seen(whole, victim, lambda run: run.is_over).status == "cancelled"
+    for victim in (*victims, child):
+        types = whole.types(victim)
+        assert BEGINNINGS.isdisjoint(types[types.index("RunCancelRequested") :]), types
+    # What comes too late is refused, and starts nothing.
+    assert "run_is_over" in cli(
+        whole, "runs", "approve", in_approval, "buyer/1/tool:order_tea", "--why", "policy", code=4
+    )
+    assert "run_is_over" in cli(whole, "runs", "respond", child, "w", "--value", "5", code=4)
     whole.until(run_id, "ResultIgnored")  # the executor says that it has stopped
     (stopped,) = [event.data for event in whole.events(run_id) if event.type == "ResultIgnored"]
     assert stopped.outcome == "cancelled"
     types = whole.types(run_id)
     assert "AttemptDispatched" not in types[types.index("RunCancelRequested") :]
     assert not whole.entered(asleep)
+    assert not whole.entered(queued)
+    assert [line.attempt for line in whole.entered(backing_off)] == [1]

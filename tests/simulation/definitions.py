@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
-from simulation.flows import CHOICES, EVENTS, FLOWS, INNER, KEYS, STEPS_ALONE, app_of
+from simulation.flows import CHOICES, EVENTS, FLOWS, INNER, KEYS, OUTSIDE, STEPS_ALONE, app_of
 from tidegate.domain import canonical
 from tidegate.domain.graph_changes import edge_ends
 from tidegate.domain.workflow import validate_definition
@@ -18,7 +18,6 @@ OFTEN = ("ok", "ok", "ok", "flaky", "once", "once_flaky", "long", "dear")
 TOOLS = ("t_ok", "t_flaky", "t_once", "t_fatal")
 AGENTS = ("a_plan", "a_wild")
 FLOW_APP = app_of(STEPS, AGENTS, TOOLS, 2_678_370_000)
-OUTSIDE = "t_outside"  # a tool that people answer for
 KINDS = dict.fromkeys((*STEPS, GOES), "step") | dict.fromkeys(TOOLS, "tool") | dict.fromkeys(AGENTS, "agent")
 KINDS |= dict.fromkeys(FLOWS, "flow")
 FUNCTIONS = tuple(f"{kind}:{name}" for name, kind in KINDS.items())
@@ -177,7 +176,7 @@ def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
     if kind == "flow":
         settings["tools"] = list(STEPS)
     if function == "f_all":
-        settings |= {"tools": [*STEPS, *AGENTS, *TOOLS], "workflows": [f"{INNER}@1"]}
+        settings |= {"tools": [*STEPS, *AGENTS, *TOOLS, OUTSIDE], "workflows": [f"{INNER}@1"]}
     return settings
 
 

@@ -23,6 +23,7 @@ from tidegate.sdk.testkit import step_context
 STEPS_ALONE: Final = ("f_calls", "f_wild")
 FLOWS: Final = (*STEPS_ALONE, "f_all")
 INNER: Final = "inner"
+OUTSIDE: Final = "t_outside"  # a tool that people answer for
 EVENTS: Final = ("paid", "shipped")
 KEYS: Final = ("", "k")
 CHOICES: Final = ("yes", "no")
@@ -95,7 +96,9 @@ def app_of(steps: tuple[str, ...], agents: tuple[str, ...], tools: tuple[str, ..
     talking = [app.agent(name=name)(_copy_of(nothing)) for name in agents]
     handy = [app.tool(name=name)(_copy_of(nothing)) for name in tools]
     functions = [lambda program, value, call=call: call(value) for call in (*made, *talking * 3, *handy)]
+    outside = app.outside_tool(OUTSIDE)
     waits: list[Callable[[_Program, Any], Any]] = [
+        lambda program, value: outside(value=value),
         lambda program, value: app.sleep(program.rng.choice((0, 0.3, 2)), **_timeout(program.rng)),
         lambda program, value: app.wait_until(_moment(program.rng, begins_ms), **_timeout(program.rng)),
         lambda program, value: app.wait_event(
@@ -113,7 +116,7 @@ def app_of(steps: tuple[str, ...], agents: tuple[str, ...], tools: tuple[str, ..
 
     app.flow(name="f_calls", steps=made)(steps_alone)
     app.flow(name="f_wild", steps=made)(_async_copy_of(steps_alone))
-    app.flow(name="f_all", steps=[*made, *talking, *handy], workflows=[inner])(everything)
+    app.flow(name="f_all", steps=[*made, *talking, *handy, outside], workflows=[inner])(everything)
     return app
 
 
@@ -184,6 +187,7 @@ class FlowBooks:
         self._over: set[tuple[str, str]] = set()
         self.turns = 0
         self.calls: Counter[str] = Counter()
+        self.outside = 0  # calls of outside tools that were let through, of flows and of agents that flows call
         self.ended = 0
 
     def event(self, run_id: str, event: Any) -> None:
@@ -196,7 +200,12 @@ class FlowBooks:
             wrong = event.error_class in (FlowChangedError.__name__, FlowError.__name__)
             self._require(not wrong, f"(6) {run_id} {event.step_id}: {event.error_class}: {event.error_message}")
         elif isinstance(event, re.StepReady | re.WaitStarted | re.ChildStarted):
-            if self._kinds.get((run_id, event.node_id)) == "flow":
+            if self._kinds.get((run_id, event.node_id)) != "flow":
+                return
+            if isinstance(event, re.WaitStarted) and event.kind == "outside":  # a call that has begun, and was let through
+                self._may_go_on(run_id, event.step_id, self._places[run_id, event.step_id])
+                self.outside += 1
+            else:
                 self._begins(run_id, event)
         elif (place := self._places.get((run_id, getattr(event, "step_id", "")))) is not None:
             self._goes_on(run_id, event, place)

@@ -206,6 +206,7 @@ class Judge:
                 "turns of flows": self.flows.turns,
                 **{f"{kind} called by flows": count for kind, count in self.flows.calls.items()},
                 "flows ended": self.flows.ended,
+                "outside calls of flows": self.flows.outside,
                 **{f"unknown outcomes: {how}": count for how, count in self.unknown_ends.items()},
                 "failures under a rule": self.by_rule.total(),
                 **self.budgets.counts,

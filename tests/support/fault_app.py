@@ -404,7 +404,10 @@ def confused(state: State) -> Plan:
     return Plan(content="", final=True, output=[[call.ok, call.error] for call in state.history[0].calls])
 
 
-@app.flow(steps=[one, look, confused], workflows=["chain"])
+order_tea = app.outside_tool("order_tea", cost_micros=40)
+
+
+@app.flow(steps=[one, look, confused, order_tea], workflows=["chain"])
 async def papers(n: int) -> dict[str, Any]:
     """Call something of every kind, and wait for somebody in between."""
     advice, found = await asyncio.gather(confused(n), look(n))  # type: ignore[call-overload]  # in a flow, calls are awaited
@@ -415,7 +418,8 @@ async def papers(n: int) -> dict[str, Any]:
         await app.wait_event("never", timeout_s=0.2)
     except CallFailedError as error:
         last = await one(answer)  # type: ignore[misc]
-        return {"advice": advice, "more": more, "paid": paid, "last": last, "missing": error.node_id}
+        tea = await order_tea(grams=last)
+        return {"advice": advice, "more": more, "paid": paid, "tea": tea, "missing": error.node_id}
     return {}
 
 
@@ -432,9 +436,6 @@ class RateLimitError(Exception):
 quote = app.outside_tool(
     "quote", parameters={"type": "object", "required": ["item"]}, output={"type": "integer"}, timeout_s=60
 )
-
-
-order_tea = app.outside_tool("order_tea", cost_micros=40)
 
 
 @app.agent(tools=[order_tea])

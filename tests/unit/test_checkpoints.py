@@ -266,6 +266,40 @@ def test_runs_that_wait_for_long_leave_the_memory_and_come_back() -> None:
     assert assert_restores(cluster)
 
 
+def test_definitions_of_runs_that_are_over_are_forgotten_with_the_next_owner() -> None:
+    """Else every version that was ever published would be read and written by every owner there will be."""
+    cluster = Cluster(0, CheckpointSettings(every_entries=5, every_s=0.5, units_per_turn=50, rest_after_s=5))
+    some_work(cluster, 10, steps=40)  # of three definitions
+    asleep = {
+        "name": "asleep",
+        "version": "1",
+        "nodes": {"w": {"kind": "wait_event", "wait": {"event": "go"}}},
+        "edges": [],
+        "functions": {},
+    }
+    for number in range(6):
+        cluster.start_definition(f"asleep{number}", asleep)
+    cluster.settle()
+    cluster.now_ms += 60_000
+    cluster.settle()
+
+    def kept() -> set[str]:
+        parts = (part for part in cluster.owners["scheduler"].owned.values())
+        return {canonical.loads(text)["name"] for part in parts for text in part.state.definitions.values()}
+
+    assert len(kept()) > 1
+    for _ in range(2):
+        cluster.crash("scheduler")
+        cluster.start("scheduler")
+        cluster.now_ms += 10_000
+        cluster.settle()
+        assert kept() == {"asleep"}
+        assert assert_restores(cluster)
+    cluster.command("asleep0", "signal", event="go", key=None, value="1")
+    cluster.settle()
+    assert cluster.verified()[1]["asleep0"].status == "succeeded"
+
+
 # --- what is doubtful is thrown away ---------------------------------------------------------------
 
 

@@ -152,3 +152,23 @@ def test_a_row_that_cannot_be_read_says_where_it_is() -> None:
     row = tables.rows["policies"]["p"]
     assert str(row).startswith("the record at policies-0@0, under the key 'p', cannot be read: ")
     assert readable(tables.rows["policies"]) == {}
+
+
+@pytest.mark.feature("P1")
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_a_row_of_before_is_none_if_a_later_one_may_have_been_compacted_away_unread(is_compacted: bool) -> None:
+    cluster = Cluster()
+    write(cluster, "policies", "p", row_of("p", LETS_THROUGH))
+    tables = Tables(("policies",))
+    tables.load(cluster.broker)
+    write(cluster, "policies", "q", row_of("q", LETS_THROUGH))
+    write(cluster, "policies", "p", row_of("p", DENIES), GARBAGE)
+    if is_compacted:
+        cluster.broker.compact("policies")
+    tables.load(cluster.broker)
+    row = tables.rows["policies"]["p"]
+    assert isinstance(row, Unreadable) is is_compacted
+    assert is_compacted or canonical.loads(row.document) == DENIES
+    write(cluster, "policies", "p", row_of("p", LETS_THROUGH), GARBAGE)
+    tables.load(cluster.broker)
+    assert canonical.loads(tables.rows["policies"]["p"].document) == LETS_THROUGH, "nothing was missed since"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from tidegate.domain import expressions, waits
@@ -26,6 +27,39 @@ _FIELDS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
     **dict.fromkeys(waits.KINDS, (frozenset[str](), frozenset({"on_failure", "wait", "function"}))),  # see `waits.py`
     "workflow": (frozenset({"workflow"}), frozenset({"on_failure", "budget_micros"})),
 }
+_ALL_FIELDS: Final = _ANY.union(*(needed | more for needed, more in _FIELDS.values()))
+
+
+def without_damage(definition: Any, places: Sequence[tuple[Any, ...]]) -> dict[str, Any] | None:
+    """Return a definition without what stands in these places, where its shape is wrong; None if too little would be left.
+
+    A node stays, whatever is wrong with it: others may name it.
+    """
+    made: dict[str, Any] = copy.deepcopy(definition) if isinstance(definition, dict) else {}
+    edges = {place[1] for place in places if place[:1] == ("edges",) and len(place) > 1}
+    for place in places:
+        part, name, field = (*place, None, None, None)[:3]
+        if part == "nodes" and name is not None and isinstance(made["nodes"][name], dict):
+            node = made["nodes"][name]
+            made["nodes"][name] = {key: value for key, value in node.items() if key in _ALL_FIELDS and key != field}
+            made["nodes"][name].setdefault("kind", _kind_of(made, node))
+        elif part == "functions" and name is not None and field not in (None, "kind"):
+            made["functions"][name].pop(field, None)
+        elif part == "edges" and name is not None:
+            made["edges"] = [edge for number, edge in enumerate(definition["edges"]) if number not in edges]
+        elif part in (None, "nodes", "functions", "workflows", "name", "version"):
+            return None
+        else:
+            made.pop(part, None)
+    return made
+
+
+def _kind_of(definition: Mapping[str, Any], node: Mapping[str, Any]) -> str:
+    """Return what a node without a good kind may be meant as: what its function is."""
+    functions, name = definition.get("functions"), node.get("function")
+    function = functions.get(name) if isinstance(functions, dict) and isinstance(name, str) else None
+    kind = function.get("kind") if isinstance(function, dict) else None
+    return kind if kind in ("agent", "flow") else "step"
 
 
 def node_problems(definition: Mapping[str, Any]) -> list[str]:
@@ -54,12 +88,16 @@ def graph_problems(definition: Mapping[str, Any]) -> list[str]:
     found += [
         f"{where}: {a} -> {b} names an unknown node" for where, (a, b) in named if a not in nodes or b not in nodes
     ]
-    if sum(map(len, routes.values())) > MAX_ROUTES:
-        found.append(f"nodes: more than {MAX_ROUTES} routes in one definition")
     counts = Counter(edge for _, edge in named)
     found += [f"edges: {a} -> {b} is there twice" for (a, b), count in sorted(counts.items()) if count > 1]
-    if found:
-        return found
+    if sum(map(len, routes.values())) > MAX_ROUTES:
+        return [*found, f"nodes: more than {MAX_ROUTES} routes in one definition"]
+    if found:  # of what there is, the rest may be wrong as well
+        edges = list(dict.fromkeys(edge for edge in edges if nodes.keys() >= set(edge)))
+        routes = {router: [name for name in routes[router] if name in nodes] for router in routes}
+        edges = [edge for edge in edges if edge[1] not in routes.get(edge[0], ())]
+        form, problems = form_of(nodes, edges, routes, [name for name in definition.get("start", ()) if name in nodes])
+        return found + problems
     found += [
         f"edges: {a} -> {b}: a node with routes has no other edges: add {b} to its routes"
         for a, b in edges

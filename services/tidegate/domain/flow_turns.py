@@ -18,7 +18,7 @@ from tidegate.domain.graph_changes import FLOW
 from tidegate.domain.identity import agent_turn_step, visit_path
 from tidegate.domain.run import RunState, StepState, plan_output
 from tidegate.domain.stop import Stop
-from tidegate.domain.workflow import FLOW_CALLS, Workflow
+from tidegate.domain.workflow import FLOW_CALLS, Function, Workflow
 
 MAX_CALLS: Final = 1_000  # of one turn
 # Characters that all turns of a flow are told: some 700 calls one by one of 1 KiB each.
@@ -118,17 +118,28 @@ def after_turn(run: RunState, workflow: Workflow, step: StepState, changed: Chan
     flow = workflow.function(workflow.document.nodes[step.node_id].function)
     labels = {label.partition("@")[0]: label for label in flow.workflows}
     for call in said["calls"]:
-        name, kind = call["function"], kind_of(call)
-        if kind == CHILD and name not in labels:
-            raise Stop("bad_output", f"flow {step.call.function} starts {name!r}, which is not among its `workflows`")
-        if kind in FLOW_CALLS and (name not in flow.tools or workflow.function(name).kind != kind):
-            raise Stop("bad_output", f"flow {step.call.function} calls {kind} {name!r}, which is not among its `steps`")
+        if wrong := _impossible(workflow, flow, call, labels):
+            raise Stop("bad_output", f"flow {step.call.function} {wrong}")
     begun = [_begun(run, workflow, step, path, call, labels) for call in said["calls"]]
     return [
         *_as_change(step, path, said["calls"], labels),
         *begun,
         *_next_turn(run, workflow, step, path, changed, ""),
     ]
+
+
+def _impossible(workflow: Workflow, flow: Function, call: dict[str, Any], labels: dict[str, str]) -> str:
+    """Return why a call of this flow cannot be made, empty if it can. What runs somewhere checks its arguments itself."""
+    name, kind = call["function"], kind_of(call)
+    if kind == CHILD and name not in labels:
+        return f"starts {name!r}, which is not among its `workflows`"
+    if kind not in FLOW_CALLS:
+        return ""
+    if name not in flow.tools or workflow.function(name).kind != kind:
+        return f"calls {kind} {name!r}, which is not among its `steps`"
+    if workflow.function(name).outside and (problem := workflow.arguments_problem(name, call["arguments"])):
+        return f"calls {kind} {name!r} with wrong arguments: {problem}"
+    return ""
 
 
 def after_call(run: RunState, workflow: Workflow, step: StepState, changed: Changed, error: str = "") -> list[Any]:

@@ -414,7 +414,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output: canonical JSON, empty unless it succeeded. retryable: false if a repetition cannot help (bad arguments, say).
     actual_micros: what it cost. usage: tokens and calls by name. goto: the node to go on with, if the step chose one. change: the
     nodes and edges that it proposes to add to the run's graph, JSON; empty for none.
-    retry_after_ms: how long whoever refused it wants to be left alone; 0 if that was not said.
+    retry_after_ms: how long whoever refused it wants to be left alone; 0 if that was not said. code_version: of the code that
+    was entered; empty if none was, or if it has none.
     """
 
     run_id: str
@@ -435,6 +436,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     goto: str = ""
     retry_after_ms: int = 0
     change: str = ""
+    code_version: str = ""
 
 
 # --- everybody ---------------------------------------------------------------

@@ -223,6 +223,8 @@ def _texts(events: list[Any]) -> list[str]:
             texts += event.items
         elif isinstance(event, ev.NodeSucceeded):
             texts.append(event.output)
+        elif isinstance(event, ev.GraphChangeProposed):
+            texts.append(event.change)
     return texts
 
 

@@ -253,7 +253,7 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     retry_at_ms: when the next attempt is due; null if there is none (yet). started_ms, finished_ms: when it ran, 0 if it did
     not. rule, policy, values: of a denial. retry_rule: the rule for its error class that counts it, if there is one.
     retry_document: the retry document, `name@version`, by which it was decided whether there is a next attempt; empty if it was
-    by the settings of the function itself.
+    by the settings of the function itself. code_version: of the code that was entered, as its executor says; or empty.
     """
 
     step_id: str
@@ -273,13 +273,15 @@ class AttemptEnded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Att
     values: str = ""
     retry_rule: str = ""
     retry_document: str = ""
+    code_version: str = ""
 
 
 class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepSucceeded", tag_field=TAG_FIELD):
     """The step has its output, for good.
 
     attempt: 0 if no attempt gave it, because the step is a wait or a human gave the output. given_by: that human; else empty.
-    goto: the node that it wants to go on with, one of its node's routes; or empty.
+    goto: the node that it wants to go on with, one of its node's routes; or empty. code_version: of the code that gave it, as its
+    executor says; or empty.
     """
 
     step_id: str
@@ -293,6 +295,7 @@ class StepSucceeded(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="St
     finished_ms: int
     given_by: str = ""
     goto: str = ""
+    code_version: str = ""
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="StepFailed", tag_field=TAG_FIELD):

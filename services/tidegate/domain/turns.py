@@ -63,11 +63,9 @@ def _called(workflow: Workflow, step: StepState, agent: str, call: _PlannedCall)
 
 
 def outside_wait(run: RunState, step: StepState) -> ev.WaitStarted:
-    """Return the wait that an allowed call of an outside tool becomes. It names the call as the model did."""
+    """Return the wait that an allowed call of an outside tool becomes. It names the call as the model did, if one made it."""
     assert run.workflow is not None  # noqa: S101 - a run with steps has its workflow
-    tool, plan_step_id = run.workflow.function(step.call.function), step.step_id.rpartition("/tool:")[0]
-    plan = canonical.loads(run.steps[plan_step_id].output or "{}")
-    calls = _calls_of(run.workflow, step.call.agent, plan_step_id, plan)
+    tool = run.workflow.function(step.call.function)
     return ev.WaitStarted(
         step_id=step.step_id,
         node_id=step.node_id,
@@ -75,11 +73,19 @@ def outside_wait(run: RunState, step: StepState) -> ev.WaitStarted:
         kind=waits.OUTSIDE,
         input=step.call.arguments,
         function=step.call.function,
-        key=next(call.call_id for call in calls if call.step_id == step.step_id)[: waits.MAX_KEY],
+        key=_call_id(run, run.workflow, step)[: waits.MAX_KEY] if is_tool_call(step) else "",
         prompt=tool.description[: waits.MAX_PROMPT],
         schema="" if tool.output is True else canonical.dumps(tool.output),
         timeout_ms=tool.timeout_ms,
     )
+
+
+def _call_id(run: RunState, workflow: Workflow, step: StepState) -> str:
+    """Return what the model calls the call of its plan that a step is."""
+    plan_step_id = step.step_id.rpartition("/tool:")[0]
+    plan = canonical.loads(run.steps[plan_step_id].output or "{}")
+    calls = _calls_of(workflow, step.call.agent, plan_step_id, plan)
+    return next(call.call_id for call in calls if call.step_id == step.step_id)
 
 
 def after_tool(run: RunState, workflow: Workflow, step: StepState, changed: Changed, error: str = "") -> list[Any]:

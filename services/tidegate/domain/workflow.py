@@ -10,7 +10,7 @@ import jsonschema
 import msgspec
 
 from tidegate.domain import canonical, expressions, retries, waits
-from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems
+from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems, without_damage
 from tidegate.domain.graph_changes import EVOLUTION_SCHEMA, Evolution, graph_hash, merged
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.retries import Retries
@@ -147,6 +147,7 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
 }
 
 _validator = StrictValidator(DEFINITION_SCHEMA)
+_NAMED: Final = ("nodes", "functions")  # what is listed by names
 
 
 class DefinitionError(ValueError):
@@ -332,6 +333,11 @@ class Workflow:
         return _problem(self._parameters[tool], arguments, "arguments")
 
 
+def arguments_problem(parameters: Any, arguments: Any) -> str | None:
+    """Return why arguments do not fit a tool's parameters, a JSON Schema, or None."""
+    return _problem(_schema_validator(parameters), arguments, "arguments")
+
+
 def _schema_validator(schema: Any) -> jsonschema.Draft202012Validator | None:
     return None if schema is True else jsonschema.Draft202012Validator(schema, registry=NOTHING_ELSEWHERE)
 
@@ -354,19 +360,40 @@ def validate_definition(definition: Any, nesting: int = 0) -> list[str]:
 
     nesting: how many definitions this one lies in.
     """
-    shape = [
-        f"{'.'.join(map(str, error.absolute_path)) or 'definition'}: {error.message[:300]}"
-        for error in _validator.iter_errors(definition)
-    ]
-    if shape:
-        return sorted(shape)
+    if errors := list(_validator.iter_errors(definition)):
+        shape = [
+            f"{'.'.join(map(str, error.absolute_path)) or 'definition'}: {error.message[:300]}" for error in errors
+        ]
+        places = [tuple(error.absolute_path) for error in errors]
+        return sorted(shape) + _problems_elsewhere(definition, places, nesting)
+    return _problems(definition, nesting)
+
+
+def _problems_elsewhere(definition: Any, places: Sequence[tuple[Any, ...]], nesting: int) -> list[str]:
+    """Return what else is wrong with a definition whose shape is wrong in these places: one look should show it all."""
+    rest = without_damage(definition, places)
+    if rest is None or not _validator.is_valid(rest):
+        return []
+    # What is said of a place that was taken out only follows from that. A node that lacks its kind has that of its function.
+    taken_out = [place for place in places if place[0] in _NAMED and not _is_whole(rest, place)]
+    damaged = tuple(f"{'.'.join(place[:2])}{mark}" for place in taken_out for mark in ":.")
+    has_graph = not any(place[0] in ("edges", "start") or "routes" in place for place in places)
+    return [found for found in _problems(rest, nesting, has_graph=has_graph) if not found.startswith(damaged)]
+
+
+def _is_whole(rest: Mapping[str, Any], place: tuple[Any, ...]) -> bool:
+    return len(place) == 2 and place[0] == "nodes" and "function" in rest["nodes"][place[1]]
+
+
+def _problems(definition: Mapping[str, Any], nesting: int, *, has_graph: bool = True) -> list[str]:
+    """Return what is wrong with a definition of a good shape. has_graph: its edges and routes are all there."""
     # The `$` of a pattern also matches before a line feed at the end.
     names = (definition["name"], definition["version"], *definition["nodes"], *definition["functions"])
     if broken := [name for name in names if name.endswith("\n")]:
         return [f"definition: {name!r} ends with a line feed" for name in sorted(broken)]
     found = _schema_problems(definition) + node_problems(definition) + _function_problems(definition)
-    graph = graph_problems(definition)
-    found += graph + binding_problems(definition, is_graph=not graph)
+    graph = graph_problems(definition) if has_graph else []
+    found += graph + binding_problems(definition, is_graph=has_graph and not graph)
     found += _nested_problems(definition, nesting)
     found = list(dict.fromkeys(found))  # the expressions of waits are looked at twice
     size = len(canonical.dumps(definition).encode())
@@ -412,8 +439,6 @@ def _call_problem(caller: str, called: Mapping[str, Any]) -> str:
     kind = called.get("kind")
     if caller != "flow":
         return "" if kind == "tool" else "is not a tool"
-    if called.get("outside"):
-        return "is done outside: only agents can call it; a flow asks with `ask`, and is no part"
     return "" if kind in FLOW_CALLS else "is not a step, agent or tool"
 
 

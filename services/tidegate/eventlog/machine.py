@@ -144,7 +144,7 @@ class Machine(Protocol):
         """Forget a unit that was put on the shelf."""
 
     def parts(self, state: Any) -> Mapping[str, str]:
-        """Return the texts that the dumped states refer to by name, because several units share them. Only ever added to."""
+        """Return the texts that the dumped states refer to by name, because several units share them. Grows only."""
 
     def load_part(self, state: Any, name: str, text: str) -> None:
         """Take what `parts` returned once; called before any `load`."""

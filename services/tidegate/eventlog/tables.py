@@ -55,13 +55,17 @@ class Tables:
         self.versions: dict[str, int] = dict.fromkeys(topics, 0)
         self.rows: dict[str, dict[str, Any]] = {topic: {} for topic in topics}
         self.offsets: dict[str, dict[str, int]] = {topic: {} for topic in topics}
+        # Up to where records may have been compacted away that were not read, by topic. Whoever begins has no such place: what it
+        # reads of a key is the latest that there was, or all that there is.
+        self._unread: dict[str, int] = dict.fromkeys(topics, 0)
 
     def load(self, broker: Broker) -> None:
         """Read every table up to its present end. Blocks; raises EventLogError."""
         for topic in self.topics:
             start, end = broker.offsets(topic, 0)
+            take = self.take if self.versions[topic] else self._fold
             for message in broker.read(topic, 0, max(start, self.versions[topic]), end):
-                self.take(message)
+                take(message)
             self.versions[topic] = max(end, self.versions[topic])
 
     def positions(self) -> dict[TopicPartition, int]:
@@ -72,9 +76,14 @@ class Tables:
         """Fold one record of a table; returns whether it changed anything: a row is there, or a tombstone removed one.
 
         A record that is broken or of another kind is logged and skipped: the row of before stays, so that one bad writer
-        cannot take a policy or an executor away. If there is no row of before, Kafka may have compacted it away: then the row
-        is `Unreadable`, and whoever decides by it must do what is safe whatever it said.
+        cannot take a policy or an executor away. If there is no row of before, or there may have been a later one, Kafka may have
+        compacted it away: then the row is `Unreadable`, and whoever decides by it must do what is safe whatever it said.
         """
+        if message.offset > self.versions[message.topic]:
+            self._unread[message.topic] = message.offset
+        return self._fold(message)
+
+    def _fold(self, message: Message) -> bool:
         rows, key = self.rows[message.topic], (message.key or b"").decode("utf-8", "replace")
         self.versions[message.topic] = message.offset + 1
         if message.value is None:
@@ -86,9 +95,16 @@ class Tables:
                 raise codec.DecodeError(f"a {type(row).__name__} has no place here")
         except codec.DecodeError as error:
             _log.error("table record skipped", topic=message.topic, offset=message.offset, key=key, error=str(error))
-            if message.topic not in _KEEPS_UNREADABLE or not isinstance(rows.get(key), Unreadable | None):
+            if message.topic not in _KEEPS_UNREADABLE or self._is_latest(message.topic, key):
                 return False
             row = Unreadable(message.topic, key, message.offset, str(error)[:MAX_PROBLEM])
         rows[key] = row
         self.offsets[message.topic][key] = message.offset
         return True
+
+    def _is_latest(self, topic: str, key: str) -> bool:
+        """Tell whether there is a row that was the latest of its key until now, for certain."""
+        return (
+            not isinstance(self.rows[topic].get(key), Unreadable | None)
+            and self.offsets[topic][key] >= self._unread[topic]
+        )

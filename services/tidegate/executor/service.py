@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
 import structlog
 from prometheus_client import Counter, Histogram
 
@@ -194,7 +195,14 @@ class Executor:
         if attempt.is_stuck:
             self._holdings.stick()
             self.registration.beat_soon()
+        if result.started_ms:
+            result = msgspec.structs.replace(result, code_version=self._code_version(attempt.task))
         self._send(attempt.task, result)
+
+    def _code_version(self, task: StepTask) -> str:
+        """Return what the code is called that was entered for a task."""
+        function = None if task.call is None else self._app.functions.get(task.call.function)
+        return self._settings.code_version or ("" if function is None else function.file_version)
 
     def _release(self, attempt: Attempt) -> None:
         self._attempts.pop(key_of(attempt.task), None)

@@ -33,6 +33,12 @@ class ExecutorSettings(BaseSettings):
     output_max_bytes: int = Field(
         default=512 * 1024, ge=1, le=MAX_OUTPUT_BYTES, description="Largest output of a function, as JSON in UTF-8."
     )
+    code_version: str = Field(
+        default="",
+        max_length=128,
+        description="What the log calls the code of its functions: a commit, or the image's tag. Empty: of each function the "
+        "first digits of the SHA-256 of the file that it is in.",
+    )
     hang_grace_s: float = Field(
         default=10.0,
         gt=0,

@@ -105,6 +105,7 @@ MEANINGS: Final = {
     "busy": "how many slots are not free",
     "cancelled_by": "who cancelled it, empty if nobody did",
     "cause": "the input that it follows from, `topic:partition:offset`",
+    "code_version": "of the code that was entered, as its executor says; empty if it has none",
     "change": "what was proposed: nodes, edges and because, JSON; of a plan it stands in the step's output",
     "conflicts_with": "the step whose change it does not go together with; empty if there is none",
     "code": "why, as a word for programs",

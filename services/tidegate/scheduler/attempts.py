@@ -35,6 +35,7 @@ def ended(
         incarnation=-1 if result is None else result.incarnation,
         started_ms=0 if result is None else result.started_ms,
         finished_ms=0 if result is None else result.finished_ms,
+        code_version="" if result is None else result.code_version,
     )
 
 
@@ -51,6 +52,7 @@ def succeeded(step: StepState, result: StepResult) -> ev.StepSucceeded:
         started_ms=result.started_ms,
         finished_ms=result.finished_ms,
         goto=result.goto,
+        code_version=result.code_version,
     )
 
 

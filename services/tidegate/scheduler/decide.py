@@ -38,6 +38,7 @@ MAX_PLAN_CALLS: Final = 100
 MAX_ERROR_CHARACTERS: Final = 4_000
 MAX_USAGE_NAMES: Final = 100
 MAX_USAGE_NAME: Final = 100
+MAX_CODE_VERSION: Final = 128
 MAX_MS: Final = 4_102_444_800_000  # the year 2100: what databases can show
 MAX_OUTPUT_BYTES: Final = 9 * 1024 * 1024  # more than executors of ours send, and an entry can still hold it
 
@@ -235,6 +236,7 @@ def _bounded(result: StepResult) -> StepResult:
         and not result.error_message
         and not result.error_class
         and 0 <= result.actual_micros <= MAX_MICROS
+        and len(result.code_version) <= MAX_CODE_VERSION
         and 0 <= result.started_ms < MAX_MS
         and 0 <= result.finished_ms < MAX_MS
     ):
@@ -248,6 +250,7 @@ def _bounded(result: StepResult) -> StepResult:
         usage={name: min(max(result.usage[name], 0), MAX_MICROS) for name in names},
         started_ms=result.started_ms if 0 <= result.started_ms < MAX_MS else 0,
         finished_ms=result.finished_ms if 0 <= result.finished_ms < MAX_MS else 0,
+        code_version=result.code_version[:MAX_CODE_VERSION],
     )
 
 

@@ -36,12 +36,13 @@ class RunsOfPartition:
 
     Runs that are over, or that wait for long, lie on the shelf. What may wake those that wait is in memory for all of them:
     timers: (due ms, run, step, attempt), a heap. held: queue -> the runs with steps that were held back, in that order. Both
-    may name what is of no interest any more. definitions: by hash, what runs of this partition pinned.
+    may name what is of no interest any more. definitions: by hash, what runs of this partition pinned. pinned: which of them the
+    loaded runs need, until all are loaded.
 
     The run that was read from the shelf last is kept: whoever decides on it asks for it several times.
     """
 
-    __slots__ = ("_absent", "_read", "definitions", "held", "partition", "runs", "shelf", "timers")
+    __slots__ = ("_absent", "_read", "definitions", "held", "partition", "pinned", "runs", "shelf", "timers")
 
     def __init__(self, partition: int, shelf: Shelf) -> None:
         self.partition = partition
@@ -52,6 +53,7 @@ class RunsOfPartition:
         self._read: RunState | None = None
         self._absent = ""  # the run that was looked for last in vain
         self.definitions: dict[str, str] = {}
+        self.pinned: set[str] = set()
 
     def find(self, run_id: str) -> RunState | None:
         """Return a run, wherever it is; one from the shelf stays there."""
@@ -267,8 +269,7 @@ class SchedulerMachine:
     def load(self, state: RunsOfPartition, unit: str, data: bytes) -> None:
         """Take a run, with what may wake it."""
         state.runs[unit] = snapshots.load(data, state.definitions)
-        outlook = snapshots.outlook(data)
-        state.watch(unit, outlook.times, outlook.queues)
+        self._loaded(state, unit, snapshots.outlook(data))
 
     def load_resting(self, state: RunsOfPartition, unit: str, data: bytes, quiet_before_ms: int) -> bool:
         """Take only what may wake a run that has been quiet since then; the rest of its bytes is not looked at.
@@ -280,18 +281,24 @@ class SchedulerMachine:
             return False
         if outlook.definition_hash and outlook.definition_hash not in state.definitions:
             raise KeyError(outlook.definition_hash)
-        state.watch(unit, outlook.times, outlook.queues)
+        self._loaded(state, unit, outlook)
         return True
 
+    def _loaded(self, state: RunsOfPartition, unit: str, outlook: snapshots.Outlook) -> None:
+        state.watch(unit, outlook.times, outlook.queues)
+        state.pinned.add(outlook.definition_hash)
+
     def loaded(self, state: RunsOfPartition) -> None:
-        """Runs have nothing to do with each other."""
+        """Forget the definitions that no run needs any more: those that had pinned them are over."""
+        state.definitions = {name: text for name, text in state.definitions.items() if name in state.pinned}
+        state.pinned = set()
 
     def unload(self, state: RunsOfPartition, unit: str) -> None:
         """Forget a run that lies on the shelf now. Its timers stay."""
         state.leave(unit)
 
     def parts(self, state: RunsOfPartition) -> Mapping[str, str]:
-        """Return the definitions, which many runs share."""
+        """Return the definitions, which many runs share. Those of runs that are over are there until the next owner has loaded."""
         return state.definitions
 
     def load_part(self, state: RunsOfPartition, name: str, text: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
@@ -20,7 +22,7 @@ from tidegate.domain.workflow import AGENT_PREFIX, DEFAULT_MAX_STEPS, validate_d
 from tidegate.sdk.binding import AGENT, FLOW, STEP, TOOL, Binder
 from tidegate.sdk.errors import AppError, FlowFailedError, GraphError, NonRetryable
 from tidegate.sdk.flow import Player, path_here, playing
-from tidegate.sdk.flow_calls import Child, FlowCalls
+from tidegate.sdk.flow_calls import Child, FlowCalls, OutsideTool
 from tidegate.sdk.graph import Change, Graph, GraphOptions, Schema, schema_of
 
 DEFAULT_QUEUE: Final = "default"
@@ -217,7 +219,7 @@ class Settings:
 
 
 class Function:
-    """A registered function. `tools`: what an agent may call, by name."""
+    """A registered function. `tools`: what an agent may call, by name. file_version: of the file that it is in; or empty."""
 
     def __init__(
         self,
@@ -236,6 +238,7 @@ class Function:
         self.tools = tools
         self.max_steps = max_steps
         self.public: Any = call  # what the decorator returned
+        self.file_version = _file_version(call)
         self.is_async = inspect.iscoroutinefunction(call) or (
             not inspect.isroutine(call) and inspect.iscoroutinefunction(type(call).__call__)
         )
@@ -285,6 +288,7 @@ class FlowFunction(Function):
             raise AppError(f"flow {name!r} must be declared with `async def`")
         super().__init__(FLOW, name, self._turn, settings, **options)
         self.coroutine = coroutine
+        self.file_version = _file_version(coroutine)
 
     @functools.cached_property
     def inputs(self) -> Binder:
@@ -372,12 +376,12 @@ class App(FlowCalls):
         output: Schema = True,
         timeout_s: float = DEFAULT_OUTSIDE_TIMEOUT_S,
         cost_micros: int = 0,
-    ) -> str:
-        """Declare a tool that agents may call and that is done elsewhere: a call waits until its answer is posted.
+    ) -> OutsideTool:
+        """Declare a tool that agents and flows may call and that is done elsewhere: a call waits until its answer is posted.
 
         parameters, output: JSON Schemas, or pydantic models, that the arguments and the answer must fit. timeout_s: how long an
-        answer is waited for (a day); then the agent is told that none came. cost_micros: what an answered call costs; it is set
-        aside while the answer is waited for. Returns the name, for `tools`. Raises AppError.
+        answer is waited for (a day); then whoever called is told that none came. cost_micros: what an answered call costs; it
+        is set aside while the answer is waited for. Returns its name, for `tools` and `steps`; a flow can call it. Raises AppError.
         """
         _checked_name(TOOL, name)
         if not 0.001 <= timeout_s <= MAX_OUTSIDE_TIMEOUT_S:
@@ -394,7 +398,7 @@ class App(FlowCalls):
             **({"reserve_micros": cost_micros} if cost_micros else {}),
             **{field: schema for field, schema in schemas.items() if schema is not True},
         }
-        return name
+        return OutsideTool(name, schemas["parameters"])
 
     @property
     def outside_tools(self) -> Mapping[str, Mapping[str, Any]]:
@@ -434,7 +438,7 @@ class App(FlowCalls):
             raise AppError(f"{kind} {name!r}: app {self.name!r} has a {there} of that name already")
 
     def _name_here(self, reference: Reference, kind: str) -> str:
-        name = reference if isinstance(reference, str) else self.name_of(reference)
+        name = str(reference) if isinstance(reference, str) else self.name_of(reference)
         if name is None:
             raise AppError(f"{reference!r} is not a {kind} of app {self.name!r}: decorate it with @{kind} first")
         return name
@@ -644,6 +648,16 @@ class _Pinned(NamedTuple):
 
 def _held_by_itself(label: str, around: tuple[str, ...]) -> str:
     return f"workflows.{label}: {' -> '.join((*around, label))}: a workflow cannot hold itself"
+
+
+def _file_version(call: Callable[..., Any]) -> str:
+    """Return the first digits of the SHA-256 of the file with a function, as it is when the function is registered."""
+    made = inspect.unwrap(call)
+    code = getattr(made, "__code__", None) or getattr(type(made).__call__, "__code__", None)
+    try:
+        return hashlib.sha256(Path(code.co_filename).read_bytes()).hexdigest()[:12] if code is not None else ""
+    except OSError:  # made by `exec`, say
+        return ""
 
 
 def _seen_by_flows(function: Function, call: F) -> F:

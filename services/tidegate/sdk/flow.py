@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from tidegate.domain import canonical, waits
+from tidegate.domain.workflow import arguments_problem
 from tidegate.sdk import json_form
 from tidegate.sdk.context import context
 from tidegate.sdk.errors import BadArgumentsError, CallFailedError, FlowChangedError, FlowError, OutsideStepError
@@ -158,9 +159,7 @@ class Player:
 
         Raises FlowError, NotJsonError, TypeError and BadArgumentsError for arguments that do not fit the signature.
         """
-        self._must_play()
-        if function.name not in self._allowed:
-            raise FlowError(f"flow {self._flow} calls {function.kind} {function.name!r}: its `steps` do not name it")
+        self._may_call(function.kind, function.name)
 
         def check(arguments: Any) -> None:
             try:
@@ -170,6 +169,19 @@ class Player:
                 raise BadArgumentsError(f"arguments of {function.kind} {function.name}: {error}") from None
 
         return self._made(function.kind, function.name, _input_of(function, args, kwargs), check)
+
+    def outside(self, tool: str, arguments: dict[str, Any], parameters: Any) -> asyncio.Future[Result[Any]]:
+        """Take note that the flow calls a tool that is done outside. parameters: the JSON Schema that its arguments must fit.
+
+        Raises FlowError, NotJsonError, and BadArgumentsError for arguments that do not.
+        """
+        self._may_call("tool", tool)
+
+        def check(arguments: Any) -> None:
+            if problem := arguments_problem(parameters, arguments):
+                raise BadArgumentsError(f"arguments of tool {tool}: {problem}")
+
+        return self._made("tool", tool, arguments, check)
 
     def wait(self, kind: str, settings: dict[str, Any]) -> asyncio.Future[Result[Any]]:
         """Take note that the flow waits; what that gives can be awaited. Raises FlowError, NotJsonError."""
@@ -194,6 +206,11 @@ class Player:
             )
         said = {"input": value} | ({} if budget_micros is None else {"budget_micros": budget_micros})
         return self._made("workflow", name, said, lambda arguments: None)
+
+    def _may_call(self, kind: str, name: str) -> None:
+        self._must_play()
+        if name not in self._allowed:
+            raise FlowError(f"flow {self._flow} calls {kind} {name!r}: its `steps` do not name it")
 
     def _must_play(self) -> None:
         if self._is_over:

@@ -85,6 +85,26 @@ class FlowCalls(abc.ABC):
         """Return the name under which a function is registered, None if it is not."""
 
 
+class OutsideTool(str):
+    """A tool that is done outside: the name that agents know it by, and for flows what calls it: `await quote(item="tea")`."""
+
+    __slots__ = ("_parameters",)
+    _parameters: Any
+
+    def __new__(cls, name: str, parameters: Any) -> OutsideTool:
+        """parameters: the JSON Schema that arguments must fit."""
+        made = super().__new__(cls, name)
+        made._parameters = parameters
+        return made
+
+    def __call__(self, **arguments: Any) -> Awaitable[Result[Any]]:
+        """Have it done, by whoever posts the answer, which is the value. Raises FlowError outside flows, BadArgumentsError."""
+        player = playing()
+        if player is None:
+            raise FlowError(f"tool {self!r} is done outside: flows call it, and agents in their plans")
+        return player.outside(str(self), arguments, self._parameters)
+
+
 def _wait(kind: str, timeout: Timeout, **settings: Any) -> Awaitable[Result[Any]]:
     said = {name: value for name, value in settings.items() if value is not None}
     return _player(kind).wait(kind, {**said, **timeout})

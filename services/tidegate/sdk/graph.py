@@ -78,11 +78,13 @@ class MapOptions(NodeOptions, total=False):
 class EvolutionOptions(TypedDict, total=False):
     """How runs of a graph may change it.
 
-    functions: what nodes of changes may run besides the functions of the graph's own nodes. approval (False): a person decides on
-    each change; expires_s: within so many seconds, or it is rejected. max_changes (50): of one run.
+    functions: what nodes of changes may run besides the functions of the graph's own nodes; workflows: of what they may have runs
+    besides its own nodes of that kind. approval (False): a person decides on each change; expires_s: within so many seconds, or it
+    is rejected. max_changes (50): of one run.
     """
 
     functions: Sequence[Reference]
+    workflows: Sequence[Graph | Mapping[str, Any]]
     approval: bool
     expires_s: float
     max_changes: int
@@ -113,7 +115,9 @@ class Graph:
         self.version = version
         self.max_steps = options.get("max_steps", DEFAULT_MAX_STEPS)
         self.app: App | None = None  # set when it is added to one
-        self.children: dict[str, Graph | Mapping[str, Any]] = {}  # by `name@version`
+        self.children: dict[
+            str, Graph | Mapping[str, Any]
+        ] = {}  # by `name@version`: of nodes, and what changes may name
         self._options: dict[str, Any] = {**options, "max_steps": self.max_steps}
         self._nodes: dict[str, _Node] = {}
         self._waits: dict[str, dict[str, Any]] = {}
@@ -169,9 +173,13 @@ class Graph:
 
     def workflow(self, node_id: str, child: Graph | Mapping[str, Any], **options: Unpack[ChildOptions]) -> Graph:
         """Add a node that is a run of another workflow: a graph of this app, or a definition. Its output is that run's."""
+        return self._add(node_id, _Node("workflow", None, {"workflow": self._hold(child), **options}))
+
+    def _hold(self, child: Graph | Mapping[str, Any]) -> str:
+        """Make a workflow part of the definition; return it as `name@version`."""
         label = child.label if isinstance(child, Graph) else f"{child.get('name')}@{child.get('version')}"
         self.children[label] = child
-        return self._add(node_id, _Node("workflow", None, {"workflow": label, **options}))
+        return label
 
     def sleep(self, node_id: str, seconds: float | str, *, input: Any = UNSET, **timeout: Any) -> Graph:  # noqa: A002
         """Add a node that waits for so many seconds (or an expression) and hands on its input. `timeout`: see `ask`."""
@@ -281,6 +289,8 @@ class Graph:
         run goes on. required: the step of a rejected one fails.
         """
         self.may_use = list(options.pop("functions", ()))
+        for child in options.pop("workflows", ()):
+            self._hold(child)
         self._evolution = {"mode": mode, **options}
         return self
 

@@ -61,8 +61,9 @@ class Wait(NamedTuple):
     """What a step waits for. kind: `ask`, `wait_event`, `wait_until`, `sleep`, or `outside`: a tool that somebody outside does.
 
     prompt, choices, free_text, schema: of a question; schema is JSON, None for none. event, key: of an event. function,
-    arguments: of an outside tool, with its description as prompt, the model's id of the call as key, and as schema what the
-    answer must fit. due_ms: when a time comes; timeout_at_ms: when it is given up. Both are Unix milliseconds, 0 for never.
+    arguments: of an outside tool, with its description as prompt, the model's id of the call as key (empty if a flow calls it),
+    and as schema what the answer must fit. due_ms: when a time comes; timeout_at_ms: when it is given up. Both are Unix
+    milliseconds, 0 for never.
     """
 
     step_id: str

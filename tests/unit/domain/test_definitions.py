@@ -98,3 +98,48 @@ def test_an_expression_may_not_go_over_lists_in_lists_in_lists() -> None:
     with pytest.raises(expressions.ExpressionError, match="more than 3"):
         expressions.compile_expression(inner)
     assert expressions.evaluate("[1, 2].filter(x, x > 1).map(x, x * 2)", {}) == [4]
+
+
+@pytest.mark.feature("G1")
+def test_one_report_has_all_that_is_wrong_wherever_it_is() -> None:
+    """A misspelled field, or an edge to nowhere, does not hide a cycle or an unknown function."""
+    nodes = {
+        "a": {"function": "nobody"},
+        "b": {"kind": "step", "function": "f", "join": 5},
+        "c": {"kind": "ask", "wait": {"choices": []}},
+        "d": {"kind": "workflow", "workflow": "none@1"},
+        "e": {"kind": "wait_until", "wait": {"at": "soon"}},
+        "f": {"kind": "step", "functoin": "f"},
+    }
+    edges = [["a", "b"], ["b", "a"], ["b", "nowhere"], ["a", "b"]]
+    found = validate_definition(definition(nodes=nodes, edges=edges, failure_mode="never"))
+    for problem in (
+        "failure_mode: 'never' is not one of",
+        "nodes.a: 'kind' is a required property",
+        "nodes.a: unknown function 'nobody' (known: f)",
+        "nodes.b.join: 5 is not valid",
+        "nodes.c.wait.choices: [] should be non-empty",
+        "nodes.d: workflow 'none@1' is not among",
+        "nodes.e.wait.at: must be a time",
+        "nodes.f: Additional properties are not allowed ('functoin' was unexpected)",
+        "edges: b -> nowhere names an unknown node",
+        "edges: a -> b is there twice",
+        "edges: a cycle keeps these nodes from ever starting: a, b",
+    ):
+        assert any(one.startswith(problem) for one in found), (problem, found)
+    assert len(found) == len(set(found))
+    assert not any("needs `prompt`" in one or "must say `prompt`" in one for one in found), (
+        "that follows from the damage"
+    )
+
+
+@pytest.mark.feature("G1")
+@pytest.mark.parametrize(
+    "value", [None, 1, "x", [], {}, [[]], {"a": None}, {"a": []}, {"kind": []}, {"a": {"kind": {}}}]
+)
+@pytest.mark.parametrize("place", ["nodes", "functions", "edges", "workflows", "start", "name", "evolution", "output"])
+def test_what_has_no_shape_at_all_is_reported_too(place: str, value: Any) -> None:
+    for found in (validate_definition(definition(**{place: value})), validate_definition(value)):
+        assert all(isinstance(problem, str) for problem in found)
+    node = {"kind": "step", "function": "f", place: value}
+    assert validate_definition(definition(nodes={"a": {**node, "function": value}}))

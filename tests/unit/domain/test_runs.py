@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from support.pure import Pair, agent, chain, step, tool
+from tidegate.domain import run_events as ev
 from tidegate.domain.messages import EndedIncarnation
 from tidegate.domain.progress import MAX_OPEN_STEPS
 from tidegate.scheduler import commands, decide
@@ -111,6 +112,17 @@ def test_a_failing_step_backs_off_and_then_gives_up_with_a_reason() -> None:
     assert 50 <= waits[0] <= 100
     assert 100 <= waits[1] <= 200
     assert p.money() == (0, 0)
+
+
+@pytest.mark.feature("D2")
+def test_the_log_says_which_code_an_attempt_was_entered_with() -> None:
+    p = pair()
+    p.start("r", chain("a"))
+    p.answer(p.tasks.popleft(), "failed", error_class="Boom", code_version="v1")
+    p.pass_time(1_000)
+    p.answer(p.tasks.popleft(), value=1, code_version="v2" * 1_000)
+    said = [event for _, event in p.events if isinstance(event, ev.AttemptEnded | ev.StepSucceeded)]
+    assert [event.code_version for event in said] == ["v1", "v2" * 64]
 
 
 @pytest.mark.feature("T1")

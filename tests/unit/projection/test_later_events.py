@@ -295,7 +295,7 @@ def test_what_only_the_gate_can_price_is_what_runs_steps_and_attempts_cost(store
 
 
 def test_the_retry_rule_that_counted_a_failure_is_named_whatever_came_first(store: Store) -> None:
-    more = {"retry_rule": "model", "retry_document": "models@2", "retry_at_ms": 9}
+    more = {"retry_rule": "model", "retry_document": "models@2", "retry_at_ms": 9, "code_version": "v7"}
     failed = about("AttemptEnded", "a", outcome="failed", error_class="RateLimited", **more)
     plain = about("AttemptEnded", "b", outcome="failed", error_class="Boom")
     plain = (plain[0], {**plain[1], "step_id": "b"})
@@ -305,8 +305,9 @@ def test_the_retry_rule_that_counted_a_failure_is_named_whatever_came_first(stor
     for part in (found[2:], found[:2], found):  # in another order, and doubled
         store.insert({rows.EVENTS: part})
     assert store.rows(
-        "SELECT step_id, outcome, error_class, retry_rule, retry_document FROM attempts WHERE run_id = 'retried' ORDER BY 1"
-    ) == [("a", "failed", "RateLimited", "model", "models@2"), ("b", "failed", "Boom", "", "")]
+        "SELECT step_id, outcome, error_class, retry_rule, retry_document, code_version FROM attempts "
+        "WHERE run_id = 'retried' ORDER BY 1"
+    ) == [("a", "failed", "RateLimited", "model", "models@2", "v7"), ("b", "failed", "Boom", "", "", "")]
 
 
 def test_a_call_of_an_outside_tool_is_an_attempt_and_then_waits_for_its_answer(store: Store) -> None:

@@ -63,6 +63,18 @@ def test_no_view_shows_what_was_redacted_whichever_log_is_read_first(tmp_path: P
     rows.add_run_events(events, entry(("StepReady", call(node_id="s", wave=0)), ("AttemptRequested", call())), 0, 0)
     rows.add_run_events(events, entry(("StepReady", call(step_id="open", node_id="open", wave=0))), 0, 1)
     events[-1] = (events[-1][0], 3, *events[-1][2:])
+    # As a call of a tool that is done outside: what it waits with are the arguments.
+    waits = {
+        "run_id": "r",
+        "step_id": "s",
+        "node_id": "s",
+        "wave": 0,
+        "kind": "outside",
+        "key": "k",
+        "input": ARGUMENTS,
+    }
+    rows.add_run_events(events, entry(("WaitStarted", waits), ("WaitStarted", waits | {"step_id": "open"})), 0, 2)
+    events[-2:] = [(line[0], 4 + number, *line[2:]) for number, line in enumerate(events[-2:])]
     ledger: list[rows.Row] = []
     queued, placed = ("AttemptQueued", call()), ("AttemptPlaced", call(redact=["card.number", "lines.*.to"]))
     rows.add_ledger_events(ledger, entry(queued, placed), 0, 0)
@@ -81,5 +93,8 @@ def test_no_view_shows_what_was_redacted_whichever_log_is_read_first(tmp_path: P
         assert store.rows("SELECT arguments FROM steps WHERE step_id = 'open'") == [(ARGUMENTS,)]
         ((body,),) = store.rows("SELECT body FROM events WHERE step_id = 's' AND type = 'StepReady'")
         assert json.loads(body)["call"] == {"kind": "tool", "arguments": MARK}
+        shown = store.rows("SELECT step_id, body FROM events WHERE type = 'WaitStarted' ORDER BY step_id")
+        assert [(step_id, json.loads(body)["input"]) for step_id, body in shown] == [("open", ARGUMENTS), ("s", MARK)]
+        assert json.loads(shown[1][1]) == waits | {"input": MARK}
     finally:
         store.close()

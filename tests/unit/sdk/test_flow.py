@@ -36,8 +36,9 @@ class World:
             return a + b
 
         self.double, self.add = double, add
+        sign = self.app.outside_tool("sign", parameters={"type": "object"})
         self.flow = flow
-        self.app.flow(name="f", steps=[double, add], **options)(self.play)
+        self.app.flow(name="f", steps=[double, add, sign], **options)(self.play)
         self.p = Pair(functions=tuple(functions_of(self.app)))
 
     async def play(self, value: Any) -> Any:
@@ -313,6 +314,10 @@ async def some(w: World, n: int) -> int:
         ({"kind": "workflow", "function": "w", "arguments": {"input": 1}}, "'w', which is not among its `workflows`"),
         ({"kind": "agent", "function": "double"}, "calls agent 'double', which is not among its `steps`"),
         ({"kind": "tool", "function": "rm"}, "calls tool 'rm', which is not among its `steps`"),
+        (
+            {"kind": "tool", "function": "sign"},
+            "calls tool 'sign' with wrong arguments: arguments: 1 is not of type 'object'",
+        ),
     ],
 )
 def test_a_turn_that_calls_what_a_flow_cannot_call_fails(call: dict[str, Any], reason: str) -> None:
@@ -355,6 +360,19 @@ def test_a_flow_whose_turns_would_be_told_too_much_together_fails_and_says_what_
     assert (run.status, run.code) == ("failed", "too_large")
     assert "characters, at most 2000 in all: each is told what all calls before it gave" in run.reason
     assert "`app.workflow`" in run.reason
+
+
+def test_calls_that_the_log_could_not_hold_with_all_their_edges_fail_the_run() -> None:
+    """Each says that it was made of all before it: a few bytes in a turn, and an edge in the log."""
+    names = ["double", *(f"double#{number}" for number in range(2, 801))]
+    calls = [
+        {"id": name, "function": "double", "arguments": 1, "parents": names[:number]}
+        for number, name in enumerate(names)
+    ]
+    w = World(chain, max_steps=1000)
+    w.begin(1)
+    w.p.answer(w.p.tasks.popleft(), value={"calls": calls, "waits": [names]})
+    assert (w.run.status, w.run.code) == ("failed", "too_large")
 
 
 def test_outside_flows_a_step_is_the_function_itself() -> None:

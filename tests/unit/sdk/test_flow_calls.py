@@ -11,8 +11,8 @@ import pytest
 
 from tidegate import App, CallFailedError, FlowError, Goto, GraphError, Plan, State, ToolCall
 from tidegate.domain import canonical
-from tidegate.sdk.errors import AppError, BadArgumentsError
-from tidegate.testing import Outcome, Rehearsal
+from tidegate.sdk.errors import AppError, BadArgumentsError, NotJsonError
+from tidegate.testing import CommandRefusedError, Outcome, Rehearsal
 
 pytestmark = pytest.mark.feature("T6")
 
@@ -346,13 +346,103 @@ def test_a_flow_cannot_hold_itself() -> None:
         app.flow_definition("wheel")
 
 
-def test_an_outside_tool_is_for_agents() -> None:
+# --- tools that are done outside ---------------------------------------------------------------------------------------------
+
+SIGNED = {"type": "object", "required": ["by"]}
+POLICY = {
+    "policy": "p",
+    "version": "1",
+    "rules": [
+        {"name": "no-cheques", "when": 'tool == "sign" && args.paper == "cheque"', "then": "deny", "reason": "no"}
+    ],
+}
+
+
+def signing(flow: Callable[..., Any], **options: Any) -> Rehearsal:
+    """Return a stage for the flow `f`, which gets the outside tool `sign`."""
     app = App("outside")
-    name = app.outside_tool("sign")
+    sign = app.outside_tool("sign", parameters={"required": ["paper"]}, output=SIGNED, timeout_s=60, cost_micros=5)
 
-    @app.flow(steps=[name])
-    async def signing() -> None:
-        """Never played."""
+    @app.flow(steps=[sign])
+    async def f(value: Any = None) -> Any:
+        return await flow(sign, value)
 
-    with pytest.raises(GraphError, match="is done outside"):
-        app.flow_definition("signing")
+    return Rehearsal(app, **options)
+
+
+async def sign_two(sign: Any, value: Any) -> Any:
+    async def outcome(paper: str) -> Any:
+        try:
+            return (await sign(paper=paper)).value
+        except CallFailedError as error:
+            return error.reason
+
+    return await asyncio.gather(outcome("letter"), outcome(value))
+
+
+def test_a_tool_that_is_done_outside_is_called_like_any_other() -> None:
+    with signing(sign_two) as rehearsal:
+        outcome = rehearsal.run("f", "will")
+        assert [(wait.step_id, wait.kind, wait.function, wait.arguments, wait.key) for wait in outcome.waits] == [
+            ("f/sign", "outside", "sign", {"paper": "letter"}, ""),
+            ("f/sign#2", "outside", "sign", {"paper": "will"}, ""),
+        ]
+        assert outcome.run.needs_human
+        with pytest.raises(CommandRefusedError, match="'by' is a required property"):
+            rehearsal.respond({}, step_id="f/sign")
+        assert rehearsal.respond({"by": "ann"}, step_id="f/sign").status == "waiting"
+        outcome = rehearsal.reject("f/sign#2", reason="no witness")
+        assert outcome.output == [{"by": "ann"}, "rejected by rehearsal: no witness"]
+        assert outcome.spent_micros == 5
+
+
+def test_a_flow_is_told_when_nobody_outside_answers_in_time() -> None:
+    with signing(sign_two) as rehearsal:
+        rehearsal.run("f", "will")
+        rehearsal.respond({"by": "ann"}, step_id="f/sign#2")
+        late = "nothing came within 60 s: an answer to the call of the outside tool sign"
+        assert rehearsal.pass_time(60).output == [late, {"by": "ann"}]
+
+
+def test_the_gate_is_asked_before_somebody_outside_does_what_a_flow_calls() -> None:
+    with signing(sign_two, policies=[POLICY]) as rehearsal:
+        stub = rehearsal.stub("sign", returns={"by": "ann"})
+        assert rehearsal.run("f", "cheque").output == [{"by": "ann"}, "denied by no-cheques: no"]
+        assert stub.calls == [{"paper": "letter"}]
+
+
+def test_calls_of_outside_tools_are_open_no_longer_than_their_flow() -> None:
+    with signing(sign_two) as rehearsal:
+        rehearsal.run("f", "will")
+        outcome = rehearsal.cancel()
+        assert {step.status for step_id, step in outcome.steps.items() if "sign" in step_id} == {"cancelled"}
+        with pytest.raises(CommandRefusedError, match="run_is_over"):
+            rehearsal.respond({"by": "ann"}, step_id="f/sign")
+
+
+@pytest.mark.parametrize("said", [{}, {"paper": object()}])
+def test_arguments_of_outside_tools_are_checked_where_they_are_called(said: dict[str, Any]) -> None:
+    async def wrongly(sign: Any, value: Any) -> Any:
+        try:
+            await sign(**said)
+        except (BadArgumentsError, NotJsonError) as error:
+            return str(error)
+
+    with signing(wrongly) as rehearsal:
+        outcome = rehearsal.run("f")
+        assert ("'paper' is a required property" if not said else "has no JSON form") in outcome.output
+        assert not outcome.seen("GraphChangeProposed")
+
+
+def test_an_outside_tool_is_called_by_flows_that_name_it_and_by_nobody_else() -> None:
+    app = App("outside")
+    sign = app.outside_tool("sign")
+
+    @app.flow
+    async def forgetful() -> None:
+        await sign()
+
+    with Rehearsal(app) as rehearsal:
+        assert "its `steps` do not name it" in rehearsal.run("forgetful").reason
+    with pytest.raises(FlowError, match="tool 'sign' is done outside"):
+        sign()
