@@ -62,12 +62,16 @@ def _histogram(
     return _declare("histogram", metric, name, labels, text, services)
 
 
-def set_by_label(gauge: Gauge, values: Mapping[str, float]) -> None:
-    """Set a gauge with one label to these values and no others; those that are too many are summed up as `other`."""
-    largest = sorted(values, key=lambda name: (-values[name], name))
-    wanted = {name: values[name] for name in largest[:MAX_LABEL_VALUES]}
-    if len(largest) > MAX_LABEL_VALUES:
-        wanted[OTHER] = wanted.get(OTHER, 0) + sum(values[name] for name in largest[MAX_LABEL_VALUES:])
+def set_by_label(gauge: Gauge, values: Mapping[str, float], *, keep_least: bool = False) -> None:
+    """Set a gauge with one label to these values and no others; those that are too many are summed up as `other`.
+
+    keep_least: the smallest values are those that matter, and sums of them mean nothing; `other` is the next one.
+    """
+    ordered = sorted(values, key=lambda name: (values[name] if keep_least else -values[name], name))
+    wanted = {name: values[name] for name in ordered[:MAX_LABEL_VALUES]}
+    rest = [values[name] for name in ordered[MAX_LABEL_VALUES:]]
+    if rest:
+        wanted[OTHER] = rest[0] if keep_least else wanted.get(OTHER, 0) + sum(rest)
     for gone in _shown.get(gauge, set()) - wanted.keys():
         gauge.remove(gone)
     _shown[gauge] = set(wanted)
@@ -166,6 +170,12 @@ gate_attempts = _gauge(
 gate_waiting = _gauge(("gate",), "tidegate_gate_waiting_attempts", "Attempts that wait for a free slot.", "queue")
 gate_runs = _gauge(("gate",), "tidegate_gate_open_runs", "Runs whose money is open.")
 gate_reserved = _gauge(("gate",), "tidegate_gate_reserved_micros", "Micro-dollars set aside for open attempts.")
+gate_budget_left = _gauge(
+    ("gate",),
+    "tidegate_gate_budget_left_ratio",
+    "How much is left of what a budget limits, at the account where least is; below 0 if more was spent. Not of single runs.",
+    "budget",
+)
 gate_executors = _gauge(("gate",), "tidegate_gate_executors", "Executors that are ready, by queue.", "queue")
 gate_free_slots = _gauge(("gate",), "tidegate_gate_free_slots", "Slots that are free there, by queue.", "queue")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,9 +18,9 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tidegate.eventlog.interface import Broker, EventLogError
+from tidegate.eventlog.interface import Broker, EventLogError, TopicDescription
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
-from tidegate.eventlog.schemas import load_schemas, publish_schemas
+from tidegate.eventlog.schemas import exchange_schemas
 from tidegate.health import MAIN_LOOP, PULSE, Health, served
 from tidegate.topics.access import used_by
 from tidegate.topics.administration import AdministeredBroker
@@ -31,6 +32,8 @@ from tidegate.topics.settings import TopicsSettings
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 
 _log = structlog.get_logger()
 # Without the values of local variables: passwords and customers' data can be among them.
@@ -53,6 +56,12 @@ class ProcessSettings(BaseSettings):
     log_level: str = Field(default="info", description="debug, info, warning or error.")
     broker_wait_s: float = Field(
         default=60.0, gt=0, description="How long to wait for the broker and the topics at start."
+    )
+    stop_within_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="So long after SIGTERM a scheduler, gate, projection or gateway ends at the latest, even if it waits for a "
+        "Kafka that is away: what it has not written then is read or told again. Executors: TIDEGATE_EXECUTOR_DRAIN_S.",
     )
     http_host: str = Field(
         default="127.0.0.1", description="Address that health and metrics are served on; 0.0.0.0 for everywhere."
@@ -157,22 +166,53 @@ def spare_the_collector() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once."""
+def stop_on_signals(within_s: float | None = None) -> threading.Event:
+    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process at once.
+
+    within_s: the process ends with EXIT_OK at the latest so long after the first one, whatever it waits for. Only for those who
+    lose nothing by it. The main thread may be inside a client that waits for Kafka: handlers run in between, so a thread is
+    told of signals by the system.
+    """
     stop = threading.Event()
 
-    def handle(number: int, _: object) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
+    def handle(_: int, __: object) -> None:
         stop.set()
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    for number in _STOPPING:
+        signal.signal(number, handle)
+    threading.Thread(target=_end, args=(told, stop, within_s), name="signals", daemon=True).start()
     return stop
 
 
-def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event) -> dict[str, int]:
-    """Return the partition counts of the topics once all of them exist. Blocks up to `wait_s`.
+def _end(told: int, stop: threading.Event, within_s: float | None) -> None:
+    """Follow the signals whose numbers come through a pipe."""
+    _await_signal(told, None)
+    stop.set()
+    again = _await_signal(told, within_s)
+    if again is None:
+        _log.warning("leaving without a clean end, which lasts too long: is Kafka away?", after_s=within_s)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_OK if again is None else 128 + again)
+
+
+def _await_signal(told: int, timeout_s: float | None) -> int | None:
+    """Return the number of the next signal that asks for the end; None if none comes in time."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while select.select([told], [], [], None if deadline is None else max(0.0, deadline - time.monotonic()))[0]:
+        number = os.read(told, 1)[0]
+        if number in _STOPPING:
+            return number
+    return None
+
+
+def wait_for_topics(
+    broker: Broker, topics: Sequence[str], wait_s: float, stop: threading.Event
+) -> dict[str, TopicDescription]:
+    """Return what the broker says of the topics once all of them exist. Blocks up to `wait_s`.
 
     Raises EventLogError that names what is missing and what to do.
     """
@@ -186,7 +226,7 @@ def wait_for_topics(broker: Broker, topics: Sequence[str], wait_s: float, stop: 
         except EventLogError as error:
             missing, reason = list(topics), f"the broker does not answer: {error}"
         if not missing:
-            return {topic: found[topic].partition_count for topic in topics}
+            return found
         if time.monotonic() >= deadline or stop.is_set():
             raise EventLogError(reason)
         if not said:
@@ -205,12 +245,11 @@ def prepare(
     wrong. Blocks up to `wait_s` for the topics, then for some round trips.
     """
     topics = used_by(service, read_topic_files(), queue)
-    counts = wait_for_topics(broker, topics, wait_s, stop)
-    check_at_start(broker, topics, production=TopicsSettings().production)
+    found = wait_for_topics(broker, topics, wait_s, stop)
+    check_at_start(broker, topics, production=TopicsSettings().production, found=found)
     check_logs(broker, topics)
-    publish_schemas(broker)
-    load_schemas(broker)
-    return counts
+    exchange_schemas(broker)
+    return {topic: description.partition_count for topic, description in found.items()}
 
 
 def log_the_end(error: Exception, restart: str = "takes over afresh") -> None:

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 import tidegate
-from tidegate import metrics
+from tidegate import metrics, metrics_use
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ _UNITS: Final = {
 OTHER_VARIABLES: Final = {
     "TIDEGATE_GATEWAY_URL": (
         "",
-        "Where `tidegate runs` asks the live view; without it `gateway.json` in the data folder.",
+        "Where `tidegate runs` and `tidegate figures` ask the live view; without it `gateway.json` in the data folder.",
     ),
     "TIDEGATE_SQL_URL": ("", "Where `tidegate sql` asks; without it the ClickHouse server, or `sql.json`."),
     "TIDEGATE_EXECUTOR_APP": ("", "The app of `tidegate executor`: `module:attribute` or `file.py:attribute`."),
@@ -208,6 +208,19 @@ def metrics_page() -> str:
         "message; the owners hand over what they counted every two seconds.",
     ]
     lines = _joined_rows(lines)
+    lines += ["", "## What to ask", ""]
+    lines += [
+        "Every metric answers one of these questions. Those that must never wait for somebody to ask are the chart's alerts",
+        "([alerts.yaml](../charts/tidegate/files/alerts.yaml)). Questions about single runs, accounts and functions are for the",
+        "[dashboards](dashboards.md).",
+        "",
+        "| question | PromQL |",
+        "| --- | --- |",
+    ]
+    lines += [
+        f"| {_cell(question)} | {'<br>'.join(f'`{_cell(asked)}`' for asked in asks)} |"
+        for question, asks in metrics_use.USES.items()
+    ]
     for service in metrics.SERVICES:
         lines += ["", f"## {service}", "", "| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
         lines += [

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[2]
 # What is compared of each work, and whether more is better.
 FIGURES = {
     "W1": (("steps_per_s", True), ("p50_ms", False), ("cpu_ms_per_step", False)),
-    "W2": (("p50_ms", False), ("p99_ms", False)),
-    "W3": (("seconds", False),),
-    "W4": (("recovery_median_s", False),),
-    "W5": (("ready_median_s", False),),
-    "W6": (("events_per_s", True),),
+    "W2": (("p50_ms", False), ("p99_ms", False), ("cpu_s", False)),
+    "W3": (("seconds", False), ("cpu_s", False)),
+    "W4": (("recovery_median_s", False), ("cpu_s", False)),
+    "W5": (("ready_median_s", False), ("cpu_s", False)),
+    "W6": (("events_per_s", True), ("cpu_s", False)),
 }
 Values = dict[tuple[str, str], list[float]]
 
@@ -73,9 +73,9 @@ def _measure(tree: Path, works: str, runs: int | None, values: Values) -> None:
     for line in done.stdout.splitlines():
         figure = json.loads(line)
         work = figure["work"]
+        figure["cpu_s"] = sum(cost["cpu_s"] for cost in figure["processes"].values())
         if work == "W1":
-            cpu_s = sum(cost["cpu_s"] for cost in figure["processes"].values())
-            figure["cpu_ms_per_step"] = 1000 * cpu_s / figure["steps"]
+            figure["cpu_ms_per_step"] = 1000 * figure["cpu_s"] / figure["steps"]
         part = figure.get("killed") or (figure["runs"] if work == "W1" else "")
         for name, _ in FIGURES.get(work, ()):
             values[f"{work} {part}".strip(), name].append(float(figure[name]))

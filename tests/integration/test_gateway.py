@@ -21,6 +21,7 @@ import msgspec
 import pytest
 
 from support.stack import RUNS, WAIT_S, WholeStack, assert_whole, eventually
+from tidegate.cli.run_output import money
 from tidegate.gateway.figures import FIELDS, MINUTE_MS
 from tidegate.gateway.view import LiveView, PartitionReader
 
@@ -42,12 +43,16 @@ class View:
         self._file = address_file
 
     @property
+    def url(self) -> str:
+        return str(json.loads(self._file.read_text(encoding="utf-8"))["url"])
+
+    @property
     def pid(self) -> int:
         return int(json.loads(self._file.read_text(encoding="utf-8"))["pid"])
 
     def ask(self, path: str, **query: Any) -> Answer:
         """Ask once. Raises OSError if nobody answers."""
-        url = urlsplit(json.loads(self._file.read_text(encoding="utf-8"))["url"])
+        url = urlsplit(self.url)
         connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=WAIT_S)
         try:
             connection.request("GET", f"{path}?{urlencode(query)}")
@@ -241,23 +246,36 @@ def test_accounts_and_functions_have_figures_of_the_last_minutes(whole: WholeSta
     root = new_id("figures")
     good = [whole.wait(whole.client.start("chain", n, account=f"{root}/a")) for n in range(2)]
     bad = [whole.wait(whole.client.start("fail", 1, account=f"{root}/b")) for _ in range(2)]
-    for run in (*good, *bad):
+    talk = whole.wait(whole.client.start("talk", 2, account=f"{root}/c"))  # its tokens have a price, and it says none
+    for run in (*good, *bad, talk):
         view.run(run.run_id, lambda found, seq=run.seq: found["seq"] == seq)
-    spent = sum(run.spent_micros for run in (*good, *bad))
+    spent = sum(run.spent_micros for run in (*good, *bad, talk))
+
+    def in_the_ledger() -> int:
+        books = whole.truth().books.runs.get(talk.run_id)
+        return books.settled_micros if books else 0
+
+    settled = eventually(in_the_ledger, "the ledger to settle what the tokens cost")
+    assert talk.spent_micros == view.get(f"/v1/runs/{talk.run_id}")["spent_micros"] == settled > 0
 
     found = view.get(f"/v1/accounts/{root}")
-    assert [row["name"] for row in found["accounts"]] == [f"{root}/a", f"{root}/b"]
+    assert [row["name"] for row in found["accounts"]] == [f"{root}/a", f"{root}/b", f"{root}/c"]
     assert [window["minutes"] for window in found["total"]] == [5, 60, DAY_MINUTES]
     hour = found["total"][1]
     assert {field: hour[field] for field in FIELDS} == {
         "spent_micros": spent,
-        "attempts": 2 * 3 + 2 * 3,
+        "attempts": 2 * 3 + 2 * 3 + 1,
         "errors": 2 * 3,
         "denied": 0,
-        "runs": 4,
+        "runs": 5,
         "failed_runs": 2,
     }
-    assert hour["error_rate"] == 0.5
+    assert hour["error_rate"] == 6 / 13
+    address = ("--url", view.url, "--minutes", "60")
+    assert json.loads(whole.cli("figures", "accounts", root, "--json", *address))["total"] == [hour]
+    assert f"talk step 1 h {money(settled)} 1 0 0.0% 0" in " ".join(
+        whole.cli("figures", "functions", "talk", *address).split()
+    )
     below = view.get(f"/v1/accounts/{root}/a", minutes=60)["total"]
     assert [(window["errors"], window["error_rate"], window["runs"]) for window in below] == [(0, 0.0, 2)]
 

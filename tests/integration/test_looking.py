@@ -101,6 +101,10 @@ def by_attempts(day: Day) -> list[Any]:
     return [fact for fact in day.of("StepSucceeded") if fact.event.attempt]
 
 
+def ends(day: Day, *outcomes: str) -> int:
+    return len([fact for fact in day.of("AttemptEnded") if fact.event.outcome in outcomes])
+
+
 def asks(day: Day) -> int:
     return len(day.of("ApprovalRequested"))
 
@@ -160,8 +164,18 @@ CHECKS: dict[tuple[str, str], Check] = {
         and total(rows, "runs") == ended(day, "failed") + len(day.of("RunRefused"))
     ),
     ("operations", "Attempts by outcome"): lambda rows, day: (
-        the(rows, outcome="failed")["attempts"]
-        == len([fact for fact in day.of("AttemptEnded") if fact.event.outcome == "failed"])
+        the(rows, outcome="failed")["attempts"] == ends(day, "failed")
+    ),
+    ("operations", "Accounts"): lambda rows, day: (
+        (total(rows, "errors"), total(rows, "denied"))
+        == (ends(day, "failed", "timed_out", "lost"), ends(day, "denied"))
+        and total(rows, "attempts") == total(rows, "errors") + len(by_attempts(day))
+        and near(total(rows, "spent"), day.spent())
+        and the(rows, account="asked/interns")["denied"] == 1
+    ),
+    ("operations", "What everything waits for"): lambda rows, _: (
+        sorted((row["for"], row["queue"]) for row in rows if row["steps"] == row["runs"] == 1)
+        == [("answer", ""), ("approval", "default"), ("budget", "default"), ("event", ""), ("executor", "nobody")]
     ),
     ("operations", "Slowest functions"): lambda rows, day: (
         counted(rows, "function", "attempts") == succeeded_calls(day) and the(rows, function="dawdle")["longest"] >= 300

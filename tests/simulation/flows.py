@@ -202,7 +202,7 @@ class FlowBooks:
         elif isinstance(event, re.StepReady | re.WaitStarted | re.ChildStarted):
             if self._kinds.get((run_id, event.node_id)) != "flow":
                 return
-            if isinstance(event, re.WaitStarted) and event.kind == "outside":  # a call that has begun, and was let through
+            if isinstance(event, re.WaitStarted) and event.kind == "outside":  # a call that was let through
                 self._may_go_on(run_id, event.step_id, self._places[run_id, event.step_id])
                 self.outside += 1
             else:

@@ -30,6 +30,7 @@ from tidegate import (
     merge,
     model_errors,
     report_cost,
+    report_usage,
 )
 
 app = App("faults")
@@ -340,6 +341,16 @@ for _function in (
 ):
     app.graph(_function.__name__).node("it", _function)
 
+
+@app.step(provider="openai", model="gpt-4o")
+def talk(n: int) -> int:
+    """Say which tokens were used, and not what they cost: the price table knows."""
+    enter()
+    report_usage(input_tokens=1000 * n, output_tokens=100)
+    return n
+
+
+app.graph("talk").node("it", talk)
 app.graph("dear-twice").node("first", dear).node("second", dear, input="${ input }").edge("first", "second")
 
 

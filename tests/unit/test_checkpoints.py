@@ -15,8 +15,9 @@ from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.identity import partition_of
-from tidegate.eventlog import checkpoints, owned, restore
+from tidegate.eventlog import checkpoints, owned, owner, restore, tail
 from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.shelf import Shelf, ShelfError
@@ -573,3 +574,64 @@ def test_a_run_may_be_named_as_a_ledger(name: str) -> None:
             assert restored_and_folded(cluster, "gate", partition)[0].checkpoint is not None
             used += 1
     assert used
+
+
+def test_a_restart_reads_the_end_of_its_log_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for the checkpoint, for the epoch before it and folding are three ways through the same records."""
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, steps=12)
+    read_of_the_log, used = cluster.broker.read, 0
+    for service, (topic, count) in LOGS.items():
+        for partition in range(count):
+            stop = cluster.broker.offsets(topic, partition).end
+            read: list[int] = []
+
+            def read_noting(
+                where: str, at: int, begin: int, end: int, topic: str = topic, read: list[int] = read
+            ) -> Any:
+                for message in read_of_the_log(where, at, begin, end):
+                    read.extend([message.offset] if where == topic else [])
+                    yield message
+
+            monkeypatch.setattr(cluster.broker, "read", read_noting)
+            machine = cluster.machine(service)
+            part = restore.restore(cluster.broker, machine, partition, stop, lambda _: None, 0).part
+
+            used += part.checkpoint is not None
+            assert sorted(read) == sorted(set(read))
+    assert used, "nothing was restored from a checkpoint"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_tail_gives_what_the_log_holds_however_little_it_may_keep(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    broker = MemoryBroker()
+    broker.create_topic("run-events", 1)
+    writer = broker.writer()
+    for number in range(60):
+        writer.send(Record("run-events", 0, b"%d" % (number % 40), b"x" * rng.randint(0, 50)))
+    writer.flush(1.0)
+    broker.compact("run-events")  # leaves holes
+    monkeypatch.setattr(tail, "MAX_KEPT_RECORDS", rng.choice((0, 7, 30, 100)))
+    monkeypatch.setattr(tail, "MAX_KEPT_BYTES", rng.choice((0, 300, 10_000)))
+
+    end_of_log = tail.Tail(broker, "run-events", 0, 55)
+
+    for _ in range(30):
+        begin = rng.randint(0, 55)
+        end = rng.randint(begin, 55)
+        assert list(end_of_log.read(begin, end)) == list(broker.read("run-events", 0, begin, end))
+
+
+def test_a_checkpoint_does_not_wait_for_inputs_that_do_not_come() -> None:
+    """It is made of a quiet moment: turns that wait their full time for inputs would make it last longer than that."""
+    cluster = Cluster(0, OFTEN)
+    some_work(cluster, steps=12)
+    loop = cluster.owners["scheduler"]
+    waits = {True: set[float](), False: set[float]()}
+    for _ in range(200):
+        cluster.turn()
+        waits[any(checkpointer.is_busy for checkpointer in loop._checkpointers.values())].add(loop._patience_s(0.2))
+
+    assert max(waits[True]) <= owner.CHECKPOINT_POLL_S
+    assert max(waits[False]) == 0.2

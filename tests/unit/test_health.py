@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate import metrics
 from tidegate.health import Endpoint, Health, Pulse, served
+from tidegate.metrics_use import USES
 
 
 class Clock:
@@ -96,6 +97,41 @@ def test_every_declared_metric_is_set_somewhere() -> None:
     assert len(attributes) == len(metrics.DECLARED)
 
 
+OF_PROMETHEUS = {"le", "pod", "service"}  # of histograms, and what it adds about whom it has asked
+
+
+@pytest.mark.feature("O5")
+def test_every_metric_answers_a_question_and_what_is_asked_can_be() -> None:
+    declared = {one.name: one for one in metrics.DECLARED}
+    asked: set[str] = set()
+    for ask in (ask for asks in USES.values() for ask in asks):
+        samples = re.findall(r"tidegate_\w+", ask)
+        names = {sample if sample in declared else sample.removesuffix("_bucket") for sample in samples}
+        assert names <= declared.keys(), ask
+        assert all((declared[name].kind == "histogram") is (f"{name}_bucket" in samples) for name in names), ask
+        assert all((declared[name].kind != "gauge") is bool(re.search(rf"{name}\w*\[", ask)) for name in names), ask
+        labels = {label.strip() for labels in re.findall(r"by \(([^)]*)\)", ask) for label in labels.split(",")}
+        for name in names:
+            assert labels <= {*declared[name].labels, *OF_PROMETHEUS}, ask
+        assert ask.count("(") == ask.count(")"), ask
+        asked |= names
+    assert asked == declared.keys(), "each is there for something"
+
+
+@pytest.mark.feature("O5")
+def test_alerts_ask_for_metrics_and_labels_that_there_are() -> None:
+    alerts = (Path(metrics.__file__).parents[2] / "charts/tidegate/files/alerts.yaml").read_text(encoding="utf-8")
+    declared = {one.name: one for one in metrics.DECLARED}
+    asks = re.findall(r"expr: (.+)", alerts)
+    assert len(asks) >= 10
+    for ask in asks:
+        (name,) = re.findall(r"tidegate_\w+", ask)
+        used = re.findall(r"(\w+)=\"", ask) + [
+            one.strip() for by in re.findall(r"by \(([^)]*)\)", ask) for one in by.split(",")
+        ]
+        assert set(used) <= {*declared[name].labels, *OF_PROMETHEUS, "namespace"}, ask
+
+
 def test_labels_that_are_too_many_are_summed_up() -> None:
     values = {f"queue-{number}": 1.0 for number in range(metrics.MAX_LABEL_VALUES + 5)} | {"busy": 7.0}
     gauge = metrics.Gauge("test_bounded", "x", ["queue"], registry=None)
@@ -106,3 +142,7 @@ def test_labels_that_are_too_many_are_summed_up() -> None:
     metrics.set_by_label(gauge, {"busy": 2.0})
     shown = {sample.labels["queue"]: sample.value for family in gauge.collect() for sample in family.samples}
     assert shown == {"busy": 2.0}
+    left = {f"budget-{number}": number / 100 for number in range(metrics.MAX_LABEL_VALUES + 5)}
+    metrics.set_by_label(gauge, left, keep_least=True)
+    shown = {sample.labels["queue"]: sample.value for family in gauge.collect() for sample in family.samples}
+    assert (len(shown), shown["budget-0"], shown["other"]) == (51, 0, 0.5)

@@ -11,14 +11,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tidegate.bench import pauses, sleepers
+from tidegate.bench import owners, pauses, sleepers
 from tidegate.bench.app import STEPS_OF_CHAIN, STEPS_OF_THREE
 from tidegate.bench.dataset import EVENT_COUNT, Note, panel_times_ms
 from tidegate.bench.lab import EXECUTOR, Lab
 from tidegate.bench.processes import Cost
+from tidegate.bench.watcher import RunFailedError
 from tidegate.embedded import sql
 from tidegate.sdk.client import Client
 
@@ -57,6 +59,7 @@ ALIVE_COUNT: Final = (
     "SELECT uniqExact(run_id) AS n FROM ledger WHERE type = 'AttemptQueued' "
     "AND run_id IN (SELECT run_id FROM runs WHERE workflow = 'alive')"
 )
+STEPS_COUNT: Final = "SELECT uniqExact(run_id, seq) AS n FROM events WHERE type = 'StepSucceeded'"
 ASLEEP_COUNT: Final = "SELECT uniqExact(run_id) AS n FROM events WHERE type = 'WaitStarted'"
 
 
@@ -143,12 +146,21 @@ def _at_once(lab: Lab, work: str, runs: int, warm_up_runs: int) -> Figure:
 
 
 def scaling(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
-    """W1 with 1, 2 and 4 schedulers and as many gates: what a step costs then, over all processes of a kind."""
+    """W1 with 1, 2 and 4 schedulers and as many gates: what a step costs then, over all processes of a kind.
+
+    Raises RunFailedError if not all of them shared the work from beginning to end, or if the log holds another number of steps.
+    """
     for replicas in SCALES:
-        for service in ("scheduler", "gate"):
+        for service in pauses.LOG_OF:
             lab.scale(service, replicas)
-        figure = _at_once(lab, "SC", sizes.scaling_runs, max(replicas, sizes.warm_up_runs))
-        for service in ("scheduler", "gate"):
+        _wait_for(partial(_is_shared, lab, replicas), f"the partitions of {replicas} owners each")
+        _warm_up(lab, sizes.warm_up_runs)
+        before, steps_before = _owners(lab), _steps_in_log(lab)
+        figure = _at_once(lab, "SC", sizes.scaling_runs, 1)
+        steps = _steps_in_log(lab) - steps_before - STEPS_OF_THREE
+        if _owners(lab) != before or steps != figure["steps"]:
+            raise RunFailedError(f"{steps} of {figure['steps']} steps, owned by {before} and then by {_owners(lab)}")
+        for service in pauses.LOG_OF:
             parts = [figure["processes"].pop(name) for name in list(figure["processes"]) if name.startswith(service)]
             figure["processes"][service] = {
                 "cpu_s": round(sum(part["cpu_s"] for part in parts), 2),
@@ -162,8 +174,21 @@ def scaling(lab: Lab, sizes: Sizes) -> Iterable[Figure]:
             "cores_used": round(cpu_s / took_s, 2),
         }
         yield figure
-    for service in ("scheduler", "gate"):
+    for service in pauses.LOG_OF:
         lab.scale(service, 1)
+
+
+def _owners(lab: Lab) -> dict[str, dict[int, str]]:
+    return {service: owners.of_partitions(lab.broker, topic) for service, topic in pauses.LOG_OF.items()}
+
+
+def _is_shared(lab: Lab, replicas: int) -> bool:
+    return all(owners.are_spread(found, service, replicas) for service, found in _owners(lab).items())
+
+
+def _steps_in_log(lab: Lab) -> int:
+    _settle(lab)
+    return _count(lab, STEPS_COUNT)
 
 
 # -- W2: latency ---------------------------------------------------------------

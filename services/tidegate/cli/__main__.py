@@ -24,6 +24,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "resume": ("tidegate.cli.controls:resume_app", "Resume a queue, everything, or a run."),
     "sql": ("tidegate.cli.sql:app", "Query the ClickHouse projections."),
     "top": ("tidegate.cli.top:app", "Watch runs, money, questions and executors in the terminal."),
+    "figures": ("tidegate.cli.figures:app", "Show what accounts and functions did in the last minutes."),
     "workflow": ("tidegate.cli.workflow:app", "Publish, list and show workflow definitions."),
     "approvals": ("tidegate.cli.approvals:app", "List, approve and reject what waits for a human."),
     "policy": (

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tidegate.cli import run_output, runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained
-from tidegate.cli.live_view import LiveView, UnknownRunError
+from tidegate.cli.live_view import LiveView, UnknownRunError, Url
 from tidegate.domain import states
 
 MAX_RUNS: Final = 1000
@@ -33,7 +33,7 @@ app.command(epilog=RUN_EXIT_CODES)(runs.reject)
 def list_(
     account: Annotated[str, typer.Option("--account", help="This account and all below it.")] = "",
     as_json: runs.Json = False,
-    url: runs.Url = "",
+    url: Url = "",
 ) -> None:
     """List open questions, the oldest first: who asks, why, since when, until when."""
     with explained("approvals list"):

@@ -10,7 +10,7 @@ from typing import Final, NoReturn
 import pydantic
 import typer
 
-from tidegate.cli.live_view import LiveViewError, UnknownRunError
+from tidegate.cli.live_view import BadQuestionError, LiveViewError, NothingCountedError, UnknownRunError
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.requests import RequestError
@@ -76,7 +76,7 @@ def explained(command: str) -> Iterator[None]:
         _fail(command, f"Kafka at {KafkaSettings().bootstrap}: {error}", EXIT_NO_ANSWER)
     except LiveViewError as error:
         _fail(command, str(error), EXIT_NO_ANSWER)
-    except (UnknownRunError, RunNotFoundError, PublishConflictError) as error:
+    except (UnknownRunError, NothingCountedError, RunNotFoundError, PublishConflictError) as error:
         _fail(command, str(error), EXIT_REFUSED)
     except RunNotFinishedError as error:
         _fail(command, str(error), EXIT_TIMEOUT)
@@ -84,7 +84,7 @@ def explained(command: str) -> Iterator[None]:
         _fail(command, "\n".join(settings_problems(error)), EXIT_USAGE)
     except RequestError as error:
         _fail(command, error.reason, EXIT_USAGE)
-    except (AppError, DefinitionError, NotJsonError) as error:
+    except (AppError, BadQuestionError, DefinitionError, NotJsonError) as error:
         _fail(command, str(error), EXIT_USAGE)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -28,7 +28,17 @@ from tidegate.cli.endings import (
     explained,
     usage,
 )
-from tidegate.cli.live_view import URL_VARIABLE, LiveView, NotReadyError, RestoringError, UnknownRunError
+from tidegate.cli.live_view import (
+    GATEWAY_AWAY_S,
+    RETRY_S,
+    LiveView,
+    NotReadyError,
+    RestoringError,
+    UnknownRunError,
+    Url,
+    patiently,
+    waiting,
+)
 from tidegate.cli.wording import moment_ms
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
@@ -41,8 +51,6 @@ ANSWER_TIMEOUT_S: Final = 30.0
 # How long a run that was asked for a moment ago may take to be known to the live view.
 NEW_RUN_S: Final = 2.0
 POLL_S: Final = 20.0
-GATEWAY_AWAY_S: Final = 60.0
-RETRY_S: Final = 0.2
 PIPED_WIDTH: Final = 160
 PAUSED: Final = "paused"  # no status, but people look for it as for one
 
@@ -72,12 +80,6 @@ Question = Annotated[
     typer.Option("--question", help="Id of the question that is meant, as lists show it; another one is not answered."),
 ]
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0.0, help="Seconds after which to give up waiting.")]
-Url = Annotated[
-    str,
-    typer.Option(
-        "--url", envvar=URL_VARIABLE, help="Where the gateway answers. Default: gateway.json in TIDEGATE_DATA_DIR."
-    ),
-]
 
 _out = Console(highlight=False, soft_wrap=True)
 _tables = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
@@ -415,7 +417,7 @@ def list_(
     asked = {"status": ",".join(status or ()), "workflow": workflow, "account": account, "limit": limit}
     asked |= {"since_ms": _moment("--since", since), "until_ms": _moment("--until", until), "before": before}
     with explained("runs list"):
-        found = _patiently(lambda: LiveView(url).runs({name: value for name, value in asked.items() if value}))
+        found = patiently(lambda: LiveView(url).runs({name: value for name, value in asked.items() if value}), _say)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
@@ -426,24 +428,8 @@ def list_(
         _notes.print(f"[yellow]no gateway answers for partitions {found['partitions_missing']}: runs are missing[/]")
 
 
-def _patiently(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what the live view answers; while it is being restored, ask again. Raises as the asking does."""
-    deadline = time.monotonic() + GATEWAY_AWAY_S
-    has_said = False
-    while True:
-        try:
-            return ask()
-        except RestoringError as error:
-            if time.monotonic() > deadline:
-                raise
-            if not has_said:
-                _say_waiting(error)
-                has_said = True
-            time.sleep(RETRY_S)
-
-
-def _say_waiting(error: Exception) -> None:
-    _notes.print(f"{error} Waiting for it …", style="dim", markup=False)
+def _say(text: str) -> None:
+    _notes.print(text, style="dim", markup=False)
 
 
 def _moment(option: str, text: str) -> int | None:
@@ -458,7 +444,7 @@ def _moment(option: str, text: str) -> int | None:
 def show(run_id: RunId, as_json: Json = False, url: Url = "") -> None:
     """Show how a run stands: its steps, its questions, its money."""
     with explained("runs show"):
-        found = _patiently(lambda: LiveView(url).run(run_id, wait_s=NEW_RUN_S))
+        found = patiently(lambda: LiveView(url).run(run_id, wait_s=NEW_RUN_S), _say)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
@@ -507,7 +493,7 @@ def _changes(view: LiveView, run_id: str, deadline: float | None) -> Iterator[di
                 raise
             if away_since is None:
                 away_since = time.monotonic()
-                _say_waiting(error)
+                _say(waiting(error))
             time.sleep(RETRY_S)
         else:
             away_since = None

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import http.client
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from tidegate.domain import canonical
 from tidegate.domain.messages import Instance
 from tidegate.embedded.data_folder import DataFolder, DataFolderError
 from tidegate.embedded.kafka import EmbeddedKafka
@@ -29,12 +33,52 @@ from tidegate.topics.settings import TopicsSettings
 
 INSTANCES: Final = "instances"
 ADDRESS_FILES: Final = ("sql.json", "gateway.json")
-READY_TIMEOUT_S: Final = 90.0
+READY_TIMEOUT_S: Final = 90.0  # since something last went on
+LOOK_EVERY_S: Final = 2.0
+TELL_AFTER_S: Final = 10.0
 SERVICES: Final = ("scheduler", "gate", "projection", "gateway")
 
 
 class StackError(RuntimeError):
     """Something did not start; the message says what, and the last lines of its log."""
+
+
+class Patience:
+    """Until when to wait: for so long since less was left to do than ever before."""
+
+    def __init__(self, limit_s: float, now_s: float) -> None:
+        self._limit_s = limit_s
+        self._since_s = now_s
+        self._least: int | None = None
+
+    def note(self, left: int | None, now_s: float) -> None:
+        """Take notice of how much is left; None if that is not known."""
+        if left is not None and (self._least is None or left < self._least):
+            self._least, self._since_s = left, now_s
+
+    def is_over(self, now_s: float) -> bool:
+        """Tell whether nothing has gone on for too long."""
+        return now_s - self._since_s > self._limit_s
+
+
+def records_left(data_dir: Path) -> int | None:
+    """Return how many records the live view of a folder has to read until it is whole, as it says. Blocks for an answer.
+
+    None if there is no view, or it does not know yet.
+    """
+    try:
+        url = canonical.loads((data_dir / "gateway.json").read_text(encoding="utf-8"))["url"]
+        with urllib.request.urlopen(f"{url}/ready", timeout=LOOK_EVERY_S) as answer:  # noqa: S310 - our own file's
+            body = answer.read()
+    except urllib.error.HTTPError as error:  # 503: not yet
+        body = error.read()
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+        return None
+    try:
+        left = canonical.loads(body)["lag"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return left if isinstance(left, int) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +256,14 @@ class Stack:
         )
 
     def _wait_registered(self, broker: KafkaBroker, since_ms: int) -> None:
-        """Wait until every process has a line in `instances` that is newer than this start."""
+        """Wait until every process has a line in `instances` that is newer than this start.
+
+        A gateway has one when its view is whole. After a long day without it that takes minutes: it says how far it is.
+        """
         names = {spec.name for spec in self._specs()}
         table = Tables((INSTANCES,))
-        deadline = time.monotonic() + READY_TIMEOUT_S
+        looked_s = told_s = time.monotonic()
+        patience = Patience(READY_TIMEOUT_S, looked_s)
         pause = threading.Event()
         while True:
             try:
@@ -227,8 +275,15 @@ class Stack:
             if not missing:
                 return
             bad = [s for s in self.status() if s.name in missing and s.state in ("crash-looping", "exited")]
-            if bad or time.monotonic() > deadline:
+            now_s = time.monotonic()
+            if bad or patience.is_over(now_s):
                 raise StackError(self._explain(sorted(missing)))
+            if now_s - looked_s > LOOK_EVERY_S:
+                looked_s, left = now_s, records_left(self.data_dir)
+                patience.note(left, now_s)
+                if left and now_s - told_s > TELL_AFTER_S:
+                    told_s = now_s
+                    self._on_progress(f"The live view reads the log: {left:,} records left")
             pause.wait(0.1)
 
     def _explain(self, missing: list[str]) -> str:

@@ -80,6 +80,11 @@ class Checkpointer:
         self._ended: set[str] = set()
         self._ended_before: set[str] = set()  # in the one before, whose snapshots it may still need
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being made."""
+        return self._is_busy
+
     def work(self, now_s: float, now_ms: int) -> None:
         """Do a turn's worth: begin a checkpoint if it is time, write some of it, or certify it. Call when all is logged."""
         if not self._is_busy:

@@ -7,6 +7,7 @@ from typing import Final
 from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.eventlog.interface import Broker, Message
+from tidegate.eventlog.tail import Tail
 from tidegate.eventlog.validity import (
     ANNOUNCEMENT_TYPE,
     EPOCH_HEADER,
@@ -24,6 +25,11 @@ MAX_EPOCH_DIGITS: Final = 19
 
 
 def epoch_before(broker: Broker, topic: str, partition: int, offset: int) -> int:
+    """Return the epoch in force for a record at `offset`; see `epoch_in`. Blocks for reading. Raises EventLogError."""
+    return epoch_in(Tail(broker, topic, partition, offset), offset)
+
+
+def epoch_in(tail: Tail, offset: int) -> int:
     """Return the epoch in force for a record at `offset`: the highest announced before it; NO_EPOCH if there is none.
 
     Looks back a bounded distance, and further as long as the highest epoch seen might not be the highest there is: an
@@ -31,18 +37,17 @@ def epoch_before(broker: Broker, topic: str, partition: int, offset: int) -> int
     matter. A repeated announcement of the highest epoch seen ends the search too; a dead owner's last entries alone do not.
     Blocks for reading. Raises EventLogError.
     """
-    kept = broker.offsets(topic, partition).start
     span = FIRST_SPAN
     while True:
-        start = max(kept, offset - span)
+        start = max(tail.start, offset - span)
         highest, announced = NO_EPOCH, NO_EPOCH
-        for message in broker.read(topic, partition, start, offset):
+        for message in tail.read(start, offset):
             epoch, is_announcement = _epoch_of(message)
             highest = max(highest, epoch)
             if is_announcement:
                 announced = max(announced, epoch)
         seen_since_claimed = highest != NO_EPOCH and start <= highest
-        if start == kept or seen_since_claimed or announced == highest != NO_EPOCH:
+        if start == tail.start or seen_since_claimed or announced == highest != NO_EPOCH:
             return highest
         span *= GROWTH
 

@@ -150,8 +150,8 @@ class Inbox(Protocol):
 class Broker(Protocol):
     """The way in: makes readers and writers. Thread-safe."""
 
-    def writer(self) -> Writer:
-        """Return a new idempotent producer."""
+    def writer(self, gather_ms: int = 0) -> Writer:
+        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` ends that."""
 
     def inbox(self, group: str, instance_id: str, lead_topic: str) -> Inbox:
         """Return a new member of a group that shares `lead_topic`. `instance_id` is its static membership."""

@@ -7,9 +7,9 @@ its `Machine`; how state survives is here, once for both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -51,6 +51,25 @@ ANNOUNCE_EVERY_ENTRIES: Final = 1000
 COMMIT_EVERY_S: Final = 1.0
 RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
+# How long entries that nobody is told of may lie here, for the next ones to go out with them. All others go out at once.
+GATHER_MS: Final = 5
+GATHER_TELLS_MS: Final = 50  # longer than most turns take, at the end of which they go out
+MAX_UNTOLD: Final = 8
+UNTOLD_POLL_S: Final = 0.02
+# A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
+CHECKPOINT_POLL_S: Final = 0.002
+
+
+class OwnerWriters(NamedTuple):
+    """What an owner writes its log with, and what it tells with."""
+
+    log: Writer
+    tells: Writer
+
+
+def owner_writers(broker: Broker) -> OwnerWriters:
+    """Return new writers for an owner. They connect by themselves: who asks for them first thing need not wait for that later."""
+    return OwnerWriters(broker.writer(gather_ms=GATHER_MS), broker.writer(gather_ms=GATHER_TELLS_MS))
 
 
 class OwnerLoop:
@@ -66,15 +85,19 @@ class OwnerLoop:
         monotonic_s: Callable[[], float] = time.monotonic,
         checkpoints: CheckpointSettings | None = None,
         measure: Callable[[Iterable[Any]], None] | None = None,
+        writers: OwnerWriters | None = None,
     ) -> None:
-        """Nothing is read or written yet. measure: sets the service's own gauges from the owned partitions' states."""
+        """Nothing is read or written yet. measure: sets the service's own gauges from the owned partitions' states.
+
+        writers: made before, and ours from now on.
+        """
         self._broker = broker
         self.machine = machine
         self._instance_id = instance_id
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
-        self._log_writer: Writer = broker.writer()
-        self._tell_writer: Writer = broker.writer()
+        self._log_writer, self._tell_writer = writers or owner_writers(broker)
+        self._has_told = False
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
         self.tables = Tables(machine.table_topics, self._decoded)
@@ -86,6 +109,7 @@ class OwnerLoop:
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
         self._log_identity: TopicDescription | None = None
+        self._is_same_log = False  # seen so since partitions came to us, or one fell into doubt
         self.turns = 0
         self._schemas_sought: set[str] = set()
         self._has_joined = False
@@ -124,25 +148,27 @@ class OwnerLoop:
     # -- the protocol ---------------------------------------------------------------
 
     def run_once(self, timeout_s: float = 0.2) -> int:
-        """Run one turn; returns how many entries it logged. Blocks up to `timeout_s` when nothing happens.
+        """Run one turn; returns how many entries it sent to the log. Blocks up to `timeout_s` when nothing happens.
 
-        1. Poll inputs, learn of gained and lost partitions. 2. Take over what was gained. 3. Decide on each input, in order;
-        the events of one input become one entry. 4. Log the entries and wait until all are acknowledged at the offsets that
-        follow our last one. 5. Tell. Raises EventLogError on any doubt that concerns more than one partition; the process
-        exits then and takes over afresh.
+        1. Poll inputs, learn of gained and lost partitions. 2. Decide on each input, in order; the events of one input become
+        one entry. 3. Take over what was gained. 4. Log the entries and wait until all are acknowledged at the offsets that
+        follow our last one; while there is nothing to tell and inputs keep coming, a later turn waits. 5. Tell. Raises
+        EventLogError on any doubt that concerns more than one partition; the process exits then and takes over afresh.
         """
         self.turns += 1
         messages = self._inbox.poll(MAX_BATCH, self._patience_s(timeout_s))
         self.meter.polled(messages)
         failpoint("owner.after-poll")
         self._follow_changes()
-        self._take_over_gained()
+        # What was read of a partition that is ours anew was read without the entries that we have dropped: it is passed over, as
+        # nobody owns it yet, and read again from where the log says.
         for message in messages:
             self._handle(message)
+        self._take_over_gained()
         self._ask_what_is_due()
         failpoint("owner.before-log")
-        logged = self._log_and_tell()
-        self._tell_writer.poll()
+        logged = self._log_and_tell(is_busy=bool(messages))
+        self._deliver()
         self._make_checkpoints()
         self._retire()
         self._commit()
@@ -154,6 +180,10 @@ class OwnerLoop:
     def _patience_s(self, timeout_s: float) -> float:
         if self._to_take:
             return 0.0
+        if any(part.unacknowledged for part in self.owned.values()):
+            timeout_s = min(timeout_s, UNTOLD_POLL_S)
+        if any(checkpointer.is_busy for checkpointer in self._checkpointers.values()):
+            timeout_s = min(timeout_s, CHECKPOINT_POLL_S)
         soonest = min(
             (
                 due - self._now_ms(part)
@@ -169,6 +199,7 @@ class OwnerLoop:
         for partition in changes.lost:
             self._drop(partition, "the group gave it to another instance")
         self._to_take = (self._to_take - changes.lost) | changes.gained
+        self._is_same_log = self._is_same_log and not changes.gained
         self._has_joined = self._has_joined or self._inbox.has_joined
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
@@ -186,7 +217,7 @@ class OwnerLoop:
             _log.info("partition dropped", log=self.machine.log_topic, partition=partition, reason=reason)
             self._inbox.remove([TopicPartition(topic, partition) for topic in self._input_topics])
 
-    # -- 3. decide ---------------------------------------------------------------
+    # -- 2. decide ---------------------------------------------------------------
 
     def _handle(self, message: Message) -> None:
         if message.topic in self.tables.rows:
@@ -306,11 +337,19 @@ class OwnerLoop:
         if part.since_announcement >= ANNOUNCE_EVERY_ENTRIES:
             self._announce_again(part)
 
-    def _log_and_tell(self) -> int:
-        """Wait for the acknowledgements, drop partitions in doubt before anything of theirs is told, tell the others."""
+    def _log_and_tell(self, *, is_busy: bool) -> int:
+        """Wait for the acknowledgements, drop partitions in doubt before anything of theirs is told, tell the others.
+
+        is_busy: inputs come, so what nobody is told of need not be waited for. An executor's answer often comes while the entry
+        about its dispatch is being written; it would wait for that, and need a write of its own.
+        """
         busy = [part for part in self.owned.values() if part.unacknowledged or part.doubt]
         if not busy:
             return 0
+        if is_busy and self._tells_nobody(busy):
+            sent = len(self._to_log)
+            self._send_gathered()
+            return sent
         self._write_log()
         failpoint("owner.after-log")
         logged = 0
@@ -318,6 +357,7 @@ class OwnerLoop:
             if part.doubt:
                 self._drop(part.partition, part.doubt)
                 self._to_take.add(part.partition)
+                self._is_same_log = False
                 continue
             batch, part.unacknowledged = part.unacknowledged, []
             logged += len(batch)
@@ -326,6 +366,12 @@ class OwnerLoop:
                 self.meter.logged(entry, self._tell(part, entry, slot[0]))
             failpoint("owner.after-tell")
         return logged
+
+    def _tells_nobody(self, busy: Sequence[OwnedPartition]) -> bool:
+        """Tell whether there is little to be logged and nothing to be told of it. A doubt is for those who wait."""
+        if any(part.doubt for part in busy) or sum(len(part.unacknowledged) for part in busy) > MAX_UNTOLD:
+            return False
+        return not any(self.machine.tells(entry, part.position(0)) for part in busy for entry, _ in part.unacknowledged)
 
     def _send_gathered(self) -> None:
         """Send what a turn has for the log, in order. Raises EventLogError.
@@ -366,10 +412,22 @@ class OwnerLoop:
                 ),
                 acked,
             )
+            self._has_told = True
             failpoint("owner.between-tells")
         return len(tells)
 
-    # -- 2. take over ---------------------------------------------------------------
+    def _deliver(self) -> None:
+        """Wait until what was told is with the others. Raises EventLogError.
+
+        Nobody could answer before, and what a turn tells goes out in as few requests as there are partitions to be told.
+        """
+        if self._has_told:
+            self._has_told = False
+            self._tell_writer.flush(WRITE_DEADLINE_S)
+        else:
+            self._tell_writer.poll()
+
+    # -- 3. take over ---------------------------------------------------------------
 
     def _take_over_gained(self) -> None:
         if not self._to_take:
@@ -381,7 +439,7 @@ class OwnerLoop:
     def _take_over(self, partition: int) -> OwnedPartition:
         """Announce, fold the log up to the announcement, tell again what may be untold, and read on from what it records."""
         began = self._monotonic_s()
-        identity = same_topic(self._broker, self._identity())
+        identity = self._same_log()
         epoch = self._announce(partition, identity)
         failpoint("owner.after-announce")
         part, untold, stale_keys = restore(
@@ -404,7 +462,7 @@ class OwnerLoop:
         self._checkpointers[partition] = Checkpointer(
             part,
             self._checkpoint_settings,
-            self._tell_writer.send,
+            self._send_snapshot,
             lambda checkpoint: self._certify(part, checkpoint),
             stale_keys,
             self._monotonic_s(),
@@ -461,6 +519,13 @@ class OwnerLoop:
             positions[TopicPartition(topic, part.partition)] = recorded
         return positions
 
+    def _same_log(self) -> TopicDescription:
+        """Return what Kafka says of the log: asked once for all partitions that came to us together. Raises RefusedToStartError."""
+        if self._log_identity is not None and not self._is_same_log:
+            self._log_identity = same_topic(self._broker, self._log_identity)
+        self._is_same_log = True
+        return self._identity()
+
     def _identity(self) -> TopicDescription:
         if self._log_identity is None:
             found = self._broker.describe([self.machine.log_topic]).get(self.machine.log_topic)
@@ -510,6 +575,10 @@ class OwnerLoop:
         )
         self._send_to_log(part, record)
         failpoint("owner.after-announce-again")
+
+    def _send_snapshot(self, record: Record, acked: Callable[[int], None] | None) -> None:
+        self._has_told = True  # the next turn waits for it, as for tells
+        self._tell_writer.send(record, acked)
 
     def _certify(self, part: OwnedPartition, checkpoint: Checkpoint) -> bool:
         """Announce a finished checkpoint and wait for it; tells whether the announcement stands where ours must."""

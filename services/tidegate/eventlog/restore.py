@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -15,10 +15,11 @@ import structlog
 
 from tidegate import codec, metrics
 from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Snapshot, UnitState
-from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_before
+from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_in
 from tidegate.eventlog.interface import Broker, EventLogError, Message
 from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.tail import Tail
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
 from tidegate.health import PULSE
 
@@ -55,15 +56,15 @@ def restore(
     units that have waited since before that time are not brought into memory. Raises CorruptLogError, RefusedToStartError,
     EventLogError.
     """
-    start = broker.offsets(machine.log_topic, partition).start
-    found = _last_announcement(broker, machine.log_topic, partition, start, stop)
+    tail = Tail(broker, machine.log_topic, partition, stop)
+    found = _last_announcement(tail, stop)
     keys: list[bytes] = []
     checkpoint = None if found is None else found.checkpoint
     snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, checkpoint, keys)
     if found is not None and checkpoint is not None:
         part = OwnedPartition(machine, partition)
         try:
-            untold = _from_snapshots(broker, part, found, checkpoint, snapshots, stop, check, quiet_before_ms)
+            untold = _from_snapshots(tail, part, found, checkpoint, snapshots, stop, check, quiet_before_ms)
             needed = {f"{DONE}:{s.epoch}:{n}".encode() for s in checkpoint.segments for n in range(1, s.count + 1)}
             return Restored(part, untold, [key for key in keys if key not in needed])
         except RefusedToStartError:
@@ -73,7 +74,7 @@ def restore(
             _log.warning("snapshots thrown away: folding the whole log", **where, reason=str(error))
             part.shelf.close()
             machine.dropped(partition)
-    part, untold = fold_all(broker, machine, partition, stop, check)
+    part, untold = _fold_whole(tail, machine, partition, stop, check)
     return Restored(part, untold, keys)
 
 
@@ -81,9 +82,14 @@ def fold_all(
     broker: Broker, machine: Machine, partition: int, stop: int, check: Callable[[OwnerAnnounced], None]
 ) -> tuple[OwnedPartition, list[tuple[int, Entry]]]:
     """Return the partition as it is at offset `stop` by its log alone, and the untold entries. Blocks; raises as `restore`."""
-    start = broker.offsets(machine.log_topic, partition).start
+    return _fold_whole(Tail(broker, machine.log_topic, partition, stop), machine, partition, stop, check)
+
+
+def _fold_whole(
+    tail: Tail, machine: Machine, partition: int, stop: int, check: Callable[[OwnerAnnounced], None]
+) -> tuple[OwnedPartition, list[tuple[int, Entry]]]:
     part = OwnedPartition(machine, partition)
-    untold = _fold(broker, part, EpochTracker(), start, start, stop, check)
+    untold = _fold(tail, part, EpochTracker(), tail.start, tail.start, stop, check)
     if part.torn:
         raise CorruptLogError(part.torn)
     return part, untold
@@ -92,23 +98,19 @@ def fold_all(
 # --- finding the checkpoint ---------------------------------------------------------------
 
 
-def _last_announcement(broker: Broker, topic: str, partition: int, start: int, stop: int) -> OwnerAnnounced | None:
+def _last_announcement(tail: Tail, stop: int) -> OwnerAnnounced | None:
     """Return the last valid repeated announcement before `stop`: it names the checkpoint, if there is one.
 
     Owners repeat it every so many entries, so looking back is bounded by that and by how often owners changed since.
     """
     span = FIRST_SPAN
     end = stop
-    while end > start:
-        begin = max(start, stop - span)
-        candidates = [message for message in broker.read(topic, partition, begin, end) if _is_announcement(message)]
+    while end > tail.start:
+        begin = max(tail.start, stop - span)
+        candidates = [message for message in tail.read(begin, end) if _is_announcement(message)]
         for message in reversed(candidates):
             record = _record(message)
-            if (
-                isinstance(record, OwnerAnnounced)
-                and record.repeat
-                and epoch_before(broker, topic, partition, message.offset) == record.epoch
-            ):
+            if isinstance(record, OwnerAnnounced) and record.repeat and epoch_in(tail, message.offset) == record.epoch:
                 return record
         end, span = begin, span * GROWTH
     return None
@@ -206,7 +208,7 @@ def _take_snapshot(
 
 
 def _from_snapshots(
-    broker: Broker,
+    tail: Tail,
     part: OwnedPartition,
     announced: OwnerAnnounced,
     checkpoint: Checkpoint,
@@ -227,9 +229,9 @@ def _from_snapshots(
         machine.set_head(part.state, own, checkpoint.seq, checkpoint.head)
     part.checkpoint = checkpoint
     begin = min(checkpoint.read_from, checkpoint.told + 1)
-    epoch = epoch_before(broker, machine.log_topic, part.partition, begin)
+    epoch = epoch_in(tail, begin)
     try:
-        untold = _fold(broker, part, EpochTracker(epoch), begin, checkpoint.read_from, stop, check)
+        untold = _fold(tail, part, EpochTracker(epoch), begin, checkpoint.read_from, stop, check)
     except EventLogError:
         raise
     except Exception as error:  # an event that its state does not allow: many types
@@ -296,7 +298,7 @@ def _load_live(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapsho
 
 
 def _fold(
-    broker: Broker,
+    tail: Tail,
     part: OwnedPartition,
     tracker: EpochTracker,
     begin: int,
@@ -308,7 +310,7 @@ def _fold(
     topic, partition = part.machine.log_topic, part.partition
     untold: deque[tuple[int, Entry]] = deque()
     began_s = time.monotonic()
-    for count, (offset, record, value) in enumerate(_records(broker, topic, partition, begin, stop), 1):
+    for count, (offset, record, value) in enumerate(_records(tail.read(begin, stop)), 1):
         if count % PROGRESS_EVERY == 0:
             done = (offset - begin) / (stop - begin)
             left_s = (time.monotonic() - began_s) * (1 - done) / done
@@ -338,10 +340,8 @@ def _take_announcement(part: OwnedPartition, record: OwnerAnnounced) -> None:
         part.now_ms = max(part.now_ms, record.checkpoint.now_ms)
 
 
-def _records(
-    broker: Broker, topic: str, partition: int, begin: int, stop: int
-) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
-    for message in broker.read(topic, partition, begin, stop):
+def _records(messages: Iterable[Message]) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
+    for message in messages:
         if message.value is not None:
             yield message.offset, _record(message), message.value
 
@@ -377,8 +377,8 @@ def certified(broker: Broker, machine: Machine, partition: int) -> Certified | N
 
     Raises DoubtfulSnapshotError if what it certifies is not there; a newer one may have taken its place meanwhile.
     """
-    start, end = broker.offsets(machine.log_topic, partition)
-    found = _last_announcement(broker, machine.log_topic, partition, start, end)
+    end = broker.offsets(machine.log_topic, partition).end
+    found = _last_announcement(Tail(broker, machine.log_topic, partition, end), end)
     if found is None or found.checkpoint is None:
         return None
     snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, found.checkpoint, [])
@@ -401,4 +401,4 @@ def log_records(
     broker: Broker, topic: str, partition: int, begin: int, stop: int
 ) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
     """Yield offset, record and bytes of everything that a log holds. Raises CorruptLogError for what has no place there."""
-    return _records(broker, topic, partition, begin, stop)
+    return _records(broker.read(topic, partition, begin, stop))

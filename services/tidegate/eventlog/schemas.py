@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Final
 
 import structlog
@@ -17,12 +18,22 @@ WRITE_DEADLINE_S: Final = 30.0
 _log = structlog.get_logger()
 
 
+def exchange_schemas(broker: Broker) -> None:
+    """Do what `publish_schemas` and `load_schemas` do, with one reading of the topic. Blocks. Raises EventLogError."""
+    there = _published(broker)
+    _publish(broker, there)
+    _load(there)
+
+
 def publish_schemas(broker: Broker) -> list[str]:
     """Write every schema that this version ships and the `schemas` topic does not have; return their fingerprints.
 
     Done before anything is written with them, so that whoever reads the log can read it. Blocks. Raises EventLogError.
     """
-    there = _published(broker)
+    return _publish(broker, _published(broker))
+
+
+def _publish(broker: Broker, there: Container[str]) -> list[str]:
     missing = {name: text for name, text in codec.schema_texts().items() if name not in there}
     if not missing:
         return []
@@ -43,9 +54,13 @@ def load_schemas(broker: Broker) -> list[str]:
     One that cannot be used (not a record of ours, or of a form that this version does not know) is logged and left out.
     Blocks. Raises EventLogError.
     """
+    return _load(_published(broker))
+
+
+def _load(published: Mapping[str, str]) -> list[str]:
     known = codec.schema_texts()
     loaded = []
-    for name, text in _published(broker).items():
+    for name, text in published.items():
         if name in known:
             continue
         try:

@@ -17,7 +17,7 @@ from confluent_kafka import TopicPartition as KafkaPartition
 
 from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
-from tidegate.eventlog.kafka import headers_of, leave, make_consumer
+from tidegate.eventlog.kafka import group_contact, headers_of, leave, make_consumer
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
@@ -90,6 +90,7 @@ class KafkaSubscription:
         self._gained: frozenset[TopicPartition] = frozenset()
         self._lost: frozenset[TopicPartition] = frozenset()
         self._refusal: EventLogError | None = None
+        self._contact = group_contact(settings, ", ".join(self._names))
         membership = {} if instance_id is None else {"group.instance.id": instance_id}
         config = _consumer_config(settings, group, gather_ms, prefetch) | membership | {"on_commit": self._on_commit}
         self._consumer = make_consumer(settings, config)
@@ -110,6 +111,7 @@ class KafkaSubscription:
         group knows that the reader lives. Raises UnknownTopicError, or EventLogError when shut out of the group or when a
         commit was refused for good.
         """
+        self._contact.check()
         try:
             batch: list[Any] = self._consumer.consume(1, timeout_s)
             if batch and max_messages > 1:
@@ -201,11 +203,13 @@ class KafkaSubscription:
 
     def _on_assign(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         gained = self._logical(partitions)
+        self._contact.gained()
         self._assigned |= gained
         self._gained |= gained
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         lost = self._logical(partitions)
+        self._contact.lost()
         self._assigned -= lost
         self._lost |= lost
 

@@ -12,7 +12,7 @@ import structlog
 
 from tidegate.eventlog.interface import Broker, EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
-from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.owner import OwnerLoop, owner_writers
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate.measure import measure
 from tidegate.gate.placement import Executors
@@ -44,7 +44,7 @@ def main() -> int:
     process = ProcessSettings()
     instance_id = process.named(SERVICE)
     configure_logging(SERVICE, instance_id, process.log_level)
-    stop = stop_on_signals()
+    stop = stop_on_signals(process.stop_within_s)
     broker = KafkaBroker(KafkaSettings())
     try:
         with observed(process, SERVICE, instance_id) as health:
@@ -61,6 +61,7 @@ def _run(
     process: ProcessSettings, broker: KafkaBroker, instance_id: str, stop: threading.Event, health: Health
 ) -> None:
     settings = GateSettings()  # before anything is waited for: it may make no sense
+    writers = owner_writers(broker)
     counts = prepare(broker, SERVICE, process.broker_wait_s, stop)
     executors = Executors(
         lease_ms=int(settings.lease_s * 1000),
@@ -71,7 +72,7 @@ def _run(
     machine = GateMachine(counts["gate-decisions"], counts["gate-ledger"], executors)
     registration = Registration(broker, service=SERVICE, instance_id=instance_id)
     registration.start()
-    loop = OwnerLoop(broker, machine, instance_id, measure=partial(measure, executors))
+    loop = OwnerLoop(broker, machine, instance_id, measure=partial(measure, executors), writers=writers)
     loop.start()
     health.ready_when(loop.why_not_ready)
     spare_the_collector()

@@ -25,8 +25,8 @@ from tidegate.domain.questions import LACK_RULE
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import METERS, Bucket, Learned, Ledger
 from tidegate.gate.names import bucket_key
-from tidegate.gate.prices import price
 from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
+from tidegate.prices import price
 
 OnExceed = Literal["deny", "ask", "pause"]
 # Of several budgets without room, the one that says the most decides.

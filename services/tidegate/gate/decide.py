@@ -61,9 +61,9 @@ from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.names import FAMILY, RULE_WAIT, family_wait, learned_key, scope_of
 from tidegate.gate.placement import FreeSlots
 from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
-from tidegate.gate.prices import price
 from tidegate.gate.variables import MAKERS, Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
+from tidegate.prices import price
 
 BUDGET_RULE: Final = "budget"
 QUEUE_FULL_RULE: Final = "queue_full"
@@ -586,12 +586,15 @@ def _settle(draft: Draft, item: Settle) -> None:
 
 
 def _cost(item: Settle, call: Call | None, now_ms: int) -> tuple[int, str]:
-    """Return what an attempt cost: as reported, else by the price of the tokens that were."""
+    """Return what an attempt cost, and by which prices if it is what its tokens cost: the scheduler asks the same table.
+
+    One of an earlier version does not, and settles tokens without an amount.
+    """
     used = item.used
-    if item.actual_micros or call is None or not call.model or not (used.input_tokens or used.output_tokens):
+    if call is None or not call.model or not (used.input_tokens or used.output_tokens):
         return item.actual_micros, ""
     priced = price(call.provider, call.model, used.input_tokens, used.output_tokens, now_ms)
-    return (0, "") if priced is None else priced
+    return (item.actual_micros, "") if priced is None or item.actual_micros not in (0, priced.micros) else priced
 
 
 def _count_late(draft: Draft, item: Settle, used: Amounts) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 
 from tidegate import metrics
-from tidegate.gate.ledger import HELD, PLACED, QUEUED, RESERVED, Ledger
+from tidegate.gate.ledger import HELD, METERS, PLACED, QUEUED, RESERVED, Ledger
 from tidegate.gate.placement import Executors
 
 
@@ -30,6 +31,25 @@ def measure(executors: Executors, ledgers: Iterable[Ledger]) -> None:
     metrics.gate_runs.set(runs)
     metrics.gate_reserved.set(reserved)
     metrics.set_by_label(metrics.gate_waiting, waiting)
+    metrics.set_by_label(metrics.gate_budget_left, budgets_left(ours, time.time_ns() // 1_000_000), keep_least=True)
     slots = executors.free_slots({ledger.partition: ledger for ledger in ours})
     metrics.set_by_label(metrics.gate_executors, executors.ready_by_queue())
     metrics.set_by_label(metrics.gate_free_slots, slots.by_queue())
+
+
+def budgets_left(ledgers: Iterable[Ledger], now_ms: int) -> dict[str, float]:
+    """Return by budget how much is left of what it limits, as a share, where least is left: of its accounts, and of what it counts.
+
+    Below 0 if more was spent. Buckets of single runs and of windows that are over are left out.
+    """
+    least: dict[str, float] = {}
+    for ledger in ledgers:
+        for bucket in ledger.buckets.values():
+            if bucket.run_id or bucket.from_ms > now_ms or (bucket.until_ms and bucket.until_ms <= now_ms):
+                continue
+            for meter, spent, reserved in zip(METERS, bucket.spent, bucket.reserved, strict=True):
+                limit = getattr(bucket.limits, meter)
+                if limit is not None:
+                    left = (limit - spent - reserved) / limit if limit else 0.0
+                    least[bucket.budget] = min(least.get(bucket.budget, left), left)
+    return least

@@ -50,7 +50,7 @@ def main() -> int:
     process = ProcessSettings()
     instance_id = process.named(SERVICE)
     configure_logging(SERVICE, instance_id, process.log_level)
-    stop = stop_on_signals()
+    stop = stop_on_signals(process.stop_within_s)
     settings, kafka = GatewaySettings(), KafkaSettings()
     broker = KafkaBroker(kafka)
     try:

@@ -6,6 +6,7 @@ follow from them are, and what a changelog says is taken only if it is not older
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Callable, Iterable
 from socket import socket
@@ -39,6 +40,8 @@ STANDBYS: Final = 1  # gateways that keep a copy of each partition beside the on
 REQUEST_TIMEOUT_S: Final = 40.0
 
 _log = structlog.get_logger()
+# Each row that waits for the broker is a warning to Faust. That it waits for acknowledgements is what we do with every batch.
+logging.getLogger("faust.transport.producer").setLevel(logging.ERROR)
 
 
 class Row(Protocol):

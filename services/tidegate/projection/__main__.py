@@ -50,7 +50,7 @@ def main() -> int:
     process = ProcessSettings()
     instance_id = process.named(SERVICE)
     configure_logging(SERVICE, instance_id, process.log_level)
-    stop = stop_on_signals()
+    stop = stop_on_signals(process.stop_within_s)
     try:
         with observed(process, SERVICE, instance_id) as health:
             _run(process, instance_id, stop, health)
@@ -109,13 +109,13 @@ def _serve_replays(settings: ProjectionSettings, broker: KafkaBroker, instance_i
         instance_id,
     )
     stack.callback(replays.close)
+    replays.resume()
     try:
         control = Control(replays, settings.control_address_file)
     except OSError as error:
         _log.error("replays cannot be asked for", error=str(error), file=str(settings.control_address_file))
     else:
         stack.callback(control.close)
-    replays.resume()
 
 
 def _open_store(settings: ProjectionSettings, stack: ExitStack) -> Store:

@@ -62,11 +62,13 @@ class Replays:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._replay: Replay | None = None
+        self._is_looking = False
         self._thread: threading.Thread | None = None
         metrics.projection_replay.set(-1)
 
     def resume(self) -> None:
         """Go on with what this instance had begun, if anything, once ClickHouse answers. Does not block."""
+        self._is_looking = True
         self._begin(self._resumed)
 
     def _resumed(self) -> Progress | None:
@@ -108,7 +110,9 @@ class Replays:
         )
 
     def current(self) -> Progress | None:
-        """Return the replay under way, or the last one of this process."""
+        """Return the replay under way, or the last one of this process. Raises StoreError while one of before is looked for."""
+        if self._is_looking:
+            raise StoreError("whether a replay is to go on is not known yet")
         return None if self._replay is None else self._replay.progress
 
     def cancel(self) -> None:
@@ -138,9 +142,10 @@ class Replays:
                 self._stop.wait(AGAIN_AFTER_S)
         else:
             return
-        if progress is None:
+        self._replay = None if progress is None else Replay(self._parts, progress, self._stop)
+        self._is_looking = False
+        if self._replay is None or progress is None:
             return
-        self._replay = Replay(self._parts, progress, self._stop)
         try:
             self._replay.run()
         except GivenUp:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import clickhouse_connect
 import structlog
@@ -34,6 +34,18 @@ logging.getLogger("clickhouse_connect").setLevel(logging.WARNING)
 
 class StoreError(RuntimeError):
     """ClickHouse cannot be reached or did not do what it was asked: trying again later may help."""
+
+
+class Known(NamedTuple):
+    """What the database says of a partition: up to where the tables lack nothing, when its freshness was written (0 if it is not
+    there), and when the newest event was decided that it tells of, if it does."""
+
+    whole_to: int
+    written_ms: int
+    last_event_ms: int | None
+
+
+NOTHING_KNOWN: Final = Known(0, 0, None)
 
 
 class Store:
@@ -107,8 +119,9 @@ class Store:
             if not rows:
                 continue
             if table == FRESHNESS:
-                whole_to = self._extended(rows, reach or {})
-                rows = [(*row[:-1], whole_to[_place(row)]) for row in rows]
+                known = self._known()
+                whole_to = self._extended(rows, reach or {}, known)
+                rows = [_completed(row, whole_to, known) for row in rows]
             try:
                 self._client.raw_insert(
                     table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT, settings=self._insert_settings
@@ -119,17 +132,18 @@ class Store:
         self._written_ms |= {_place(row): row[5] for row in tables.get(FRESHNESS, ())}
         return whole_to
 
-    def _extended(self, rows: list[Row], reach: Mapping[TopicPartition, Reach]) -> dict[TopicPartition, int]:
-        """Return up to where the tables lack nothing, now that they have what these rows of freshness tell. Raises StoreError.
+    def _extended(
+        self, rows: list[Row], reach: Mapping[TopicPartition, Reach], known: Mapping[TopicPartition, Known]
+    ) -> dict[TopicPartition, int]:
+        """Return up to where the tables lack nothing, now that they have what these rows of freshness tell.
 
         The database is asked each time. Somebody else, or a replay, may have filled a gap. And the tables may have been
         emptied, or restored from a backup, under us: then our row is gone, and they hold what comes from here on.
         """
-        known = self._known()
         found = {}
         for row in rows:
             at, next_offset = _place(row), row[2]
-            whole_to, written_ms = known.get(at, (0, 0))
+            whole_to, written_ms, _ = known.get(at, NOTHING_KNOWN)
             if written_ms < self._written_ms.get(at, 0):
                 self._since[at] = next_offset
             since, log_start = reach.get(at, Reach(0, 0))
@@ -138,19 +152,16 @@ class Store:
 
     def whole_to(self) -> dict[TopicPartition, int]:
         """Return up to where the tables lack nothing, as the database says. Blocks. Raises StoreError."""
-        return {at: whole_to for at, (whole_to, _) in self._known().items()}
+        return {at: known.whole_to for at, known in self._known().items()}
 
-    def _known(self) -> dict[TopicPartition, tuple[int, int]]:
-        """Return up to where the tables lack nothing, and when freshness was written (0 if it is not there). Raises StoreError."""
+    def _known(self) -> dict[TopicPartition, Known]:
+        """Return what the database says of the partitions. Raises StoreError."""
         query = (
-            "SELECT topic, `partition`, max(whole_to), max(written_ms) FROM ("  # noqa: S608 - tables of ours
-            f"SELECT topic, `partition`, whole_to, written_ms FROM {FRESHNESS} FINAL UNION ALL "
-            f"SELECT topic, `partition`, whole_to, 0 FROM {WHOLE} FINAL) GROUP BY topic, `partition`"
+            "SELECT topic, `partition`, max(whole_to), max(written_ms), max(last_event_ms) FROM ("  # noqa: S608 - tables of ours
+            f"SELECT topic, `partition`, whole_to, written_ms, last_event_ms FROM {FRESHNESS} FINAL UNION ALL "
+            f"SELECT topic, `partition`, whole_to, 0, NULL FROM {WHOLE} FINAL) GROUP BY topic, `partition`"
         )
-        return {
-            TopicPartition(str(topic), int(number)): (int(offset), int(written_ms))
-            for topic, number, offset, written_ms in self.rows(query)
-        }
+        return {TopicPartition(str(topic), int(number)): Known(*known) for topic, number, *known in self.rows(query)}
 
     def note_whole(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Write down up to where the tables lack nothing, for whoever writes freshness. Blocks. Raises StoreError."""
@@ -186,6 +197,13 @@ class Store:
             self._client.command(statement, use_database=use_database)
         except Exception as error:
             raise StoreError(_first_line(error)) from error
+
+
+def _completed(row: Row, whole_to: Mapping[TopicPartition, int], known: Mapping[TopicPartition, Known]) -> Row:
+    """Return a row of freshness with what only the database tells. Who has just begun to read knows of no event before."""
+    at = _place(row)
+    last_event_ms = row[4] if row[4] is not None else known.get(at, NOTHING_KNOWN).last_event_ms
+    return (*row[:4], last_event_ms, row[5], whole_to[at])
 
 
 def _place(row: Row) -> TopicPartition:

@@ -10,7 +10,7 @@ import structlog
 
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
-from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.owner import OwnerLoop, owner_writers
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.health import Health
 from tidegate.process import (
@@ -41,7 +41,7 @@ def main() -> int:
     process = ProcessSettings()
     instance_id = process.named(SERVICE)
     configure_logging(SERVICE, instance_id, process.log_level)
-    stop = stop_on_signals()
+    stop = stop_on_signals(process.stop_within_s)
     kafka = KafkaSettings()
     broker = KafkaBroker(kafka)
     try:
@@ -64,11 +64,12 @@ def _run(
     health: Health,
 ) -> None:
     settings = SchedulerSettings()  # before anything is waited for: it may make no sense
+    writers = owner_writers(broker)
     counts = prepare(broker, SERVICE, process.broker_wait_s, stop)
     machine = SchedulerMachine(counts["run-events"], counts["gate-requests"])
     registration = Registration(broker, service=SERVICE, instance_id=instance_id)
     registration.start()
-    loop = OwnerLoop(broker, machine, instance_id, measure=measure)
+    loop = OwnerLoop(broker, machine, instance_id, measure=measure, writers=writers)
     loop.start()
     health.ready_when(loop.why_not_ready)
     admission = Admission(broker, kafka, settings, counts["run-commands"], instance_id)

@@ -29,6 +29,7 @@ from tidegate.domain.messages import (
 from tidegate.domain.questions import is_answered_by_room
 from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
 from tidegate.domain.run import RunState, StepState, apply
+from tidegate.prices import price
 from tidegate.scheduler import attempts, evolution, waits
 
 MAX_LOSSES: Final = 10  # of what may be repeated without asking
@@ -218,7 +219,7 @@ def on_result(run: RunState, result: StepResult, now_ms: int, documents: RetryDo
         return []
     if result.attempt == step.attempt and _is_foreign(step, result):
         return []
-    result = _bounded(result)
+    result = _priced(step, _bounded(result), now_ms)
     if run.is_over or result.attempt != step.attempt:
         return [_ignored(run, step, result)]
     overtaken = _overtaken(step)
@@ -252,6 +253,17 @@ def _bounded(result: StepResult) -> StepResult:
         finished_ms=result.finished_ms if 0 <= result.finished_ms < MAX_MS else 0,
         code_version=result.code_version[:MAX_CODE_VERSION],
     )
+
+
+def _priced(step: StepState, result: StepResult, now_ms: int) -> StepResult:
+    """Add what an attempt cost that reports tokens of a known model, and no amount: both logs are to say the same."""
+    if result.actual_micros or not result.usage or not step.call.model:
+        return result
+    tokens_in, tokens_out = result.usage.get("input_tokens", 0), result.usage.get("output_tokens", 0)
+    if not (tokens_in or tokens_out):
+        return result
+    found = price(step.call.provider, step.call.model, tokens_in, tokens_out, now_ms)
+    return result if found is None else msgspec.structs.replace(result, actual_micros=found.micros)
 
 
 def on_error(run: RunState, record: GateDecision | StepResult, error: Exception) -> Events:

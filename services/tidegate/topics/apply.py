@@ -5,12 +5,12 @@ Nothing that exists is ever altered, unless the entry was named by who asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
-from tidegate.eventlog.interface import Broker, EventLogError
+from tidegate.eventlog.interface import Broker, EventLogError, TopicDescription
 from tidegate.topics.administration import AdministeredBroker, alter, await_made, create
 from tidegate.topics.comparison import Difference, compare, group_problems
 from tidegate.topics.declaration import Topic, load_topics
@@ -89,8 +89,10 @@ def _may_alter(difference: Difference, named: Collection[str]) -> bool:
     return is_config and (difference.what in named or f"{difference.topic}:{difference.what}" in named)
 
 
-def check_at_start(broker: Broker, names: Sequence[str], *, production: bool) -> None:
-    """Check the topics that a service is about to use. Blocks for a round trip or two.
+def check_at_start(
+    broker: Broker, names: Sequence[str], *, production: bool, found: Mapping[str, TopicDescription] | None = None
+) -> None:
+    """Check the topics that a service is about to use. Blocks for a round trip or two unless `found` says what the broker has.
 
     Partition counts are taken as they are: services learn them from Kafka, so only the topics of one group must agree.
     Raises TopicsError with all problems; warnings are logged.
@@ -102,7 +104,8 @@ def check_at_start(broker: Broker, names: Sequence[str], *, production: bool) ->
     declared = [topic for topic in load_topics(queues, settings) if topic.name in wanted]
     if unknown := wanted - {topic.name for topic in declared}:
         raise TopicsError([f"{name}: no such topic is declared in schemas/topics" for name in sorted(unknown)])
-    found = broker.describe(sorted(wanted))
+    if found is None:
+        found = broker.describe(sorted(wanted))
     problems = group_problems(declared, found)
     for topic in declared:
         for difference in compare(topic, found.get(topic.name), production=production):

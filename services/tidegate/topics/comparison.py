@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -58,7 +58,7 @@ def compare(topic: Topic, found: TopicDescription | None, *, production: bool) -
     ]
 
 
-def group_problems(topics: Sequence[Topic], found: dict[str, TopicDescription]) -> list[str]:
+def group_problems(topics: Sequence[Topic], found: Mapping[str, TopicDescription]) -> list[str]:
     """Return what is wrong between topics: those of one group must have one partition count, whatever it is.
 
     For services, which take the count from Kafka and need no settings for it.

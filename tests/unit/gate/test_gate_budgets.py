@@ -16,7 +16,9 @@ from tidegate.domain import run_events as run_ev
 from tidegate.gate.budgets import Budget, Budgets
 from tidegate.gate.kinds import parse
 from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.measure import budgets_left
 from tidegate.gate.snapshots import dump, load
+from tidegate.scheduler import decide as scheduler_decide
 
 DAY_MS = 24 * 3_600_000
 FUNCTIONS = ("step:a", "step:b", "step:c")
@@ -164,6 +166,44 @@ def test_the_price_table_says_what_is_set_aside_and_what_reported_tokens_cost() 
     settled = events(pair, ev.AttemptSettled)[0]
     assert (settled.actual_micros, settled.basis) == (350, reserved.basis)
     assert spent(pair, "acme")[0] == 350
+    assert [event.actual_micros for _, event in pair.events if isinstance(event, run_ev.StepSucceeded)] == [350]
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("reported", [0, 7])
+def test_both_logs_say_the_same_of_tokens_whatever_became_of_the_attempt(reported: int) -> None:
+    """What functions report as an amount counts; else the tokens of a known model, also of attempts that failed."""
+    pair = pair_with()
+    pair.start("r", one(provider="openai", model="gpt-4o"))
+    task = pair.tasks.popleft()
+    pair.answer(task, outcome="failed", usage={"input_tokens": 100}, actual_micros=reported)
+    costs = reported or 250
+    settled = events(pair, ev.AttemptSettled)[0]
+    assert (settled.actual_micros, settled.basis.partition("@")[0]) == (
+        costs,
+        "" if reported else "price:openai:gpt-4o",
+    )
+    assert [event.actual_micros for _, event in pair.events if isinstance(event, run_ev.AttemptEnded)] == [costs]
+
+
+@pytest.mark.feature("P2")
+def test_tokens_of_an_unknown_model_or_of_none_cost_nothing() -> None:
+    pair = pair_with()
+    for number, model in enumerate(("no-such-model", "")):
+        pair.start(f"r{number}", one(provider="openai", model=model))
+        pair.answer(pair.tasks.popleft(), value=1, usage={"input_tokens": 100, "output_tokens": 10})
+    assert [(event.actual_micros, event.basis) for event in events(pair, ev.AttemptSettled)] == [(0, "")] * 2
+    assert [event.actual_micros for _, event in pair.events if isinstance(event, run_ev.StepSucceeded)] == [0, 0]
+
+
+@pytest.mark.feature("P2")
+def test_the_gate_prices_what_a_scheduler_of_before_settles_without_an_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_decide, "_priced", lambda step, result, now_ms: result)
+    pair = pair_with()
+    pair.start("r", one(provider="openai", model="gpt-4o"))
+    pair.answer(pair.tasks.popleft(), value=1, usage={"input_tokens": 100, "output_tokens": 10})
+    settled = events(pair, ev.AttemptSettled)[0]
+    assert (settled.actual_micros, settled.basis.partition("@")[0]) == (350, "price:openai:gpt-4o")
 
 
 @pytest.mark.feature("P2")
@@ -584,3 +624,25 @@ def test_an_answer_and_a_top_up_at_once_let_it_run_once() -> None:
             pair.command("r", "approve", by="ada")
             assert [letter.code for letter in pair.letters] == ["no_such_approval"]
         assert [task.step_id for task in pair.tasks] == ["b"], first
+
+
+# --- how much is left -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("O5")
+def test_the_metric_says_what_is_left_where_least_is() -> None:
+    pair = pair_with(
+        budget(limits={"money_micros": 1000, "calls": 4}),
+        budget("free"),
+        budget("each", window="run", limits={"calls": 1}),
+    )
+    assert budgets_left([pair.ledger], pair.now_ms) == {}
+    pair.start("r0", one(reserve_micros=300), account="acme")
+    assert budgets_left([pair.ledger], pair.now_ms) == {"daily": 0.7}  # what is set aside is not left
+    pair.answer(pair.tasks.popleft(), value=1, actual_micros=1250)
+    assert budgets_left([pair.ledger], pair.now_ms) == {"daily": -0.25}
+    pair.start("r1", one(reserve_micros=1), account="wayne")
+    assert {bucket.account for bucket in pair.ledger.buckets.values()} == {"acme", "wayne"}
+    assert budgets_left([pair.ledger], pair.now_ms) == {"daily": -0.25}  # of both accounts the smaller
+    later(pair, DAY_MS)
+    assert budgets_left([pair.ledger], pair.now_ms) == {}  # another day, in which nobody has asked yet

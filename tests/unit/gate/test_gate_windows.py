@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.gate.prices import price
 from tidegate.gate.windows import ALWAYS, Unit, window_at, zone_named
+from tidegate.prices import price
 
 HOUR = 3_600_000
 

@@ -14,7 +14,7 @@ from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import Call
 from tidegate.gate.budgets import AVERAGED_OVER, Estimate, estimate, learn
 from tidegate.gate.ledger import Learned
-from tidegate.gate.prices import price
+from tidegate.prices import price
 
 MOST = 2**63 - 1
 KNOWN = [(provider.id, model.id) for provider in get_snapshot().providers for model in provider.models]

@@ -159,6 +159,10 @@ def test_what_an_earlier_version_stored_is_believed_to_be_whole(
         row = ("run-events", 3, 60, 60, None, 2, 0)
         assert store.insert({FRESHNESS: [row]}, {AT: Reach(40, 0)}) == {AT: 60}
         assert store.rows("SELECT whole_to, missing FROM freshness") == [(60, 0)]
+        for number, (tells, is_shown) in enumerate([(None, None), (7, 7), (None, 7), (9, 9)]):
+            store.insert({FRESHNESS: [("run-events", 3, 60, 60, tells, 3 + number, 0)]})
+            shown = store.rows("SELECT toUnixTimestamp64Milli(last_event_at) FROM freshness")
+            assert shown == [(is_shown,)], "who has just begun to read knows of no event, and makes none forgotten"
     finally:
         store.close()
 

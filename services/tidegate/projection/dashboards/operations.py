@@ -116,6 +116,27 @@ ORDER BY attempts DESC, outcome
             "How attempts ended. Lost ones had an executor that died; a late outcome came when nobody waited for it any more.",
         ),
         Panel(
+            "Accounts",
+            TABLE,
+            """
+SELECT
+    account,
+    countIf(outcome IN ('succeeded', 'failed', 'timed_out', 'lost')) AS attempts,
+    countIf(outcome IN ('failed', 'timed_out', 'lost')) AS errors,
+    if(attempts = 0, 0, errors / attempts) AS "error rate",
+    countIf(outcome = 'denied') AS denied,
+    sum(actual_micros) / 1000000 AS spent
+FROM ${database}.attempts
+WHERE $__timeFilter(requested_at) AND :scope
+GROUP BY account
+ORDER BY errors DESC, attempts DESC, account
+LIMIT 100
+""",
+            "What accounts did, those with most errors first: attempts that ended in success or as an error (failed, timed out, "
+            "lost). `tidegate figures accounts` shows the same of the last minutes, from the live view.",
+            units={"error rate": "percentunit", "spent": "currencyUSD"},
+        ),
+        Panel(
             "Slowest functions",
             TABLE,
             """
@@ -151,6 +172,19 @@ LIMIT 50
 """,
             "Runs that are not over, by when anything last happened to them, whatever time is looked at. `waiting`: for a human.",
             units={"quiet for": "s"},
+        ),
+        Panel(
+            "What everything waits for",
+            TABLE,
+            """
+SELECT waits_for AS "for", queue, count() AS steps, uniqExact(run_id) AS runs, min(since) AS oldest
+FROM ${database}.waits
+WHERE :scope
+GROUP BY waits_for, queue
+ORDER BY steps DESC, waits_for, queue
+""",
+            "Steps of runs that are not over, by what they wait for now, whatever time is looked at. An answer: of a human, or of "
+            "whoever does the tool outside.",
         ),
         Panel(
             "Dead letters",

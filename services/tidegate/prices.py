@@ -1,5 +1,7 @@
 """What tokens cost, by the price table of `genai-prices`. Pure for a given version of that package, which decisions name.
 
+The scheduler prices what attempts have used when it logs their results, the gate what they may use when it sets money aside.
+
 The table is the one that the package ships with; nothing is fetched. Prices may depend on the date: whoever asks gives it.
 """
 
