@@ -15,9 +15,9 @@ from typing import Any, Final, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka import TopicPartition as KafkaPartition
 
-from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
-from tidegate.eventlog.kafka import group_contact, headers_of, leave, make_consumer
+from tidegate.eventlog.kafka.client_lines import Sparing
+from tidegate.eventlog.kafka.clients import group_contact, headers_of, leave, make_consumer
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
