@@ -122,7 +122,7 @@ def test_offsets_are_not_waited_for_for_ever(stack: WholeStack, monkeypatch: pyt
     pid = kafka_of(stack).pid
     assert pid is not None
     with monkeypatch.context() as patched:
-        patched.setattr("tidegate.eventlog.kafka.broker.REQUEST_TIMEOUT_S", 1.0)
+        patched.setattr("tidegate.eventlog.kafka.clients.REQUEST_TIMEOUT_S", 1.0)
         patched.setattr("tidegate.eventlog.kafka.clients.LEAVE_TIMEOUT_S", 1.0)
         os.kill(pid, signal.SIGSTOP)
         try:

@@ -1,4 +1,4 @@
-"""The log on Kafka: with `subscription.py` in here the only package that knows confluent-kafka."""
+"""The log on Kafka: the only package that knows confluent-kafka."""
 
 from tidegate.eventlog.kafka.broker import KafkaBroker
 

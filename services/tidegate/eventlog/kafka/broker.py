@@ -26,11 +26,11 @@ from tidegate.eventlog.interface import (
     TopicPartition,
     UnknownTopicError,
 )
+from tidegate.eventlog.kafka import clients
 from tidegate.eventlog.kafka.clients import (
     ASK_AGAIN_S,
     CONTACT_TIMEOUT_S,
     PASSING,
-    REQUEST_TIMEOUT_S,
     as_log_error,
     client_log,
     connection,
@@ -160,7 +160,7 @@ class KafkaBroker:
         try:
             with self._borrowed_reader() as reader:
                 wanted = [KafkaPartition(self.physical_name(topic), number) for number in reader.partitions(topic)]
-            found = patiently(lambda: consumer.committed(wanted, REQUEST_TIMEOUT_S))
+            found = patiently(lambda: consumer.committed(wanted, clients.REQUEST_TIMEOUT_S))
             return {at.partition: at.offset for at in found if at.offset >= 0}
         finally:
             leave(consumer)
@@ -180,7 +180,7 @@ class KafkaBroker:
         }
         wanted = [KafkaPartition(self.physical_name(at.topic), at.partition, to) for at, to in positions.items()]
         self._make_contact(self.admin_client())
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        deadline = time.monotonic() + clients.REQUEST_TIMEOUT_S
         consumer = make_consumer(self._settings, config)
         try:
             while True:
@@ -191,8 +191,8 @@ class KafkaBroker:
                         consumer.poll(ASK_AGAIN_S)
                 if not answers:
                     raise EventLogError(
-                        f"no answer about the offsets of group {group} after {REQUEST_TIMEOUT_S:g} s: whether they were set is "
-                        "not known. Ask again; it does no harm twice."
+                        f"no answer about the offsets of group {group} after {clients.REQUEST_TIMEOUT_S:g} s: whether they were "
+                        "set is not known. Ask again; it does no harm twice."
                     )
                 error, done = answers.pop()
                 refused = error or next((at.error for at in done if at.error is not None), None)
@@ -261,7 +261,7 @@ _HAS_MEMBERS = frozenset(
 
 def _existing(admin: AdminClient, topics: Mapping[str, str]) -> dict[str, Any]:
     """Return the client's descriptions, by logical name, of those of the physical topics that exist."""
-    futures = admin.describe_topics(TopicCollection(list(topics)), request_timeout=REQUEST_TIMEOUT_S)
+    futures = admin.describe_topics(TopicCollection(list(topics)), request_timeout=clients.REQUEST_TIMEOUT_S)
     found = {}
     for physical, future in futures.items():
         try:
@@ -277,7 +277,7 @@ def _configs(admin: AdminClient, topics: Sequence[str]) -> dict[str, dict[str, s
         return {}
     resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     configs = {}
-    for resource, future in admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S).items():
+    for resource, future in admin.describe_configs(resources, request_timeout=clients.REQUEST_TIMEOUT_S).items():
         with log_errors(f"{resource.name}: "):
             configs[resource.name] = {
                 name: entry.value for name, entry in future.result().items() if entry.value is not None

@@ -28,10 +28,10 @@ from tidegate.eventlog.interface import (
     TopicPartition,
     UnknownTopicError,
 )
+from tidegate.eventlog.kafka import clients
 from tidegate.eventlog.kafka.clients import (
     MAX_REQUEST_BYTES,
     PASSING,
-    REQUEST_TIMEOUT_S,
     UNKNOWN_TOPIC,
     as_log_error,
     connection,
@@ -262,7 +262,7 @@ class Member:
         """Return the id of the member that the group knows under our instance id, empty if there is none."""
 
         def ask() -> str:
-            future = self._admin().describe_consumer_groups([self._group], request_timeout=REQUEST_TIMEOUT_S)[
+            future = self._admin().describe_consumer_groups([self._group], request_timeout=clients.REQUEST_TIMEOUT_S)[
                 self._group
             ]
             members = future.result().members
@@ -370,7 +370,7 @@ class Reader:
     def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int | None:
         self._check_existence([TopicPartition(topic, partition)])
         asked = [KafkaPartition(self._prefix + topic, partition, timestamp_ms)]
-        (found,) = patiently(lambda: self._consumer.offsets_for_times(asked, REQUEST_TIMEOUT_S))
+        (found,) = patiently(lambda: self._consumer.offsets_for_times(asked, clients.REQUEST_TIMEOUT_S))
         if found.error is not None:
             raise as_log_error(found.error, f"{topic} [{partition}]: ")
         return found.offset if found.offset >= 0 else None
@@ -380,7 +380,7 @@ class Reader:
 
         def ask() -> tuple[int, int]:
             try:
-                return self._consumer.get_watermark_offsets(physical, REQUEST_TIMEOUT_S)
+                return self._consumer.get_watermark_offsets(physical, clients.REQUEST_TIMEOUT_S)
             except KafkaException as error:
                 # A client whose connection has just broken knows no partitions: only a broker can say that there is none.
                 if error.args[0].code() in UNKNOWN_TOPIC and partition in self.partitions(topic):
@@ -404,7 +404,9 @@ class Reader:
         """Return the numbers of the topic's partitions, by a broker's word. Raises UnknownTopicError."""
 
         def ask() -> list[int]:
-            described = self._consumer.list_topics(self._prefix + topic, REQUEST_TIMEOUT_S).topics[self._prefix + topic]
+            described = self._consumer.list_topics(self._prefix + topic, clients.REQUEST_TIMEOUT_S).topics[
+                self._prefix + topic
+            ]
             if described.error is not None:
                 raise KafkaException(described.error)
             return list(described.partitions)

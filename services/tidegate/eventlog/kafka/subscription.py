@@ -1,8 +1,7 @@
 """Reading topics as a consumer group whose committed offsets alone decide where reading starts.
 
 The opposite of an `Inbox`, whose owner says where to read: here an operator may say it, with Kafka's own tool, on the
-stopped group. For readers whose work may be done twice without harm, such as projections. With `kafka.py` the only module
-that knows confluent-kafka.
+stopped group. For readers whose work may be done twice without harm, such as projections.
 """
 
 from __future__ import annotations
