@@ -126,10 +126,15 @@ def buckets(day: Day) -> set[tuple[str, str, int]]:
     return {(f.event.budget, f.event.account, f.event.limits.micros) for f in day.of("BudgetSet")}
 
 
-def sum_of(day: Day, kind: str, field: str, budget: str, account: str) -> int:
-    """Return the micro-dollars of a field over a bucket's events."""
-    found = [f.event for f in day.of(kind) if f.event.bucket.split("|")[:2] == [budget, account]]
-    return sum(getattr(event, field).micros for event in found)
+def spent_in(day: Day, budget: str, account: str) -> int:
+    """Return the micro-dollars that were spent in a bucket."""
+    of = [budget, account]
+    return sum(
+        fact.event.actual_micros
+        for fact in day.of("AttemptSettled")
+        for bucket in fact.event.buckets
+        if bucket.split("|")[:2] == of
+    )
 
 
 def latest_ms(day: Day) -> int:
@@ -227,7 +232,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("spend", "Budgets of accounts"): lambda rows, day: (
         {(row["budget"], row["account"]): (round(row["spent"] * 1_000_000), row["limit"]) for row in rows}
         == {
-            (budget, account): (sum_of(day, "BudgetSettled", "used", budget, account), limit / 1_000_000)
+            (budget, account): (spent_in(day, budget, account), limit / 1_000_000)
             for budget, account, limit in buckets(day)
         }
         and {row["until_at"] for row in rows} == {None}

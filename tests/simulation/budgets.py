@@ -218,10 +218,10 @@ class BudgetJudge:
         if isinstance(event, le.AttemptReserved):
             self._has_answers(key)
             self._is_counted(entry, event)
-        elif isinstance(event, le.BudgetReserved) and event.exceeds:
-            self.counts["budgets exceeded"] += 1
-            is_allowed = any(rule.startswith(RULE) for rule in self._yes.get(key, ()))
-            self._require(is_allowed, f"(5) {key} exceeds {event.bucket}, which nobody allowed")
+            if event.exceeds:
+                self.counts["budgets exceeded"] += len(event.exceeds)
+                is_allowed = any(rule.startswith(RULE) for rule in self._yes.get(key, ()))
+                self._require(is_allowed, f"(5) {key} exceeds {event.exceeds}, which nobody allowed")
         elif isinstance(event, le.ApprovalHeld):
             self._held.setdefault(key, []).append(Held(event.rule, event.expires_at_ms))
             self._does(entry, event, "ask")

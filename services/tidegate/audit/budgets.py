@@ -45,6 +45,21 @@ class BudgetBooks:
         """Take an event into the books; return what is wrong with it."""
         return list(BUDGET_EVENTS[kind](self, event))
 
+    def attempt(self, kind: str, event: dict[str, Any]) -> Iterator[str]:
+        """Take what an attempt's event changes in buckets into the books. Those of earlier versions change nothing there: events
+        of the buckets do, one for each.
+        """
+        if kind == "AttemptReserved" and event.get("counts"):
+            exceeds = set(event["exceeds"])
+            if exceeds - set(event["buckets"]):
+                yield f"{_said(_name(event))}: exceeds {sorted(exceeds)}, and is set aside in {event['buckets']}"
+            for key in event["buckets"]:
+                yield from self._reserved(event | {"bucket": key, "exceeds": key in exceeds})
+        elif kind == "AttemptSettled":
+            for key in event.get("buckets", ()):
+                used = event["used"] | {"micros": event["actual_micros"]}
+                yield from self._settled(event | {"bucket": key, "reserved": event["set_aside"], "used": used})
+
     def reserved_for(self, name: Name, event: dict[str, Any]) -> Iterator[str]:
         """Compare what an attempt says to have set aside with what its buckets hold for it. Older ones say nothing."""
         said = set(event.get("buckets", ()))
@@ -158,6 +173,10 @@ class BudgetBooks:
             bucket.spent[meter] = min(bucket.spent[meter] + used[meter], LARGEST)
             bucket.overshoot[meter] += max(0, used[meter] - expected[meter])
 
+    def _released(self, event: dict[str, Any]) -> Iterator[str]:
+        for key in event["buckets"]:
+            yield from self._settled(event | {"bucket": key, "reserved": event["amounts"], "used": NOTHING})
+
     def _alerted(self, event: dict[str, Any]) -> Iterator[str]:
         key, meter, percent = event["bucket"], event["meter"], event["percent"]
         bucket = self.buckets.get(key)
@@ -194,6 +213,7 @@ BUDGET_EVENTS: Final[dict[str, Callable[[BudgetBooks, dict[str, Any]], Iterator[
     "BudgetSet": BudgetBooks._set,
     "BudgetReserved": BudgetBooks._reserved,
     "BudgetSettled": BudgetBooks._settled,
+    "BudgetsReleased": BudgetBooks._released,
     "BudgetAlerted": BudgetBooks._alerted,
     "BudgetClosed": BudgetBooks._closed_down,
     "UsageLearned": BudgetBooks._learned,

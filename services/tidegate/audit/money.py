@@ -333,6 +333,8 @@ class _Page:
                 for problem in self._books.budgets.post(name, event):
                     self._note(event.get("run_id", ""), problem)
                 continue
+            for problem in self._books.budgets.attempt(name, event):
+                self._note(event["run_id"], problem)
             post = _RUNS.get(name, _Page._attempt)
             post(self, name, event)
         for run_id, problem in self._books.budgets.end_of_entry():

@@ -38,7 +38,8 @@ class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
     amounts: all that is set aside in its budgets, nothing if it has none. basis: where the amount of money comes from:
     `declared`, `price:…` (with the version of the price table), `history`, or empty (there is none). buckets: the budget
     buckets that it is set aside in. redact, isolation: what the rules demand. values: what the deciding
-    rule looked at, canonical JSON; empty if none matched.
+    rule looked at, canonical JSON; empty if none matched. counts: this event sets the amounts aside in the buckets; of earlier
+    versions, a BudgetReserved for each did. exceeds: those of the buckets whose limits a human let it go beyond.
     """
 
     account: str
@@ -55,6 +56,8 @@ class AttemptReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="
     redact: tuple[str, ...] = ()
     isolation: str = ""
     values: str = ""
+    counts: bool = False
+    exceeds: tuple[str, ...] = ()
 
 
 class AttemptRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptRefused", tag_field=TAG_FIELD):
@@ -141,7 +144,8 @@ class AttemptSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     """The reservation ended with what was spent. overshoot_micros: what it cost beyond the reservation.
 
     used: the rest of what was used; its `micros` are `actual_micros`. basis: empty if the executor reported the amount,
-    `price:…` if it reported tokens only and the price table says what they cost.
+    `price:…` if it reported tokens only and the price table says what they cost. buckets: those of budgets in which `set_aside`
+    is no longer set aside and what was used is spent; of earlier versions, a BudgetSettled for each said that.
     """
 
     account: str
@@ -153,6 +157,8 @@ class AttemptSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="A
     overshoot_micros: int
     used: Amounts = NOTHING
     basis: str = ""
+    buckets: tuple[str, ...] = ()
+    set_aside: Amounts = NOTHING
 
 
 class AttemptReleased(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptReleased", tag_field=TAG_FIELD):
@@ -456,7 +462,10 @@ class BudgetSet(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Budget
 
 
 class BudgetReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetReserved", tag_field=TAG_FIELD):
-    """An attempt's amounts are set aside in a bucket. exceeds: whether a human let it go beyond the limits."""
+    """An attempt's amounts are set aside in a bucket. exceeds: whether a human let it go beyond the limits.
+
+    Of earlier versions: AttemptReserved says it now, for all its buckets.
+    """
 
     account: str
     bucket: str
@@ -468,7 +477,10 @@ class BudgetReserved(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="B
 
 
 class BudgetSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetSettled", tag_field=TAG_FIELD):
-    """An attempt's reservation in a bucket ended: `reserved` is no longer set aside, `used` is spent (nothing if released)."""
+    """An attempt's reservation in a bucket ended: `reserved` is no longer set aside, `used` is spent (nothing if released).
+
+    Of earlier versions: AttemptSettled and BudgetsReleased say it now, for all buckets of the attempt.
+    """
 
     account: str
     bucket: str
@@ -477,6 +489,17 @@ class BudgetSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Bu
     attempt: int
     reserved: Amounts
     used: Amounts
+
+
+class BudgetsReleased(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetsReleased", tag_field=TAG_FIELD):
+    """An attempt ended and used nothing: what its buckets had set aside for it is free."""
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    buckets: tuple[str, ...]
+    amounts: Amounts
 
 
 class BudgetAlerted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="BudgetAlerted", tag_field=TAG_FIELD):
@@ -602,6 +625,7 @@ LedgerEvent = (
     | LedgerCarried
     | FamilyOver
     | QuestionAnswered
+    | BudgetsReleased
 )
 
 

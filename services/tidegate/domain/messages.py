@@ -63,6 +63,11 @@ class Lease(msgspec.Struct, frozen=True, gc=False):
     limit: str
     key: str
 
+    @property
+    def label(self) -> str:
+        """Return what people call it."""
+        return f"{self.limit}[{self.key}]" if self.key else self.limit
+
 
 class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A validated wish (`run-commands`), written by admission, one per request, or told by another run.

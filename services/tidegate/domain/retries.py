@@ -16,6 +16,8 @@ MAX_ERROR_CLASS: Final = 200
 MAX_RULES: Final = 20
 MAX_RETRY_AFTER_MS: Final = 24 * 3_600_000  # longer is no answer to wait for
 
+OUTCOME_UNKNOWN: Final = frozenset({"timed_out", "died"})  # results of attempts that may have had their effect, or not
+
 EXHAUSTED: Final = "attempts_exhausted"
 NOT_RETRYABLE: Final = "not_retryable"
 

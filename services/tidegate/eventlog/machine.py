@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -104,8 +104,20 @@ class Machine(Protocol):
     def next_due_ms(self, state: Any) -> int | None:
         """Return when `due` is to be asked again at the latest, Unix milliseconds; None for no time."""
 
-    def apply(self, state: Any, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
-        """Change the state by one event, the `seq`-th of its subject."""
+    def apply(
+        self,
+        state: Any,
+        subject: str,
+        account: str,
+        event: Any,
+        seq: int,
+        now_ms: int,
+        covered: Container[str] = (),
+    ) -> None:
+        """Change the state by one event, the `seq`-th of its subject.
+
+        covered: units that hold the event already, because they come from newer snapshots; not all that it changes are among them.
+        """
 
     def head(self, state: Any, subject: str) -> tuple[int, bytes]:
         """Return the seq of the subject's last event and the SHA-256 of its last entry; 0 and empty if it has none."""
@@ -116,8 +128,10 @@ class Machine(Protocol):
     def own_subject(self, state: Any) -> str | None:
         """Return the subject that the whole partition is chained by; None if every unit has a chain of its own."""
 
-    def unit_of(self, subject: str, event: Any) -> str:
-        """Return the unit (a run) whose state an event changes. The state is a set of units and of nothing else."""
+    def units_of(self, subject: str, event: Any) -> Sequence[str]:
+        """Return the units (runs, mostly) whose state an event changes: each as the event and that unit say, whatever the others
+        are. The state is a set of units and of nothing else.
+        """
 
     def standing(self, state: Any, unit: str) -> Standing:
         """Return how a unit stands that changed or that is in memory."""

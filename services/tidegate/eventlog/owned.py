@@ -131,9 +131,9 @@ class OwnedPartition:
         return {unit for unit in self._units(entry) if self.unconfirmed.get(unit, -1) >= offset}
 
     def _units(self, entry: Entry) -> Iterable[str]:
-        """Return whose state the entry's events change, one by one."""
-        subject, unit_of = entry.subject, self.machine.unit_of
-        return [unit_of(subject, event) for event in entry.events]
+        """Return whose state the entry's events change."""
+        subject, units_of = entry.subject, self.machine.units_of
+        return {unit: None for event in entry.events for unit in units_of(subject, event)}
 
     def _compare_head(self, entry: Entry, value: bytes, offset: int) -> None:
         if self.unconfirmed[entry.subject] != offset:
@@ -144,9 +144,12 @@ class OwnedPartition:
 
     def _take(self, entry: Entry, value: bytes, covered: Container[str] = ()) -> None:
         machine, state, seq = self.machine, self.state, entry.first_seq
+        subject, account, now_ms = entry.subject, entry.account, entry.now_ms
         for event in entry.events:
-            if not covered or machine.unit_of(entry.subject, event) not in covered:
-                machine.apply(state, entry.subject, entry.account, event, seq, entry.now_ms)
+            if not covered:
+                machine.apply(state, subject, account, event, seq, now_ms)
+            elif not all(unit in covered for unit in machine.units_of(subject, event)):
+                machine.apply(state, subject, account, event, seq, now_ms, covered)
             seq += 1
         machine.set_head(state, entry.subject, seq - 1, hashlib.sha256(value).digest())
 
@@ -155,12 +158,10 @@ class OwnedPartition:
     def logged(self, entry: Entry, offset: int, covered: Container[str] = ()) -> None:
         """Note that the log holds an entry at `offset`, and whose state it changed."""
         self.since_checkpoint += 1
-        last = None
         for unit in (entry.subject,) if self._is_chained_by_unit else self._units(entry):
-            if unit != last and unit not in covered:
+            if unit not in covered:
                 self.as_of[unit] = offset
                 self.dirty.add(unit)
-            last = unit
 
     def put_away_if_over(self, unit: str) -> Standing:
         """Take a unit that changed out of memory if it is over (onto the shelf) or gone; returns how it stands.

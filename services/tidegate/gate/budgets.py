@@ -23,7 +23,7 @@ from tidegate.domain.identity import (
 from tidegate.domain.messages import Amounts, Call
 from tidegate.domain.questions import LACK_RULE
 from tidegate.gate.documents import Document, name_field
-from tidegate.gate.ledger import METERS, Bucket, Learned, Ledger
+from tidegate.gate.ledger import METERS, Attempt, Bucket, Learned, Ledger, tight
 from tidegate.gate.names import bucket_key
 from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
 from tidegate.prices import price
@@ -123,11 +123,29 @@ class TopUp(Document):
     reason: str = Field(default="", max_length=500)
 
 
-class Scope(NamedTuple):
-    """A budget and the part of a run's account path that it counts by."""
+class Scope:
+    """A budget, the part of a run's account path that it counts by, and the bucket of its present window."""
 
-    budget: Budget
-    account: str
+    __slots__ = ("_key", "_minute", "_window", "account", "budget", "is_per_run")
+
+    def __init__(self, budget: Budget, account: str) -> None:
+        self.budget = budget
+        self.account = account
+        self.is_per_run = budget.window == "run"
+        self._minute = -1  # for which the others stand: windows turn at full minutes
+        self._window = ALWAYS
+        self._key = ""
+
+    def bucket(self, run_id: str, now_ms: int) -> tuple[str, Window]:
+        """Return the name of the bucket that counts the run now, and its window."""
+        if self.is_per_run:
+            return bucket_key(self.budget.budget, self.account, run_id, ALWAYS), ALWAYS
+        minute = now_ms // 60_000
+        if minute != self._minute:
+            self._window = window_at(self.budget.window, self.budget.time_zone, now_ms)
+            self._key = bucket_key(self.budget.budget, self.account, "", self._window)
+            self._minute = minute
+        return self._key, self._window
 
 
 class Budgets:
@@ -165,8 +183,8 @@ class Budgets:
         return [
             scope
             for scope in known
-            if (not scope.budget.workflow or scope.budget.workflow == workflow)
-            and (not scope.budget.tags or scope.budget.tags.items() <= tags.items())
+            if (not (wanted := scope.budget.workflow) or wanted == workflow)
+            and (not (fixed := scope.budget.tags) or fixed.items() <= tags.items())
         ]
 
     def _of_account(self, account: str) -> list[Scope]:
@@ -180,7 +198,7 @@ class Budgets:
     def limits_of(self, scope: Scope, run_id: str, window: Window) -> tuple[ev.Ceilings, tuple[str, ...]]:
         """Return a bucket's limits with all its top-ups, and the ids of these."""
         name = scope.budget.budget
-        top_ups = self._top_ups.get((name, scope.account, run_id))
+        top_ups = self._top_ups.get((name, scope.account, run_id)) if self._top_ups else None
         if top_ups is None:
             return self._limits[name], ()
         limits = list(scope.budget.limits.in_order())
@@ -310,26 +328,20 @@ class Tally:
             bucket = self._changed[key] = self._ledger.buckets[key].copy()
         return bucket
 
-    def window(self, budget: Budget) -> Window:
-        """Return a budget's present window."""
-        return window_at(budget.window, budget.time_zone, self._now_ms)
-
-    def of_run(self, account: str, run_id: str, workflow: str, tags: Mapping[str, str]) -> list[tuple[str, Scope]]:
-        """Return the buckets that count a run now, by key; they need not be there yet."""
+    def opened(
+        self, account: str, run_id: str, workflow: str, tags: Mapping[str, str]
+    ) -> list[tuple[str, Bucket, Budget]]:
+        """Return the buckets that count a run now, with the limits that are in force; says so in events where they are new."""
         found = []
         for scope in self._budgets.scopes(account, workflow, tags):
-            is_per_run = scope.budget.window == "run"
-            window = ALWAYS if is_per_run else self.window(scope.budget)
-            key = bucket_key(scope.budget.budget, scope.account, run_id if is_per_run else "", window)
-            found.append((key, scope))
+            key, window = scope.bucket(run_id, self._now_ms)
+            found.append((key, self._current(key, scope, window, run_id), scope.budget))
         return found
 
-    def current(self, key: str, scope: Scope, run_id: str) -> Bucket:
-        """Return a bucket with the limits that are in force; says so in an event if it is new or they are."""
+    def _current(self, key: str, scope: Scope, window: Window, run_id: str) -> Bucket:
         budget = scope.budget
         bucket = self.get(key)
-        window = self.window(budget)
-        limits, top_ups = self._budgets.limits_of(scope, run_id if budget.window == "run" else "", window)
+        limits, top_ups = self._budgets.limits_of(scope, run_id if scope.is_per_run else "", window)
         now = (budget.version, limits, budget.on_exceed, top_ups)
         if bucket is not None and (bucket.version, bucket.limits, bucket.on_exceed, bucket.top_ups) == now:
             return bucket
@@ -342,7 +354,7 @@ class Tally:
             on_exceed=budget.on_exceed,
             from_ms=window.from_ms,
             until_ms=window.until_ms,
-            run_id=run_id if budget.window == "run" else "",
+            run_id=run_id if scope.is_per_run else "",
             top_ups=top_ups,
         )
         self._events.append(event)
@@ -361,27 +373,39 @@ class Tally:
         ]
         return sorted(found, key=lambda lack: -_STRENGTH[lack.budget.on_exceed])
 
-    def reserve(self, key: str, names: Mapping[str, Any], amounts: Amounts, *, exceeds: bool) -> None:
-        """Set amounts aside."""
-        event = ev.BudgetReserved(**names, bucket=key, amounts=amounts, exceeds=exceeds)
-        self._events.append(event)
-        self._own(key).reserve(event)
+    def reserve(self, keys: Iterable[str], amounts: Amounts) -> None:
+        """Count what an event sets aside."""
+        for key in keys:
+            self._own(key).reserve(amounts)
 
     def settle(
-        self, key: str, names: Mapping[str, Any], reserved: Amounts, used: Amounts, *, is_run_over: bool
+        self, keys: Iterable[str], reserved: Amounts, used_micros: int, used: Amounts, *, is_run_over: bool
     ) -> None:
-        """End a reservation with what was used; alert; close the bucket if nothing can come any more."""
-        if self.get(key) is None:
-            return  # a late cost of a window that is over and closed: it stays with the run
-        event = ev.BudgetSettled(**names, bucket=key, reserved=reserved, used=used)
-        self._events.append(event)
-        bucket = self._own(key)
-        bucket.settle(event)
-        budget = self._budgets.named(bucket.budget)
-        if budget is not None and budget.alerts:
-            self._events += self._alerts(key, bucket, budget.alerts)
-        is_over = is_run_over if bucket.run_id else bool(bucket.until_ms) and self._now_ms >= bucket.until_ms
-        if is_over:
+        """Count the end of a reservation, as an event says it; alert; close the buckets that nothing can come to any more."""
+        for key in keys:
+            bucket = self._own(key)
+            bucket.settle(reserved, used_micros, used)
+            budget = self._budgets.named(bucket.budget)
+            if budget is not None and budget.alerts:
+                self._events += self._alerts(key, bucket, budget.alerts)
+            self._close_if_over(key, bucket, is_run_over=is_run_over)
+
+    def release(self, names: Mapping[str, Any], attempt: Attempt, *, is_run_over: bool) -> None:
+        """Say that what was set aside for an attempt is free; close the buckets that nothing can come to any more."""
+        keys = self.open_of(attempt)
+        if keys:
+            self._events.append(ev.BudgetsReleased(**names, buckets=keys, amounts=attempt.amounts))
+            for key in keys:
+                bucket = self._own(key)
+                bucket.release(attempt.amounts)
+                self._close_if_over(key, bucket, is_run_over=is_run_over)
+
+    def open_of(self, attempt: Attempt) -> tuple[str, ...]:
+        """Return the buckets in which something is set aside for an attempt: all that it has, for they do not close before."""
+        return tuple([key for key in attempt.buckets if self.get(key) is not None])
+
+    def _close_if_over(self, key: str, bucket: Bucket, *, is_run_over: bool) -> None:
+        if is_run_over if bucket.run_id else 0 < bucket.until_ms <= self._now_ms:
             self.close(key)
 
     def close(self, key: str) -> None:
@@ -399,10 +423,10 @@ class Tally:
             self.close(key)
 
     def _alerts(self, key: str, bucket: Bucket, percents: Iterable[int]) -> Iterator[Any]:
-        for at, meter in enumerate(METERS):
-            limit = getattr(bucket.limits, meter)
+        for at, limit in tight(bucket.limits):
             if not limit:
                 continue
+            meter = METERS[at]
             reached = bucket.spent[at] * 100 // limit
             told = bucket.alerted.get(meter, 0)
             for percent in percents:
@@ -422,8 +446,8 @@ class Tally:
     def seen(self, account: str, run_id: str, workflow: str, tags: Mapping[str, str]) -> dict[str, Any]:
         """Return what the budgets of a run have counted, by budget, for rules to look at."""
         found: dict[str, Any] = {}
-        for key, scope in self.of_run(account, run_id, workflow, tags):
-            bucket = self.get(key)
+        for scope in self._budgets.scopes(account, workflow, tags):
+            bucket = self.get(scope.bucket(run_id, self._now_ms)[0])
             spent = UNUSED if bucket is None else bucket.spent
             reserved = UNUSED if bucket is None else bucket.reserved
             found[scope.budget.budget] = dict(zip(METERS, spent, strict=True)) | {"reserved_micros": reserved[0]}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
-
-import msgspec
 
 from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
@@ -14,7 +11,6 @@ from tidegate.domain.entry import Position
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import (
     NOTHING,
-    Amounts,
     Approve,
     Authorise,
     Call,
@@ -61,7 +57,7 @@ from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.names import FAMILY, RULE_WAIT, family_wait, learned_key, scope_of
 from tidegate.gate.placement import FreeSlots
 from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
-from tidegate.gate.variables import MAKERS, Subject, Variables
+from tidegate.gate.variables import Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 from tidegate.prices import price
 
@@ -125,6 +121,7 @@ class Draft:
         known = ledger.runs.get(request.run_id)
         self._item: Any = None  # whose key was asked for last, and that
         self._key = AttemptKey("", "", 0)
+        self._subject: Subject | None = None
         self.approved = {} if known is None else known.approved
         self.money = None if known is None else _Money(known)
 
@@ -144,17 +141,21 @@ class Draft:
             self._item, self._key = item, AttemptKey(self.request.run_id, item.step_id, item.attempt)
         return self._key
 
+    def subject(self, item: Any, call: Call, money: _Money) -> Subject:
+        """Return what rules and limits look at."""
+        key = self.key(item)
+        if self._subject is None or self._subject.key is not key:
+            self._subject = Subject.of(key, self.request.account, call, money)
+        return self._subject
+
     def open_attempt(self, item: Any) -> Attempt | None:
         """Return the attempt if it has not ended, neither before nor in this decision."""
         key = self.key(item)
         return None if key in self.ended else self.ledger.attempts.get(key)
 
-    def end(self, item: Any, attempt: Attempt, used: Amounts, outcome: str = "") -> None:
-        """Note that the attempt ends here: what it did not use, its slot and its leases are free for what follows."""
+    def end(self, item: Any, attempt: Attempt, outcome: str = "") -> None:
+        """Note that the attempt ends here: its slot and its leases are free for what follows."""
         self.ended.add(self.key(item))
-        is_run_over = _ends_its_buckets(self.money)
-        for bucket in attempt.buckets:
-            self.tally.settle(bucket, self.names(item), attempt.amounts, used, is_run_over=is_run_over)
         self.events += leasing.given_back(self.desk, self.key(item), attempt, outcome)
         if self.money is not None:
             self.money.reserved_micros -= attempt.reserved_micros
@@ -203,10 +204,8 @@ def _free_budgets(tally: Tally, ledger: Ledger, events: list[Any]) -> None:
         attempt = ledger.attempts.get(key)
         if attempt is None or not attempt.buckets:
             continue
-        names = leasing.names(key, event.account)
         is_run_over = _ends_its_buckets(ledger.runs.get(event.run_id))
-        for bucket in attempt.buckets:
-            tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=is_run_over)
+        tally.release(leasing.names(key, event.account), attempt, is_run_over=is_run_over)
 
 
 def _open_run(draft: Draft, item: OpenRun) -> None:
@@ -305,8 +304,8 @@ def _ask(draft: Draft, item: Any, call: Call, verdict: Verdict, expires_at_ms: i
 def _verdict(draft: Draft, item: Any, call: Call, money: _Money) -> Verdict:
     if not draft.policies:
         return NO_POLICY
-    subject = Subject(draft.key(item), draft.request.account, call, money, lambda: _counted(draft, money))
-    return draft.policies.judge(Variables(MAKERS, subject))
+    subject = draft.subject(item, call, money)._replace(spent=lambda: _counted(draft, money))
+    return draft.policies.judge(Variables.of_step(subject))
 
 
 def _counted(draft: Draft, money: _Money) -> dict[str, Any]:
@@ -364,10 +363,9 @@ def _reserve_and_place(
     if entrance is None:
         return
     money.reserved_micros += micros
-    names, without_room = draft.names(item), {lack.key for lack in lacks}
+    names, buckets = draft.names(item), tuple([key for key, _, _ in opened])
     amounts = amounts_of(wanted.amounts) if opened else NOTHING
-    for key, _, _ in opened:
-        draft.tally.reserve(key, names, amounts, exceeds=key in without_room)
+    draft.tally.reserve(buckets, amounts)
     draft.events.append(
         ev.AttemptReserved(
             **names,
@@ -377,10 +375,12 @@ def _reserve_and_place(
             approved_by=approved_by,
             amounts=amounts,
             basis=wanted.basis,
-            buckets=tuple(key for key, _, _ in opened),
+            buckets=buckets,
             redact=verdict.redact,
             isolation=verdict.isolation,
             values=verdict.values,
+            counts=bool(buckets),
+            exceeds=tuple([lack.key for lack in lacks]),
         )
     )
     waiting = Attempt(
@@ -407,8 +407,7 @@ def _reserve_and_place(
 
 def _opened(draft: Draft, money: _Money) -> list[tuple[str, Bucket, Budget]]:
     """Return the buckets that count the run now, with the limits that are in force."""
-    counted = draft.tally.of_run(draft.request.account, draft.family, money.workflow.partition("@")[0], money.tags)
-    return [(key, draft.tally.current(key, scope, draft.family), scope.budget) for key, scope in counted]
+    return draft.tally.opened(draft.request.account, draft.family, money.workflow.partition("@")[0], money.tags)
 
 
 class _Room(NamedTuple):
@@ -486,9 +485,7 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
     desk, money = draft.desk, draft.money
     try:
         leases = (
-            desk.limits.leases(
-                Variables.of_step(draft.key(item), draft.request.account, call, money), draft.ledger.partition
-            )
+            desk.limits.leases(draft.subject(item, call, money), draft.ledger.partition)
             if desk.limits and money
             else ()
         )
@@ -564,6 +561,8 @@ def _settle(draft: Draft, item: Settle) -> None:
     reserved_micros = 0 if attempt is None else attempt.reserved_micros
     call = None if attempt is None else attempt.call
     actual_micros, basis = _cost(item, call, draft.now_ms)
+    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt)
+    set_aside = NOTHING if attempt is None else attempt.amounts
     draft.events.append(
         ev.AttemptSettled(
             **draft.names(item),
@@ -572,17 +571,19 @@ def _settle(draft: Draft, item: Settle) -> None:
             overshoot_micros=max(0, actual_micros - reserved_micros),
             used=item.used,
             basis=basis,
+            buckets=buckets,
+            set_aside=set_aside,
         )
     )
     if draft.money is not None:
         draft.money.settled_micros = min(draft.money.settled_micros + actual_micros, MAX_SETTLED_MICROS)
+    is_run_over = _ends_its_buckets(draft.money)
+    draft.tally.settle(buckets, set_aside, actual_micros, item.used, is_run_over=is_run_over)
     if attempt is None:
-        _count_late(draft, item, msgspec.structs.replace(item.used, micros=actual_micros))
         return
-    used = msgspec.structs.replace(item.used, micros=actual_micros) if attempt.buckets else item.used
-    draft.end(item, attempt, used, item.outcome)
+    draft.end(item, attempt, item.outcome)
     if attempt.buckets and call is not None and attempt.basis != "declared":
-        _learn(draft, call, meters_of(used))
+        _learn(draft, call, (actual_micros, *meters_of(item.used)[1:]))
 
 
 def _cost(item: Settle, call: Call | None, now_ms: int) -> tuple[int, str]:
@@ -597,12 +598,11 @@ def _cost(item: Settle, call: Call | None, now_ms: int) -> tuple[int, str]:
     return (item.actual_micros, "") if priced is None or item.actual_micros not in (0, priced.micros) else priced
 
 
-def _count_late(draft: Draft, item: Settle, used: Amounts) -> None:
-    """Count what an attempt cost that was given up before: in what counts now, for its own buckets may be over."""
+def _counted_now(draft: Draft) -> tuple[str, ...]:
+    """Return the buckets in which the cost of an attempt counts that was given up before: its own may be over."""
     if draft.money is None:
-        return  # nothing is known of the run any more but its account; its cost stays in the ledger
-    for key, _, _ in _opened(draft, draft.money):
-        draft.tally.settle(key, draft.names(item), NOTHING, used, is_run_over=_ends_its_buckets(draft.money))
+        return ()  # nothing is known of the run any more but its account; its cost stays in the ledger
+    return tuple([key for key, _, _ in _opened(draft, draft.money)])
 
 
 def _learn(draft: Draft, call: Call, used: tuple[int, ...]) -> None:
@@ -623,8 +623,10 @@ def _release(draft: Draft, item: Release) -> None:
 
 
 def _released(draft: Draft, item: Any, attempt: Attempt, reason: str) -> None:
-    draft.events.append(ev.AttemptReleased(**draft.names(item), reserved_micros=attempt.reserved_micros, reason=reason))
-    draft.end(item, attempt, NOTHING)
+    names = draft.names(item)
+    draft.events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason=reason))
+    draft.tally.release(names, attempt, is_run_over=_ends_its_buckets(draft.money))
+    draft.end(item, attempt)
 
 
 def _void(draft: Draft, item: Void) -> None:
@@ -693,14 +695,14 @@ def lapses(ledger: Ledger, now_ms: int) -> list[Any]:
 
 
 def closings(ledger: Ledger, now_ms: int) -> list[Any]:
-    """Return the ends of buckets whose window is over and that nothing is set aside in; the others end with what is."""
-    if not ledger.window_ends or ledger.window_ends[0][0] > now_ms:
-        return []
+    """Return the ends of buckets whose window is over and that nothing is set aside in, as many as an entry may hold; the others
+    end with what is. All windows are looked through for this."""
     events: list[Any] = []
     tally = Tally(ledger, NO_BUDGETS, now_ms, events)
-    for until_ms, key in heapq.nsmallest(MAX_LAPSES_PER_ENTRY, ledger.window_ends):
-        if until_ms <= now_ms:
-            tally.close(key)
+    for _, key in sorted(end for end in ledger.window_ends if end[0] <= now_ms):
+        tally.close(key)
+        if len(events) == MAX_LAPSES_PER_ENTRY:
+            break
     return events
 
 
@@ -839,6 +841,5 @@ def losses(
             run = ledger.runs[key.run_id]
             if run.closed or attempt.cancelled:
                 events.append(ev.AttemptReleased(**names, reserved_micros=attempt.reserved_micros, reason="lost"))
-                for bucket in attempt.buckets:
-                    tally.settle(bucket, names, attempt.amounts, NOTHING, is_run_over=run.closed and run.is_alone)
+                tally.release(names, attempt, is_run_over=run.closed and run.is_alone)
     return events

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -200,7 +202,7 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def copy(self) -> Bucket:
         """Return one that may be changed apart from this one."""
-        return msgspec.structs.replace(self, alerted=dict(self.alerted))
+        return copy.copy(self)  # all that it holds is replaced when it changes, and not changed itself
 
     def set(self, event: ev.BudgetSet) -> None:
         """Take other limits."""
@@ -209,22 +211,27 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def lacking(self, amounts: tuple[int, ...]) -> int | None:
         """Return the first meter that has no room for `amounts`, as its place in METERS; None if all have."""
-        for at, limit in enumerate(_ceilings(self.limits)):
+        reserved, spent = self.reserved, self.spent
+        for at, limit in tight(self.limits):
             # Also where nothing is needed: a budget that was overshot is closed, whatever the next attempt says it needs.
-            if limit is not None and self.reserved[at] + self.spent[at] + amounts[at] > limit:
+            if reserved[at] + spent[at] + amounts[at] > limit:
                 return at
         return None
 
-    def reserve(self, event: ev.BudgetReserved) -> None:
+    def reserve(self, amounts: Amounts) -> None:
         """Set aside."""
-        self.reserved = _plus(self.reserved, event.amounts)
+        self.reserved = _plus(self.reserved, amounts.micros, amounts)
         self.open += 1
 
-    def settle(self, event: ev.BudgetSettled) -> None:
-        """End a reservation, if there was one: who never reserved settles against nothing."""
-        if event.reserved.calls:
+    def settle(self, reserved: Amounts, used_micros: int, used: Amounts) -> None:
+        """End a reservation, if there was one: who never reserved settles against nothing. The money of `used` does not count."""
+        self.release(reserved)
+        self.spent = _plus(self.spent, used_micros, used)
+
+    def release(self, reserved: Amounts) -> None:
+        """End a reservation that nothing was used of."""
+        if reserved.calls:
             self.open -= 1
-        reserved = event.reserved
         micros, input_tokens, output_tokens, calls, wall_ms = self.reserved
         self.reserved = (
             micros - reserved.micros,
@@ -233,11 +240,10 @@ class Bucket(msgspec.Struct, array_like=True):
             calls - reserved.calls,
             wall_ms - reserved.wall_ms,
         )
-        self.spent = _plus(self.spent, event.used)
 
     def alert(self, event: ev.BudgetAlerted) -> None:
         """Note that a threshold was told."""
-        self.alerted[event.meter] = max(self.alerted.get(event.meter, 0), event.percent)
+        self.alerted = {**self.alerted, event.meter: max(self.alerted.get(event.meter, 0), event.percent)}
 
 
 class Learned(msgspec.Struct, array_like=True, frozen=True):
@@ -255,16 +261,19 @@ class Carried(msgspec.Struct, array_like=True, frozen=True):
     policy: str
 
 
-def _ceilings(limits: ev.Ceilings) -> tuple[int | None, ...]:
-    return (limits.micros, limits.input_tokens, limits.output_tokens, limits.calls, limits.wall_ms)
+@lru_cache(maxsize=4096)
+def tight(limits: ev.Ceilings) -> tuple[tuple[int, int], ...]:
+    """Return the limits that there are, each with its place in METERS."""
+    found = (limits.micros, limits.input_tokens, limits.output_tokens, limits.calls, limits.wall_ms)
+    return tuple((at, limit) for at, limit in enumerate(found) if limit is not None)
 
 
-def _plus(values: tuple[int, ...], more: Amounts) -> tuple[int, ...]:
+def _plus(values: tuple[int, ...], more_micros: int, more: Amounts) -> tuple[int, ...]:
     micros, input_tokens, output_tokens, calls, wall_ms = values
     most = MAX_SETTLED_MICROS
     # Without `min`: this is the busiest function of a fold.
     return (
-        sum_ if (sum_ := micros + more.micros) < most else most,
+        sum_ if (sum_ := micros + more_micros) < most else most,
         sum_ if (sum_ := input_tokens + more.input_tokens) < most else most,
         sum_ if (sum_ := output_tokens + more.output_tokens) < most else most,
         sum_ if (sum_ := calls + more.calls) < most else most,
@@ -434,14 +443,19 @@ class Ledger:
         return bool(self.waiting_count or self.ask_lines)
 
 
-def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0) -> None:
-    """Change the ledger by its `seq`-th event. Raises KeyError on an event that its state does not allow."""
+def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0, covered: Container[str] = ()) -> None:
+    """Change the ledger by its `seq`-th event. Raises KeyError on an event that its state does not allow.
+
+    covered: units (see `snapshots.units_of_event`) that the event has changed already.
+    """
     ledger.seq = seq
     handler = _HANDLERS.get(type(event))
     if handler is not None:
         handler(ledger, event)
+    elif (timed := _TIMED_HANDLERS.get(type(event))) is not None:
+        timed(ledger, event, now_ms)
     else:
-        _TIMED_HANDLERS[type(event)](ledger, event, now_ms)
+        _SHARED_HANDLERS[type(event)](ledger, event, covered)
 
 
 def derive(ledger: Ledger) -> None:
@@ -539,7 +553,8 @@ def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt
 
 
 def _key(event: Any) -> AttemptKey:
-    return AttemptKey(event.run_id, event.step_id, event.attempt)
+    # Past the named tuple's own `__new__`, which takes three times as long: asked for with every event.
+    return tuple.__new__(AttemptKey, (event.run_id, event.step_id, event.attempt))
 
 
 def _run_opened(ledger: Ledger, event: ev.RunOpened) -> None:
@@ -561,7 +576,16 @@ def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | Non
     return attempt
 
 
-def _reserved(ledger: Ledger, event: ev.AttemptReserved) -> None:
+def _reserved(ledger: Ledger, event: ev.AttemptReserved, covered: Container[str]) -> None:
+    if event.counts:
+        for name in event.buckets:
+            if name not in covered:
+                ledger.buckets[name].reserve(event.amounts)
+    if event.run_id not in covered:
+        _reserved_for_run(ledger, event)
+
+
+def _reserved_for_run(ledger: Ledger, event: ev.AttemptReserved) -> None:
     key = _key(event)
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, None, RESERVED)
     ledger.lacking.discard(key)
@@ -723,7 +747,16 @@ def _throttled(ledger: Ledger, event: ev.AttemptThrottled) -> None:
     _notice(ledger, attempt.line, _key(event))
 
 
-def _settled(ledger: Ledger, event: ev.AttemptSettled) -> None:
+def _settled(ledger: Ledger, event: ev.AttemptSettled, covered: Container[str]) -> None:
+    for name in event.buckets:
+        if name not in covered:
+            ledger.buckets[name].settle(event.set_aside, event.actual_micros, event.used)
+            ledger.lacking.stir(name)
+    if event.run_id not in covered:
+        _settled_for_run(ledger, event)
+
+
+def _settled_for_run(ledger: Ledger, event: ev.AttemptSettled) -> None:
     run = ledger.runs.get(event.run_id)
     if run is not None:
         before = run.settled_micros
@@ -920,12 +953,19 @@ def _budget_set(ledger: Ledger, event: ev.BudgetSet) -> None:
 
 
 def _budget_reserved(ledger: Ledger, event: ev.BudgetReserved) -> None:
-    ledger.buckets[event.bucket].reserve(event)
+    ledger.buckets[event.bucket].reserve(event.amounts)
 
 
 def _budget_settled(ledger: Ledger, event: ev.BudgetSettled) -> None:
-    ledger.buckets[event.bucket].settle(event)
+    ledger.buckets[event.bucket].settle(event.reserved, event.used.micros, event.used)
     ledger.lacking.stir(event.bucket)
+
+
+def _budgets_released(ledger: Ledger, event: ev.BudgetsReleased, covered: Container[str]) -> None:
+    for name in event.buckets:
+        if name not in covered:
+            ledger.buckets[name].release(event.amounts)
+            ledger.lacking.stir(name)
 
 
 def _budget_alerted(ledger: Ledger, event: ev.BudgetAlerted) -> None:
@@ -964,11 +1004,9 @@ _HANDLERS: dict[type, Any] = {
     ev.BudgetClosed: _budget_closed,
     ev.UsageLearned: _usage_learned,
     ev.RunOpened: _run_opened,
-    ev.AttemptReserved: _reserved,
     ev.AttemptRefused: _refused,
     ev.ApprovalHeld: _held,
     ev.AttemptPlaced: _placed,
-    ev.AttemptSettled: _settled,
     ev.AttemptReleased: _released,
     ev.AttemptCancelTold: _cancel_told,
     ev.PlacementLost: _lost,
@@ -983,6 +1021,13 @@ _HANDLERS: dict[type, Any] = {
     ev.BreakerOpened: _breaker_opened,
     ev.BreakerClosed: _breaker_closed,
     ev.LimitForgotten: _limit_forgotten,
+}
+
+# Those that change several units, each by itself.
+_SHARED_HANDLERS: dict[type, Any] = {
+    ev.AttemptReserved: _reserved,
+    ev.AttemptSettled: _settled,
+    ev.BudgetsReleased: _budgets_released,
 }
 
 # Those to whom the time of the entry matters.

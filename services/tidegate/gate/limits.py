@@ -19,14 +19,13 @@ from tidegate.domain.identity import NAME_PATTERN, partition_of
 from tidegate.domain.messages import Lease
 from tidegate.gate.documents import Document
 from tidegate.gate.ledger import Gauge, Ledger
-from tidegate.gate.rule_index import Conditions
-from tidegate.gate.variables import Variables
+from tidegate.gate.rule_index import MAX_KNOWN, Conditions
+from tidegate.gate.variables import PLAIN, Subject, Variables
 
 INSTANCE_PLACE: Final = "{instance}"  # in a key: the executor, which is known only when one was found
 MAX_KEY: Final = 256
 MAX_LEASES: Final = 16  # of one attempt
 T = TypeVar("T")
-MAX_KNOWN: Final = 10_000  # combinations of what limits look at
 US: Final = 1_000_000
 NO_GAUGE: Final = Gauge()
 GAUGES_LOOKED_AT: Final = 16
@@ -179,10 +178,6 @@ _SOURCES: Final[dict[str, str]] = {"function": "name", "instance": ""}
 _conditions = lru_cache(maxsize=4096)(Conditions.of)
 
 
-# Texts that many steps share; what else a limit looks at is of one step, or counts up.
-_PLAIN: Final = _TEXTS - {"step", "version"} | {"agent"}
-
-
 def _part(part: Part, level: int, variables: Variables) -> str:
     get = variables.get
     if part == "account":
@@ -240,7 +235,7 @@ class Queue(_Document):
 class LimitSet:
     """All limits and queues in force. `version` grows with each change of them, so that what waits can be judged anew."""
 
-    __slots__ = ("_known", "_limits", "_looking_closer", "_names", "_plain", "partitions", "queues", "version")
+    __slots__ = ("_known", "_limits", "_looking_closer", "_plain", "partitions", "queues", "version")
 
     def __init__(self, documents: Iterable[Limit | Queue] = (), partitions: int = 1, version: int = 0) -> None:
         self._limits = {doc.limit: doc for doc in documents if isinstance(doc, Limit)}
@@ -248,10 +243,9 @@ class LimitSet:
         self.partitions = partitions
         self.version = version
         # What most limits look at is the same for most steps: what these need is looked up by it.
-        self._plain = [limit for limit in self._limits.values() if limit.looks_at <= _PLAIN]
-        self._looking_closer = [limit for limit in self._limits.values() if not limit.looks_at <= _PLAIN]
-        self._names = sorted(frozenset().union(*(limit.looks_at for limit in self._plain)))
-        self._known: dict[tuple[Any, ...], list[Lease]] = {}
+        self._plain = [limit for limit in self._limits.values() if limit.looks_at.issubset(PLAIN)]
+        self._looking_closer = [limit for limit in self._limits.values() if not limit.looks_at.issubset(PLAIN)]
+        self._known: dict[tuple[int, tuple[str, ...]], tuple[Lease, ...]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._limits)
@@ -265,30 +259,32 @@ class LimitSet:
         limit = self._limits.get(lease.limit)
         return limit is not None and limit.is_local
 
-    def leases(self, variables: Variables, own_partition: int) -> tuple[Lease, ...]:
+    def leases(self, subject: Subject, own_partition: int) -> tuple[Lease, ...]:
         """Return what a step needs under all limits, in the order in which it must be asked for. Raises LimitError.
 
         The order is by partition first: an attempt waits at one partition only while what it holds is of lower ones, so no
-        two can wait for each other.
+        two can wait for each other. To limits, budgets have counted nothing.
         """
-        inputs = (own_partition, *map(variables.get, self._names))
+        inputs = (own_partition, subject.plain)
         found = self._known.get(inputs)
         if found is None:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            found = self._known[inputs] = self._needed(self._plain, variables, own_partition)
+            variables = Variables.of_step(subject)
+            found = self._known[inputs] = _in_order(self._needed(self._plain, variables, own_partition))
         if self._looking_closer:
+            variables = Variables.of_step(subject)
             found = _in_order([*found, *self._needed(self._looking_closer, variables, own_partition)])
         if len(found) > MAX_LEASES:
             raise LimitError(f"{len(found)} limits cover this step, {MAX_LEASES} are allowed")
-        return tuple(found)
+        return found
 
     def _needed(self, limits: Iterable[Limit], variables: Variables, own_partition: int) -> list[Lease]:
-        return _in_order(
+        return [
             Lease(self._partition(limit, value, own_partition), limit.limit, value)
             for limit in limits
             if limit.covers(variables) and (value := limit.value(variables)) is not None
-        )
+        ]
 
     def _partition(self, limit: Limit, value: str, own_partition: int) -> int:
         return own_partition if limit.is_local else partition_of(f"{limit.limit}:{value}", self.partitions)
@@ -305,11 +301,11 @@ class LimitSet:
             elif limit is not None:
                 value = lease.key.replace(INSTANCE_PLACE, instance_id)
                 found.append(Lease(self._partition(limit, value, own_partition), lease.limit, value))
-        return tuple(_in_order(found))
+        return _in_order(found)
 
 
-def _in_order(leases: Iterable[Lease]) -> list[Lease]:
-    return sorted(leases, key=lambda lease: (lease.partition, lease.limit, lease.key))
+def _in_order(leases: Iterable[Lease]) -> tuple[Lease, ...]:
+    return tuple(sorted(leases, key=lambda lease: (lease.partition, lease.limit, lease.key)))
 
 
 class Obstacle(NamedTuple):
@@ -372,20 +368,19 @@ class Desk:
             return None  # it is not in force any more
         gauge = self._gauge(lease)
         held = self.held(lease)
-        label = f"{lease.limit}[{lease.key}]" if lease.key else lease.limit
         if gauge.open_until_ms and limit.breaker is not None:
             denies = limit.breaker.while_open == "deny"
             if self.now_ms < gauge.open_until_ms:
-                return Obstacle(lease, "breaker", f"{label} is open: {gauge.why}", gauge.open_until_ms, denies)
+                return Obstacle(lease, "breaker", f"{lease.label} is open: {gauge.why}", gauge.open_until_ms, denies)
             if held >= limit.breaker.probes:
-                return Obstacle(lease, "breaker", f"{label} is being tried with {held} at a time", 0, denies)
+                return Obstacle(lease, "breaker", f"{lease.label} is being tried with {held} at a time", 0, denies)
         if limit.at_once is not None and held >= limit.at_once:
-            return Obstacle(lease, "limit", f"{label} allows {limit.at_once} at once", 0)
+            return Obstacle(lease, "limit", f"{lease.label} allows {limit.at_once} at once", 0)
         if limit.rate_per_s is not None:
             wait_us = self._wait_us(gauge, limit)
             if wait_us > 0:
                 at_ms = self.now_ms + -(-wait_us // 1000)
-                return Obstacle(lease, "rate", f"{label} allows {limit.rate_per_s:g} a second", at_ms)
+                return Obstacle(lease, "rate", f"{lease.label} allows {limit.rate_per_s:g} a second", at_ms)
         return None
 
     def _gauge(self, lease: Lease) -> Gauge:
@@ -403,10 +398,11 @@ class Desk:
     def take(self, leases: Iterable[Lease]) -> list[Any]:
         """Take those that are ours, and return the events of the tokens that this costs."""
         events: list[Any] = []
+        here, taken = self.ledger.partition, self._taken
         for lease in leases:
-            if not self.is_ours(lease):
+            if lease.partition != here:
                 continue
-            self._taken[lease] = self._taken.get(lease, 0) + 1
+            taken[lease] = taken.get(lease, 0) + 1
             limit = self.limits.get(lease.limit)
             if limit is not None and limit.rate_per_s is not None:
                 events += self._take_token(lease, limit)

@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tidegate.domain import expressions
 from tidegate.domain.isolation import strongest
 from tidegate.gate.documents import DEFAULT_KIND, Document, name_field
-from tidegate.gate.rule_index import RuleIndex
-from tidegate.gate.variables import VARIABLES, Variables
+from tidegate.gate.rule_index import MAX_KNOWN, RuleIndex
+from tidegate.gate.variables import PLAIN, VARIABLES, Variables
 
 Effect = Literal["allow", "deny", "require_approval"]
 Isolation = Literal["subprocess", "job"]
+_PLAIN: Final = frozenset(PLAIN)
 _STRENGTH: Final[dict[str, int]] = {"allow": 0, "require_approval": 1, "deny": 2}
 DEFAULT_RULE: Final = "default"
 MAX_REASON: Final = 500  # it is repeated with every attempt that the rule decides on
@@ -125,11 +126,13 @@ class Verdict(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A rule with all that judging by it needs. matched: the verdict if it holds, without what it looked at."""
+    """A rule with all that judging by it needs. matched: the verdict if it holds, without what it looked at. is_plain: it
+    refers to plain variables only."""
 
     rule: Rule
     references: tuple[str, ...]
     matched: Verdict
+    is_plain: bool
 
     @classmethod
     def of(cls, rule: Rule, label: str) -> _Bound:
@@ -143,7 +146,8 @@ class _Bound(NamedTuple):
             rule.isolation,
             rule.expires_s or 0,
         )
-        return cls(rule, _references(rule.when), matched)
+        references = _references(rule.when)
+        return cls(rule, references, matched, _PLAIN.issuperset(references))
 
 
 class PolicySet:
@@ -151,7 +155,7 @@ class PolicySet:
     policy id and place in the document. If no rule matches, the strongest `default` of any policy does, else allow. A rule
     that cannot be evaluated denies."""
 
-    __slots__ = ("_default", "_index", "_is_empty")
+    __slots__ = ("_default", "_index", "_is_empty", "_values")
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         bound: list[_Bound] = []
@@ -163,7 +167,8 @@ class PolicySet:
                 not self._default.policy or _STRENGTH[policy.default] > _STRENGTH[self._default.effect]
             ):
                 self._default = Verdict(policy.default, DEFAULT_RULE, policy.label, "no rule matched")
-        self._index: RuleIndex[_Bound] = RuleIndex((item.rule.when, item) for item in bound)
+        self._index: RuleIndex[_Bound] = RuleIndex(((item.rule.when, item) for item in bound), PLAIN)
+        self._values: dict[tuple[Any, ...], str] = {}  # of plain rules, by policy, rule and what they look at
         self._is_empty = not policies
 
     def __bool__(self) -> bool:
@@ -175,7 +180,7 @@ class PolicySet:
         decisive: _Bound | None = None
         redact: tuple[str, ...] = ()
         isolation = ""
-        for bound, answer in self._index.candidates(variables.get):
+        for bound, answer in self._index.candidates(variables.get, variables.plain):
             verdict = bound.matched if answer else _judge_rule(bound, variables)
             if verdict is None:
                 continue
@@ -187,8 +192,19 @@ class PolicySet:
                 best, decisive = verdict, bound
         if best is None or decisive is None:
             return self._default
-        values = _without(_values(decisive, variables), redact)
+        values = _without(self._values_of(decisive, variables), redact)
         return Verdict(best.effect, best.rule, best.policy, best.reason, values, redact, isolation, best.expires_s)
+
+    def _values_of(self, bound: _Bound, variables: Variables) -> str:
+        if not bound.is_plain:
+            return _values(bound, variables)
+        name = (bound.matched.policy, bound.rule.name, variables.plain)
+        values = self._values.get(name)
+        if values is None:
+            if len(self._values) >= MAX_KNOWN:
+                self._values.clear()
+            values = self._values[name] = _values(bound, variables)
+        return values
 
 
 def _judge_rule(bound: _Bound, variables: Variables) -> Verdict | None:

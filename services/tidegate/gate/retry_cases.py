@@ -20,16 +20,18 @@ from tidegate.domain.workflow import Function
 from tidegate.gate.retries import Retry
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True)
-Next = Literal["again", "stop"]
+Next = Literal["again", "stop", "ask"]
+ASKED: Final = "outcome_unknown"  # of a function that must not be repeated silently
 
 
 class Failed(BaseModel):
-    """Attempts that failed alike, one after the other. As in a result: retryable, retry_after_ms."""
+    """Attempts that failed alike, one after the other. As in a result: outcome, retryable, retry_after_ms."""
 
     model_config = _STRICT
 
     error: str = Field(min_length=1, max_length=retries.MAX_ERROR_CLASS)
     times: int = Field(default=1, ge=1, le=1000)
+    outcome: Literal["failed", "timed_out", "died"] = "failed"
     retryable: bool = True
     retry_after_ms: int = Field(default=0, ge=0)
 
@@ -49,7 +51,8 @@ class RetryExpectation(BaseModel):
 
 class RetryCase(BaseModel):
     """How the attempts of a step failed, the last one last. settings: what the function's definition says of its retries. retry:
-    the document that it names. The others: what documents choose by."""
+    the document that it names. idempotent: whether it may be repeated when nobody knows what became of it. The others: what
+    documents choose by."""
 
     model_config = _STRICT
 
@@ -57,6 +60,7 @@ class RetryCase(BaseModel):
     failed: list[str | Failed] = Field(min_length=1, max_length=100)
     function: str = "step"
     retry: str = ""
+    idempotent: bool = True
     settings: dict[str, Any] = {}
     account: str = DEFAULT_ACCOUNT
     workflow: str = "workflow"
@@ -84,6 +88,8 @@ class Ending(NamedTuple):
 
     def said(self) -> str:
         """Return it for people."""
+        if self.next == "ask":
+            return f"ask a human after failure {self.at} ({self.code})"
         by = "/".join(part for part in (self.document or "the function's own settings", self.rule) if part)
         if self.next == "stop":
             return f"stop after failure {self.at} ({self.code}) by {by}"
@@ -106,6 +112,8 @@ def ending(case: RetryCase, documents: RetryDocuments) -> Ending:
     counts: Counter[str] = Counter()
     failures = [item for item in map(_as_failed, case.failed) for _ in range(item.times)]
     for at, item in enumerate(failures, 1):
+        if item.outcome in retries.OUTCOME_UNKNOWN and not case.idempotent:
+            return Ending("ask", at, 0, 0, "", "", ASKED)
         failure = retries.Failure(item.error, item.retryable, item.retry_after_ms)
         least, most = (retries.judge(chosen.settings, failure, counts, at - 1, jitter) for jitter in (0.0, 1.0))
         if least.wait_ms is None or most.wait_ms is None or at == len(failures):
@@ -124,7 +132,7 @@ def difference(case: RetryCase, found: Ending) -> str:
     """Return what is otherwise than the case expects; empty if nothing is."""
     failures = sum(_as_failed(item).times for item in case.failed)
     if found.at < failures:
-        return f"it stops after failure {found.at} of {failures}"
+        return f"it {'asks' if found.next == 'ask' else 'stops'} after failure {found.at} of {failures}"
     wanted = RetryExpectation(next=case.expect) if isinstance(case.expect, str) else case.expect
     there = found._asdict() | {"wait_ms": [found.least_ms, found.most_ms]}
     return "; ".join(

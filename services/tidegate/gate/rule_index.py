@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -55,6 +55,7 @@ _FORMS: Final = (
     re.compile(rf"\s*{_PATH}\s+(?P<operator>in)\s*\[\s*(?P<texts>(?:{_TEXT})(?:\s*,\s*(?:{_TEXT}))*)\s*\]\s*"),
     re.compile(rf"\s*{_PATH}\.(?P<operator>startsWith)\(\s*(?P<text>{_TEXT})\s*\)\s*"),
 )
+MAX_KNOWN: Final = 10_000  # combinations of what rules, or limits, look at
 _MOST: Final = 2**63  # beyond 64 bits CEL has rules of its own
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -128,6 +129,17 @@ class Conditions(NamedTuple):
                 answer = None
         return answer
 
+    def decided(self, get: Get, names: Set[str]) -> Conditions | None:
+        """Return what is left to ask when the values of these variables are known; None if they do not hold whatever it is."""
+        left = []
+        for comparison in self.comparisons:
+            holds = comparison.holds(get) if comparison.name in names else None
+            if holds is False:
+                return None
+            if holds is None:
+                left.append(comparison)
+        return self._replace(comparisons=tuple(left))
+
     def found_by(self) -> Comparison | None:
         """Return the most telling comparison; None if none is."""
         ranked = [(rank, comparison) for comparison in self.comparisons if (rank := comparison.rank) is not None]
@@ -177,9 +189,12 @@ class _Numbered(NamedTuple, Generic[T]):
 class RuleIndex(Generic[T]):
     """Rules in their order, each with its expression. `candidates` returns those that may match, in that order."""
 
-    __slots__ = ("_always", "_by_beginning", "_by_text")
+    __slots__ = ("_always", "_by_beginning", "_by_text", "_known", "_plain")
 
-    def __init__(self, rules: Iterable[tuple[str, T]]) -> None:
+    def __init__(self, rules: Iterable[tuple[str, T]], plain: Iterable[str] = ()) -> None:
+        """`plain`: names of variables with texts that many steps share."""
+        self._plain = frozenset(plain)
+        self._known: dict[tuple[Any, ...], list[_Numbered[T]]] = {}  # by the values of these
         self._always: list[_Numbered[T]] = []
         self._by_text: dict[str, dict[str, list[_Numbered[T]]]] = {}
         # By the variable and the length of the beginning, so that a text is looked up once for each length.
@@ -198,16 +213,31 @@ class RuleIndex(Generic[T]):
             for text in by.literal if by.operator == AMONG else (by.literal,):
                 self._by_text.setdefault(by.name, {}).setdefault(text, []).append(item)
 
-    def candidates(self, get: Get) -> list[tuple[T, bool | None]]:
-        """Return the rules that may match a step described by `get`, each with True if it does, None if CEL must say."""
+    def candidates(self, get: Get, plain: tuple[Any, ...]) -> list[tuple[T, bool | None]]:
+        """Return the rules that may match a step described by `get`, each with True if it does, None if CEL must say.
+
+        plain: the values of the plain variables, in an order that is always the same.
+        """
+        found = self._known.get(plain)
+        if found is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            found = self._known[plain] = self._among(get)
+        return [(item.rule, answer) for item in found if (answer := item.conditions.hold(get)) is not False]
+
+    def _among(self, get: Get) -> list[_Numbered[T]]:
+        """Return the rules that steps with the same plain variables may match, without the conditions that these decide on."""
         found = list(self._always)
         for name, by_text in self._by_text.items():
             found += by_text.get(get(name), ())
         for (name, length), by_beginning in self._by_beginning.items():
             found += by_beginning.get(get(name)[:length], ())
-        if len(found) > 1:
-            found.sort(key=_number)
-        return [(item.rule, answer) for item in found if (answer := item.conditions.hold(get)) is not False]
+        found.sort(key=_number)
+        return [
+            item._replace(conditions=left)
+            for item in found
+            if (left := item.conditions.decided(get, self._plain)) is not None
+        ]
 
 
 def _number(item: _Numbered[Any]) -> int:

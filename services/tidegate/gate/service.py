@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -36,6 +36,7 @@ INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
+WINDOWS_EVERY_MS: Final = 1_000
 CARRY_AGAIN_MS: Final = 60_000
 LOOK_AGAIN_MS: Final = 10_000
 
@@ -119,6 +120,7 @@ class GateMachine:
             self._orphaned,
             self._lost,
             self._timely,
+            self._closed,
             self._resumed,
             self._waiting,
             self._scale_out,
@@ -156,8 +158,16 @@ class GateMachine:
         return _due(state, tables, INSTANCES, lost)
 
     def _timely(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
+        timely = decide.lapses(state, now_ms) or decide.family_end(state, now_ms)
         return (f"timer:{now_ms}", Decision(state.subject, "", timely)) if timely else None
+
+    def _closed(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        if not state.window_ends or state.window_ends[0][0] > now_ms:
+            return None
+        events = decide.closings(state, now_ms)
+        if not events:  # what is still needed closes with what is set aside in it
+            self._look_not_before_ms[state.partition, "closed"] = now_ms + WINDOWS_EVERY_MS
+        return (f"timer:{now_ms}", Decision(state.subject, "", events)) if events else None
 
     def _resumed(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         if not state.lacking or not state.lacking.wake(now_ms):
@@ -208,9 +218,18 @@ class GateMachine:
         """Return when a rate or a breaker lets the next one through. Leases are looked at in every turn, at least every 200 ms."""
         return self._soonest_ms.get(state.partition)
 
-    def apply(self, state: Ledger, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
-        """Change the ledger by one event."""
-        apply(state, event, seq, now_ms)
+    def apply(
+        self,
+        state: Ledger,
+        subject: str,
+        account: str,
+        event: Any,
+        seq: int,
+        now_ms: int,
+        covered: Container[str] = (),
+    ) -> None:
+        """Change the ledger by one event, but for the units that it has changed already."""
+        apply(state, event, seq, now_ms, covered)
 
     # -- units: a run's money is one; the chain is the partition's ------------------------------
 
@@ -226,10 +245,9 @@ class GateMachine:
         """Return the name of the ledger's chain."""
         return state.subject
 
-    def unit_of(self, subject: str, event: Any) -> str:
-        """Return the run whose money it is, or what else of the ledger it changes."""
-        named = snapshots.NAMED.get(type(event))  # asked for every event: nearly all concern a run
-        return event.run_id if named is None else named(event)
+    def units_of(self, subject: str, event: Any) -> Sequence[str]:
+        """Return the run whose money it is, buckets that count it, or what else of the ledger it changes."""
+        return snapshots.units_of_event(event)
 
     def standing(self, state: Ledger, unit: str) -> Standing:
         """A run that is closed, and of which nothing is open, is forgotten by the ledger itself."""

@@ -6,9 +6,9 @@ its key; a queue that wants executors; a bucket of a budget; what was learned of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -58,6 +58,17 @@ NAMED: Final[dict[type, Callable[[Any], str]]] = {
     ev.ScaleOutWanted: _queue_unit,
     ev.LedgerCarried: _carried_unit,
 }
+
+
+def units_of_event(event: Any) -> Sequence[str]:
+    """Return the units that an event changes, each by itself."""
+    kind = type(event)
+    if kind is ev.AttemptSettled or (kind is ev.AttemptReserved and event.counts):
+        return (event.run_id, *event.buckets)
+    if kind is ev.BudgetsReleased:
+        return cast("tuple[str, ...]", event.buckets)
+    named = NAMED.get(kind)  # asked for every event: nearly all concern a run
+    return (event.run_id,) if named is None else (named(event),)
 
 
 def units_of(ledger: Ledger) -> list[str]:

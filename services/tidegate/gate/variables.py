@@ -25,13 +25,50 @@ class Money(Protocol):
 
 
 class Subject(NamedTuple):
-    """An attempt of a run. spent: returns what budgets counted for the run, by name."""
+    """An attempt of a run. plain: the values of the PLAIN variables. spent: returns what budgets counted for the run, by name."""
 
     key: AttemptKey
     account: str
     call: Call
     run: Money
-    spent: Callable[[], dict[str, Any]] = dict
+    plain: tuple[str, ...]
+    spent: Callable[[], dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, key: AttemptKey, account: str, call: Call, run: Money, spent: Callable[[], dict[str, Any]] = dict
+    ) -> Subject:
+        """Return an attempt with what is plain of it."""
+        plain = (
+            call.kind,
+            call.function,
+            call.function if call.kind == "tool" else "",
+            call.agent,
+            call.queue,
+            call.provider,
+            call.model,
+            call.operation,
+            key.step_id.partition("/")[0],
+            account,
+            run.workflow.partition("@")[0],
+        )
+        return cls(key, account, call, run, plain, spent)
+
+
+# Texts that many steps share: what follows from them alone is found once, and not for every step.
+PLAIN: Final = (
+    "kind",
+    "name",
+    "tool",
+    "agent",
+    "queue",
+    "provider",
+    "model",
+    "operation",
+    "node",
+    "account",
+    "workflow",
+)
 
 
 MAKERS: Final[dict[str, Callable[[Subject], Any]]] = {
@@ -68,10 +105,11 @@ VARIABLES: Final = frozenset(MAKERS)
 class Variables:
     """What rules look at, made when it is first looked at: most rules look at little."""
 
-    __slots__ = ("_context", "_made", "_makers", "_subject")
+    __slots__ = ("_context", "_made", "_makers", "_subject", "plain")
 
-    def __init__(self, makers: Mapping[str, Callable[[Any], Any]], subject: Any) -> None:
-        """`makers`: name -> what makes its value of the subject."""
+    def __init__(self, makers: Mapping[str, Callable[[Any], Any]], subject: Any, plain: tuple[Any, ...]) -> None:
+        """`makers`: name -> what makes its value of the subject. plain: the values of PLAIN."""
+        self.plain = plain
         self._makers = makers
         self._subject = subject
         self._made: dict[str, Any] = {}
@@ -80,12 +118,13 @@ class Variables:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Variables:
         """Return variables that are all there already; what is not given is empty."""
-        return cls({name: partial(_value_of, name) for name in VARIABLES}, values)
+        plain = tuple(values.get(name, "") for name in PLAIN)
+        return cls({name: partial(_value_of, name) for name in VARIABLES}, values, plain)
 
     @classmethod
-    def of_step(cls, key: AttemptKey, account: str, call: Call, run: Money) -> Variables:
-        """Return the variables of an attempt of a run, to limits: to them, budgets have counted nothing."""
-        return cls(MAKERS, Subject(key, account, call, run))
+    def of_step(cls, subject: Subject) -> Variables:
+        """Return the variables of an attempt of a run."""
+        return cls(MAKERS, subject, subject.plain)
 
     def get(self, name: str) -> Any:
         """Return a variable's value; None if there is none of that name."""

@@ -18,7 +18,7 @@ from tidegate.gate import leasing
 from tidegate.gate.ledger import OUTSIDE, OUTSIDE_LINE, Attempt, AttemptKey, Incarnation, Leases, Ledger, Line, Name
 from tidegate.gate.limits import INSTANCE_PLACE, Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import Executor, FreeSlots
-from tidegate.gate.variables import Variables
+from tidegate.gate.variables import Subject
 
 MAX_PLACEMENTS_PER_ENTRY: Final = 200
 MAX_NOTICES_PER_ENTRY: Final = 100
@@ -247,9 +247,8 @@ class _Round:
         run = self.ledger.runs[key.run_id]
         fields = leasing.names(key, attempt.account)
         try:
-            leases = self.desk.limits.leases(
-                Variables.of_step(key, attempt.account, attempt.call, run), self.ledger.partition
-            )
+            subject = Subject.of(key, attempt.account, attempt.call, run)
+            leases = self.desk.limits.leases(subject, self.ledger.partition)
         except LimitError as error:
             reason = f"a limit cannot be evaluated, which denies: {error}"[:500]
             return ev.AttemptRefused(**fields, rule=leasing.LIMIT_RULE, policy="", reason=reason)

@@ -27,13 +27,13 @@ from tidegate.domain.messages import (
     Unanswered,
 )
 from tidegate.domain.questions import is_answered_by_room
+from tidegate.domain.retries import OUTCOME_UNKNOWN
 from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
 from tidegate.domain.run import RunState, StepState, apply
 from tidegate.prices import price
 from tidegate.scheduler import attempts, evolution, waits
 
 MAX_LOSSES: Final = 10  # of what may be repeated without asking
-OUTCOME_UNKNOWN: Final = frozenset({"timed_out", "died"})  # results of attempts that may have had their effect, or not
 BUSY_RETRY_MS: Final = 25
 MAX_PLAN_CALLS: Final = 100
 MAX_ERROR_CHARACTERS: Final = 4_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -211,8 +211,17 @@ class SchedulerMachine:
             return 0
         return state.timers[0][0] if state.timers else None
 
-    def apply(self, state: RunsOfPartition, subject: str, account: str, event: Any, seq: int, now_ms: int) -> None:
-        """Change the run by one event; note what may wake it, and its definition."""
+    def apply(
+        self,
+        state: RunsOfPartition,
+        subject: str,
+        account: str,
+        event: Any,
+        seq: int,
+        now_ms: int,
+        covered: Container[str] = (),
+    ) -> None:
+        """Change the run by one event, which changes nothing else; note what may wake it, and its definition."""
         run = state.take(subject)
         if not run.account:
             run.account = account
@@ -249,9 +258,9 @@ class SchedulerMachine:
     def own_subject(self, state: RunsOfPartition) -> None:
         """Every run has its own chain."""
 
-    def unit_of(self, subject: str, event: Any) -> str:
+    def units_of(self, subject: str, event: Any) -> Sequence[str]:
         """Return the run."""
-        return subject
+        return (subject,)
 
     def standing(self, state: RunsOfPartition, unit: str) -> Standing:
         """Return whether the run goes on. One that was only ever sent commands, but no start, has nothing to go on with."""

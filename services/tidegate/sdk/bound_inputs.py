@@ -8,8 +8,10 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from tidegate.domain import canonical, expressions
+from tidegate.domain import run_events as ev
 from tidegate.domain.identity import agent_turn_step, visit_path
 from tidegate.domain.run import RunState, StepState
+from tidegate.domain.turns import is_tool_call
 from tidegate.domain.workflow import Node, Workflow
 
 _TOLD: Final = {"agent": ("history", "plans and tool calls"), "flow": ("turns", "calls and results")}
@@ -32,9 +34,8 @@ def bound_inputs(run: RunState, step_id: str) -> list[BoundInput]:
     workflow = run.workflow
     assert workflow is not None  # noqa: S101 - a run that has steps has a workflow
     value = _arguments(run, step)
-    plan_step_id, _, tool = step_id.rpartition("/tool:")
-    if step.call.kind == "tool" and tool:
-        return [BoundInput("", "", (f"the plan of {plan_step_id}",), value)]
+    if is_tool_call(step):
+        return [BoundInput("", "", (f"the plan of {step_id.rpartition('/tool:')[0]}",), value)]
     node = workflow.document.nodes[step.node_id]
     told = _TOLD.get(step.call.kind)
     if told is not None and isinstance(value, dict):
@@ -46,10 +47,11 @@ def bound_inputs(run: RunState, step_id: str) -> list[BoundInput]:
                 BoundInput(name, "", (f"{what} of {path} before turn {turn}",), value.get(name)),
             ]
         value = value.get("input")
-    if node.kind == "flow" and step.call.kind != "flow" and step.wait is None:
-        return [BoundInput("", "", (f"the call in flow {node.function}",), value)]
+    if node.kind == "flow" and step.call.kind != "flow":
+        said = value if step.wait is None or step.call.kind == "tool" else _settings(step.wait)
+        return [BoundInput("", "", (f"the call in flow {node.function}",), said)]
     if step.wait is not None:
-        return list(_of_wait(step, node))
+        return list(_of_wait(step.wait, node))
     return list(_of_node(run, workflow, step, node, value))
 
 
@@ -91,22 +93,31 @@ def _default_sources(run: RunState, workflow: Workflow, step: StepState) -> tupl
     return tuple(f"nodes.{name}" for name in used) or ("input",)
 
 
-def _of_wait(step: StepState, node: Node) -> Iterator[BoundInput]:
-    """Yield what the settings of a wait were bound to; the recorded values are those of `WaitStarted`."""
-    assert step.wait is not None  # noqa: S101 - the caller has looked
-    recorded = {
-        "at": step.wait.due_ms,
-        "seconds": None if step.wait.after_ms is None else step.wait.after_ms / 1000,
-        "timeout_s": None if step.wait.timeout_ms is None else step.wait.timeout_ms / 1000,
-        "timeout_value": canonical.loads(step.wait.timeout_value),
-        "choices": list(step.wait.choices),
-        "key": step.wait.key,
-        "prompt": step.wait.prompt,
+def _recorded(wait: ev.WaitStarted) -> dict[str, Any]:
+    """Return the settings of a wait as they were bound."""
+    return {
+        "at": wait.due_ms if wait.after_ms is None else None,
+        "seconds": None if wait.after_ms is None else wait.after_ms / 1000,
+        "timeout_s": None if wait.timeout_ms is None else wait.timeout_ms / 1000,
+        "timeout_value": canonical.loads(wait.timeout_value),
+        "choices": list(wait.choices),
+        "key": wait.key,
+        "prompt": wait.prompt,
     }
-    for name, value in recorded.items():
+
+
+def _settings(wait: ev.WaitStarted) -> dict[str, Any]:
+    """Return what a wait that a flow called for was called with, as it was bound."""
+    recorded = {"event": wait.event, **_recorded(wait)}
+    return {name: value for name, value in recorded.items() if value not in (None, "", [])}
+
+
+def _of_wait(wait: ev.WaitStarted, node: Node) -> Iterator[BoundInput]:
+    """Yield what the settings of a wait were bound to; the recorded values are those of `WaitStarted`."""
+    for name, value in _recorded(wait).items():
         yield from _of_template(getattr(node.wait, name), value, name)
     if node.input is not msgspec.UNSET:
-        yield from _of_template(node.input, canonical.loads(step.wait.input), "input")
+        yield from _of_template(node.input, canonical.loads(wait.input), "input")
 
 
 def _of_template(template: Any, value: Any, part: str) -> Iterator[BoundInput]:

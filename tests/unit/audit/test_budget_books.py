@@ -166,8 +166,12 @@ def played() -> BudgetPlayer:
 
 PLAYED = played()
 EVENTS = [event for one in PLAYED.story.decided if one.log == "gate-ledger" for event in one.events]
-OF_BUDGETS = (ev.BudgetReserved, ev.BudgetSettled, ev.BudgetClosed)
-PLACES = [number for number, event in enumerate(EVENTS) if isinstance(event, OF_BUDGETS)]
+OF_BUDGETS = (ev.AttemptReserved, ev.AttemptSettled, ev.BudgetsReleased, ev.BudgetClosed)
+PLACES = [
+    number
+    for number, event in enumerate(EVENTS)
+    if isinstance(event, OF_BUDGETS) and (isinstance(event, ev.BudgetClosed) or event.buckets)
+]
 # What is left out at the end, or at a bucket that lives on, nobody could miss.
 MISSED = [n for n in PLACES if not isinstance(EVENTS[n], ev.BudgetClosed)]
 
@@ -179,7 +183,7 @@ def touched(change: Callable[[int, Any], Iterable[Any]]) -> Books:
 def test_the_ledger_that_is_touched_below_is_right() -> None:
     assert touched(lambda _, event: [event]).problems == []
     assert {type(event) for event in EVENTS} >= {*OF_BUDGETS, ev.BudgetSet}
-    assert any(event.exceeds for event in EVENTS if isinstance(event, ev.BudgetReserved))
+    assert any(event.exceeds for event in EVENTS if isinstance(event, ev.AttemptReserved))
 
 
 @pytest.mark.feature("P2")
@@ -203,9 +207,18 @@ def test_a_changed_amount_is_noticed(place: int, meter: str) -> None:
         return changed
 
     event = EVENTS[place]
-    field = next(name for name in ("amounts", "reserved", "spent") if hasattr(event, name))
+    field = next(name for name in ("amounts", "set_aside", "spent") if hasattr(event, name))
     changed = msgspec.structs.replace(event, **{field: more(getattr(event, field))})
     assert touched(lambda number, event: [changed if number == place else event]).problems
+
+
+@pytest.mark.feature("P2")
+def test_a_bucket_that_an_event_leaves_out_is_noticed() -> None:
+    """One event says it for all buckets of an attempt."""
+    for place in MISSED:
+        event = EVENTS[place]
+        fewer = msgspec.structs.replace(event, buckets=event.buckets[1:])
+        assert touched(lambda number, other, at=place, less=fewer: [less if number == at else other]).problems, event
 
 
 # --- single rules ---------------------------------------------------------------------------------------------------------
@@ -226,6 +239,15 @@ OPEN = ev.RunOpened(account="acme/support", run_id="r", budget_micros=None, work
 
 
 def bought(micros: int, attempt: int = 1, *, exceeds: bool = False, approved_by: str = "") -> tuple[Any, ...]:
+    """Return what says that an attempt's money is set aside."""
+    _, reserved = bought_before(micros, attempt, exceeds=exceeds, approved_by=approved_by)
+    return (msgspec.structs.replace(reserved, counts=True, exceeds=(KEY,) if exceeds else ()),)
+
+
+def bought_before(
+    micros: int, attempt: int = 1, *, exceeds: bool = False, approved_by: str = ""
+) -> tuple[ev.BudgetReserved, ev.AttemptReserved]:
+    """Return the same as ledgers before `LedgerEntry.v6` say it."""
     name = NAME | {"attempt": attempt}
     amounts = Amounts(micros=micros, calls=1)
     return (
@@ -251,7 +273,8 @@ def problems_of(*entries: Any) -> list[str]:
     return [problem.text for problem in books_of(ledger(decided)).problems]
 
 
-def test_more_than_the_limit_is_noticed_unless_somebody_approved_it() -> None:
+@pytest.mark.parametrize("bought", [bought, bought_before])
+def test_more_than_the_limit_is_noticed_unless_somebody_approved_it(bought: Callable[..., tuple[Any, ...]]) -> None:
     assert problems_of(OPEN, SET, bought(60), bought(40, 2)) == []
     assert "with that it exceeds" in problems_of(OPEN, SET, bought(60), bought(41, 2))[0]
     assert problems_of(OPEN, SET, bought(60), bought(41, 2, exceeds=True, approved_by="ann")) == []
@@ -261,7 +284,7 @@ def test_more_than_the_limit_is_noticed_unless_somebody_approved_it() -> None:
 
 
 def test_half_of_several_budgets_is_noticed() -> None:
-    reserved, allowed = bought(60)
+    reserved, allowed = bought_before(60)
     assert problems_of(OPEN, SET, (reserved,), (allowed,)) == []
     assert problems_of(OPEN, SET, (allowed,)) == [f"r s#1: set aside in ['{KEY}'], but held in []"]
     queued = ev.AttemptQueued(**NAME, call=_call())

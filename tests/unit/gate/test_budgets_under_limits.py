@@ -93,7 +93,7 @@ def test_what_another_partition_refuses_gives_its_budget_back() -> None:
     books = world.at_rest()
     seen = names_of(world, "refused")
     assert seen.index("AttemptReserved") < seen.index("LeasesAsked") < seen.index("AttemptRefused")
-    assert seen.count("BudgetReserved") == seen.count("BudgetSettled") == 1
+    assert seen.count("AttemptReserved") == seen.count("BudgetsReleased") == 1
     assert [bucket.spent["calls"] for bucket in books.budgets.buckets.values() if bucket.account == far] == [0]
 
 

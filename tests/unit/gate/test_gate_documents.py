@@ -187,6 +187,12 @@ cases:
         ("failed: [E], retry: p, expect: {next: again, wait_ms: [1, 2]}", "wait_ms [500, 1000] instead of [1, 2]"),
         ("failed: [E], settings: {max_attempt: 1}, expect: again", "cases.0.settings: "),
         ("failed: [], expect: again", "cases.0.failed: "),
+        (
+            "failed: [E, {error: T, outcome: died}], idempotent: false, expect: ask",
+            "ok      c: ask a human after failure 2 (outcome_unknown)",
+        ),
+        ("failed: [{error: T, outcome: timed_out}], expect: ask", "next 'again' instead of 'ask'"),
+        ("failed: [{error: T, outcome: died}, E], idempotent: false, expect: ask", "it asks after failure 1 of 2"),
     ],
 )
 def test_retry_documents_are_tried_offline(shell: Any, tmp_path: Path, case: str, said: str) -> None:
@@ -209,4 +215,4 @@ retries:
     assert result.exit_code == (0 if "ok  " in result.stdout else 2 if "cases.0" in result.stderr else 1)
     if "ok  " in result.stdout:
         shown = json.loads(shell("test", cases, "--json").stdout)
-        assert shown[0]["next"] in ("again", "stop")
+        assert shown[0]["next"] in ("again", "stop", "ask")

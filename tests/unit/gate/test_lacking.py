@@ -206,7 +206,8 @@ def test_whoever_has_room_goes_on_whatever_happens_to_budgets(seed: int) -> None
         assert _could_go_on(pair) == []
     assert started > 20
     kinds = {type(event) for event in pair.ledger_events}
-    assert kinds >= {ev.AttemptPaused, ev.BudgetSet, ev.BudgetSettled}
+    assert kinds >= {ev.AttemptPaused, ev.BudgetSet}
+    assert any(event.buckets for event in pair.ledger_events if isinstance(event, ev.AttemptSettled))
 
 
 def _could_go_on(pair: Pair) -> list[AttemptKey]:

@@ -389,7 +389,7 @@ def test_what_has_its_tombstone_gets_no_second_one(keep_s: int, crashes: bool) -
     for number in range(12):
         cluster.start_run(f"r{number}", "a", account="acme0")
     grown = set()
-    for round_ in range(6):
+    for round_ in range(9):
         cluster.start_run(f"more{round_}", "a", account="acme0")
         let_pass(cluster)
         if crashes:

@@ -243,12 +243,29 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
     limits = {"micros": 1_000, "input_tokens": None, "output_tokens": None, "calls": None, "wall_ms": None}
     begun = {"budget": "monthly", "version": "1", "limits": limits, "on_exceed": "deny", "from_ms": 1, "until_ms": 9}
     attempt = {"run_id": "r", "step_id": "s", "attempt": 1, "account": "acme/support"}
+    settled = {"buckets": [bucket["bucket"]], "used": money(0)}
+    counted = {"counts": True, "buckets": [bucket["bucket"], "other|acme|total"]}
     events: list[Event] = [
         ("BudgetSet", {**bucket, **begun}),
         ("BudgetReserved", {**bucket, **attempt, "amounts": money(300)}),
         ("BudgetReserved", {**bucket, **attempt, "attempt": 2, "amounts": money(500)}),
         ("BudgetSettled", {**bucket, **attempt, "reserved": money(300), "used": money(210)}),
         ("BudgetSet", {**bucket, **begun, "version": "2", "limits": {**limits, "micros": 2_000}}),
+        *(
+            (
+                "AttemptReserved",
+                {**attempt, "attempt": number, "buckets": [bucket["bucket"]], "amounts": money(micros), **more},
+            )
+            for number, micros, more in (
+                (2, 500, {}),
+                (3, 70, {"counts": True}),
+                (4, 40, {"counts": True}),
+                (5, 1, counted),
+            )
+        ),
+        ("AttemptSettled", {**attempt, "attempt": 1, "actual_micros": 210}),
+        ("AttemptSettled", {**attempt, "attempt": 3, "actual_micros": 60, **settled, "set_aside": money(70)}),
+        ("BudgetsReleased", {**attempt, "attempt": 4, **settled, "amounts": money(40)}),
     ]
     found: list[rows.Row] = []
     rows.add_ledger_events(found, {"epoch": 0, "now_ms": 5, "cause": "", "first_seq": 1, "events": events}, 3, 0)
@@ -258,14 +275,18 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
     query = (
         "SELECT bucket, account, version, limit_micros, reserved_micros, spent_micros, is_closed FROM account_budgets"
     )
-    assert store.rows(query) == [(bucket["bucket"], "acme", "2", 2_000, 500, 210, 0)]
+    assert store.rows(f"{query} WHERE bucket = '{bucket['bucket']}'") == [
+        (bucket["bucket"], "acme", "2", 2_000, 501, 270, 0)
+    ]
+    assert store.rows(f"{query} WHERE bucket != '{bucket['bucket']}'") == [("other|acme|total", "", "", None, 1, 0, 0)]
     assert (
         json.loads(store.rows("SELECT body FROM ledger WHERE type = 'BudgetReserved' ORDER BY seq")[0][0])["amounts"][
             "micros"
         ]
         == 300
     )
-    assert store.rows("SELECT count() FROM budgets") == [(0,)], "what buckets hold is not counted for the run once more"
+    spent = store.rows("SELECT settled_micros, reserved_micros FROM budgets WHERE run_id = 'r'")
+    assert spent == [(270, 0)], "what buckets hold is not counted for the run once more"
 
 
 def test_what_only_the_gate_can_price_is_what_runs_steps_and_attempts_cost(store: Store) -> None:

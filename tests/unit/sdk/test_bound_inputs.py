@@ -135,6 +135,37 @@ def test_turns_and_calls_of_a_flow_say_what_they_were_given() -> None:
     assert steps["twice/bump#2"].bound == (BoundInput("", "", ("the call in flow twice",), 5),)
 
 
+def test_tools_and_waits_that_a_flow_calls_say_what_they_were_called_with() -> None:
+    app = App("calling")
+    sign = app.outside_tool("sign")
+
+    @app.tool
+    def look(n: int) -> int:
+        return n
+
+    @app.flow(steps=[look, sign])
+    async def all_kinds(n: int) -> None:
+        await look(n)  # type: ignore[misc]  # in a flow, calls are awaited
+        await app.sleep(2)
+        await app.wait_event("paid", key="k", timeout_s=5, timeout_value={"never": 1})
+        await app.ask("sure?", choices=["yes", "no"], timeout_s=5, timeout_value="no")
+        await sign(paper="will")
+
+    with Rehearsal(app) as rehearsal:
+        rehearsal.run("all_kinds", 3)
+        rehearsal.pass_time(5)
+        steps = rehearsal.pass_time(5).steps
+    said = {
+        "look": {"n": 3},
+        "sleep": {"seconds": 2.0},
+        "wait_event": {"event": "paid", "key": "k", "timeout_s": 5.0, "timeout_value": {"never": 1}},
+        "ask": {"prompt": "sure?", "choices": ["yes", "no"], "timeout_s": 5.0, "timeout_value": "no"},
+        "sign": {"paper": "will"},
+    }
+    for name, value in said.items():
+        assert steps[f"all_kinds/{name}"].bound == (BoundInput("", "", ("the call in flow all_kinds",), value),)
+
+
 def test_a_round_of_a_loop_names_the_router_that_led_back() -> None:
     steps = played("loop", 1).steps
     assert [part.sources for name in ("go", "go/2") for part in steps[name].bound] == [("input",), ("nodes.again",)]
