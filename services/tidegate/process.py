@@ -164,6 +164,7 @@ def spare_the_collector() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+    gc.enable()  # see `quick_start`
 
 
 def stop_on_signals(within_s: float | None = None) -> threading.Event:

@@ -499,6 +499,18 @@ def test_who_asks_for_rows_asks_where_the_projection_writes(render: Render) -> N
         )
 
 
+def test_services_wait_for_their_brokers_and_what_ends_by_itself_does_not(render: Render) -> None:
+    """A process that ends while they are away is started again by Kubernetes after a pause that doubles up to five minutes."""
+    for more, wanted in (({}, "86400"), ({"env": {"TIDEGATE_BROKER_WAIT_S": "5"}}, "5")):
+        objects = render(VARIANTS["everything about it"] | more)
+        for workload in workloads(objects):
+            if not workload["metadata"]["name"].endswith("-cli"):
+                assert environment(workload["spec"]["template"]["spec"])["TIDEGATE_BROKER_WAIT_S"]["value"] == wanted
+        for name in ("tidegate-test-run", "tidegate-test-topics"):
+            found = environment(named(objects, "Pod", name)["spec"]).get("TIDEGATE_BROKER_WAIT_S")
+            assert found == ({"name": "TIDEGATE_BROKER_WAIT_S", "value": "5"} if more else None)
+
+
 def test_commands_find_the_gateway(render: Render) -> None:
     objects = render(MINIMAL | {"cli": {"enabled": True}})
     cli_pod = named(objects, "Deployment", "tidegate-cli")["spec"]["template"]["spec"]

@@ -514,22 +514,17 @@ def test_a_policy_that_a_newer_version_published_is_in_force_after_a_restart() -
 
 
 class Writes:
-    """How often each writer of the scheduler was waited for."""
+    """How often the scheduler's log was waited for."""
 
     def __init__(self, loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log = self.tells = 0
-        log_flush, tells_flush = loop._log_writer.flush, loop._tell_writer.flush
+        self.log = 0
+        log_flush = loop._log_writer.flush
 
         def flush_log(timeout_s: float) -> None:
             self.log += 1
             log_flush(timeout_s)
 
-        def flush_tells(timeout_s: float) -> None:
-            self.tells += 1
-            tells_flush(timeout_s)
-
         monkeypatch.setattr(loop._log_writer, "flush", flush_log)
-        monkeypatch.setattr(loop._tell_writer, "flush", flush_tells)
 
 
 def before_the_dispatch_is_logged() -> tuple[Cluster, OwnerLoop]:
@@ -586,57 +581,3 @@ def test_an_owner_that_dies_before_such_an_entry_is_logged_hears_of_it_again() -
     assert runs["r"].status == "succeeded"
     assert cluster.entered == {("r", "a", 1): 1}
     assert names_of(cluster).count("AttemptDispatched") == 1
-
-
-def test_what_a_turn_tells_is_with_the_others_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster()
-    cluster.settle()
-    scheduler = cluster.owners["scheduler"]
-    writes = Writes(scheduler, monkeypatch)
-    cluster.start_run("r", "a")
-
-    scheduler.run_once(0.0)
-
-    assert writes.tells == 1
-    assert cluster.broker.offsets("gate-requests", partition_of("acme", ACCOUNT_PARTITIONS)).end == 1
-    assert [part.told_distance for part in scheduler.owned.values()] == [0] * RUN_PARTITIONS
-
-
-def dies_after_announcing(name: str) -> None:
-    if name == "owner.after-announce":
-        raise Crash
-
-
-def test_a_partition_that_is_lost_and_comes_back_in_one_poll_loses_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry that is not waited for can turn out void when the messages after its input are here already."""
-    cluster = Cluster()
-    cluster.settle()
-    cluster.require_approval()
-    cluster.settle()
-    first, second = [name for name in RUNS if partition_of(name, RUN_PARTITIONS) == 0][:2]
-    scheduler, gate = cluster.owners["scheduler"], cluster.owners["gate"]
-    cluster.start_run(first, "a")
-    cluster.start_run(second, "a")
-    scheduler.run_once(0.0)
-    gate.run_once(0.0)
-    assert cluster.broker.offsets("gate-decisions", 0).end == 2  # a question about each
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, "MAX_BATCH", 1)
-        scheduler.run_once(0.0)  # takes one of them, and waits for no acknowledgement: nobody is told of a question
-
-    # Its session has ended. Another one announces itself and dies, and its session ends too.
-    cluster.broker.expire("tidegate-scheduler", "scheduler-0")
-    other = cluster.start("scheduler", "scheduler-1")
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, "failpoint", dies_after_announcing)
-        with pytest.raises(Crash):
-            run_scheduler(cluster)
-    assert cluster.owners["scheduler"] is other
-    cluster.crash("scheduler")
-    cluster.broker.expire("tidegate-scheduler", "scheduler-1")
-    cluster.owners["scheduler"] = scheduler  # it wakes, and has everything back at once
-    cluster.settle()
-
-    report, runs = cluster.verified()
-    assert report.problems == []
-    assert {name: len(runs[name].open_approvals()) for name in (first, second)} == {first: 1, second: 1}

@@ -271,7 +271,10 @@ volumes:
 {{- with .variables }}
 {{ toYaml . }}
 {{- end }}
-{{- range $name, $value := merge (dict) ((.service | default dict).env | default dict) $values.env }}
+{{- /* A service waits for its brokers, and is not ready. If it ended instead, Kubernetes would let it wait for minutes after they are back. */}}
+{{- $given := dict }}
+{{- if not (or .once .tool .command) }}{{ $_ := set $given "TIDEGATE_BROKER_WAIT_S" "86400" }}{{ end }}
+{{- range $name, $value := merge (dict) ((.service | default dict).env | default dict) $values.env $given }}
 - name: {{ $name }}
   value: {{ $value | quote }}
 {{- end }}

@@ -18,6 +18,7 @@ class Payments:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._open()) as db, db:
             db.executescript(_SCHEMA)
 

@@ -98,7 +98,10 @@ class Writer(Protocol):
         """
 
     def poll(self) -> None:
-        """Run the callbacks of what was acknowledged. Does not block. Raises WriteFailedError."""
+        """Run the callbacks of what was acknowledged; what was gathered goes out. Blocks for milliseconds.
+
+        Raises WriteFailedError.
+        """
 
     def flush(self, timeout_s: float) -> None:
         """Block until everything sent is acknowledged. Raises WriteFailedError if not so within `timeout_s`."""
@@ -151,7 +154,7 @@ class Broker(Protocol):
     """The way in: makes readers and writers. Thread-safe."""
 
     def writer(self, gather_ms: int = 0) -> Writer:
-        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` ends that."""
+        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` and `poll` end that."""
 
     def inbox(self, group: str, instance_id: str, lead_topic: str) -> Inbox:
         """Return a new member of a group that shares `lead_topic`. `instance_id` is its static membership."""

@@ -55,6 +55,7 @@ REQUEST_TIMEOUT_S = 30.0
 READ_SILENCE_S = 60.0
 ASK_AGAIN_S = 0.05
 FULL_BUFFER_POLL_S = 0.1
+HURRY_S = 0.02
 LEAVE_TIMEOUT_S = 10.0
 FIRST_CONTACT_S = 2.0
 CONTACT_TIMEOUT_S = 3.0
@@ -156,7 +157,7 @@ class KafkaBroker:
             return self._admin
 
     def writer(self, gather_ms: int = 0) -> KafkaWriter:
-        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` ends that."""
+        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` and `poll` end that."""
         return KafkaWriter(self._settings, gather_ms)
 
     def inbox(self, group: str, instance_id: str, lead_topic: str) -> KafkaInbox:
@@ -348,6 +349,7 @@ class KafkaWriter:
 
     def __init__(self, settings: KafkaSettings, gather_ms: int = 0) -> None:
         self._prefix = settings.topic_prefix
+        self._gathers = gather_ms > 0
         self._failure: WriteFailedError | None = None
         self._producer = _make_producer(settings, _writer_config(settings, gather_ms))
         self._produce = self._producer.produce
@@ -381,8 +383,13 @@ class KafkaWriter:
         raise self._failure
 
     def poll(self) -> None:
-        """Run the callbacks of what was acknowledged. Does not block. Raises WriteFailedError."""
+        """Run the callbacks of what was acknowledged. Raises WriteFailedError.
+
+        Does not block, unless records wait here for others: these go out, and they are waited for up to `HURRY_S`.
+        """
         if self._failure is None:
+            if self._gathers and len(self._producer):
+                self._served(self._producer.flush, HURRY_S)  # only a flush ends their waiting
             self._served(self._producer.poll, 0)
         if self._failure is not None:
             raise self._failure

@@ -53,7 +53,7 @@ RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
 # How long entries that nobody is told of may lie here, for the next ones to go out with them. All others go out at once.
 GATHER_MS: Final = 5
-GATHER_TELLS_MS: Final = 50  # longer than most turns take, at the end of which they go out
+GATHER_TELLS_MS: Final = 50  # longer than most turns take; they go out when one ends, because it polls their writer
 MAX_UNTOLD: Final = 8
 UNTOLD_POLL_S: Final = 0.02
 # A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
@@ -97,7 +97,6 @@ class OwnerLoop:
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
         self._log_writer, self._tell_writer = writers or owner_writers(broker)
-        self._has_told = False
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
         self.tables = Tables(machine.table_topics, self._decoded)
@@ -168,7 +167,7 @@ class OwnerLoop:
         self._ask_what_is_due()
         failpoint("owner.before-log")
         logged = self._log_and_tell(is_busy=bool(messages))
-        self._deliver()
+        self._tell_writer.poll()
         self._make_checkpoints()
         self._retire()
         self._commit()
@@ -412,20 +411,8 @@ class OwnerLoop:
                 ),
                 acked,
             )
-            self._has_told = True
             failpoint("owner.between-tells")
         return len(tells)
-
-    def _deliver(self) -> None:
-        """Wait until what was told is with the others. Raises EventLogError.
-
-        Nobody could answer before, and what a turn tells goes out in as few requests as there are partitions to be told.
-        """
-        if self._has_told:
-            self._has_told = False
-            self._tell_writer.flush(WRITE_DEADLINE_S)
-        else:
-            self._tell_writer.poll()
 
     # -- 3. take over ---------------------------------------------------------------
 
@@ -462,7 +449,7 @@ class OwnerLoop:
         self._checkpointers[partition] = Checkpointer(
             part,
             self._checkpoint_settings,
-            self._send_snapshot,
+            self._tell_writer.send,
             lambda checkpoint: self._certify(part, checkpoint),
             stale_keys,
             self._monotonic_s(),
@@ -575,10 +562,6 @@ class OwnerLoop:
         )
         self._send_to_log(part, record)
         failpoint("owner.after-announce-again")
-
-    def _send_snapshot(self, record: Record, acked: Callable[[int], None] | None) -> None:
-        self._has_told = True  # the next turn waits for it, as for tells
-        self._tell_writer.send(record, acked)
 
     def _certify(self, part: OwnedPartition, checkpoint: Checkpoint) -> bool:
         """Announce a finished checkpoint and wait for it; tells whether the announcement stands where ours must."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tidegate import quick_start  # noqa: F401 - first, because it makes the imports below quicker
+
+# isort: split
 import re
 import sys
 import threading

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -696,14 +695,14 @@ def lapses(ledger: Ledger, now_ms: int) -> list[Any]:
 
 
 def closings(ledger: Ledger, now_ms: int) -> list[Any]:
-    """Return the ends of buckets whose window is over and that nothing is set aside in; the others end with what is."""
-    if not ledger.window_ends or ledger.window_ends[0][0] > now_ms:
-        return []
+    """Return the ends of buckets whose window is over and that nothing is set aside in, as many as an entry may hold; the others
+    end with what is. All windows are looked through for this."""
     events: list[Any] = []
     tally = Tally(ledger, NO_BUDGETS, now_ms, events)
-    for until_ms, key in heapq.nsmallest(MAX_LAPSES_PER_ENTRY, ledger.window_ends):
-        if until_ms <= now_ms:
-            tally.close(key)
+    for _, key in sorted(end for end in ledger.window_ends if end[0] <= now_ms):
+        tally.close(key)
+        if len(events) == MAX_LAPSES_PER_ENTRY:
+            break
     return events
 
 

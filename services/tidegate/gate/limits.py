@@ -398,10 +398,11 @@ class Desk:
     def take(self, leases: Iterable[Lease]) -> list[Any]:
         """Take those that are ours, and return the events of the tokens that this costs."""
         events: list[Any] = []
+        here, taken = self.ledger.partition, self._taken
         for lease in leases:
-            if not self.is_ours(lease):
+            if lease.partition != here:
                 continue
-            self._taken[lease] = self._taken.get(lease, 0) + 1
+            taken[lease] = taken.get(lease, 0) + 1
             limit = self.limits.get(lease.limit)
             if limit is not None and limit.rate_per_s is not None:
                 events += self._take_token(lease, limit)

@@ -36,6 +36,7 @@ INSTANCES: Final = "instances"
 POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
+WINDOWS_EVERY_MS: Final = 1_000
 CARRY_AGAIN_MS: Final = 60_000
 LOOK_AGAIN_MS: Final = 10_000
 
@@ -119,6 +120,7 @@ class GateMachine:
             self._orphaned,
             self._lost,
             self._timely,
+            self._closed,
             self._resumed,
             self._waiting,
             self._scale_out,
@@ -156,8 +158,16 @@ class GateMachine:
         return _due(state, tables, INSTANCES, lost)
 
     def _timely(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        timely = decide.lapses(state, now_ms) or decide.closings(state, now_ms) or decide.family_end(state, now_ms)
+        timely = decide.lapses(state, now_ms) or decide.family_end(state, now_ms)
         return (f"timer:{now_ms}", Decision(state.subject, "", timely)) if timely else None
+
+    def _closed(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
+        if not state.window_ends or state.window_ends[0][0] > now_ms:
+            return None
+        events = decide.closings(state, now_ms)
+        if not events:  # what is still needed closes with what is set aside in it
+            self._look_not_before_ms[state.partition, "closed"] = now_ms + WINDOWS_EVERY_MS
+        return (f"timer:{now_ms}", Decision(state.subject, "", events)) if events else None
 
     def _resumed(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         if not state.lacking or not state.lacking.wake(now_ms):

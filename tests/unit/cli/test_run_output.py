@@ -16,9 +16,17 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tidegate.cli import addresses, run_output, runs
+from tidegate.cli import addresses, live_view, run_output, runs
 from tidegate.cli.endings import EXIT_NO_ANSWER, exit_code, explained
-from tidegate.cli.live_view import URL_VARIABLE, LiveView, LiveViewError, NotReadyError, RestoringError, UnknownRunError
+from tidegate.cli.live_view import (
+    URL_VARIABLE,
+    BadQuestionError,
+    LiveView,
+    LiveViewError,
+    NotReadyError,
+    RestoringError,
+    UnknownRunError,
+)
 from tidegate.domain import run_events as ev
 from tidegate.domain import states
 from tidegate.eventlog.interface import EventLogError
@@ -281,7 +289,7 @@ def test_it_asks_at_the_address_that_the_gateway_wrote_at_that_moment(server: Se
     [
         (404, b'{"code": "unknown_run", "message": "no r"}', UnknownRunError, "no r"),
         (503, b'{"code": "restoring", "message": "in a moment"}', RestoringError, "in a moment"),
-        (400, b'{"code": "bad_request", "message": "wrong"}', LiveViewError, "wrong"),
+        (400, b'{"code": "bad_request", "message": "wrong"}', BadQuestionError, "wrong"),
         (404, b"<html>", LiveViewError, "is it a gateway"),
         (200, b"<html>", LiveViewError, "does not answer as a gateway"),
         (200, b"[]", LiveViewError, "does not answer as a gateway"),
@@ -328,7 +336,8 @@ def test_a_live_view_that_is_being_restored_is_waited_for(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "LiveView", Restored)
-    monkeypatch.setattr(runs, "RETRY_S", 0.0)
+    for module in (runs, live_view):
+        monkeypatch.setattr(module, "RETRY_S", 0.0)
     monkeypatch.setattr(Restored, "asked", 0)
     ended = CliRunner().invoke(runs.app, [*arguments, "--json"], env={URL_VARIABLE: ""})
     assert (ended.exit_code, Restored.asked) == (0, 4), ended.output
@@ -339,6 +348,6 @@ def test_a_live_view_that_is_being_restored_is_waited_for(
 @pytest.mark.feature("O4")
 def test_a_live_view_that_is_not_restored_for_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "LiveView", Restored)
-    monkeypatch.setattr(runs, "GATEWAY_AWAY_S", -1.0)
+    monkeypatch.setattr(live_view, "GATEWAY_AWAY_S", -1.0)
     monkeypatch.setattr(Restored, "asked", 0)
     assert CliRunner().invoke(runs.app, ["list"], env={URL_VARIABLE: ""}).exit_code == EXIT_NO_ANSWER

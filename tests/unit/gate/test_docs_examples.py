@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+from tidegate.gate.budgets import Budget, Limits, TopUp
+from tidegate.gate.carrying import Retention
 from tidegate.gate.kinds import Document, read, read_values
-from tidegate.gate.policy import VARIABLES, Rule
+from tidegate.gate.limits import Breaker, Limit, Queue
+from tidegate.gate.policy import VARIABLES, Policy, Rule
 from tidegate.gate.policy_cases import checked, tried
+from tidegate.gate.retries import Retry
+from tidegate.gate.retry_cases import Failed, RetryCase, RetryExpectation
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -50,3 +56,31 @@ def test_the_page_names_every_variable_and_every_field_of_a_rule() -> None:
     missing: list[Any] = [name for name in VARIABLES if not re.search(rf"`{name}[`.]", text)]
     missing += [name for name in Rule.model_fields if f"`{name}`" not in text]
     assert missing == []
+
+
+PAGES: list[tuple[type[BaseModel], str]] = [
+    (Policy, "policy.md"),
+    (Budget, "budgets.md"),
+    (Limits, "budgets.md"),
+    (TopUp, "budgets.md"),
+    (Limit, "limits.md"),
+    (Breaker, "limits.md"),
+    (Queue, "limits.md"),
+    (Retry, "retries.md"),
+    (RetryCase, "retries.md"),
+    (Failed, "retries.md"),
+    (RetryExpectation, "retries.md"),
+    (Retention, "operations.md"),
+]
+
+
+@pytest.mark.feature("P1", "P2", "P3")
+@pytest.mark.parametrize(("kind", "page"), PAGES)
+def test_every_field_of_every_kind_of_document_is_on_its_page(kind: type[BaseModel], page: str) -> None:
+    """In words, or in an example. What all documents have is said once, for all of them."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    common = (DOCS / "policy.md").read_text(encoding="utf-8")
+    shown = re.compile(r"`[^`\n]*`|^[\s-]*\w+:|[{,]\s*\w+:", re.MULTILINE)
+    words = {word for said in shown.findall(text) for word in re.findall(r"\w+", said)}
+    words |= {word for word in ("kind", "version", "description") if f"`{word}`" in common}
+    assert [name for name in kind.model_fields if name not in words] == []

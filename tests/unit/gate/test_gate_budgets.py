@@ -279,6 +279,19 @@ def test_a_window_turns_and_the_old_one_ends_with_what_was_set_aside_in_it() -> 
 
 
 @pytest.mark.feature("P2")
+def test_buckets_that_are_still_needed_do_not_hide_those_whose_window_is_over() -> None:
+    pair = pair_with(budget(account="*/*", window="hour", limits={"calls": 9}))
+    pair.start("z", one(), account="acme/z")
+    pair.answer(pair.tasks.popleft(), value=1)
+    for number in range(120):  # more than one entry closes
+        pair.start(f"r{number}", one(), account=f"acme/a{number}")
+    assert len(pair.ledger.buckets) == 121
+    later(pair, 3_600_000)
+    assert "acme/z" not in {bucket.account for bucket in pair.ledger.buckets.values()}
+    assert len(pair.ledger.buckets) == 120
+
+
+@pytest.mark.feature("P2")
 def test_a_budget_per_run_lives_as_long_as_its_run() -> None:
     pair = pair_with(budget("each", window="run", limits={"calls": 2}))
     pair.start("r", chain("a", "b", "c"))
