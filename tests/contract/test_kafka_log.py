@@ -7,8 +7,9 @@ import pytest
 from contract.worlds import PATIENCE_S, KafkaWorld, Owner, eventually, gather, numbered, quiet, settle, write
 from support.foreign_producer import ForeignProducer
 from tidegate.embedded.kafka import EmbeddedKafka
-from tidegate.eventlog import kafka
 from tidegate.eventlog.interface import EventLogError, Record, TopicPartition
+from tidegate.eventlog.kafka import clients, inbox
+from tidegate.eventlog.kafka import writer as kafka_writer
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_installations_with_different_prefixes_share_a_kafka(
 
 
 def test_a_full_buffer_makes_send_wait_and_loses_nothing(world: KafkaWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka, "MAX_UNACKED_RECORDS", 10)
+    monkeypatch.setattr(kafka_writer, "MAX_UNACKED_RECORDS", 10)
     world.create_topic("log")
     writer = world.broker.writer()
     acked: list[int] = []
@@ -110,9 +111,9 @@ def test_a_member_outlives_an_outage_that_is_longer_than_its_session(own_kafka: 
 def test_questions_that_nobody_answers_raise_in_the_end(
     own_kafka: Callable[[], EmbeddedKafka], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(kafka, "READ_SILENCE_S", 1.0)
-    monkeypatch.setattr(kafka, "MAX_FETCH_BATCH", 1)
+    monkeypatch.setattr(clients, "REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(inbox, "READ_SILENCE_S", 1.0)
+    monkeypatch.setattr(inbox, "MAX_FETCH_BATCH", 1)
     embedded = own_kafka()
     world = KafkaWorld(embedded.bootstrap, "")
     world.create_topic("log", config={"max.message.bytes": "16777216"})

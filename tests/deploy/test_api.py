@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,32 @@ def test_the_charts_topics_are_the_declared_ones(root: Any) -> None:
     shipped = yaml.safe_load((root / "charts/tidegate/files/topics.yaml").read_text())
     declared = {path.stem for path in (codec.schemas_dir() / "topics").glob("*.yaml")}
     assert {topic["name"].partition(".")[0] for topic in shipped["topics"]} == declared
+
+
+def test_the_clickhouse_for_those_who_have_none_is_what_the_charts_values_name(root: Path) -> None:
+    """No image of it is at hand in tests: what is written is checked as far as the API, Pod Security and the chart go."""
+    service, workload = yaml.safe_load_all((root / "k8s/clickhouse/clickhouse.yaml").read_text())
+    for document in (service, workload):
+        assert list(model_problems(document, model_of(document)[0], document["kind"])) == []
+    pod = workload["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert service["spec"]["selector"].items() <= workload["spec"]["template"]["metadata"]["labels"].items()
+    assert {port["name"] for port in container["ports"]} == {port["targetPort"] for port in service["spec"]["ports"]}
+    asked = {entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"]}
+    production = yaml.safe_load((root / "helm/values-production.yaml").read_text())
+    assert asked == {production["clickhouse"]["existingSecret"]}
+    keys = yaml.safe_load((root / "charts/tidegate/values.yaml").read_text())["clickhouse"]
+    assert [entry["valueFrom"]["secretKeyRef"]["key"] for entry in container["env"]] == [
+        keys["userKey"],
+        keys["passwordKey"],
+    ]
+    context = pod["securityContext"]
+    assert (context["runAsNonRoot"], context["seccompProfile"]) == (True, {"type": "RuntimeDefault"})
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    claims = {claim["metadata"]["name"] for claim in workload["spec"]["volumeClaimTemplates"]}
+    assert mounted == claims | {volume["name"] for volume in pod["volumes"]}

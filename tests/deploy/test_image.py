@@ -5,10 +5,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from deploy.conftest import locked
+from tidegate.sdk.loading import load_app
+from tidegate.testing import Rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,19 @@ def test_everything_that_is_copied_is_in_the_context(dockerfile: list[tuple[str,
             for source in argument.split()[:-1]:
                 assert source.rstrip("*/").partition("/")[0] in let_in, source
                 assert source.endswith("*") or (root / source).exists(), source
+
+
+@pytest.mark.feature("K1")
+def test_the_example_of_an_executors_image_holds_the_app_that_the_values_name(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = root / "examples/orders"
+    (pool,) = yaml.safe_load((root / "helm/values-production.yaml").read_text())["executors"]
+    # Where the Dockerfile puts it, from where it comes: the image's working directory is where modules are looked for.
+    assert "COPY orders/ /app/orders/" in (example / "Dockerfile").read_text()
+    assert "WORKDIR /app" in (root / "services/Dockerfile").read_text()
+    monkeypatch.syspath_prepend(str(example))
+    with Rehearsal(load_app(pool["app"])) as rehearsal:
+        outcome = rehearsal.run("classify", {"lines": [{"cents": 900}, {"cents": 12_000}]})
+    assert (outcome.status, outcome.output) == ("succeeded", "large")
+    assert f"{pool['image']['repository']}:{pool['image']['tag']}" in (root / "docs/deploy.md").read_text()

@@ -17,7 +17,9 @@ from support.pure import Pair
 from support.stack import WholeStack, assert_whole, eventually
 from tidegate.domain import states
 from tidegate.domain.messages import Call
-from tidegate.eventlog import kafka, subscription
+from tidegate.eventlog.kafka import inbox as kafka_inbox
+from tidegate.eventlog.kafka import subscription
+from tidegate.eventlog.kafka import writer as kafka_writer
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate import decide
 from tidegate.gate.ledger import Attempt, AttemptKey, Ledger, Line
@@ -162,11 +164,12 @@ def test_every_client_has_a_bound_on_what_it_holds() -> None:
     settings = KafkaSettings()
     mib = 1024
     for tell_end in (False, True):
-        reader = kafka._reader_config(settings, tell_end=tell_end)
+        reader = kafka_inbox._reader_config(settings, tell_end=tell_end)
         assert reader["queued.max.messages.kbytes"] <= 32 * mib
         assert reader["queued.min.messages"] <= 10_000
-    assert kafka._writer_config(settings)["queue.buffering.max.kbytes"] <= 256 * mib
-    assert kafka._writer_config(settings)["queue.buffering.max.messages"] <= 50_000
+    writer = kafka_writer._writer_config(settings, 0)
+    assert writer["queue.buffering.max.kbytes"] <= 256 * mib
+    assert writer["queue.buffering.max.messages"] <= 50_000
     inbox = subscription._consumer_config(settings, "g", 0, admission.PREFETCH)
     assert inbox["queued.max.messages.kbytes"] <= 8 * mib
     assert inbox["queued.min.messages"] <= 4 * admission.MAX_BATCH

@@ -122,8 +122,8 @@ def test_offsets_are_not_waited_for_for_ever(stack: WholeStack, monkeypatch: pyt
     pid = kafka_of(stack).pid
     assert pid is not None
     with monkeypatch.context() as patched:
-        patched.setattr("tidegate.eventlog.kafka.REQUEST_TIMEOUT_S", 1.0)
-        patched.setattr("tidegate.eventlog.kafka.LEAVE_TIMEOUT_S", 1.0)
+        patched.setattr("tidegate.eventlog.kafka.clients.REQUEST_TIMEOUT_S", 1.0)
+        patched.setattr("tidegate.eventlog.kafka.clients.LEAVE_TIMEOUT_S", 1.0)
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(EventLogError, match=r"no answer about .* nobody .*whether they were set is not known"):

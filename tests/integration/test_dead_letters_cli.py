@@ -178,7 +178,7 @@ def test_garbage_among_the_letters_is_passed_over(cli: Cli, whole: WholeStack) -
 
 
 def test_without_kafka_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidegate.eventlog.kafka.REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("tidegate.eventlog.kafka.clients.REQUEST_TIMEOUT_S", 0.5)
     result = CliRunner().invoke(app, ["dead-letters", "list"], env={"TIDEGATE_KAFKA_BOOTSTRAP": "127.0.0.1:1"})
     assert result.exit_code == NO_ANSWER
     assert "127.0.0.1:1" in result.stderr

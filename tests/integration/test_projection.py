@@ -28,7 +28,7 @@ from support.projections import ProjectionProcess, SqlFailedError, Topics, ask
 from support.stack import eventually
 from tidegate.domain.states import ABSENT
 from tidegate.eventlog.interface import Record, TopicPartition
-from tidegate.eventlog.subscription import KafkaSubscription
+from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.projection.service import TOPICS
 from tidegate.projection.tables import REBUILT_VIEWS as VIEWS
 

@@ -15,8 +15,8 @@ from tidegate.eventlog.interface import (
     TopicPartition,
     WriteFailedError,
 )
+from tidegate.eventlog.kafka.subscription import AssignmentChange
 from tidegate.eventlog.memory import MemoryBroker, MemoryInbox, MemoryWriter
-from tidegate.eventlog.subscription import AssignmentChange
 
 
 class SimulatedCrash(BaseException):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import re
 from pathlib import Path
@@ -19,10 +21,11 @@ from tidegate.domain.workflow import validate_definition, with_children
 from tidegate.sdk import json_form
 from tidegate.sdk.errors import BadArgumentsError
 from tidegate.sdk.plan import given_by, plan_of
+from tidegate.sdk.testkit import step_context
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = "\n".join((DOCS / name).read_text(encoding="utf-8") for name in ("authoring.md", "flows.md"))
-CLAIM = re.compile(r"^`(\w+)` with `(.+?)` (gives|fails with) `(.+?)`[.;]", re.MULTILINE)
+CLAIM = re.compile(r"^`(\w+)` with `(.+?)` (gives|fails with|is refused with) `(.+?)`[.;]", re.MULTILINE)
 
 
 class Claim(NamedTuple):
@@ -60,7 +63,9 @@ def call(app: App, p: Pair, task: StepTask) -> None:
     function = app.functions[task.call.function]
     try:
         bound = function.binder.bind(task.call.arguments)
-        value = function.call(*bound.args, **bound.kwargs)
+        with step_context(task.run_id, task.step_id):
+            value = function.call(*bound.args, **bound.kwargs)
+            value = asyncio.run(value) if inspect.iscoroutine(value) else value
     except Exception as error:
         retryable = not isinstance(error, BadArgumentsError | NonRetryable)
         p.answer(task, "failed", error_class=type(error).__name__, error_message=str(error), retryable=retryable)
@@ -102,7 +107,8 @@ def test_what_the_page_says_is_so(examples: dict[str, Any], claim: Claim) -> Non
         assert (found.status, found.reason) == ("succeeded", "")
         assert canonical.loads(found.output) == json.loads(claim.result)
     else:
-        assert (found.status, found.code) == ("failed", claim.result), found.reason
+        status = "failed" if claim.kind == "fails with" else "refused"
+        assert (found.status, found.code) == (status, claim.result), found.reason
 
 
 def test_every_example_is_run(examples: dict[str, Any]) -> None:

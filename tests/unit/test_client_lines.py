@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tidegate.eventlog.client_lines import Sparing
+from tidegate.eventlog.kafka.client_lines import Sparing
 
 REFUSED = (
     "FAIL [{client}] [thrd:{at}]: {at}: Connect to ipv4#127.0.0.1:9092 failed: Connection refused "

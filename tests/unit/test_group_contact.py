@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tidegate.eventlog import kafka, subscription
-from tidegate.eventlog.contact import ASK_EVERY_S, SESSIONS, GroupContact
 from tidegate.eventlog.interface import EventLogError
+from tidegate.eventlog.kafka import clients, inbox, subscription
+from tidegate.eventlog.kafka.contact import ASK_EVERY_S, SESSIONS, GroupContact
 from tidegate.eventlog.settings import KafkaSettings
 
 SESSION_S, POLL_S = 10.0, 300.0
@@ -103,14 +103,14 @@ def poll_for(seconds: int, poll: Callable[[], object], clock: list[float]) -> No
 @pytest.mark.parametrize("client", ["inbox", "subscription"])
 def test_both_kinds_of_members_are_watched(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(kafka, "_is_answered", lambda _: True)
-    monkeypatch.setattr(kafka.time, "monotonic", lambda: clock[0])
-    for module in (kafka, subscription):
+    monkeypatch.setattr(clients, "is_answered", lambda _: True)
+    monkeypatch.setattr(clients.time, "monotonic", lambda: clock[0])
+    for module in (inbox, subscription):
         monkeypatch.setattr(module, "make_consumer", lambda _, config: StuckConsumer(config))
     settings = KafkaSettings(session_timeout_ms=1_000, max_poll_interval_ms=5_000)
     poll: Callable[[], object]
     if client == "inbox":
-        member = kafka._Member(settings, "g", "i", "run-commands", lambda: pytest.fail("nobody to ask"))
+        member = inbox.Member(settings, "g", "i", "run-commands", lambda: pytest.fail("nobody to ask"))
         poll = partial(member.serve, 0.0)
     else:
         poll = partial(subscription.KafkaSubscription(settings, "g", ["run-requests"]).poll, 1, 0.0)

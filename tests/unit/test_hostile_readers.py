@@ -18,8 +18,8 @@ from tidegate.domain import states
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Message, Record, TopicPartition
+from tidegate.eventlog.kafka.subscription import AssignmentChange
 from tidegate.eventlog.memory import MemoryBroker
-from tidegate.eventlog.subscription import AssignmentChange
 from tidegate.eventlog.verification import Report, verify_partition
 from tidegate.gateway.view import LiveView, PartitionReader
 from tidegate.projection import rows

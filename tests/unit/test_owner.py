@@ -12,12 +12,13 @@ from tidegate import codec
 from tidegate.codec import avro
 from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
-from tidegate.domain.messages import PolicyPublished
+from tidegate.domain.messages import Control, PolicyPublished
 from tidegate.domain.run_events import StepFailed
 from tidegate.eventlog import owned, owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
 from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.scheduler import decide
 
 EDGES = ("owner.before-log", "owner.after-log", "owner.after-tell")
@@ -581,3 +582,91 @@ def test_an_owner_that_dies_before_such_an_entry_is_logged_hears_of_it_again() -
     assert runs["r"].status == "succeeded"
     assert cluster.entered == {("r", "a", 1): 1}
     assert names_of(cluster).count("AttemptDispatched") == 1
+
+
+def dies_after_announcing(name: str) -> None:
+    if name == "owner.after-announce":
+        raise Crash
+
+
+def test_a_partition_that_is_lost_and_comes_back_in_one_poll_loses_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that is not waited for can turn out void when the messages after its input are here already."""
+    cluster = Cluster()
+    cluster.settle()
+    cluster.require_approval()
+    cluster.settle()
+    first, second = [name for name in RUNS if partition_of(name, RUN_PARTITIONS) == 0][:2]
+    scheduler, gate = cluster.owners["scheduler"], cluster.owners["gate"]
+    cluster.start_run(first, "a")
+    cluster.start_run(second, "a")
+    scheduler.run_once(0.0)
+    gate.run_once(0.0)
+    assert cluster.broker.offsets("gate-decisions", 0).end == 2  # a question about each
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, "MAX_BATCH", 1)
+        scheduler.run_once(0.0)  # takes one of them, and waits for no acknowledgement: nobody is told of a question
+
+    # Its session has ended. Another one announces itself and dies, and its session ends too.
+    cluster.broker.expire("tidegate-scheduler", "scheduler-0")
+    other = cluster.start("scheduler", "scheduler-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, "failpoint", dies_after_announcing)
+        with pytest.raises(Crash):
+            run_scheduler(cluster)
+    assert cluster.owners["scheduler"] is other
+    cluster.crash("scheduler")
+    cluster.broker.expire("tidegate-scheduler", "scheduler-1")
+    cluster.owners["scheduler"] = scheduler  # it wakes, and has everything back at once
+    cluster.settle()
+
+    report, runs = cluster.verified()
+    assert report.problems == []
+    assert {name: len(runs[name].open_approvals()) for name in (first, second)} == {first: 1, second: 1}
+
+
+def test_a_log_that_is_made_again_while_partitions_are_taken_over_one_by_one_is_refused() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    cluster.crash("scheduler")
+    scheduler = cluster.start("scheduler")
+    scheduler.run_once(0.0)
+    assert len(scheduler.owned) == 1 < RUN_PARTITIONS
+    cluster.now_ms += 60_000  # the first one took a minute to be restored
+    cluster.broker.delete_topic("run-events")
+    cluster.broker.create_topic("run-events", RUN_PARTITIONS)
+    with pytest.raises(RefusedToStartError):
+        scheduler.run_once(0.0)
+
+
+def test_what_nobody_is_told_of_is_waited_for_though_messages_come_that_add_nothing() -> None:
+    cluster, scheduler = before_the_dispatch_is_logged()
+    scheduler.run_once(0.0)
+    assert any(part.unacknowledged for part in scheduler.owned.values())
+    unpaused = Control(queue="other", paused=False, by="", reason="", at_ms=0)
+    cluster.writer.send(Record("controls", 0, b"other", codec.encode(unpaused)))
+    cluster.writer.flush(1.0)
+    scheduler.run_once(0.0)
+    assert not any(part.unacknowledged for part in scheduler.owned.values())
+
+
+IN_PIECES = CheckpointSettings(every_entries=1, every_s=0.001, units_per_turn=1, rest_after_s=60.0)
+
+
+def test_no_snapshot_is_taken_of_what_the_log_may_not_hold() -> None:
+    """A checkpoint is under way, and the run that is written next has an entry that was not waited for."""
+    cluster = Cluster(checkpoints=IN_PIECES)
+    cluster.settle()
+    first, second = [name for name in RUNS if partition_of(name, RUN_PARTITIONS) == 0][:2]
+    scheduler, gate = cluster.owners["scheduler"], cluster.owners["gate"]
+    cluster.start_run(first, "a")
+    cluster.start_run(second, "a")
+    scheduler.run_once(0.0)
+    gate.run_once(0.0)
+    assert scheduler._checkpointers[0].is_busy
+    scheduler._tell_writer.flush(1.0)
+    before = cluster.broker.offsets("run-snapshots", 0).end
+
+    scheduler.run_once(0.0)
+    assert scheduler.owned[0].unacknowledged
+    scheduler._tell_writer.flush(1.0)
+    assert cluster.broker.offsets("run-snapshots", 0).end == before

@@ -1,6 +1,6 @@
 """What Tidegate needs of a log: the whole surface, small enough that an in-memory one can keep the same promises.
 
-Two implementations pass one contract suite (`tests/contract`): `kafka.py`, the real thing, and `memory.py`, for simulation.
+Two implementations pass one contract suite (`tests/contract`): `kafka`, the real thing, and `memory.py`, for simulation.
 Nothing here knows what the bytes mean.
 """
 

@@ -58,6 +58,8 @@ MAX_UNTOLD: Final = 8
 UNTOLD_POLL_S: Final = 0.02
 # A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
 CHECKPOINT_POLL_S: Final = 0.002
+# What Kafka said of the log counts for so long: restoring a partition may take minutes, and the next one comes after it.
+SAME_LOG_S: Final = 1.0
 
 
 class OwnerWriters(NamedTuple):
@@ -108,7 +110,7 @@ class OwnerLoop:
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
         self._log_identity: TopicDescription | None = None
-        self._is_same_log = False  # seen so since partitions came to us, or one fell into doubt
+        self._same_log_until_s = 0.0
         self.turns = 0
         self._schemas_sought: set[str] = set()
         self._has_joined = False
@@ -198,7 +200,8 @@ class OwnerLoop:
         for partition in changes.lost:
             self._drop(partition, "the group gave it to another instance")
         self._to_take = (self._to_take - changes.lost) | changes.gained
-        self._is_same_log = self._is_same_log and not changes.gained
+        if changes.gained:
+            self._same_log_until_s = 0.0
         self._has_joined = self._has_joined or self._inbox.has_joined
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
@@ -339,15 +342,16 @@ class OwnerLoop:
     def _log_and_tell(self, *, is_busy: bool) -> int:
         """Wait for the acknowledgements, drop partitions in doubt before anything of theirs is told, tell the others.
 
-        is_busy: inputs come, so what nobody is told of need not be waited for. An executor's answer often comes while the entry
-        about its dispatch is being written; it would wait for that, and need a write of its own.
+        is_busy: inputs come, so what nobody is told of need not be waited for, unless they add nothing to it. An executor's answer
+        often comes while the entry about its dispatch is being written; it would wait for that, and need a write of its own.
         """
         busy = [part for part in self.owned.values() if part.unacknowledged or part.doubt]
         if not busy:
             return 0
-        if is_busy and self._tells_nobody(busy):
+        if is_busy and self._to_log and self._tells_nobody(busy):
             sent = len(self._to_log)
             self._send_gathered()
+            self._log_writer.poll()  # a failure or a doubt is seen as soon as it is known
             return sent
         self._write_log()
         failpoint("owner.after-log")
@@ -356,7 +360,7 @@ class OwnerLoop:
             if part.doubt:
                 self._drop(part.partition, part.doubt)
                 self._to_take.add(part.partition)
-                self._is_same_log = False
+                self._same_log_until_s = 0.0
                 continue
             batch, part.unacknowledged = part.unacknowledged, []
             logged += len(batch)
@@ -507,10 +511,13 @@ class OwnerLoop:
         return positions
 
     def _same_log(self) -> TopicDescription:
-        """Return what Kafka says of the log: asked once for all partitions that came to us together. Raises RefusedToStartError."""
-        if self._log_identity is not None and not self._is_same_log:
+        """Return what Kafka says of the log: asked once for partitions that come to us together. Raises RefusedToStartError."""
+        now_s = self._monotonic_s()
+        if self._log_identity is not None and now_s < self._same_log_until_s:
+            return self._log_identity
+        self._same_log_until_s = now_s + SAME_LOG_S
+        if self._log_identity is not None:
             self._log_identity = same_topic(self._broker, self._log_identity)
-        self._is_same_log = True
         return self._identity()
 
     def _identity(self) -> TopicDescription:

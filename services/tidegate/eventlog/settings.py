@@ -28,7 +28,7 @@ class SecretFileError(EventLogError):
 class KafkaSettings(BaseSettings):
     """The connection to Kafka, read from variables such as `TIDEGATE_KAFKA_BOOTSTRAP`.
 
-    What the protocol rests on (acknowledgements, idempotence, no skipping) cannot be set: see `eventlog/kafka.py`.
+    What the protocol rests on (acknowledgements, idempotence, no skipping) cannot be set: see `eventlog/kafka`.
     """
 
     model_config = SettingsConfigDict(

@@ -12,8 +12,8 @@ import structlog
 
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.eventlog.subscription import KafkaSubscription
 from tidegate.health import PULSE, Health
 from tidegate.process import (
     EXIT_FAILED,

@@ -24,7 +24,7 @@ import structlog
 
 from tidegate import metrics
 from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
-from tidegate.eventlog.subscription import AssignmentChange
+from tidegate.eventlog.kafka.subscription import AssignmentChange
 from tidegate.failpoints import failpoint
 from tidegate.projection import rows, shadow
 from tidegate.projection.inserter import Inserter

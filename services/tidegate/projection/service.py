@@ -12,8 +12,8 @@ import structlog
 from tidegate import codec, metrics
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
+from tidegate.eventlog.kafka.subscription import AssignmentChange
 from tidegate.eventlog.schemas import load_schemas
-from tidegate.eventlog.subscription import AssignmentChange
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 from tidegate.failpoints import failpoint
 from tidegate.projection import rows

@@ -15,9 +15,9 @@ from tidegate.domain.entry import MAX_OFFSET
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.eventlog.interface import Broker, Message, Record, TopicPartition
+from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.letters import DELETED_UNREAD, dead_letter
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.eventlog.subscription import KafkaSubscription
 from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.failpoints import failpoint

@@ -12,8 +12,8 @@ from fastavro.schema import fingerprint, to_parsing_canonical_form
 from support.logs import Decided, LogWriter, Story, dead_letter_record, instance_record
 from tidegate import codec
 from tidegate.eventlog.interface import Message, Record, TopicPartition
+from tidegate.eventlog.kafka.subscription import AssignmentChange
 from tidegate.eventlog.memory import MemoryBroker
-from tidegate.eventlog.subscription import AssignmentChange
 from tidegate.projection import rows, service
 from tidegate.projection.inserter import Batch
 from tidegate.projection.service import TOPICS, Limits, Projection

@@ -1,8 +1,7 @@
 """Reading topics as a consumer group whose committed offsets alone decide where reading starts.
 
 The opposite of an `Inbox`, whose owner says where to read: here an operator may say it, with Kafka's own tool, on the
-stopped group. For readers whose work may be done twice without harm, such as projections. With `kafka.py` the only module
-that knows confluent-kafka.
+stopped group. For readers whose work may be done twice without harm, such as projections.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any, Final, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka import TopicPartition as KafkaPartition
 
-from tidegate.eventlog.client_lines import Sparing
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
-from tidegate.eventlog.kafka import group_contact, headers_of, leave, make_consumer
+from tidegate.eventlog.kafka.client_lines import Sparing
+from tidegate.eventlog.kafka.clients import group_contact, headers_of, leave, make_consumer
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
