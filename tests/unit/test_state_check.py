@@ -65,8 +65,10 @@ def live_snapshots(cluster: Cluster, service: str) -> list[tuple[Message, Snapsh
 
 
 def counts(cluster: Cluster, service: str, partition: int, snapshot: Snapshot) -> bool:
-    """Tell whether a checkpoint is in force that needs this snapshot."""
+    """Tell whether a checkpoint is in force that needs this snapshot, of something that is there."""
     unit = snapshot.units[0]
+    if not unit.state:
+        return False
     found = certified(cluster.broker, cluster.machine(service), partition)
     return found is not None and unit.as_of < found.checkpoint.read_from and found.states.get(unit.unit) == unit
 
