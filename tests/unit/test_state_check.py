@@ -33,7 +33,7 @@ def worked(seed: int) -> Cluster:
         if number % 5 == 0:
             cluster.command(f"r{number}", "cancel", command_id=f"c{number}")
         cluster.turn()
-    for _ in range(10):
+    for _ in range(20):
         cluster.turn()
     return cluster
 
