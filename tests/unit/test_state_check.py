@@ -33,7 +33,7 @@ def worked(seed: int) -> Cluster:
         if number % 5 == 0:
             cluster.command(f"r{number}", "cancel", command_id=f"c{number}")
         cluster.turn()
-    for _ in range(10):
+    for _ in range(20):
         cluster.turn()
     return cluster
 
@@ -65,8 +65,10 @@ def live_snapshots(cluster: Cluster, service: str) -> list[tuple[Message, Snapsh
 
 
 def counts(cluster: Cluster, service: str, partition: int, snapshot: Snapshot) -> bool:
-    """Tell whether a checkpoint is in force that needs this snapshot."""
+    """Tell whether a checkpoint is in force that needs this snapshot, of something that is there."""
     unit = snapshot.units[0]
+    if not unit.state:
+        return False
     found = certified(cluster.broker, cluster.machine(service), partition)
     return found is not None and unit.as_of < found.checkpoint.read_from and found.states.get(unit.unit) == unit
 

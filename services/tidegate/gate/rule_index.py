@@ -140,9 +140,13 @@ class Conditions(NamedTuple):
                 left.append(comparison)
         return self._replace(comparisons=tuple(left))
 
-    def found_by(self) -> Comparison | None:
-        """Return the most telling comparison; None if none is."""
-        ranked = [(rank, comparison) for comparison in self.comparisons if (rank := comparison.rank) is not None]
+    def found_by(self, names: Set[str] = frozenset(INDEXED)) -> Comparison | None:
+        """Return the most telling comparison of one of these variables; None if there is none."""
+        ranked = [
+            (rank, comparison)
+            for comparison in self.comparisons
+            if comparison.name in names and (rank := comparison.rank) is not None
+        ]
         return min(ranked, key=lambda item: item[0])[1] if ranked else None
 
     def without(self, found: Comparison | None) -> Conditions:
@@ -192,7 +196,9 @@ class RuleIndex(Generic[T]):
     __slots__ = ("_always", "_by_beginning", "_by_text", "_known", "_plain")
 
     def __init__(self, rules: Iterable[tuple[str, T]], plain: Iterable[str] = ()) -> None:
-        """`plain`: names of variables with texts that many steps share."""
+        """`plain`: names of variables with texts that many steps share. By these alone are rules found: what is found is remembered
+        by their values, and `step == "pay"` must not be missing, or hold, because another step was there first.
+        """
         self._plain = frozenset(plain)
         self._known: dict[tuple[Any, ...], list[_Numbered[T]]] = {}  # by the values of these
         self._always: list[_Numbered[T]] = []
@@ -203,7 +209,7 @@ class RuleIndex(Generic[T]):
             self._add(number, rule, Conditions.of(source))
 
     def _add(self, number: int, rule: T, conditions: Conditions) -> None:
-        by = conditions.found_by()
+        by = conditions.found_by(self._plain)
         item = _Numbered(number, rule, conditions.without(by))
         if by is None:
             self._always.append(item)

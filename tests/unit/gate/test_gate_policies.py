@@ -199,6 +199,9 @@ def test_an_index_never_changes_a_verdict(seed: int) -> None:
         'tags.env in ["prod"]',
         "run.settled_micros >= 5",
         "size(args.s) > 0",
+        'step == "s/1"',
+        'step.startsWith("s/")',
+        'version in ["1.0.0", "1.1.0"]',
     ]
 
     def condition(depth: int) -> str:
@@ -227,6 +230,8 @@ def test_an_index_never_changes_a_verdict(seed: int) -> None:
             "args": {"n": rng.choice((0, 1, 2, 3, 2.5, True, "a", None)), "s": rng.choice(("a", "b", 1))},
             "tags": rng.choice(({}, {"env": "prod"}, {"env": "test"})),
             "run": {"settled_micros": rng.randint(4, 6)},
+            "step": rng.choice(("s/1", "s/2", "t")),
+            "version": rng.choice(("1.0.0", "1.1.0", "2.0.0")),
         }
         found, expected = judge(plain, **values), judge(slow, **values)
         # Why a rule cannot be evaluated is said with its text, which is another one.
@@ -234,6 +239,15 @@ def test_an_index_never_changes_a_verdict(seed: int) -> None:
             assert "could not be evaluated" in found.reason
             found, expected = found._replace(reason=""), expected._replace(reason="")
         assert found == expected
+
+
+@pytest.mark.parametrize(("name", "bad", "good"), [("step", "pay/2", "pay"), ("version", "1.0.0", "2.0.0")])
+def test_what_was_found_for_one_step_counts_for_no_other(name: str, bad: str, good: str) -> None:
+    """All else is the same: nodes of loops, turns of agents, and runs of another version of a workflow."""
+    for order in ((bad, good), (good, bad)):
+        rules = policies(p=[("no", f'{name} == "{bad}"', "deny")])
+        found = {value: judge(rules, **{name: value}).effect for value in order}
+        assert found == {bad: "deny", good: "allow"}
 
 
 def test_only_the_rules_that_can_match_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
