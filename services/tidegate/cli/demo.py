@@ -18,6 +18,7 @@ from tidegate.cli.storm_screen import StormScreen
 from tidegate.cli.throttling_screen import ThrottlingScreen
 from tidegate.demo.budget.demo import BudgetDemo
 from tidegate.demo.budget.demo import make_stack as make_budget_stack
+from tidegate.demo.by_hand import KEYS_SAID
 from tidegate.demo.chaos.demo import SIZES, ChaosDemo, Size
 from tidegate.demo.chaos.demo import make_stack as make_chaos_stack
 from tidegate.demo.refund import ACCOUNT, DemoError, RefundDemo, Say, make_stack, wait_for_projection
@@ -118,7 +119,7 @@ def throttling_100(
     data_dir = Path(tempfile.mkdtemp(prefix="tidegate-throttling-"))
     with Keys() as keys, ThrottlingScreen(to_stderr=as_json) as screen:
         if keys.are_there:
-            screen.say("keys: p pauses, r resumes, c cancels what is left")
+            screen.say(KEYS_SAID)
         try:
             with make_throttling_stack(data_dir, screen.say) as stack:
                 summary = ThrottlingDemo(stack, runs, screen.show, keys.pressed).run()
@@ -134,18 +135,22 @@ def budget(as_json: AsJson = False, keep: Keep = False) -> None:
     """Run three teams out of their budgets: one is denied, one asks a human, one waits until somebody tops up.
 
     Starts Kafka, a scheduler, a gate and an executor in a temporary folder. Every team's money is counted for the whole account,
-    too. When all is over, the money is recomputed from the ledger's bytes: no limit was exceeded but by the one approval.
+    too. When all is over, the money is recomputed from the ledger's bytes: no limit was exceeded but by the one approval. In
+    a terminal, p pauses the queue, r resumes it, and c cancels what is left.
     """
     data_dir = Path(tempfile.mkdtemp(prefix="tidegate-budget-"))
 
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n") if as_json else typer.echo(line)
 
-    try:
-        with make_budget_stack(data_dir, say) as stack:
-            proof = BudgetDemo(stack, say).run()
-    except FAILURES as error:
-        _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)
+    with Keys() as keys:
+        if keys.are_there:
+            say(KEYS_SAID)
+        try:
+            with make_budget_stack(data_dir, say) as stack:
+                proof = BudgetDemo(stack, say, keys.pressed).run()
+        except FAILURES as error:
+            _fail(error, data_dir, {"ok": False, "error": str(error)}, as_json=as_json)
     say("\nAll of it holds." if proof["ok"] else "\nThe proof FAILED.")
     _end(proof, data_dir, say, as_json=as_json, keep=keep)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 from tidegate import App, report_cost
@@ -9,12 +10,14 @@ from tidegate import App, report_cost
 app = App("budget")
 
 CALL_MICROS: Final = 10_000
+CALL_S: Final = 0.3
 CALLS: Final = 4
 
 
 @app.step(cost_micros=CALL_MICROS)
 def call(number: int) -> int:
-    """Ask a model something for a cent."""
+    """Ask a model something for a cent, long enough for somebody to press a key."""
+    time.sleep(CALL_S)
     report_cost(CALL_MICROS)
     return number + 1
 

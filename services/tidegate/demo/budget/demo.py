@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -11,12 +13,13 @@ from tidegate.audit.money import Books, audit
 from tidegate.cli.documents import publish
 from tidegate.demo.budget import app as budget_app
 from tidegate.demo.budget.app import CALL_MICROS, CALLS
+from tidegate.demo.by_hand import ByHand
 from tidegate.demo.refund import DemoError, Say
 from tidegate.domain import states
 from tidegate.embedded.stack import ExecutorPool, Stack
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.gate.kinds import Document, parse
-from tidegate.sdk.client import Client, Run
+from tidegate.sdk.client import Client, Event, Run
 
 APP: Final = "tidegate.demo.budget.app:app"
 LEDGER: Final = "gate-ledger"
@@ -25,6 +28,16 @@ ORG_MICROS: Final = 200_000
 TEAM_MICROS: Final = 30_000
 TIMEOUT_S: Final = 60.0
 LOOK_S: Final = 0.1
+QUEUE: Final = "default"
+SAID: Final = {
+    "p": "PAUSED    the queue, by hand: nothing new starts until r",
+    "r": "RESUMED   the queue, by hand",
+    "c": "CANCELLED by hand: what is set aside comes back",
+}
+
+
+class _CancelledError(Exception):
+    """Somebody cancelled the runs."""
 
 
 class Team(NamedTuple):
@@ -75,10 +88,12 @@ def budget_of(team: Team) -> str:
 class BudgetDemo:
     """One demonstration on a started stack. `say` gets every line for people as it happens."""
 
-    def __init__(self, stack: Stack, say: Say) -> None:
+    def __init__(self, stack: Stack, say: Say, keys: Callable[[], str] = lambda: "") -> None:
+        """keys: returns what was typed since it was last asked (see `ByHand`)."""
         self._stack = stack
         self._say = say
         self._broker = KafkaBroker(stack.settings)
+        self._by_hand = ByHand(keys, QUEUE)
 
     def run(self) -> dict[str, Any]:
         """Run it and return the proof. Blocks for some seconds. Raises DemoError, EventLogError."""
@@ -91,6 +106,16 @@ class BudgetDemo:
             client.publish(budget_app.app)
             runs = {team: client.start("work", 0, account=team.account) for team in TEAMS}
             self._say(f"each team starts a run of {CALLS} calls, {cents(CALL_MICROS)} each")
+            with self._obeying(list(runs.values())):
+                ended = self._play(client, runs)
+        for team, run in ended.items():
+            later = " and what was under way" if run.status == states.CANCELLED else ""
+            self._say(f"{run.status.upper():<10}{team.account}: spent {cents(run.spent_micros)}{later}")
+        return self._prove(ended, time.monotonic() - began_s)
+
+    def _play(self, client: Client, runs: dict[Team, str]) -> dict[Team, Run]:
+        """Let the teams run out of money; returns how their runs ended. Whoever cancels them ends the play."""
+        with contextlib.suppress(_CancelledError):
             denied = self._seen(client, runs[SALES], lambda run: run.is_over)
             self._say(f"DENIED    {SALES.account}: {denied.reason}")
             asked = self._seen(client, runs[SUPPORT], lambda run: run.approvals)
@@ -99,23 +124,52 @@ class BudgetDemo:
             self._say("APPROVED  by demo: this call may exceed the budget, no other")
             self._say(f"PAUSED    {OPS.account}: {self._pause_of(client, runs[OPS])}")
             self._top_up()
-            ended = {team: self._seen(client, run_id, lambda run: run.is_over) for team, run_id in runs.items()}
-        for team, run in ended.items():
-            self._say(f"{run.status.upper():<10}{team.account}: spent {cents(run.spent_micros)}")
-        return self._prove(ended, time.monotonic() - began_s)
+            return {team: self._seen(client, run_id, lambda run: run.is_over) for team, run_id in runs.items()}
+        return {team: list(client.follow(run_id, TIMEOUT_S))[-1][0] for team, run_id in runs.items()}
+
+    @contextlib.contextmanager
+    def _obeying(self, run_ids: list[str]) -> Iterator[None]:
+        """Do what keys say meanwhile, in a thread of its own: the demo itself waits for its runs."""
+        is_over = threading.Event()
+
+        def obey() -> None:
+            with Client(self._stack.settings, by="demo") as client:
+                while not is_over.wait(LOOK_S):
+                    typed = self._by_hand.obey(client, run_ids)
+                    for key, said in SAID.items():
+                        if key in typed:
+                            self._say(said)
+
+        thread = threading.Thread(target=obey, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def _seen(self, client: Client, run_id: str, is_so: Callable[[Run], object]) -> Run:
         """Follow a run until it is so. Raises DemoError if it ends before that, or takes too long."""
         run: Run | None = None
-        for run, _ in client.follow(run_id, TIMEOUT_S):
+        for run, _ in self._followed(client, run_id):
             if is_so(run):
                 return run
         stands = "the log has nothing of it" if run is None else f"it is {run.status} {run.code} {run.reason}".rstrip()
         raise DemoError(f"run {run_id} did not get as far as it should within {TIMEOUT_S:.0f} s: {stands}")
 
+    def _followed(self, client: Client, run_id: str) -> Iterator[tuple[Run, list[Event]]]:
+        """Follow a run, for as long as the queue is paused if it is. Raises _CancelledError once the runs were cancelled."""
+        while True:
+            for found in client.follow(run_id, TIMEOUT_S):
+                if self._by_hand.was_cancelled:
+                    raise _CancelledError
+                yield found
+            if not self._by_hand.is_paused:
+                return
+
     def _pause_of(self, client: Client, run_id: str) -> str:
         """Wait until a budget lets the run wait; returns why. Raises DemoError if that does not come."""
-        for _, events in client.follow(run_id, TIMEOUT_S):
+        for _, events in self._followed(client, run_id):
             for event in events:
                 if event.type == "AttemptAwaitsBudget":
                     return str(event.data.reason)
@@ -150,12 +204,12 @@ class BudgetDemo:
             "problems": problems,
             "seconds": round(seconds, 2),
         }
-        ok = (
-            not problems
-            and spent == wanted
+        is_played = (
+            spent == wanted
             and proof["exceeded_micros"] == {SUPPORT.account: CALL_MICROS}
             and all(run.status == team.status for team, run in ended.items())
         )
+        ok = not problems and (is_played or self._by_hand.was_cancelled)
         self._say("\nthe ledger's bytes, recomputed with nothing of the gate:")
         for account, micros in sorted(spent.items()):
             beyond = f", {cents(exceeded[account])} of it approved beyond its limit" if exceeded[account] else ""

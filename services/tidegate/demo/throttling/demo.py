@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tidegate.audit.limits import Bound, LimitBooks, audit_limits
 from tidegate.cli.documents import publish
+from tidegate.demo.by_hand import ByHand
 from tidegate.demo.chaos.observer import Observer
 from tidegate.demo.refund import DemoError
 from tidegate.demo.throttling import app as throttling_app
@@ -83,9 +84,8 @@ class ThrottlingDemo:
     """One demonstration on a started stack."""
 
     def __init__(self, stack: Stack, runs: int, show: Show, keys: Callable[[], str] = lambda: "") -> None:
-        """keys: returns what was typed since it was last asked: p pauses the queue, r resumes it, c cancels all runs."""
-        self._keys = keys
-        self._was_cancelled = False
+        """keys: returns what was typed since it was last asked (see `ByHand`)."""
+        self._by_hand = ByHand(keys, QUEUE)
         self._stack = stack
         self._wanted = wanted(runs)
         self._show = show
@@ -120,27 +120,13 @@ class ThrottlingDemo:
             left = observer.unfinished(run_ids)
             if not left:
                 return
-            if typed := self._keys():
-                self._obey(typed, client, left)
+            if self._by_hand.obey(client, left) or self._by_hand.is_paused:
                 deadline_s = time.monotonic() + TIMEOUT_S
             if observer.failure or time.monotonic() > deadline_s:
                 raise DemoError(
                     observer.failure or f"{len(left)} runs did not end within {TIMEOUT_S:.0f} s: {left[:5]}"
                 )
             time.sleep(LOOK_S)
-
-    def _obey(self, typed: str, client: Client, left: list[str]) -> None:
-        """Do what the keys say, the last one of pause and resume counting."""
-        switch = [key for key in typed if key in "pr"]
-        if switch and switch[-1] == "p":
-            client.pause_queue(QUEUE, reason="key p of the demo")
-        elif switch:
-            client.resume_queue(QUEUE, reason="key r of the demo")
-        if "c" in typed and not self._was_cancelled:
-            self._was_cancelled = True
-            client.resume_queue(QUEUE, reason="key c of the demo")
-            for run_id in left:
-                client.cancel(run_id, reason="key c of the demo")
 
     def _picture(self, runs: dict[str, RunState]) -> Picture:
         picture = Picture({account: Standing(0) for account in SHARES})
@@ -189,7 +175,7 @@ class ThrottlingDemo:
         # By turns, the account that asked last and for least is through long before the one that asked for most.
         is_shared = books.throttled > 0 and 0 < summary["done_after"] <= len(made) * 0.75
         is_done = ended == {states.SUCCEEDED: len(self._wanted)} and len(made) == len(self._wanted)
-        return {"ok": is_kept and (self._was_cancelled or (is_done and is_shared)), **summary}
+        return {"ok": is_kept and (self._by_hand.was_cancelled or (is_done and is_shared)), **summary}
 
     def _audited(self) -> LimitBooks:
         """Read the ledger until nobody holds anything any more: what a run tells when it is over takes a moment."""

@@ -1,0 +1,40 @@
+"""What keys do while a demo runs: p pauses its queue, r resumes it, c cancels the runs that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from tidegate.sdk.client import Client
+
+KEYS_SAID: Final = "keys: p pauses, r resumes, c cancels what is left"
+
+
+class ByHand:
+    """Takes note of what somebody did, so that the demo does not expect what cannot come any more."""
+
+    def __init__(self, keys: Callable[[], str], queue: str) -> None:
+        """keys: returns what was typed since it was last asked."""
+        self._keys = keys
+        self._queue = queue
+        self.is_paused = False
+        self.was_cancelled = False
+
+    def obey(self, client: Client, left: Iterable[str]) -> str:
+        """Do what was typed, the last one of pause and resume counting; returns what that was, empty for nothing.
+
+        left: the runs that are not over. Raises EventLogError.
+        """
+        typed = self._keys()
+        switch = [key for key in typed if key in "pr"]
+        if switch and switch[-1] == "p":
+            client.pause_queue(self._queue, reason="key p of the demo")
+        elif switch:
+            client.resume_queue(self._queue, reason="key r of the demo")
+        self.is_paused = switch[-1] == "p" if switch else self.is_paused
+        if "c" in typed and not self.was_cancelled:
+            self.was_cancelled, self.is_paused = True, False
+            client.resume_queue(self._queue, reason="key c of the demo")
+            for run_id in left:
+                client.cancel(run_id, reason="key c of the demo")
+        return typed
