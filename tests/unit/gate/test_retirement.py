@@ -192,9 +192,8 @@ def test_a_hole_that_nothing_carries_forward_is_a_fault() -> None:
     cluster = retired()
     cluster.publish(RETENTION | {"every_s": 10**6})
     latest = entries(cluster, 0)[-1][0].offset
-    cluster.start_run("more", account="acme0")
-    cluster.start_run("more2", account="acme0")
-    cluster.start_run("more3", account="acme0")
+    for number in range(8):
+        cluster.start_run(f"more{number}", account="acme0")
     for _ in range(10):
         cluster.turn()
     after = [message.offset for message, _ in entries(cluster, 0) if message.offset > latest]
