@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import logging
 import os
@@ -184,7 +185,8 @@ def stop_on_signals(within_s: float | None = None) -> threading.Event:
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     for number in _STOPPING:
         signal.signal(number, handle)
-    threading.Thread(target=_end, args=(told, stop, within_s), name="signals", daemon=True).start()
+    in_context = contextvars.copy_context().run  # what the thread logs names the service
+    threading.Thread(target=in_context, args=(_end, told, stop, within_s), name="signals", daemon=True).start()
     return stop
 
 

@@ -46,11 +46,13 @@ def without_damage(definition: Any, places: Sequence[tuple[Any, ...]]) -> dict[s
         elif part == "functions" and name is not None and field not in (None, "kind"):
             made["functions"][name].pop(field, None)
         elif part == "edges" and name is not None:
-            made["edges"] = [edge for number, edge in enumerate(definition["edges"]) if number not in edges]
+            continue
         elif part in (None, "nodes", "functions", "workflows", "name", "version"):
             return None
         else:
             made.pop(part, None)
+    if edges and "edges" in made:
+        made["edges"] = [edge for number, edge in enumerate(made["edges"]) if number not in edges]
     return made
 
 

@@ -30,7 +30,7 @@ from tidegate.domain.questions import is_answered_by_room
 from tidegate.domain.retries import OUTCOME_UNKNOWN
 from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
 from tidegate.domain.run import RunState, StepState, apply
-from tidegate.prices import price
+from tidegate.prices import MAX_TOKENS, price
 from tidegate.scheduler import attempts, evolution, waits
 
 MAX_LOSSES: Final = 10  # of what may be repeated without asking
@@ -259,7 +259,7 @@ def _priced(step: StepState, result: StepResult, now_ms: int) -> StepResult:
     """Add what an attempt cost that reports tokens of a known model, and no amount: both logs are to say the same."""
     if result.actual_micros or not result.usage or not step.call.model:
         return result
-    tokens_in, tokens_out = result.usage.get("input_tokens", 0), result.usage.get("output_tokens", 0)
+    tokens_in, tokens_out = (min(result.usage.get(kind, 0), MAX_TOKENS) for kind in ("input_tokens", "output_tokens"))
     if not (tokens_in or tokens_out):
         return result
     found = price(step.call.provider, step.call.model, tokens_in, tokens_out, now_ms)

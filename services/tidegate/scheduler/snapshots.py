@@ -14,7 +14,7 @@ from tidegate.domain.workflow import Workflow, pinned_definition
 from tidegate.scheduler import waits
 
 # Counts up with every change of the fields of RunState and StepState, or of what they mean.
-SNAPSHOT_FORMAT: Final = 8
+SNAPSHOT_FORMAT: Final = 9
 
 NO_CALL: Final = Call(
     kind="", function="", queue="", arguments="", timeout_ms=0, reserve_micros=0, idempotent=True
@@ -112,11 +112,13 @@ def _stub(run: RunState) -> RunState:
 
 
 def _step_stub(step: StepState) -> StepState:
+    """What a late result is judged by: whether it is this attempt's, and what its tokens cost."""
+    call = step.call
     return StepState(
         step_id=step.step_id,
         node_id="",
         wave=0,
-        call=NO_CALL,
+        call=msgspec.structs.replace(NO_CALL, provider=call.provider, model=call.model) if call.model else NO_CALL,
         status=step.status,
         attempt=step.attempt,
         instance_id=step.instance_id,

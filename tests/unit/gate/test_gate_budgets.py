@@ -19,6 +19,8 @@ from tidegate.gate.ledger import Ledger, apply, derive
 from tidegate.gate.measure import budgets_left
 from tidegate.gate.snapshots import dump, load
 from tidegate.scheduler import decide as scheduler_decide
+from tidegate.scheduler.snapshots import dump as dump_run
+from tidegate.scheduler.snapshots import load as load_run
 
 DAY_MS = 24 * 3_600_000
 FUNCTIONS = ("step:a", "step:b", "step:c")
@@ -184,6 +186,23 @@ def test_both_logs_say_the_same_of_tokens_whatever_became_of_the_attempt(reporte
         "" if reported else "price:openai:gpt-4o",
     )
     assert [event.actual_micros for _, event in pair.events if isinstance(event, run_ev.AttemptEnded)] == [costs]
+
+
+@pytest.mark.feature("P2")
+@pytest.mark.parametrize("was_written_down", [False, True])
+def test_tokens_of_a_late_result_cost_the_same_whether_or_not_its_run_has_left_the_memory(
+    was_written_down: bool,
+) -> None:
+    pair = pair_with()
+    pair.start("r", one(provider="openai", model="gpt-4o"))
+    task = pair.tasks.popleft()
+    pair.command("r", "cancel")
+    assert pair.run("r").is_over
+    if was_written_down:
+        pair.runs.runs["r"] = load_run(dump_run(pair.run("r")), pair.runs.definitions)
+    pair.answer(task, value=1, usage={"input_tokens": 100, "output_tokens": 10})
+    assert [event.actual_micros for _, event in pair.events if isinstance(event, run_ev.ResultIgnored)] == [350]
+    assert events(pair, ev.AttemptSettled)[-1].actual_micros == 350
 
 
 @pytest.mark.feature("P2")
