@@ -15,7 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import App, RetryRule, agent, flow, functions_of, step, tool
+    from tidegate.sdk.app import App, agent, flow, functions_of, step, tool
     from tidegate.sdk.client import Client, Run
     from tidegate.sdk.context import StepContext, context, idempotency_key, report_cost, report_usage
     from tidegate.sdk.errors import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RunNotFoundError,
     )
     from tidegate.sdk.flow import Result, merge
+    from tidegate.sdk.functions import RetryRule
     from tidegate.sdk.graph import Change, Graph
     from tidegate.sdk.loading import load_app
     from tidegate.sdk.model_errors import MODEL_RETRIES, ModelError, model_errors
@@ -82,7 +83,7 @@ __all__ = [
 
 # Loaded late, so that every service may import `tidegate.domain` without pydantic, and an app without a Kafka client.
 _MODULES: Final[dict[str, str]] = {
-    **dict.fromkeys(("App", "RetryRule", "agent", "flow", "functions_of", "step", "tool"), "app"),
+    **dict.fromkeys(("App", "agent", "flow", "functions_of", "step", "tool"), "app"),
     **dict.fromkeys(("Client", "Run"), "client"),
     **dict.fromkeys(("StepContext", "context", "idempotency_key", "report_cost", "report_usage"), "context"),
     **dict.fromkeys(
@@ -103,6 +104,7 @@ _MODULES: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(("Change", "Graph"), "graph"),
     **dict.fromkeys(("Result", "merge"), "flow"),
+    **dict.fromkeys(("RetryRule",), "functions"),
     **dict.fromkeys(("load_app",), "loading"),
     **dict.fromkeys(("MODEL_RETRIES", "ModelError", "model_errors"), "model_errors"),
     **dict.fromkeys(("Goto", "Observation", "Plan", "Propose", "State", "ToolCall", "Turn"), "plan"),

@@ -22,7 +22,8 @@ from tidegate.eventlog.kafka import subscription
 from tidegate.eventlog.kafka import writer as kafka_writer
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.gate import decide
-from tidegate.gate.ledger import Attempt, AttemptKey, Ledger, Line
+from tidegate.gate.ledger import Ledger
+from tidegate.gate.state import Attempt, AttemptKey, Line
 from tidegate.scheduler import admission
 
 FLOOD = 1_000

@@ -43,8 +43,9 @@ from tidegate.eventlog.interface import Message, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
-from tidegate.gate.ledger import HELD, Ledger
-from tidegate.gate.ledger import apply as apply_ledger
+from tidegate.gate.fold import apply as apply_ledger
+from tidegate.gate.ledger import Ledger
+from tidegate.gate.state import HELD
 from tidegate.gate.tells import tells as gate_tells
 from tidegate.projection import rows
 from tidegate.scheduler import decide, holding, waits

@@ -31,9 +31,9 @@ from tidegate.executor import holdings
 from tidegate.gate import decide as gate_decide
 from tidegate.gate import family, leasing
 from tidegate.gate import tells as gate_tells
-from tidegate.gate.ledger import HELD, Bucket
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import PolicySet, Verdict
+from tidegate.gate.state import HELD, Bucket
 from tidegate.registry.lease import Lease
 from tidegate.scheduler import attempts as scheduler_attempts
 from tidegate.scheduler import commands as scheduler_commands

@@ -18,9 +18,9 @@ from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionE
 from tidegate.executor.isolation import NOWHERE, Apart, Isolation
 from tidegate.executor.isolation.errand import Ended, context_of, errand_of
 from tidegate.failpoints import failpoint
-from tidegate.sdk.app import Function
 from tidegate.sdk.binding import Bound
 from tidegate.sdk.context import Meter, answer_for
+from tidegate.sdk.functions import Function
 
 CANCEL_GRACE_S: Final = 5.0  # how long an async function may clean up after its deadline before the answer is given
 

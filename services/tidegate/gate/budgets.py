@@ -23,8 +23,9 @@ from tidegate.domain.identity import (
 from tidegate.domain.messages import Amounts, Call
 from tidegate.domain.questions import LACK_RULE
 from tidegate.gate.documents import Document, name_field
-from tidegate.gate.ledger import METERS, Attempt, Bucket, Learned, Ledger, tight
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.names import bucket_key
+from tidegate.gate.state import METERS, Attempt, Bucket, Learned, tight
 from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
 from tidegate.prices import price
 

@@ -39,7 +39,12 @@ from tidegate.gate.budgets import (
 )
 from tidegate.gate.lacking import Look, Scope, Spot
 from tidegate.gate.leasing import LIMIT_RULE
-from tidegate.gate.ledger import (
+from tidegate.gate.ledger import Ledger
+from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
+from tidegate.gate.names import FAMILY, RULE_WAIT, family_wait, learned_key, scope_of
+from tidegate.gate.placement import FreeSlots
+from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
+from tidegate.gate.state import (
     HELD,
     MAX_SETTLED_MICROS,
     OUTSIDE,
@@ -49,14 +54,9 @@ from tidegate.gate.ledger import (
     AttemptKey,
     Bucket,
     Incarnation,
-    Ledger,
     RunMoney,
     meters_of,
 )
-from tidegate.gate.limits import Desk, LimitError, LimitSet, Obstacle
-from tidegate.gate.names import FAMILY, RULE_WAIT, family_wait, learned_key, scope_of
-from tidegate.gate.placement import FreeSlots
-from tidegate.gate.policy import MAX_REASON, PolicySet, Verdict
 from tidegate.gate.variables import Subject, Variables
 from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
 from tidegate.prices import price

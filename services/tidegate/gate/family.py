@@ -8,23 +8,11 @@ whole family is over: what it spent counts as long as anybody may spend.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import msgspec
-
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.names import family_wait
-
-if TYPE_CHECKING:
-    from tidegate.gate.ledger import Ledger, RunMoney
-
-
-class Below(msgspec.Struct):
-    """What all runs below a run come to. children: those directly below it; going: how many of all are not done."""
-
-    children: dict[str, None] = {}
-    going: int = 0
-    reserved_micros: int = 0
-    settled_micros: int = 0
+from tidegate.gate.state import Below, RunMoney
 
 
 class Money(Protocol):

@@ -18,7 +18,7 @@ from tidegate.gate.names import learned_key, scope_of
 
 if TYPE_CHECKING:
     from tidegate.domain.messages import Call
-    from tidegate.gate.ledger import AttemptKey, RunMoney
+    from tidegate.gate.state import AttemptKey, RunMoney
 
 
 class Alike(NamedTuple):

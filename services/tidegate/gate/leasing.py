@@ -21,8 +21,10 @@ from tidegate.domain.messages import (
     LeaseReturn,
     LeaseWait,
 )
-from tidegate.gate.ledger import PLACED, QUEUED, Attempt, AttemptKey, Ledger, held_by_itself, leases_of
+from tidegate.gate.fold import held_by_itself, leases_of
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.limits import Desk, Obstacle
+from tidegate.gate.state import PLACED, QUEUED, Attempt, AttemptKey
 
 LIMIT_RULE: Final = "limit"
 LEASE_IDLE_MS: Final = 2_000  # leases of others that find no slot for so long go back, for somebody who has one

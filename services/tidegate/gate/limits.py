@@ -18,8 +18,9 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import NAME_PATTERN, partition_of
 from tidegate.domain.messages import Lease
 from tidegate.gate.documents import Document
-from tidegate.gate.ledger import Gauge, Ledger
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.rule_index import MAX_KNOWN, Conditions
+from tidegate.gate.state import Gauge
 from tidegate.gate.variables import PLAIN, Subject, Variables
 
 INSTANCE_PLACE: Final = "{instance}"  # in a key: the executor, which is known only when one was found

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tidegate import metrics
-from tidegate.gate.ledger import HELD, METERS, PLACED, QUEUED, RESERVED, Ledger
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.placement import Executors
+from tidegate.gate.state import HELD, METERS, PLACED, QUEUED, RESERVED
 
 
 def measure(executors: Executors, ledgers: Iterable[Ledger]) -> None:

@@ -10,7 +10,8 @@ from typing import Final
 import structlog
 
 from tidegate.domain.messages import Instance
-from tidegate.gate.ledger import OUTSIDE, OUTSIDE_LINE, Incarnation, Ledger
+from tidegate.gate.ledger import Ledger
+from tidegate.gate.state import OUTSIDE, OUTSIDE_LINE, Incarnation
 
 EXECUTOR: Final = "executor"
 MAX_SLOTS: Final = 1_000  # more than that an executor of ours does not offer

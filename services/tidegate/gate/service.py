@@ -22,8 +22,9 @@ from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.gate import carrying, decide, leasing, snapshots, waiting
 from tidegate.gate.budgets import Budget, Budgets, TopUp
 from tidegate.gate.carrying import Retention
+from tidegate.gate.fold import apply, derive
 from tidegate.gate.kinds import Document, DocumentError, Retry, parse
-from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.limits import Desk, Limit, LimitSet, Queue
 from tidegate.gate.placement import Executors
 from tidegate.gate.policy import MAX_REASON, Policy, PolicySet, Rule

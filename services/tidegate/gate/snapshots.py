@@ -13,7 +13,8 @@ from typing import Any, Final, cast
 import msgspec
 
 from tidegate.domain import ledger_events as ev
-from tidegate.gate.ledger import Ask, Attempt, AttemptKey, Bucket, Carried, Gauge, Learned, Ledger, RunMoney
+from tidegate.gate.ledger import Ledger
+from tidegate.gate.state import Ask, Attempt, AttemptKey, Bucket, Carried, Gauge, Learned, RunMoney
 
 # Counts up with every change of the fields of RunMoney and Attempt, or of what they mean.
 SNAPSHOT_FORMAT: Final = 4

@@ -11,7 +11,7 @@ import cel
 
 from tidegate.domain import canonical, expressions
 from tidegate.domain.messages import Call
-from tidegate.gate.ledger import AttemptKey
+from tidegate.gate.state import AttemptKey
 
 
 class Money(Protocol):

@@ -15,9 +15,10 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root
 from tidegate.domain.messages import Lease
 from tidegate.gate import leasing
-from tidegate.gate.ledger import OUTSIDE, OUTSIDE_LINE, Attempt, AttemptKey, Incarnation, Leases, Ledger, Line, Name
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.limits import INSTANCE_PLACE, Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import Executor, FreeSlots
+from tidegate.gate.state import OUTSIDE, OUTSIDE_LINE, Attempt, AttemptKey, Incarnation, Leases, Line, Name
 from tidegate.gate.variables import Subject
 
 MAX_PLACEMENTS_PER_ENTRY: Final = 200

@@ -445,7 +445,8 @@ def _definitions(what: App | Graph | Mapping[str, Any] | Sequence[Mapping[str, A
     if isinstance(what, App):
         return what.definitions()
     if isinstance(what, Graph):
-        return [(what.app or default_app).definition(what)]
+        home = what.app if isinstance(what.app, App) else default_app
+        return [home.definition(what)]
     definitions = [what] if isinstance(what, Mapping) else what
     for definition in definitions:
         problems = validate_definition(definition)

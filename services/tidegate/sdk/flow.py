@@ -23,7 +23,7 @@ from tidegate.sdk.errors import BadArgumentsError, CallFailedError, FlowChangedE
 from tidegate.sdk.plan import Goto, Propose
 
 if TYPE_CHECKING:
-    from tidegate.sdk.app import Function
+    from tidegate.sdk.functions import Function
 
 T = TypeVar("T")
 MAX_READY: Final = 1_000_000  # what one turn may run through: a flow that never waits would never end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 import pydantic
 
@@ -12,9 +12,6 @@ from tidegate.domain import waits
 from tidegate.domain.workflow import DEFAULT_MAX_STEPS
 from tidegate.sdk import json_form
 from tidegate.sdk.errors import GraphError, NotJsonError
-
-if TYPE_CHECKING:
-    from tidegate.sdk.app import App
 
 Reference = str | Callable[..., Any]
 Resolve = Callable[[Reference], tuple[str, str] | None]
@@ -102,6 +99,13 @@ class _Node(NamedTuple):
     fields: dict[str, Any]
 
 
+class Home(Protocol):
+    """The app of a graph."""
+
+    def resolve(self, reference: Reference) -> tuple[str, str] | None:
+        """Return the kind and the name of a function; None if it has none."""
+
+
 class Graph:
     """A graph of nodes and edges. The methods return the graph, so that calls can be chained.
 
@@ -114,7 +118,7 @@ class Graph:
         self.name = name
         self.version = version
         self.max_steps = options.get("max_steps", DEFAULT_MAX_STEPS)
-        self.app: App | None = None  # set when it is added to one
+        self.app: Home | None = None  # set when it is added to one
         self.children: dict[
             str, Graph | Mapping[str, Any]
         ] = {}  # by `name@version`: of nodes, and what changes may name

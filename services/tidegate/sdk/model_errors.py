@@ -16,8 +16,8 @@ import email.utils
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from tidegate.sdk.app import RetryRule
 from tidegate.sdk.errors import NonRetryable
+from tidegate.sdk.functions import RetryRule
 
 MAX_DEPTH: Final = 5  # of objects in which a code is looked for
 MAX_MESSAGE: Final = 2_000

@@ -11,10 +11,11 @@ from typing import Any, Final, NamedTuple
 
 from tidegate.domain import canonical, identity
 from tidegate.sdk import json_form
-from tidegate.sdk.app import App, Function
+from tidegate.sdk.app import App
 from tidegate.sdk.binding import AGENT, TOOL
 from tidegate.sdk.context import Meter, StepContext, running
 from tidegate.sdk.errors import AppError, BadArgumentsError
+from tidegate.sdk.functions import Function
 from tidegate.sdk.plan import Plan, State, ToolCall, plan_of
 
 MAX_TURNS: Final = 20

@@ -18,8 +18,8 @@ from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import results
 from tidegate.executor.attempt import Attempt
 from tidegate.executor.settings import ExecutorSettings
-from tidegate.sdk.app import Function
 from tidegate.sdk.binding import FLOW
+from tidegate.sdk.functions import Function
 from tidegate.testing.stubs import Stub, standing_in
 
 _OUTPUT_MAX_BYTES: Final[int] = ExecutorSettings.model_fields["output_max_bytes"].default

@@ -20,9 +20,10 @@ from tidegate.eventlog.interface import Message
 from tidegate.gate.kinds import Document, parse, read
 from tidegate.scheduler.admit import admit
 from tidegate.sdk import json_form
-from tidegate.sdk.app import App, Function, functions_of
+from tidegate.sdk.app import App, functions_of
 from tidegate.sdk.bound_inputs import bound_inputs
 from tidegate.sdk.errors import AppError, GraphError, RunNotFoundError
+from tidegate.sdk.functions import Function
 from tidegate.sdk.graph import Graph
 from tidegate.sdk.reading import RUN_EVENTS, Event, RunReader, ValidEntries
 from tidegate.testing.outcome import Outcome, step_of

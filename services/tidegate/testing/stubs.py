@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tidegate.sdk.app import FlowFunction, Function
+from tidegate.sdk.app import FlowFunction
+from tidegate.sdk.functions import Function
 
 _NOTHING: Final = object()
 

@@ -15,7 +15,7 @@ from support.pure import chain, step
 from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.messages import NOTHING, Amounts
-from tidegate.gate.ledger import METERS
+from tidegate.gate.state import METERS
 from unit.audit.test_money import Player, _call, books_of, ledger, rewritten
 
 DAY_MS = 24 * 3_600_000

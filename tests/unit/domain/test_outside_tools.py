@@ -15,7 +15,8 @@ from tidegate.domain.entry import Position
 from tidegate.domain.messages import EndedIncarnation, StepTask
 from tidegate.domain.run import apply
 from tidegate.domain.workflow import validate_definition
-from tidegate.gate.ledger import Ledger, derive
+from tidegate.gate.fold import derive
+from tidegate.gate.ledger import Ledger
 from tidegate.scheduler import snapshots
 
 CALL = "clerk/1/tool:quote"

@@ -13,7 +13,8 @@ from tidegate.domain import ledger_events as ev
 from tidegate.domain.entry import Position
 from tidegate.domain.identity import child_run_id
 from tidegate.domain.messages import Authorise, Call, CloseRun, GateRequest, OpenRun
-from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.fold import apply, derive
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.snapshots import dump, load
 
 FUNCTIONS = ("step:a", "step:b", "step:c")

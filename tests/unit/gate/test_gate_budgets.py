@@ -14,8 +14,9 @@ from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
 from tidegate.domain import run_events as run_ev
 from tidegate.gate.budgets import Budget, Budgets
+from tidegate.gate.fold import apply, derive
 from tidegate.gate.kinds import parse
-from tidegate.gate.ledger import Ledger, apply, derive
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.measure import budgets_left
 from tidegate.gate.snapshots import dump, load
 from tidegate.scheduler import decide as scheduler_decide

@@ -13,7 +13,7 @@ from support.pure import Pair, chain, step
 from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import Call
 from tidegate.gate.budgets import AVERAGED_OVER, Estimate, estimate, learn
-from tidegate.gate.ledger import Learned
+from tidegate.gate.state import Learned
 from tidegate.prices import price
 
 MOST = 2**63 - 1

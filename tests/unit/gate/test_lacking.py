@@ -14,8 +14,8 @@ from tidegate.domain.messages import Call
 from tidegate.gate import decide
 from tidegate.gate.budgets import estimate
 from tidegate.gate.lacking import Alike, Lacking, Look, Scope, Shortage
-from tidegate.gate.ledger import AttemptKey, RunMoney
 from tidegate.gate.service import LOOK_AGAIN_MS
+from tidegate.gate.state import AttemptKey, RunMoney
 
 HOUR_MS = 3600 * 1000
 DAY_MS = 24 * HOUR_MS

@@ -19,8 +19,9 @@ from tidegate.domain.messages import Call, Lease, LeaseAsk, PolicyPublished
 from tidegate.eventlog import owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.gate.fold import apply
 from tidegate.gate.leasing import LEASE_IDLE_MS, orphaned
-from tidegate.gate.ledger import Ledger, apply
+from tidegate.gate.ledger import Ledger
 from tidegate.gate.limits import Desk, LimitSet
 
 ACCOUNTS = [f"acme{n}" for n in range(5)]

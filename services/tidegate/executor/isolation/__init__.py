@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, Protocol
 from tidegate.domain.isolation import IN_PROCESS, ISOLATIONS, strongest
 from tidegate.executor.endings import UnsupportedIsolationError
 from tidegate.executor.isolation.errand import Ended, Errand, Reported
-from tidegate.sdk.app import Settings
+from tidegate.sdk.functions import Settings
 
 
 class Isolation(Protocol):

@@ -10,8 +10,8 @@ import msgspec
 from tidegate.domain.graph_changes import MAX_CHANGE_BYTES
 from tidegate.domain.messages import Call, StepTask
 from tidegate.executor.endings import Ending
-from tidegate.sdk.app import Settings
 from tidegate.sdk.context import StepContext
+from tidegate.sdk.functions import Settings
 
 CONTROL_BYTES: Final = 128 * 1024  # more than any line holds besides an output and a change
 MAX_LINE_FACTOR: Final = 2  # JSON text within JSON text at most doubles

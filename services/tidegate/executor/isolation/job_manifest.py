@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from tidegate.executor.isolation.errand import Errand
 from tidegate.executor.isolation.process import RUNNER
 from tidegate.executor.settings import ExecutorSettings
-from tidegate.sdk.app import Settings
+from tidegate.sdk.functions import Settings
 
 LABEL: Final = "tidegate.dev/"
 CONTAINER: Final = "function"

@@ -18,7 +18,7 @@ from tidegate.executor.isolation import job_log
 from tidegate.executor.isolation.errand import Ended, Errand, Reported
 from tidegate.executor.isolation.job_manifest import LABEL, Limits, Owner, limits_of, manifest, name_of
 from tidegate.executor.settings import ExecutorSettings
-from tidegate.sdk.app import Settings
+from tidegate.sdk.functions import Settings
 
 POLL_S: Final = 0.5
 GONE_S: Final = 30.0  # how long the pods of a deleted Job are waited for

@@ -26,7 +26,7 @@ from tidegate.embedded.children import tethered
 from tidegate.executor import results
 from tidegate.executor.endings import Ending, died, not_started
 from tidegate.executor.isolation.errand import Ended, Errand, Line, Reported, line_in, to_line
-from tidegate.sdk.app import Settings
+from tidegate.sdk.functions import Settings
 
 RUNNER: Final = "tidegate.executor.isolation.runner"
 GO: Final = b"go\n"

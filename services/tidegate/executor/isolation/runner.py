@@ -35,10 +35,10 @@ from tidegate.executor.isolation.errand import (
 )
 from tidegate.executor.isolation.process import GO, run_in_process
 from tidegate.process import EXIT_OK, EXIT_USAGE, ProcessSettings, configure_logging
-from tidegate.sdk.app import Function
 from tidegate.sdk.binding import Bound
 from tidegate.sdk.context import Meter, running
 from tidegate.sdk.errors import BadArgumentsError
+from tidegate.sdk.functions import Function
 from tidegate.sdk.loading import load_app
 
 _MIB: Final = 1024 * 1024
