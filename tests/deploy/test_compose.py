@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tidegate.cli.__main__ import app as cli
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.projection.settings import ProjectionSettings
-from tidegate.reference import groups
+from tidegate.reference import OTHER_VARIABLES, groups
 from tidegate.topics.declaration import SERVICES
 
 pytestmark = pytest.mark.feature("K1")
@@ -54,7 +54,7 @@ def test_every_command_exists_with_its_options(services: dict[str, Object]) -> N
 
 
 def test_every_variable_is_a_setting(services: dict[str, Object]) -> None:
-    known = {setting.variable for group in groups() for setting in group.settings}
+    known = {setting.variable for group in groups() for setting in group.settings} | OTHER_VARIABLES.keys()
     for name, service in services.items():
         assert set(service["environment"]) - {"HOME"} <= known, name
 
@@ -72,6 +72,12 @@ def test_addresses_lead_to_where_somebody_answers(services: dict[str, Object]) -
     # From outside of the container they are reached only if they listen on more than its own loopback.
     assert services["projection"]["environment"]["TIDEGATE_PROJECTION_SQL_HOST"] == "0.0.0.0"  # noqa: S104
     assert services["gateway"]["environment"]["TIDEGATE_GATEWAY_HOST"] == "0.0.0.0"  # noqa: S104
+
+
+def test_commands_find_who_answers_them(services: dict[str, Object]) -> None:
+    asked = services["tidegate"]["environment"]
+    assert asked["TIDEGATE_GATEWAY_URL"] == f"http://gateway:{PORTS['gateway']}"
+    assert asked["TIDEGATE_SQL_URL"] == f"http://projection:{PORTS['projection']}"
 
 
 def test_every_container_is_the_embedded_image_and_as_restricted_as_a_pod(
