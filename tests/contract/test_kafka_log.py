@@ -57,20 +57,6 @@ def test_a_full_buffer_makes_send_wait_and_loses_nothing(world: KafkaWorld, monk
     assert [m.value for m in world.broker.read("log", 0, 0, 2000)] == [b"%d" % n for n in range(2000)]
 
 
-def test_what_is_gathered_goes_out_when_the_writer_is_polled_or_flushed(world: KafkaWorld) -> None:
-    world.create_topic("log")
-    writer = world.broker.writer(gather_ms=600_000)
-    acked: list[int] = []
-
-    writer.send(Record("log", 0, b"key", b"value"), acked.append)
-    assert world.broker.offsets("log", 0).end == 0  # it is not on its way
-    eventually(lambda: acked == [0], writer.poll)
-    writer.send(Record("log", 0, b"key", b"value"), acked.append)
-    assert world.broker.offsets("log", 0).end == 1
-    writer.flush(PATIENCE_S)
-    assert acked == [0, 1]
-
-
 def test_a_writer_that_starts_during_an_outage_writes_after_it(own_kafka: Callable[[], EmbeddedKafka]) -> None:
     embedded = own_kafka()
     world = KafkaWorld(embedded.bootstrap, "")

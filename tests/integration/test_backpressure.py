@@ -168,7 +168,7 @@ def test_every_client_has_a_bound_on_what_it_holds() -> None:
         reader = kafka_inbox._reader_config(settings, tell_end=tell_end)
         assert reader["queued.max.messages.kbytes"] <= 32 * mib
         assert reader["queued.min.messages"] <= 10_000
-    writer = kafka_writer._writer_config(settings, 0)
+    writer = kafka_writer._writer_config(settings)
     assert writer["queue.buffering.max.kbytes"] <= 256 * mib
     assert writer["queue.buffering.max.messages"] <= 50_000
     inbox = subscription._consumer_config(settings, "g", 0, admission.PREFETCH)

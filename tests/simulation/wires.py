@@ -46,8 +46,8 @@ class ProcessBroker:
         self._broker = broker
         self._process = process
 
-    def writer(self, gather_ms: int = 0) -> ProcessWriter:
-        inner = self._broker.writer(gather_ms)
+    def writer(self) -> ProcessWriter:
+        inner = self._broker.writer()
         self._process.writers.append(inner)
         return ProcessWriter(self._broker, inner, self._process)
 

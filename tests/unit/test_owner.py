@@ -12,13 +12,11 @@ from tidegate import codec
 from tidegate.codec import avro
 from tidegate.domain import canonical
 from tidegate.domain.identity import account_root, partition_of
-from tidegate.domain.messages import Control, PolicyPublished
+from tidegate.domain.messages import PolicyPublished
 from tidegate.domain.run_events import StepFailed
 from tidegate.eventlog import owned, owner
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
-from tidegate.eventlog.owner import OwnerLoop
-from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.scheduler import decide
 
 EDGES = ("owner.before-log", "owner.after-log", "owner.after-tell")
@@ -514,76 +512,6 @@ def test_a_policy_that_a_newer_version_published_is_in_force_after_a_restart() -
     assert run.status == "waiting"
 
 
-class Writes:
-    """How often the scheduler's log was waited for."""
-
-    def __init__(self, loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log = 0
-        log_flush = loop._log_writer.flush
-
-        def flush_log(timeout_s: float) -> None:
-            self.log += 1
-            log_flush(timeout_s)
-
-        monkeypatch.setattr(loop._log_writer, "flush", flush_log)
-
-
-def before_the_dispatch_is_logged() -> tuple[Cluster, OwnerLoop]:
-    """Return a cluster in which the gate has allowed the first step of run r and the scheduler has not heard of it."""
-    cluster = Cluster()
-    cluster.settle()
-    cluster.start_run("r", "a")
-    scheduler, gate = cluster.owners["scheduler"], cluster.owners["gate"]
-    while not cluster.broker.offsets("gate-decisions", partition_of("r", RUN_PARTITIONS)).end:
-        scheduler.run_once(0.0)
-        gate.run_once(0.0)
-    return cluster, scheduler
-
-
-def names_of(cluster: Cluster) -> list[str]:
-    return [type(event).__name__ for event in cluster.events_of("r")]
-
-
-def test_an_entry_that_nobody_is_told_of_goes_out_with_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executor's answer does not wait until the log has the entry about its dispatch."""
-    cluster, scheduler = before_the_dispatch_is_logged()
-    writes = Writes(scheduler, monkeypatch)
-
-    assert scheduler.run_once(0.0) == 1  # the gate's decision
-    assert writes.log == 0
-    cluster.execute()
-    assert scheduler.run_once(0.0) == 2  # the executor's answer; both are logged now
-    assert writes.log == 1
-    assert names_of(cluster).index("AttemptDispatched") < names_of(cluster).index("StepSucceeded")
-    cluster.settle()
-    assert cluster.verified()[1]["r"].status == "succeeded"
-
-
-def test_an_entry_that_nobody_is_told_of_is_logged_when_nothing_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster, scheduler = before_the_dispatch_is_logged()
-    writes = Writes(scheduler, monkeypatch)
-
-    scheduler.run_once(0.0)
-    assert scheduler.run_once(0.0) == 1  # no input came
-    assert writes.log == 1
-    assert "AttemptDispatched" in names_of(cluster)
-
-
-def test_an_owner_that_dies_before_such_an_entry_is_logged_hears_of_it_again() -> None:
-    cluster, scheduler = before_the_dispatch_is_logged()
-    scheduler.run_once(0.0)
-
-    cluster.crash("scheduler")
-    cluster.start("scheduler")
-    cluster.settle()
-
-    report, runs = cluster.verified()
-    assert report.problems == []
-    assert runs["r"].status == "succeeded"
-    assert cluster.entered == {("r", "a", 1): 1}
-    assert names_of(cluster).count("AttemptDispatched") == 1
-
-
 def dies_after_announcing(name: str) -> None:
     if name == "owner.after-announce":
         raise Crash
@@ -636,37 +564,3 @@ def test_a_log_that_is_made_again_while_partitions_are_taken_over_one_by_one_is_
     cluster.broker.create_topic("run-events", RUN_PARTITIONS)
     with pytest.raises(RefusedToStartError):
         scheduler.run_once(0.0)
-
-
-def test_what_nobody_is_told_of_is_waited_for_though_messages_come_that_add_nothing() -> None:
-    cluster, scheduler = before_the_dispatch_is_logged()
-    scheduler.run_once(0.0)
-    assert any(part.unacknowledged for part in scheduler.owned.values())
-    unpaused = Control(queue="other", paused=False, by="", reason="", at_ms=0)
-    cluster.writer.send(Record("controls", 0, b"other", codec.encode(unpaused)))
-    cluster.writer.flush(1.0)
-    scheduler.run_once(0.0)
-    assert not any(part.unacknowledged for part in scheduler.owned.values())
-
-
-IN_PIECES = CheckpointSettings(every_entries=1, every_s=0.001, units_per_turn=1, rest_after_s=60.0)
-
-
-def test_no_snapshot_is_taken_of_what_the_log_may_not_hold() -> None:
-    """A checkpoint is under way, and the run that is written next has an entry that was not waited for."""
-    cluster = Cluster(checkpoints=IN_PIECES)
-    cluster.settle()
-    first, second = [name for name in RUNS if partition_of(name, RUN_PARTITIONS) == 0][:2]
-    scheduler, gate = cluster.owners["scheduler"], cluster.owners["gate"]
-    cluster.start_run(first, "a")
-    cluster.start_run(second, "a")
-    scheduler.run_once(0.0)
-    gate.run_once(0.0)
-    assert scheduler._checkpointers[0].is_busy
-    scheduler._tell_writer.flush(1.0)
-    before = cluster.broker.offsets("run-snapshots", 0).end
-
-    scheduler.run_once(0.0)
-    assert scheduler.owned[0].unacknowledged
-    scheduler._tell_writer.flush(1.0)
-    assert cluster.broker.offsets("run-snapshots", 0).end == before

@@ -98,10 +98,7 @@ class Writer(Protocol):
         """
 
     def poll(self) -> None:
-        """Run the callbacks of what was acknowledged; what was gathered goes out. Blocks for milliseconds.
-
-        Raises WriteFailedError.
-        """
+        """Run the callbacks of what was acknowledged. Does not block. Raises WriteFailedError."""
 
     def flush(self, timeout_s: float) -> None:
         """Block until everything sent is acknowledged. Raises WriteFailedError if not so within `timeout_s`."""
@@ -153,8 +150,8 @@ class Inbox(Protocol):
 class Broker(Protocol):
     """The way in: makes readers and writers. Thread-safe."""
 
-    def writer(self, gather_ms: int = 0) -> Writer:
-        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` and `poll` end that."""
+    def writer(self) -> Writer:
+        """Return a new idempotent producer."""
 
     def inbox(self, group: str, instance_id: str, lead_topic: str) -> Inbox:
         """Return a new member of a group that shares `lead_topic`. `instance_id` is its static membership."""

@@ -54,7 +54,7 @@ class MemoryBroker:
 
     # -- interface.Broker -----------------------------------------------------------------------------------------
 
-    def writer(self, gather_ms: int = 0) -> MemoryWriter:
+    def writer(self) -> MemoryWriter:
         """Return a new idempotent producer."""
         return MemoryWriter(self)
 

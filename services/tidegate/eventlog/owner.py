@@ -7,7 +7,7 @@ its `Machine`; how state survives is here, once for both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
@@ -51,11 +51,6 @@ ANNOUNCE_EVERY_ENTRIES: Final = 1000
 COMMIT_EVERY_S: Final = 1.0
 RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
-# How long entries that nobody is told of may lie here, for the next ones to go out with them. All others go out at once.
-GATHER_MS: Final = 5
-GATHER_TELLS_MS: Final = 50  # longer than most turns take; they go out when one ends, because it polls their writer
-MAX_UNTOLD: Final = 8
-UNTOLD_POLL_S: Final = 0.02
 # A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
 CHECKPOINT_POLL_S: Final = 0.002
 # What Kafka said of the log counts for so long: restoring a partition may take minutes, and the next one comes after it.
@@ -71,7 +66,7 @@ class OwnerWriters(NamedTuple):
 
 def owner_writers(broker: Broker) -> OwnerWriters:
     """Return new writers for an owner. They connect by themselves: who asks for them first thing need not wait for that later."""
-    return OwnerWriters(broker.writer(gather_ms=GATHER_MS), broker.writer(gather_ms=GATHER_TELLS_MS))
+    return OwnerWriters(broker.writer(), broker.writer())
 
 
 class OwnerLoop:
@@ -149,12 +144,12 @@ class OwnerLoop:
     # -- the protocol ---------------------------------------------------------------
 
     def run_once(self, timeout_s: float = 0.2) -> int:
-        """Run one turn; returns how many entries it sent to the log. Blocks up to `timeout_s` when nothing happens.
+        """Run one turn; returns how many entries it logged. Blocks up to `timeout_s` when nothing happens.
 
         1. Poll inputs, learn of gained and lost partitions. 2. Decide on each input, in order; the events of one input become
         one entry. 3. Take over what was gained. 4. Log the entries and wait until all are acknowledged at the offsets that
-        follow our last one; while there is nothing to tell and inputs keep coming, a later turn waits. 5. Tell. Raises
-        EventLogError on any doubt that concerns more than one partition; the process exits then and takes over afresh.
+        follow our last one. 5. Tell. Raises EventLogError on any doubt that concerns more than one partition; the process
+        exits then and takes over afresh.
         """
         self.turns += 1
         messages = self._inbox.poll(MAX_BATCH, self._patience_s(timeout_s))
@@ -168,7 +163,7 @@ class OwnerLoop:
         self._take_over_gained()
         self._ask_what_is_due()
         failpoint("owner.before-log")
-        logged = self._log_and_tell(is_busy=bool(messages))
+        logged = self._log_and_tell()
         self._tell_writer.poll()
         self._make_checkpoints()
         self._retire()
@@ -181,8 +176,6 @@ class OwnerLoop:
     def _patience_s(self, timeout_s: float) -> float:
         if self._to_take:
             return 0.0
-        if any(part.unacknowledged for part in self.owned.values()):
-            timeout_s = min(timeout_s, UNTOLD_POLL_S)
         if any(checkpointer.is_busy for checkpointer in self._checkpointers.values()):
             timeout_s = min(timeout_s, CHECKPOINT_POLL_S)
         soonest = min(
@@ -339,20 +332,11 @@ class OwnerLoop:
         if part.since_announcement >= ANNOUNCE_EVERY_ENTRIES:
             self._announce_again(part)
 
-    def _log_and_tell(self, *, is_busy: bool) -> int:
-        """Wait for the acknowledgements, drop partitions in doubt before anything of theirs is told, tell the others.
-
-        is_busy: inputs come, so what nobody is told of need not be waited for, unless they add nothing to it. An executor's answer
-        often comes while the entry about its dispatch is being written; it would wait for that, and need a write of its own.
-        """
+    def _log_and_tell(self) -> int:
+        """Wait for the acknowledgements, drop partitions in doubt before anything of theirs is told, tell the others."""
         busy = [part for part in self.owned.values() if part.unacknowledged or part.doubt]
         if not busy:
             return 0
-        if is_busy and self._to_log and self._tells_nobody(busy):
-            sent = len(self._to_log)
-            self._send_gathered()
-            self._log_writer.poll()  # a failure or a doubt is seen as soon as it is known
-            return sent
         self._write_log()
         failpoint("owner.after-log")
         logged = 0
@@ -369,12 +353,6 @@ class OwnerLoop:
                 self.meter.logged(entry, self._tell(part, entry, slot[0]))
             failpoint("owner.after-tell")
         return logged
-
-    def _tells_nobody(self, busy: Sequence[OwnedPartition]) -> bool:
-        """Tell whether there is little to be logged and nothing to be told of it. A doubt is for those who wait."""
-        if any(part.doubt for part in busy) or sum(len(part.unacknowledged) for part in busy) > MAX_UNTOLD:
-            return False
-        return not any(self.machine.tells(entry, part.position(0)) for part in busy for entry, _ in part.unacknowledged)
 
     def _send_gathered(self) -> None:
         """Send what a turn has for the log, in order. Raises EventLogError.

@@ -25,6 +25,7 @@ import structlog
 from tidegate.projection.sql_engine import Answer, QueryError, RefusedError, SqlEngine
 
 MAX_BODY_BYTES: Final = 1024 * 1024
+MAX_PASSED_OVER_BYTES: Final = 16 * 1024 * 1024
 IDLE_CONNECTION_S: Final = 60.0
 GZIP_FROM_BYTES: Final = 1024
 
@@ -185,15 +186,23 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             length = self.headers.get("Content-Length", "0")
             if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+                self._pass_over(int(length) if length.isdecimal() else 0)
                 raise QueryError(f"a query may have at most {MAX_BODY_BYTES} bytes", TOO_LARGE)
             data = self.rfile.read(int(length))
         return data.decode("utf-8", "surrogateescape")
+
+    def _pass_over(self, size: int) -> None:
+        """Read what is not wanted, within reason: who is still sending when we hang up may never read our answer."""
+        left = min(size, MAX_PASSED_OVER_BYTES)
+        while left > 0 and (piece := self.rfile.read(min(left, MAX_BODY_BYTES))):
+            left -= len(piece)
 
     def _chunked_body(self) -> bytes:
         data = b""
         while True:
             size = int(self.rfile.readline(64).split(b";")[0], 16)
             if len(data) + size > MAX_BODY_BYTES:
+                self._pass_over(size)
                 raise QueryError(f"a query may have at most {MAX_BODY_BYTES} bytes", TOO_LARGE)
             data += self.rfile.read(size)
             self.rfile.readline(64)

@@ -71,9 +71,9 @@ class KafkaBroker:
                 self._admin_credentials = self._settings.credentials()
             return self._admin
 
-    def writer(self, gather_ms: int = 0) -> KafkaWriter:
-        """Return a new idempotent producer. gather_ms: how long a record may wait for others; `flush` and `poll` end that."""
-        return KafkaWriter(self._settings, gather_ms)
+    def writer(self) -> KafkaWriter:
+        """Return a new idempotent producer."""
+        return KafkaWriter(self._settings)
 
     def inbox(self, group: str, instance_id: str, lead_topic: str) -> KafkaInbox:
         """Return a new member of a group that shares `lead_topic`. `instance_id` is its static membership."""

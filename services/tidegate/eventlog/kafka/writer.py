@@ -15,7 +15,6 @@ from tidegate.eventlog.interface import (
     WriteFailedError,
 )
 from tidegate.eventlog.kafka.clients import (
-    HURRY_S,
     MAX_REQUEST_BYTES,
     connection,
     make_producer,
@@ -37,11 +36,10 @@ def _make_contact(producer: Producer) -> None:
 class KafkaWriter:
     """An idempotent producer; implements `interface.Writer`. Not thread-safe."""
 
-    def __init__(self, settings: KafkaSettings, gather_ms: int = 0) -> None:
+    def __init__(self, settings: KafkaSettings) -> None:
         self._prefix = settings.topic_prefix
-        self._gathers = gather_ms > 0
         self._failure: WriteFailedError | None = None
-        self._producer = make_producer(settings, _writer_config(settings, gather_ms))
+        self._producer = make_producer(settings, _writer_config(settings))
         self._produce = self._producer.produce
         # The client asks for its producer id when metadata comes, but else only every 500 ms, which would make the
         # first write of every process so late. A thread asks, so that a process with several writers does not wait for one
@@ -73,13 +71,8 @@ class KafkaWriter:
         raise self._failure
 
     def poll(self) -> None:
-        """Run the callbacks of what was acknowledged. Raises WriteFailedError.
-
-        Does not block, unless records wait here for others: these go out, and they are waited for up to `HURRY_S`.
-        """
+        """Run the callbacks of what was acknowledged. Does not block. Raises WriteFailedError."""
         if self._failure is None:
-            if self._gathers and len(self._producer):
-                self._served(self._producer.flush, HURRY_S)  # only a flush ends their waiting
             self._served(self._producer.poll, 0)
         if self._failure is not None:
             raise self._failure
@@ -134,7 +127,7 @@ class KafkaWriter:
             self._producer.purge(blocking=False)
 
 
-def _writer_config(settings: KafkaSettings, gather_ms: int) -> dict[str, Any]:
+def _writer_config(settings: KafkaSettings) -> dict[str, Any]:
     return {
         **connection(settings),
         "acks": "all",
@@ -145,9 +138,8 @@ def _writer_config(settings: KafkaSettings, gather_ms: int) -> dict[str, Any]:
         "message.timeout.ms": 0,
         # Under load records gather by themselves while a request is under way, and only then: any wait would cost a lone
         # record over 1 ms. A broker answers the requests of a connection one by one anyhow, so more than one under way
-        # only makes them smaller and many (measured: a third less work for the broker, 40 % more steps/s). Who flushes what
-        # belongs together has the first record of it wait for the others: it would go out alone, and they after it.
-        "linger.ms": gather_ms,
+        # only makes them smaller and many (measured: a third less work for the broker, 40 % more steps/s).
+        "linger.ms": 0,
         "max.in.flight": 1,
         "compression.type": settings.compression,
         "message.max.bytes": MAX_REQUEST_BYTES,
