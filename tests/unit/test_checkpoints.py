@@ -580,7 +580,7 @@ def test_a_run_may_be_named_as_a_ledger(name: str) -> None:
 def test_a_restart_reads_the_end_of_its_log_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking for the checkpoint, for the epoch before it and folding are three ways through the same records."""
     cluster = Cluster(0, OFTEN)
-    some_work(cluster, steps=12)
+    some_work(cluster, steps=20)
     read_of_the_log, used = cluster.broker.read, 0
     for service, (topic, count) in LOGS.items():
         for partition in range(count):
