@@ -38,9 +38,8 @@ class Incarnation(NamedTuple):
     incarnation: int
 
 
-OUTSIDE: Final = Incarnation(
-    "", -1
-)  # stands for whoever does outside tools: it has no slots, and no life that could end
+# Stands for whoever does outside tools: it has no slots, and no life that could end.
+OUTSIDE: Final = Incarnation("", -1)
 OUTSIDE_LINE: Final = ("", "")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from operator import methodcaller
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka import TopicPartition as KafkaPartition
 from confluent_kafka.admin import (
     AdminClient,
 )
@@ -19,6 +20,7 @@ from confluent_kafka.admin import (
 from tidegate.eventlog.interface import (
     EventLogError,
     OffsetOutOfRangeError,
+    TopicPartition,
     UnknownTopicError,
 )
 from tidegate.eventlog.kafka.client_lines import Sparing
@@ -155,6 +157,17 @@ def make_producer(settings: KafkaSettings, config: Mapping[str, Any]) -> Produce
 
 def log_trouble(error: KafkaError) -> None:
     client_log.error("%s: %s", error.name(), error.str())  # as the client does when nobody else wants to know
+
+
+def known_ends(consumer: Consumer, prefix: str, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+    """Return the next offset to be written of partitions that a consumer reads, as far as the last answers told. Does not block."""
+    ends = {}
+    for at in partitions:
+        with suppress(KafkaException):
+            _, end = consumer.get_watermark_offsets(KafkaPartition(prefix + at.topic, at.partition), cached=True)
+            if end >= 0:
+                ends[at] = end
+    return ends
 
 
 def headers_of(raw: Any) -> tuple[tuple[str, bytes], ...]:

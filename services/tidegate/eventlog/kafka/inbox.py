@@ -38,6 +38,7 @@ from tidegate.eventlog.kafka.clients import (
     group_contact,
     headers_of,
     is_fatal,
+    known_ends,
     leave,
     log_errors,
     make_consumer,
@@ -358,14 +359,7 @@ class Reader:
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return what the last answers of the broker told of the ends of what is being read."""
-        found = {}
-        for at in self._reading:
-            with suppress(KafkaException):
-                physical = KafkaPartition(self._prefix + at.topic, at.partition)
-                _, end = self._consumer.get_watermark_offsets(physical, cached=True)
-                if end >= 0:
-                    found[at] = end
-        return found
+        return known_ends(self._consumer, self._prefix, self._reading)
 
     def offset_at(self, topic: str, partition: int, timestamp_ms: int) -> int | None:
         self._check_existence([TopicPartition(topic, partition)])

@@ -16,12 +16,18 @@ from confluent_kafka import TopicPartition as KafkaPartition
 
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
 from tidegate.eventlog.kafka.client_lines import Sparing
-from tidegate.eventlog.kafka.clients import group_contact, headers_of, leave, make_consumer
+from tidegate.eventlog.kafka.clients import (
+    MAX_RECORD_BYTES,
+    group_contact,
+    headers_of,
+    known_ends,
+    leave,
+    make_consumer,
+)
 from tidegate.eventlog.settings import KafkaSettings
 
 MAX_PREFETCH_KIB: Final = 64 * 1024
 MIN_PREFETCH_MESSAGES: Final = 100_000
-MAX_RECORD_BYTES: Final = 16 * 1024 * 1024
 ANSWER_TIMEOUT_S: Final = 10.0
 GATHER_BYTES: Final = 1024 * 1024  # more than a reader that gathers is likely to be sent at once
 
@@ -184,14 +190,7 @@ class KafkaSubscription:
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each assigned partition, as far as the last fetch told. Does not block."""
-        ends = {}
-        for at in self._assigned:
-            with suppress(KafkaException):
-                physical = KafkaPartition(self._prefix + at.topic, at.partition)
-                _, end = self._consumer.get_watermark_offsets(physical, cached=True)
-                if end >= 0:
-                    ends[at] = end
-        return ends
+        return known_ends(self._consumer, self._prefix, self._assigned)
 
     def close(self) -> None:
         """Leave the group. Nothing more is committed. Blocks up to `LEAVE_TIMEOUT_S`. Does not raise."""
