@@ -39,8 +39,8 @@ def without_damage(definition: Any, places: Sequence[tuple[Any, ...]]) -> dict[s
     edges = {place[1] for place in places if place[:1] == ("edges",) and len(place) > 1}
     for place in places:
         part, name, field = (*place, None, None, None)[:3]
-        if part == "nodes" and name is not None and isinstance(made["nodes"][name], dict):
-            node = made["nodes"][name]
+        if part == "nodes" and name is not None:
+            node = made["nodes"][name] if isinstance(made["nodes"][name], dict) else {}
             made["nodes"][name] = {key: value for key, value in node.items() if key in _ALL_FIELDS and key != field}
             made["nodes"][name].setdefault("kind", _kind_of(made, node))
         elif part == "functions" and name is not None and field not in (None, "kind"):

@@ -110,6 +110,7 @@ def test_one_report_has_all_that_is_wrong_wherever_it_is() -> None:
         "d": {"kind": "workflow", "workflow": "none@1"},
         "e": {"kind": "wait_until", "wait": {"at": "soon"}},
         "f": {"kind": "step", "functoin": "f"},
+        "g": 7,
     }
     edges = [["a", "b"], ["b", "a"], ["b", "nowhere"], ["a", "b"]]
     found = validate_definition(definition(nodes=nodes, edges=edges, failure_mode="never"))
@@ -122,6 +123,7 @@ def test_one_report_has_all_that_is_wrong_wherever_it_is() -> None:
         "nodes.d: workflow 'none@1' is not among",
         "nodes.e.wait.at: must be a time",
         "nodes.f: Additional properties are not allowed ('functoin' was unexpected)",
+        "nodes.g: 7 is not of type 'object'",
         "edges: b -> nowhere names an unknown node",
         "edges: a -> b is there twice",
         "edges: a cycle keeps these nodes from ever starting: a, b",
