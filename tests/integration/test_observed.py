@@ -100,11 +100,13 @@ def test_every_service_says_how_it_is_and_what_it_does(stack: WholeStack) -> Non
     assert scheduler["tidegate_turn_seconds_count"] > 0
     assert scheduler["process_resident_memory_bytes"] > 0
     executor = measured(stack, "executor-default-0")
-    placed = measured(stack, "gate-0")["tidegate_gate_decisions_total"]
-    assert placed == executor["tidegate_executor_attempts_total"] >= RUN_COUNT * 4
+    assert executor["tidegate_executor_attempts_total"] >= RUN_COUNT * 4
+    placed = {"tidegate_gate_decisions_total": executor["tidegate_executor_attempts_total"]}
+    # An owner's loop hands over its figures every two seconds: those that were right before the first run may be shown.
+    eventually(lambda: as_wanted(stack, "gate-0", placed), "the gate to count what it placed")
     assert executor["tidegate_executor_attempts_total"] == executor["tidegate_executor_attempt_seconds_count"]
     assert 0 < executor["tidegate_executor_lease_remaining_seconds"] <= 10
-    events = scheduler["tidegate_events_total"]
+    events = eventually(lambda: measured(stack, "scheduler-0").get("tidegate_events_total"), "the scheduler's events")
     eventually(lambda: measured(stack, "projection-0")["tidegate_projection_events_total"] >= events, "the projection")
     assert measured(stack, "projection-0")["tidegate_projection_lag_records"] >= 0  # heartbeats go on
     eventually(lambda: measured(stack, "gateway-0")["tidegate_gateway_runs"] == RUN_COUNT, "the live view")
