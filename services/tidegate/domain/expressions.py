@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ if not hasattr(_shell, "__file__"):
 MAX_EXPRESSION_LENGTH = 4096
 # Each macro over a list may multiply the work by the list's length, and an evaluation cannot be interrupted.
 MAX_MACROS = 3
+_LOCAL = re.compile(r"\.\s*(?:all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_][A-Za-z0-9_]*)\s*,")
 _MACRO = re.compile(r"\.\s*(all|exists|exists_one|map|filter)\s*\(")
 _TEXT = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _READ = re.compile(
@@ -142,6 +143,29 @@ def nodes_read_by(template: Any) -> frozenset[str] | None:
             return None
         names |= read
     return frozenset(names)
+
+
+@lru_cache(maxsize=64)
+def _is_type(name: str) -> bool:
+    """Tell whether a name that is no variable has a value of its own, as the names of types have."""
+    try:
+        compile_expression(name).execute({})
+    except Exception:  # of several types
+        return False
+    return True
+
+
+def unknown_variables(source: str, known: Collection[str]) -> list[str]:
+    """Return the variables of an expression that are not among the known ones and that its macros do not bind.
+
+    An expression that does not compile has none.
+    """
+    try:
+        names = set(compile_expression(source).variables())
+    except ExpressionError:
+        return []
+    unknown = names.difference(known, _LOCAL.findall(source))
+    return sorted(name for name in unknown if not _is_type(name))
 
 
 def sources(template: Any) -> Iterator[str]:
