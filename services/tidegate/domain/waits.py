@@ -190,7 +190,8 @@ def _problem_of(act: Callable[[], object]) -> list[str]:
 def bind(kind: str, settings: Settings, where: str, render: Callable[[Any], Any]) -> Bound:
     """Return the wait with its templates filled in by `render`. Raises WaitError, and what `render` raises."""
     is_ask = kind == ASK
-    choices = _choices(render(_listed(settings.choices)), f"{where}: choices") if is_ask else ()
+    # None at all is no choices; a template that gives none was meant to give some.
+    choices = _choices(render(_listed(settings.choices)), f"{where}: choices") if is_ask and settings.choices else ()
     free_text = settings.free_text if settings.free_text is not None else not choices
     has_timeout, has_value = settings.timeout_s is not None, settings.on_timeout == VALUE
     return Bound(
@@ -228,8 +229,8 @@ def _key(value: Any, where: str) -> str:
 
 
 def _choices(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > MAX_CHOICES:
-        raise WaitError(f"{where}: must be a list of at most {MAX_CHOICES} texts, is {_shown(value)}")
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES or "" in value:
+        raise WaitError(f"{where}: must be a list of 1 to {MAX_CHOICES} texts that are not empty, is {_shown(value)}")
     return tuple(_text(choice, where, MAX_CHOICE) for choice in value)
 
 
