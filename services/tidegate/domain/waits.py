@@ -16,7 +16,7 @@ import msgspec
 from tidegate.domain import canonical, expressions
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
-from tidegate.domain.strict_schema import StrictValidator, Validator, shape_problem
+from tidegate.domain.strict_schema import StrictValidator, Validator, first_problems, shape_problem
 
 EVENT: Final = "wait_event"
 UNTIL: Final = "wait_until"
@@ -288,12 +288,4 @@ def output_problem(value: Any, schema: str) -> str | None:
 
 
 def _schema_problem(value: Any, schema: str) -> str | None:
-    validator = Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE)
-    try:
-        found = [
-            f"answer{''.join(f'[{part!r}]' for part in error.absolute_path)}: {shape_problem(error)}"
-            for error in validator.iter_errors(value)
-        ]
-    except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types
-        return f"it cannot be checked: {type(error).__name__}: {error}"[:300]
-    return "; ".join(sorted(found)[:10]) or None
+    return first_problems(Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE), value, "answer")
