@@ -41,6 +41,7 @@ from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.tables import Tables
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER
 from tidegate.failpoints import failpoint
+from tidegate.health import PULSE
 
 _log = structlog.get_logger()
 
@@ -418,6 +419,7 @@ class OwnerLoop:
             epoch,
             lambda record: self._check_announcement(record, identity),
             self._clock_ms() - int(self._checkpoint_settings.rest_after_s * 1000),
+            self._go_on_living,
         )
         failpoint("owner.after-restore")
         part.epoch, part.next_offset = epoch, epoch + 1
@@ -452,6 +454,11 @@ class OwnerLoop:
             seconds=round(self._monotonic_s() - began, 3),
         )
         return part
+
+    def _go_on_living(self) -> None:
+        """Say that we live while a restore takes long: the group would give the partition away, and others would wait for us."""
+        PULSE.beat()
+        self._inbox.stay()
 
     def _check_announcement(self, record: OwnerAnnounced, identity: TopicDescription) -> None:
         if record.partition_count != identity.partition_count:
