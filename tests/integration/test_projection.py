@@ -495,13 +495,18 @@ def test_while_the_server_is_away_memory_is_bounded_and_the_group_is_kept(
         topics.write(log.take(story.decided[:50]))
         wait_for_rows(server, "SELECT count() FROM events", event_count(log.valid))
         # Longer than the group would keep a member that does not poll.
+        met = server.faults_met
         with server.away("refuse", 8.0):
-            topics.write(log.take(story.decided[50:]))
+            topics.write(log.take(story.decided[50:200]))
+            eventually(lambda: server.faults_met > met, "a batch that is refused")
+            topics.write(
+                log.take(story.decided[200:])
+            )  # more than another one: the one before may have all that was there
+            eventually(lambda: "reading pauses" in projection.log.read_text(), "both batches to be full")
         wait_for_rows(server, "SELECT count() FROM events", event_count(log.valid))
         eventually(lambda: "reading goes on" in projection.log.read_text(), "it to say so: the rows may come first")
         said = projection.log.read_text()
         projection.stop()
-    assert "reading pauses" in said
     assert said.count('"partitions assigned"') == 1, "it lost its place in the group"
 
 
