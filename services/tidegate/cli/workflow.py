@@ -11,13 +11,13 @@ from typing import Annotated, Any, Final
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import drawing
 from tidegate.cli.endings import EXIT_REFUSED, EXIT_USAGE, WORKFLOW_EXIT_CODES, explained, usage
 from tidegate.cli.run_output import moment
+from tidegate.cli.terminal import Console
 from tidegate.domain import canonical
 from tidegate.domain.messages import WorkflowPublished
 from tidegate.domain.requests import parse_json

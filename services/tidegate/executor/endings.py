@@ -19,7 +19,6 @@ from tidegate.sdk.context import Meter
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
 from tidegate.sdk.plan import Given, given_by, plan_of
 
-
 T = TypeVar("T")
 
 
