@@ -14,7 +14,7 @@ from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key, partition_of
 from tidegate.domain.messages import Call, WorkflowPublished
 from tidegate.domain.requests import StartRequest, parse_request
-from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.interface import Record, TopicPartition, WriteFailedError
 from tidegate.eventlog.memory import MemoryBroker, MemoryInbox
 from tidegate.sdk.errors import NotJsonError
 from tidegate.sdk.reading import GapError
@@ -597,3 +597,24 @@ def test_the_answer_to_a_command_is_found_by_its_id(broker, client):
     log.append(refused)
     assert client.answer("run-1", mine, 5).type == "ApprovalResolved"
     assert client.answer("run-1", other, 5).data == refused
+
+
+def test_a_request_that_could_not_be_written_is_the_only_one_that_is_lost(broker, client):
+    """A writer that failed is dead: a service that asks for runs would ask for none any more until it is started again."""
+    with pytest.raises(WriteFailedError):
+        client.start("shop", "x" * 17_000_000)
+    broker.fail(client._writer, "nobody answered for 30 s")
+    with pytest.raises(WriteFailedError, match="nobody answered"):
+        client.start("shop", 1, run_id="first")
+
+    assert client.start("shop", 1, run_id="first") == "first"
+    nodes = {"a": {"kind": "sleep", "wait": {"seconds": 1}}}
+    client.publish({"name": "g", "version": "1", "nodes": nodes, "edges": [], "functions": {}})
+    client.pause_queue("default")
+    assert [parse_request(value).run_id for _, value in requests_in(broker)] == ["first"]
+
+    client.close()
+    broker.fail(client._writer, "it is closed")
+    for _ in range(2):
+        with pytest.raises(WriteFailedError, match="it is closed"):
+            client.start("shop", 1)
