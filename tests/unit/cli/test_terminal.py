@@ -118,8 +118,16 @@ def test_who_does_not_answer_as_clickhouse_does_is_told_apart(body: bytes) -> No
         sql_endpoint.answer_in(SqlAddress("http://x", "tidegate", "you"), body)
 
 
-@pytest.mark.parametrize("words", [["--keep-days", "1e308"], ["--keep-days", "1", "--every-hours", "1e300"]])
-def test_times_that_nobody_lives_to_see_are_wrong_usage(words: list[str]) -> None:
-    done = CliRunner().invoke(command_line.app, ["ledger", "retire", *words])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ledger", "retire", "--keep-days", "1e308"],
+        ["ledger", "retire", "--keep-days", "1", "--every-hours", "1e300"],
+        ["kafka", "--port", "-1"],
+        ["dev", "--kafka-port", "65536"],
+    ],
+)
+def test_numbers_that_cannot_be_are_wrong_usage(words: list[str]) -> None:
+    done = CliRunner().invoke(command_line.app, words)
     assert done.exit_code == 2
     assert isinstance(done.exception, SystemExit), done.exception
