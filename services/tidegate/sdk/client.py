@@ -20,6 +20,7 @@ from tidegate.domain.run import RunState
 from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError, WriteFailedError
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.eventlog.validity import TYPE_HEADER
@@ -66,6 +67,7 @@ class Client:
         self._is_closed = False
         self._partition_counts: dict[str, int] = {}
         self._follower = Follower(self._broker)
+        self._decode = looking_up(self._broker, codec.decode)
         self._commands: dict[str, set[str]] = {}  # run id -> ids of the answers and cancels sent by this client
 
     def __enter__(self) -> Client:
@@ -183,7 +185,7 @@ class Client:
         return self._read(run_id).graph(calls=calls)
 
     def _read(self, run_id: str) -> RunReader:
-        reader = RunReader(run_id)
+        reader = RunReader(run_id, self._decode)
         reader.read(self._present(run_id))
         if not reader.exists:
             raise RunNotFoundError(f"the log has no run {run_id}")
@@ -195,7 +197,7 @@ class Client:
         Raises RunNotFoundError if there are none, unless it follows.
         """
         if not follow:
-            events = RunReader(run_id).read(self._present(run_id))
+            events = RunReader(run_id, self._decode).read(self._present(run_id))
             if not events:
                 raise RunNotFoundError(f"the log has no run {run_id}")
             yield from events
@@ -224,7 +226,7 @@ class Client:
 
         Waits for a run that does not exist yet, too. Raises RunNotFinishedError after `timeout_s`.
         """
-        reader = RunReader(run_id)
+        reader = RunReader(run_id, self._decode)
         for reader, _ in self._following(run_id, timeout_s):
             run = reader.run()
             asks = run.needs_human and self._commands.get(run_id, frozenset()) <= reader.answered
@@ -421,13 +423,13 @@ class Client:
         Events may come twice, after the follower has lost its place.
         """
         began_s = time.monotonic()
-        reader, seen, has_history = RunReader(run_id), 0, False
+        reader, seen, has_history = RunReader(run_id, self._decode), 0, False
         subscription = self._follower.subscribe(run_id, self._partition(run_id), 0.0)
         while True:
             silent_s = time.monotonic() - began_s
             if subscription.dropped:
                 subscription = self._follower.subscribe(run_id, self._partition(run_id), 0.0)
-                reader, seen, has_history = RunReader(run_id), 0, False
+                reader, seen, has_history = RunReader(run_id, self._decode), 0, False
             if not has_history and not reader.exists and silent_s >= subscription.history_s:
                 has_history = True
                 # Up to the present end before anybody looks: a question may have been answered long ago.

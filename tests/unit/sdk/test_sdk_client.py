@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
+from support import newer
 from tidegate import App, Client, Graph, GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError, codec
 from tidegate.domain import canonical
 from tidegate.domain import run_events as ev
@@ -618,3 +619,23 @@ def test_a_request_that_could_not_be_written_is_the_only_one_that_is_lost(broker
     for _ in range(2):
         with pytest.raises(WriteFailedError, match="it is closed"):
             client.start("shop", 1)
+
+
+def test_the_log_of_a_newer_scheduler_is_read(broker, client, monkeypatch):
+    """Clients are parts of others' programs: they are not upgraded with the scheduler."""
+    broker.create_topic("schemas", 1)
+    texts = []
+
+    def encoded(kind, entry):
+        text, value = newer.of_a_newer_version(entry, kind)
+        texts.append(text)
+        return value
+
+    monkeypatch.setattr(codec, "encode_entry", encoded)
+    with newer.own_schemas():
+        log = Log(broker, "run-1")
+        log.announce()
+        log.append(*started())
+        newer.publish(broker, texts[0])
+        assert client.get("run-1").status == "running"
+        assert [event.type for event in client.events("run-1")] == ["RunStarted", "StepReady"]
