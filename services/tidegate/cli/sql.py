@@ -59,7 +59,7 @@ def _print_table(answer: dict[str, Any]) -> None:
     for row in answer["data"]:
         table.add_row(*(_shown(value) for value in row))
     console.print(table)
-    count = answer["rows"]
+    count = len(answer["data"])
     console.print(Text(f"{count} row{'' if count == 1 else 's'}", style="dim"))
 
 

@@ -76,7 +76,7 @@ def answer_in(address: SqlAddress, body: bytes) -> dict[str, Any]:
         answer = json.loads(body)
     except ValueError:
         answer = None
-    if not isinstance(answer, dict) or not {"meta", "data", "rows"} <= answer.keys():
+    if not isinstance(answer, dict) or not {"meta", "data"} <= answer.keys():
         raise SqlError(
             f"{address.url} (from {address.source}) does not answer as ClickHouse does: is SQL served there?"
         )
