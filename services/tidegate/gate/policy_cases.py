@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from tidegate.domain.identity import DEFAULT_ACCOUNT
 from tidegate.domain.retry_documents import RetryDocuments
 from tidegate.gate import retry_cases
-from tidegate.gate.documents import Document, DocumentError, Problem
+from tidegate.gate.documents import Document, DocumentError
 from tidegate.gate.policy import Effect, Policy, PolicySet, Verdict
 from tidegate.gate.retries import Retry
 from tidegate.gate.retry_cases import RetryCase
 from tidegate.gate.rule_index import INDEXED
 from tidegate.gate.variables import VARIABLES, Variables
+from tidegate.yaml_lines import Problem
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True)
 # What a case need not say.
