@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.markup import escape
 
 from tidegate.cli.documents import EXIT_WRONG, in_force, in_topic, kind_of, publish, read_files, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.terminal import Console
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.kafka import KafkaBroker

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tidegate.cli import run_output
@@ -39,6 +38,7 @@ from tidegate.cli.live_view import (
     patiently,
     waiting,
 )
+from tidegate.cli.terminal import Console, say
 from tidegate.cli.wording import moment_ms
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
@@ -383,9 +383,9 @@ def _answer(client: Client, command: str, run_id: str, command_id: str, asked: A
         typer.echo(f"tidegate runs {command}: {problem}", err=True)
         raise typer.Exit(EXIT_NO_ANSWER) from None
     if event.type == "CommandRefused":
-        typer.echo(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
+        say(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
         raise typer.Exit(EXIT_REFUSED)
-    print(run_output.answer(run_id, event, asked))
+    say(run_output.answer(run_id, event, asked))
 
 
 # --- through the live view ------------------------------------------------------------------------------------------------

@@ -121,6 +121,12 @@ class Inbox(Protocol):
         OffsetOutOfRangeError for a position that is not there (it never jumps silently).
         """
 
+    def stay(self) -> None:
+        """Keep the group membership alive and read nothing: for whoever is busy for longer than the group waits for a poll.
+
+        Does not block. `take_changes` tells what the group changed meanwhile. Raises EventLogError when shut out.
+        """
+
     def take_changes(self) -> OwnershipChange:
         """Return what the group changed since the last call. A lost partition is read no more from the moment of loss."""
 

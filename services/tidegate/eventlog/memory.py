@@ -354,20 +354,24 @@ class MemoryInbox:
 
         Raises EventLogError when another process has taken our instance id, and OffsetOutOfRangeError.
         """
-        if self._closed:
-            raise EventLogError("the inbox is closed")
+        self.stay()
         if not self._broker.reachable:
             return []
-        if self._group is not None:
-            self._lose(self._group.serve(self._member))
-            if self._member.is_fenced:
-                raise EventLogError(f"another process has joined as {self._member.instance_id}")
         for at in self._positions:
             self._check_position(at)
         messages: list[Message] = []
         for at in self._broker.shuffled(list(self._positions)):
             messages += self._next(at, max_messages - len(messages))
         return messages
+
+    def stay(self) -> None:
+        """Take part in the group and read nothing. Raises EventLogError when another process has taken our instance id."""
+        if self._closed:
+            raise EventLogError("the inbox is closed")
+        if self._group is not None and self._broker.reachable:
+            self._lose(self._group.serve(self._member))
+            if self._member.is_fenced:
+                raise EventLogError(f"another process has joined as {self._member.instance_id}")
 
     def take_changes(self) -> OwnershipChange:
         """Return what the group changed since the last call."""

@@ -13,7 +13,7 @@ from tidegate import codec, metrics
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
 from tidegate.eventlog.kafka.subscription import AssignmentChange
-from tidegate.eventlog.schemas import load_schemas
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 from tidegate.failpoints import failpoint
 from tidegate.projection import rows
@@ -137,7 +137,7 @@ class Projection:
         self._positions: dict[TopicPartition, int] = {}
         self._last_event_ms: dict[TopicPartition, int] = {}
         self._paused = False
-        self._schemas_seen: set[str] = set()
+        self._decoded = looking_up(broker, codec.decode_facts)
         self._freshness_due_s = float("inf") if is_shadow else monotonic_s() + FRESHNESS_EVERY_S
         self._progress_s = monotonic_s()
         self._progress_events = 0
@@ -337,16 +337,6 @@ class Projection:
             _log.info("reading", topic=at.topic, partition=at.partition, offset=message.offset, epoch=epoch)
         place.offset = message.offset
         return place
-
-    def _decoded(self, value: bytes) -> tuple[str, dict[str, Any]]:
-        try:
-            return codec.decode_facts(value)
-        except codec.UnknownSchemaError as error:
-            if error.fingerprint in self._schemas_seen:
-                raise
-            self._schemas_seen.add(error.fingerprint)
-            load_schemas(self._broker)
-            return codec.decode_facts(value)
 
     def _unreadable(self, batch: Batch, message: Message, reason: str) -> None:
         """Note a record of our own topics that gives no rows, loudly, and go on."""

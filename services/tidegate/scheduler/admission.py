@@ -148,8 +148,7 @@ class PublishedWorkflows:
         self._inbox = broker.plain_inbox()
         self._tables.load(broker)
         self._inbox.read_from(self._tables.positions())
-        for key in self._tables.rows[WORKFLOWS]:
-            self._note(key)
+        self._note_all()
         self._fresh_as_of = time.monotonic()
         self._wanted_since = self._fresh_as_of
 
@@ -162,12 +161,16 @@ class PublishedWorkflows:
                 self._note((message.key or b"").decode("utf-8", "replace"))
 
     def _note(self, key: str) -> None:
-        row = self._tables.rows[WORKFLOWS].get(key)
-        if row is None:
-            return
-        offset, name = self._tables.offsets[WORKFLOWS][key], key.partition("@")[0]
-        if offset >= self._latest.get(name, (-1, ""))[0]:
-            self._latest[name] = (offset, key)
+        if key in self._tables.rows[WORKFLOWS]:
+            offset, name = self._tables.offsets[WORKFLOWS][key], key.partition("@")[0]
+            self._latest[name] = max((offset, key), self._latest.get(name, (-1, "")))
+        else:  # what was removed may have been the latest: the one published before it is that now
+            self._note_all()
+
+    def _note_all(self) -> None:
+        self._latest.clear()
+        for key in self._tables.rows[WORKFLOWS]:
+            self._note(key)
 
     def find(self, wanted: str) -> WorkflowPublished | Unreadable | None:
         """Return the definition under `name@version`, or the one published last under `name`; `Unreadable` if nobody can tell
@@ -191,5 +194,4 @@ class PublishedWorkflows:
         self._tables.load(self._broker)
         if self._tables.versions[WORKFLOWS] != before:
             self._inbox.read_from(self._tables.positions())
-            for key in self._tables.rows[WORKFLOWS]:
-                self._note(key)
+            self._note_all()

@@ -96,6 +96,11 @@ class KafkaInbox:
             if messages or self._member.has_changes or time.monotonic() >= deadline:
                 return messages
 
+    def stay(self) -> None:
+        """Keep the group membership alive and read nothing. Does not block. Raises EventLogError when shut out."""
+        if self._member is not None:
+            self._member.serve(0)
+
     def take_changes(self) -> OwnershipChange:
         """Return what the group changed since the last call. A lost partition is read no more from the moment of loss.
 
