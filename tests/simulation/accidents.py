@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from simulation import work as works
 from simulation.executor import ExecutorLife
-from simulation.processes import Life
+from simulation.processes import GateLife, Life
 from tidegate.gate.service import GateMachine
 from tidegate.scheduler import admission
 
@@ -57,6 +57,32 @@ class Accidents:
         if post.life is not None and self.world.broker.reachable:
             self.world.faults["twins"] += 1
             self.world.start(post)
+
+    def hide_beats(self) -> None:
+        """Two executors beat under one instance id, the older one last, and compaction leaves only its beat of all the time in
+        which some gates were stopped: to them the younger one seems to have been silent."""
+        posts = [post for post in self.world.posts if isinstance(post.life, ExecutorLife) and self._may_run(post.life)]
+        if not posts or not self.world.broker.reachable:
+            return
+        post = self.world.rng.choice(posts)
+        older = post.life
+        gates = [life for life in self.world.lives if isinstance(life, GateLife) and self.world.rng.random() < 0.7]
+        self.world.faults["beats hidden"] += 1
+        for gate in gates:
+            gate.frozen_until_ms = self.world.now_ms + self.world.lease_ms + 500
+        self.world.start(post)
+        while any(not gate.is_dead and gate.frozen_until_ms > self.world.now_ms for gate in gates):
+            for _ in range(self.world.rng.randint(1, 30)):
+                self.world.turn()
+            self.world.advance_by(500)
+            for life in (post.life, older):
+                if isinstance(life, ExecutorLife) and self._may_run(life):
+                    self.world.run(life, life.beat_now)
+        if self.world.broker.reachable:
+            self.world.broker.compact("instances")
+
+    def _may_run(self, life: Life) -> bool:
+        return not life.is_dead and not life.is_inside and life.frozen_until_ms <= self.world.now_ms
 
     def cut_off(self) -> None:
         if (life := self._some_life()) is not None:
