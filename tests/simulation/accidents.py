@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from simulation import work as works
 from simulation.executor import ExecutorLife
 from simulation.processes import GateLife, Life
+from tidegate import codec
+from tidegate.domain.messages import Instance
 from tidegate.gate.service import GateMachine
 from tidegate.scheduler import admission
 
@@ -80,6 +82,26 @@ class Accidents:
                     self.world.run(life, life.beat_now)
         if self.world.broker.reachable:
             self.world.broker.compact("instances")
+
+    def unregister(self) -> None:
+        """Somebody removes the line of an executor, or a process of another service comes with its name."""
+        other = Instance(
+            instance_id="executor-0",
+            service="gateway",
+            incarnation=-1,
+            state="ready",
+            host="h",
+            boot_id="b",
+            pid=1,
+            pid_started=0.0,
+            started_ms=0,
+            at_ms=self.world.now_ms,
+        )
+        names = [post.name for post in self.world.posts if post.service == "executor"]
+        if self.world.broker.reachable:
+            self.world.faults["unregistered"] += 1
+            value = self.world.rng.choice((None, codec.encode(other)))
+            self.world.write("instances", 0, self.world.rng.choice(names), value)
 
     def _may_run(self, life: Life) -> bool:
         return not life.is_dead and not life.is_inside and life.frozen_until_ms <= self.world.now_ms

@@ -83,7 +83,7 @@ class Pair:
         """Return what an executor writes of itself."""
         return Instance(
             instance_id=name,
-            service="executor",
+            service=changes.pop("service", "executor"),
             incarnation=incarnation,
             state=changes.pop("state", "ready"),
             host="h",

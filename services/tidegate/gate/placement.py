@@ -82,9 +82,9 @@ class Executors:
     def take(self, instance_id: str, row: Instance | None, offset: int) -> None:
         """Note a record of `instances`."""
         if row is None or row.service != EXECUTOR:
-            gone = self.by_id.pop(instance_id, None)
-            if gone is not None:
-                self._end(gone.life, "its registration was removed")
+            # Nobody's death is proven by it: it holds its lease, and if it beats on, it is back.
+            if self.by_id.pop(instance_id, None) is not None:
+                self._sort()
             return
         if not 0 <= row.task_partition < self._task_partitions(row.queue):
             # A task that cannot be written would stop every gate that finds its placement in the ledger, for good.

@@ -6,6 +6,7 @@ import pytest
 
 from support.pure import Pair, chain, step
 from tidegate import codec
+from tidegate.domain.messages import Instance
 from tidegate.eventlog.interface import Message
 
 LEASE_MS = 10_000
@@ -69,3 +70,27 @@ def test_who_is_silent_after_a_hole_is_lost_a_lease_later(pair: Pair) -> None:
     assert lost(pair) == [YOUNGER]
     read(pair, 26, OLDER)
     assert [(task.attempt, task.incarnation) for task in pair.tasks] == [(1, YOUNGER), (2, OLDER)]
+
+
+@pytest.mark.parametrize(
+    "other", [None, Pair.beat("worker-0", -1, 0, (), service="gateway")], ids=["nothing", "another"]
+)
+def test_a_registration_that_vanished_proves_no_death(pair: Pair, other: Instance | None) -> None:
+    pair.now_ms -= LEASE_MS  # to the time when the attempt began
+    pair.gate.table_changed("instances", "worker-0", other, 30)
+    pair.start("s", chain("one", one=step()))
+    assert not lost(pair), "it holds its lease"
+    assert len(pair.tasks) == 1, "nothing new is given to what is not registered"
+
+    pair.now_ms += 1_000
+    pair.answer(pair.tasks.popleft(), value=1)
+    read(pair, 31, YOUNGER)
+    assert pair.run("r").status == "succeeded"
+    assert [(task.run_id, task.incarnation) for task in pair.tasks] == [("s", YOUNGER)], "it beats: it is there"
+
+
+def test_who_is_silent_after_its_registration_vanished_is_lost(pair: Pair) -> None:
+    pair.tables.versions["instances"] = 10**9
+    pair.gate.table_changed("instances", "worker-0", None, 30)
+    pair.settle_down()
+    assert lost(pair) == [YOUNGER]
