@@ -62,26 +62,39 @@ class Accidents:
 
     def hide_beats(self) -> None:
         """Two executors beat under one instance id, the older one last, and compaction leaves only its beat of all the time in
-        which some gates were stopped: to them the younger one seems to have been silent."""
-        posts = [post for post in self.world.posts if isinstance(post.life, ExecutorLife) and self._may_run(post.life)]
+        which the gates got nowhere, although they kept their places: the younger one seems to have been silent."""
+        posts = [post for post in self.world.posts if isinstance(post.life, ExecutorLife)]
         if not posts or not self.world.broker.reachable:
             return
+        self.world.faults["beats hidden"] += 1
         post = self.world.rng.choice(posts)
         older = post.life
-        gates = [life for life in self.world.lives if isinstance(life, GateLife) and self.world.rng.random() < 0.7]
-        self.world.faults["beats hidden"] += 1
-        for gate in gates:
-            gate.frozen_until_ms = self.world.now_ms + self.world.lease_ms + 500
         self.world.start(post)
-        while any(not gate.is_dead and gate.frozen_until_ms > self.world.now_ms for gate in gates):
-            for _ in range(self.world.rng.randint(1, 30)):
-                self.world.turn()
-            self.world.advance_by(500)
-            for life in (post.life, older):
-                if isinstance(life, ExecutorLife) and self._may_run(life):
-                    self.world.run(life, life.beat_now)
+        self._beat_for(self.world.rng.choice((500, 1_000, 3_000)), [older, post.life])
+        stopped_ms = self.world.lease_ms + 500
+        for gate in self._gates():
+            gate.frozen_until_ms = self.world.now_ms + stopped_ms
+        self._beat_for(stopped_ms, [post.life, older])
         if self.world.broker.reachable:
             self.world.broker.compact("instances")
+
+    def _beat_for(self, ms: int, executors: list[Life | None]) -> None:
+        """Let everybody work for so long while these executors beat, in this order."""
+        until_ms = self.world.now_ms + ms
+        while self.world.now_ms < until_ms:
+            for _ in range(self.world.rng.randint(1, 40)):
+                self.world.turn()
+            for gate in self._gates():
+                for membership in gate.memberships:
+                    self.world.seen_in_group(*membership)
+            self.world.advance_by(250)
+            for life in executors:
+                for _ in range(2):  # to hear of the last one, and to send the next
+                    if isinstance(life, ExecutorLife) and self._may_run(life):
+                        self.world.run(life, life.beat_now)
+
+    def _gates(self) -> list[GateLife]:
+        return [life for life in self.world.lives if isinstance(life, GateLife)]
 
     def unregister(self) -> None:
         """Somebody removes the line of an executor, or a process of another service comes with its name."""
