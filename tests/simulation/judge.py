@@ -572,6 +572,10 @@ class Judge:
             self.require(
                 self.placed.get(key) == (event.instance_id, event.incarnation), f"(3) {key} lost where it never was"
             )
+            self.require(
+                not self.world.holds_lease(event.instance_id, event.incarnation),
+                f"(3) {key} lost with {event.instance_id} {event.incarnation}, which holds its lease: {event.reason}",
+            )
             self.lost.add(key)
         elif isinstance(event, le.AttemptSettled):
             self.settled[key] += event.actual_micros

@@ -178,6 +178,10 @@ class GroupSubscription:
     def assigned(self) -> frozenset[TopicPartition]:
         return frozenset(self._assigned)
 
+    @property
+    def has_joined(self) -> bool:
+        return all(inbox.has_joined for inbox in self._inboxes.values())
+
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         messages: list[Message] = []
         for topic, inbox in self._inboxes.items():

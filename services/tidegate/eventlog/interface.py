@@ -7,7 +7,7 @@ Nothing here knows what the bytes mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -107,6 +107,9 @@ class Writer(Protocol):
         """Give up what is not acknowledged and free the connection. Does not raise."""
 
 
+NO_SHARE: Final = "the group of {} has given us no share of its partitions"  # why a member of a group is not ready
+
+
 class Inbox(Protocol):
     """A consumer whose group decides who owns the partitions of one lead topic; everything else is assigned by hand.
 
@@ -141,7 +144,8 @@ class Inbox(Protocol):
 
     @property
     def has_joined(self) -> bool:
-        """Tell whether the group has given out its partitions, be it that none is ours."""
+        """Tell whether we have our share of the group's partitions, be it none of them: not before the group has given it, nor
+        from its loss until the next is given. Any thread may ask."""
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""

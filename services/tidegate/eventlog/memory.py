@@ -398,8 +398,8 @@ class MemoryInbox:
 
     @property
     def has_joined(self) -> bool:
-        """Tell whether the group has given out its partitions, be it that none is ours."""
-        return self._group is None or self._member.generation >= 0
+        """Tell whether we have our share of the group's partitions, be it none of them."""
+        return self._group is None or self._member.has_share
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each partition being read. Does not block."""
@@ -509,6 +509,7 @@ class _Member:
     owned: frozenset[int] = frozenset()
     generation: int = -1
     has_joined: bool = False
+    has_share: bool = False
     is_fenced: bool = False
 
 
@@ -545,7 +546,7 @@ class _Group:
         self._finish_if_all_answered()
         if not self.is_rebalancing and member.generation != self.generation:
             member.generation = self.generation
-            member.owned = self.shares[member.instance_id]
+            member.owned, member.has_share = self.shares[member.instance_id], True
         return lost
 
     def expire(self, instance_id: str) -> None:
@@ -577,7 +578,7 @@ class _Group:
         self.shares = _ranges(sorted(self.seats), self.partition_count())
 
     def _revoke(self, member: _Member) -> frozenset[int]:
-        lost, member.owned = member.owned, frozenset()
+        lost, member.owned, member.has_share = member.owned, frozenset(), False
         return lost
 
 

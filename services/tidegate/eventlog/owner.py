@@ -20,6 +20,7 @@ from tidegate.eventlog.checkpoints import Checkpointer
 from tidegate.eventlog.continuity import same_topic
 from tidegate.eventlog.intake import check
 from tidegate.eventlog.interface import (
+    NO_SHARE,
     Broker,
     EventLogError,
     Headers,
@@ -109,7 +110,6 @@ class OwnerLoop:
         self._log_identity: TopicDescription | None = None
         self._same_log_until_s = 0.0
         self.turns = 0
-        self._has_joined = False
         self._missing = "the global tables are not read yet"
         self.meter = LoopMeter(measure)
 
@@ -196,11 +196,10 @@ class OwnerLoop:
         self._to_take = (self._to_take - changes.lost) | changes.gained
         if changes.gained:
             self._same_log_until_s = 0.0
-        self._has_joined = self._has_joined or self._inbox.has_joined
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
         else:
-            self._missing = "" if self._has_joined else f"the group of {self.machine.lead_topic} gave us no answer yet"
+            self._missing = "" if self._inbox.has_joined else NO_SHARE.format(self.machine.lead_topic)
 
     def _drop(self, partition: int, reason: str) -> None:
         self._to_take.discard(partition)

@@ -67,6 +67,7 @@ class Executors:
         self.by_id: dict[str, Executor] = {}
         self._heard_ms: dict[Incarnation, int] = {}
         self._suspects: dict[Incarnation, int] = {}
+        self._unread = 0
         self.ended: dict[Incarnation, str] = {}
         self._ready: dict[str, list[Executor]] = {}
         self._offers: set[tuple[str, str]] = set()  # by executors of paused queues too
@@ -81,9 +82,9 @@ class Executors:
     def take(self, instance_id: str, row: Instance | None, offset: int) -> None:
         """Note a record of `instances`."""
         if row is None or row.service != EXECUTOR:
-            gone = self.by_id.pop(instance_id, None)
-            if gone is not None:
-                self._end(gone.life, "its registration was removed")
+            # Nobody's death is proven by it: it holds its lease, and if it beats on, it is back.
+            if self.by_id.pop(instance_id, None) is not None:
+                self._sort()
             return
         if not 0 <= row.task_partition < self._task_partitions(row.queue):
             # A task that cannot be written would stop every gate that finds its placement in the ledger, for good.
@@ -150,9 +151,18 @@ class Executors:
             if life not in self.ended and life != OUTSIDE:
                 self._heard_ms.setdefault(life, now_ms)
 
-    def expire(self, table_version: int) -> None:
-        """End the lives whose lease ran out, once everything that they may have written before was read."""
+    def expire(self, table_version: int, unread: int = 0) -> None:
+        """End the lives whose lease ran out, once everything that they may have written before was read.
+
+        unread: up to where records of the table may have been compacted away that this gate has not read. Then nobody was
+        silent for certain: of two lives under one instance id compaction keeps the last beat of one alone. So every lease
+        begins anew, as after a take-over.
+        """
         now_ms = self._monotonic_ms()
+        if unread > self._unread:
+            self._unread = unread
+            self._heard_ms = dict.fromkeys(self._heard_ms, now_ms)
+            self._suspects.clear()
         for life, heard_ms in list(self._heard_ms.items()):
             if now_ms - heard_ms <= self._lease_ms:
                 continue

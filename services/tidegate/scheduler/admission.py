@@ -14,7 +14,7 @@ from tidegate import codec, metrics
 from tidegate.domain.entry import MAX_OFFSET
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
-from tidegate.eventlog.interface import Broker, Message, Record, TopicPartition
+from tidegate.eventlog.interface import NO_SHARE, Broker, Message, Record, TopicPartition
 from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.letters import DELETED_UNREAD, dead_letter
 from tidegate.eventlog.settings import KafkaSettings
@@ -67,6 +67,10 @@ class Admission:
         failpoint("admission.before-commit")
         self._requests.commit({TopicPartition(m.topic, m.partition): m.offset + 1 for m in messages})
         failpoint("admission.after-commit")
+
+    def why_not_ready(self) -> str:
+        """Return what is missing until requests are admitted; empty if nothing is. Any thread may ask."""
+        return "" if self._requests.has_joined else NO_SHARE.format(RUN_REQUESTS)
 
     def close(self) -> None:
         """Leave the group."""
