@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
 Headers = tuple[tuple[str, bytes], ...]
 
 
@@ -19,7 +21,7 @@ class TopicPartition(NamedTuple):
     partition: int
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """A record to be written, to an explicit partition. `value` None is a tombstone."""
 
     topic: str
@@ -29,7 +31,7 @@ class Record(NamedTuple):
     headers: Headers = ()
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """A record as read. `timestamp_ms` is the broker's create time."""
 
     topic: str

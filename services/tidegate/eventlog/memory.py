@@ -274,7 +274,10 @@ class MemoryWriter:
         at = TopicPartition(record.topic, record.partition)
         if len(record.value or b"") > MAX_RECORD_BYTES:
             self._die(at, WriteFailedError(f"a record for {record.topic} is larger than {MAX_RECORD_BYTES} bytes"))
-        self._outbound.setdefault(at, _Outbound()).unwritten.append(_Sent(record, acked, self._broker.now_ms()))
+        outbound = self._outbound.get(at)
+        if outbound is None:
+            outbound = self._outbound[at] = _Outbound()
+        outbound.unwritten.append(_Sent(record, acked, self._broker.now_ms()))
 
     def poll(self) -> None:
         """Write some of what was sent and run the callbacks of some of what was written. Raises WriteFailedError."""

@@ -7,7 +7,8 @@ its `Machine`; how state survives is here, once for both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
@@ -159,8 +160,9 @@ class OwnerLoop:
         self._follow_changes()
         # What was read of a partition that is ours anew was read without the entries that we have dropped: it is passed over, as
         # nobody owns it yet, and read again from where the log says.
+        records = self._read(messages)
         for message in messages:
-            self._handle(message)
+            self._handle(message, records.popleft())
         self._take_over_gained()
         self._ask_what_is_due()
         failpoint("owner.before-log")
@@ -214,7 +216,27 @@ class OwnerLoop:
 
     # -- 2. decide ---------------------------------------------------------------
 
-    def _handle(self, message: Message) -> None:
+    def _read(self, messages: Sequence[Message]) -> deque[Any]:
+        """Return what each message holds, in order: a record, None if there is nothing to decide on, or what is wrong with it.
+
+        All before the first decision: one after the other, reading takes half the time that it takes between decisions, whose
+        code and data leave none of its own in the processor's caches.
+        """
+        records: deque[Any] = deque()
+        for message in messages:
+            record: Any = None
+            if message.value is not None and message.topic not in self.tables.rows:
+                try:
+                    record = self._decoded(message.value)
+                    check(message.topic, record)
+                except EventLogError:
+                    raise  # the disk is to blame, or Kafka, and not the message
+                except Exception as error:
+                    record = error
+            records.append(record)
+        return records
+
+    def _handle(self, message: Message, record: Any) -> None:
         if message.topic in self.tables.rows:
             if self.tables.take(message):
                 key = (message.key or b"").decode("utf-8", "replace")
@@ -231,8 +253,8 @@ class OwnerLoop:
         if message.value is None:
             return
         try:
-            record = self._decoded(message.value)
-            check(message.topic, record)
+            if isinstance(record, Exception):
+                raise record
             if part.is_stale(message.topic, record):
                 return
             decision = self.machine.decide(part.state, record, message, part.now_ms, self.tables)

@@ -42,7 +42,10 @@ def placed(key: AttemptKey, attempt: Attempt, place: Place, leases: Leases) -> e
     """Return the placement of an attempt that was reserved."""
     assert attempt.call is not None  # noqa: S101 - what waits has a call
     return ev.AttemptPlaced(
-        **leasing.names(key, attempt.account),
+        account=attempt.account,
+        run_id=key.run_id,
+        step_id=key.step_id,
+        attempt=key.attempt,
         reserved_micros=attempt.reserved_micros,
         rule=attempt.rule,
         policy=attempt.policy,
