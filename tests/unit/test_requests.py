@@ -24,7 +24,10 @@ from tidegate.domain.requests import (
 )
 
 TYPES = "start, cancel, approve, reject, respond, signal, pause, resume"
-PREFER_RULE = "must be the name of an executor, such as `executor-default-0`: up to 120 letters, digits, dots, dashes and underscores"
+PREFER_RULE = (
+    "must be the name of an executor, such as `executor-default-0`: "
+    "up to 120 letters, digits, dots, dashes and underscores"
+)
 EVENT_RULE = "must be an event's name: up to 64 letters, digits, dots, dashes and underscores, no digit first"
 START = {"workflow": "refunds@3", "run_id": "r-1"}
 

@@ -531,6 +531,10 @@ def _budget_set(ledger: Ledger, event: ev.BudgetSet) -> None:
     if bucket is None:
         bucket = ledger.buckets[event.bucket] = Bucket.of(event)
         _note_bucket(ledger, event.bucket, bucket)
+    elif bucket.until_ms != event.until_ms:  # of a budget that has another window now, which began at the same time
+        ledger.window_ends = [end for end in ledger.window_ends if end[1] != event.bucket]
+        heapq.heapify(ledger.window_ends)
+        heapq.heappush(ledger.window_ends, (event.until_ms, event.bucket))
     bucket.set(event)
     ledger.lacking.stir(event.bucket)
 

@@ -300,3 +300,10 @@ def test_an_alert_that_is_not_so_is_noticed() -> None:
     assert problems_of(SET, spent, alert) == []
     assert len(problems_of(SET, alert)) == 1
     assert problems_of(SET, spent, alert, alert) == [f"{KEY}: 50 percent of micros told twice"]
+
+
+@pytest.mark.feature("P2")
+def test_a_bucket_that_is_forgotten_before_its_window_is_over_is_noticed() -> None:
+    closed = ev.BudgetClosed(account="acme", bucket=KEY, spent=NOTHING)
+    assert problems_of(msgspec.structs.replace(SET, until_ms=1), closed) == []
+    assert "what is spent in it is forgotten" in problems_of(SET, closed)[0]
