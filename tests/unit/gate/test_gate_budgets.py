@@ -333,6 +333,25 @@ def test_what_waits_for_a_window_that_became_shorter_goes_on_when_that_turns() -
 
 
 @pytest.mark.feature("P2")
+def test_a_window_that_was_over_does_not_end_a_longer_one_that_began_with_it() -> None:
+    pair = pair_with(
+        budget("a", account="acme/a", limits={"calls": 9}), budget("b", account="acme/b", limits={"calls": 1})
+    )
+    later(pair, 28 * DAY_MS)  # the first of November
+    pair.start("goes-on", one(), account="acme/a")
+    pair.start("ends", one(), account="acme/b")
+    pair.answer(pair.tasks.pop(), value=1)
+    later(pair, DAY_MS)
+    assert [bucket.budget for bucket in pair.ledger.buckets.values()] == ["a"]
+    pair.policy(budget("b", account="acme/b", limits={"calls": 1}, window="month", version="2"))
+    pair.start("of-the-month", one(), account="acme/b")
+    pair.answer(pair.tasks.pop(), value=1)
+    pair.answer(pair.tasks.pop(), value=1)
+    later(pair, DAY_MS)
+    assert [bucket.spent[3] for bucket in pair.ledger.buckets.values()] == [1]
+
+
+@pytest.mark.feature("P2")
 def test_more_than_can_be_counted_is_not_set_aside_even_where_nothing_limits_it() -> None:
     """Sums that stop at what a field can hold would give back more than they took: reservations below nothing."""
     pair = pair_with(budget(), slots=MANY_OPEN + 10)
