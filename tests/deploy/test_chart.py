@@ -511,6 +511,21 @@ def test_services_wait_for_their_brokers_and_what_ends_by_itself_does_not(render
             assert found == ({"name": "TIDEGATE_BROKER_WAIT_S", "value": "5"} if more else None)
 
 
+def test_services_end_by_themselves_before_they_are_killed(render: Render) -> None:
+    default = ProcessSettings.model_fields["stop_within_s"].default
+    for grace in (None, 36, 35, 34, 10):
+        given = {} if grace is None else {"terminationGracePeriodSeconds": grace}
+        services = ("scheduler", "gate", "projection", "gateway")
+        objects = render(MINIMAL | dict.fromkeys(services, given))
+        for service in services:
+            pod = named(objects, "StatefulSet", f"tidegate-{service}")["spec"]["template"]["spec"]
+            within = float(environment(pod).get("TIDEGATE_STOP_WITHIN_S", {"value": default})["value"])
+            assert 0 < within < pod["terminationGracePeriodSeconds"] == (grace or 60), service
+    # Executors drain for as long as their pool says.
+    pod = named(render(MINIMAL | {"executors": [POOL]}), "StatefulSet", "tidegate-executor-orders")["spec"]["template"]
+    assert "TIDEGATE_STOP_WITHIN_S" not in environment(pod["spec"])
+
+
 def test_commands_find_the_gateway(render: Render) -> None:
     objects = render(MINIMAL | {"cli": {"enabled": True}})
     cli_pod = named(objects, "Deployment", "tidegate-cli")["spec"]["template"]["spec"]

@@ -74,6 +74,24 @@ def test_only_hashed_wheels_are_installed(dockerfile: list[tuple[str, str]]) -> 
         assert "--require-hashes --only-binary :all:" in command or "--no-deps --no-index" in command, command
 
 
+def test_a_change_of_the_sources_fetches_nothing_anew(dockerfile: list[tuple[str, str]]) -> None:
+    """What is fetched is fetched in layers that come before the sources, or it is fetched with each of their changes."""
+    with_sources: dict[str, bool] = {}  # stage -> whether the sources are in it, or in what it begins from
+    stage, fetches = "", 0
+    for instruction, argument in dockerfile:
+        if instruction == "FROM":
+            begins_from, *_, stage = argument.split()
+            with_sources[stage] = with_sources.get(begins_from, False)
+        elif instruction == "COPY":
+            with_sources[stage] |= any(
+                word.rstrip("/") in {"services/tidegate", "schemas", "/wheels"} for word in argument.split()
+            )
+        elif instruction == "RUN" and ("--require-hashes" in argument or "fetch" in argument):
+            fetches += 1
+            assert not with_sources[stage], f"{stage}: {argument}"
+    assert fetches == 4, "the services' lock, the embedded one, Kafka's jars, and what builds the wheel"
+
+
 def test_lock_holds_what_the_services_need(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from support.stack import APP, eventually
 from tidegate.embedded.kafka import EmbeddedKafka
 from tidegate.embedded.secure import ADMIN, set_password
 from tidegate.embedded.stack import ExecutorPool, Stack
-from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.settings import READERS_GROUP, KafkaSettings
 from tidegate.sdk.client import Client
 from tidegate.topics.access import ROLES, Grant, Principals, grants
 from tidegate.topics.acls import set_grants
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.feature("K2")
 WAIT_S: Final = 180.0
 RUN_S: Final = 90.0
 WITH_CERTIFICATE: Final = "gate"  # the others have passwords
+NOT_TRUSTED: Final = "certificate verify failed"
 SERVICES: Final = ("scheduler", "gate", "projection", "gateway")
 DENIED: Final = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -73,12 +75,26 @@ class SecureKafka:
         self.folder = folder
         self.broker = EmbeddedKafka(folder / "kafka", profile="quick", heap_mb=256, secure=True)
         self.passwords = {role: f"{role}-hunter2-{number}" for number, role in enumerate(ROLES)}
+        self.mounted = folder / "mounted"
 
     def start(self) -> None:
         self.broker.start()
+        self.mount_certificates()
         for role in ROLES:
             self.write_password(role)
             self.tell_password(role)
+
+    def replace_authority(self) -> None:
+        """Start the broker anew with certificates that nobody has seen, and let it trust nobody who has the old ones."""
+        shutil.rmtree(self.broker.certificates.ca.parent)
+        self.broker.restart()
+
+    def mount_certificates(self) -> None:
+        """Put the certificates of now where processes read them, as Kubernetes does with a changed secret."""
+        self.mounted.mkdir(exist_ok=True)
+        issued = self.broker.certificates.issue(f"tidegate-{WITH_CERTIFICATE}")
+        for file in (issued.ca, issued.certificate, issued.key):
+            shutil.copy(file, self.mounted)
 
     def write_password(self, role: str) -> None:
         """Put a role's password where its processes read it."""
@@ -100,18 +116,20 @@ class SecureKafka:
 
     def env(self, role: str) -> dict[str, str]:
         if role in {ADMIN, WITH_CERTIFICATE}:
-            certificate = self.broker.certificates.issue(role if role == ADMIN else f"tidegate-{role}")
+            name = role if role == ADMIN else f"tidegate-{role}"
+            issued = self.broker.certificates.issue(name)
+            folder = issued.ca.parent if role == ADMIN else self.mounted
             return {
                 "TIDEGATE_KAFKA_BOOTSTRAP": self.broker.certificate_bootstrap,
                 "TIDEGATE_KAFKA_SECURITY_PROTOCOL": "ssl",
-                "TIDEGATE_KAFKA_SSL_CA_LOCATION": str(certificate.ca),
-                "TIDEGATE_KAFKA_SSL_CERTIFICATE_LOCATION": str(certificate.certificate),
-                "TIDEGATE_KAFKA_SSL_KEY_LOCATION": str(certificate.key),
+                "TIDEGATE_KAFKA_SSL_CA_LOCATION": str(folder / issued.ca.name),
+                "TIDEGATE_KAFKA_SSL_CERTIFICATE_LOCATION": str(folder / issued.certificate.name),
+                "TIDEGATE_KAFKA_SSL_KEY_LOCATION": str(folder / issued.key.name),
             }
         return {
             "TIDEGATE_KAFKA_BOOTSTRAP": self.broker.bootstrap,
             "TIDEGATE_KAFKA_SECURITY_PROTOCOL": "sasl_ssl",
-            "TIDEGATE_KAFKA_SSL_CA_LOCATION": str(self.broker.certificates.ca),
+            "TIDEGATE_KAFKA_SSL_CA_LOCATION": str(self.mounted / self.broker.certificates.ca.name),
             "TIDEGATE_KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
             "TIDEGATE_KAFKA_SASL_USERNAME": f"tidegate-{role}",
             "TIDEGATE_KAFKA_SASL_PASSWORD_FILE": str(self.folder / f"{role}.password"),
@@ -186,6 +204,9 @@ def test_a_run_goes_from_a_users_request_to_the_rows_with_a_user_per_service(sec
     eventually(lambda: "allowed" in rows(secure, stack), "the projection's row of the run")
     shown = secure.cli("cli", "verify")
     assert shown.returncode == 0, shown.stderr
+    # Nobody asks for what it may not have: an operator who looks for denials finds those that mean something.
+    answers = secure.broker.log_path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in answers if "Denied" in line and READERS_GROUP in line]
 
 
 def test_who_is_not_declared_may_not_write_or_read(secure: SecureKafka) -> None:
@@ -302,12 +323,39 @@ def test_passwords_are_replaced_without_losing_a_run(secure: SecureKafka, stack:
     eventually(lambda: "after-the-change" in rows(secure, stack), "the projection's row of the run")
 
 
+def test_certificates_are_replaced_without_losing_a_run(secure: SecureKafka, stack: Stack) -> None:
+    """The worst case: another authority, and nobody trusts both for a while."""
+    names = ("scheduler-0", "gate-0", "projection-0", "gateway-0")
+    before = {name: times_ready(stack, name) for name in names}
+    with Client(secure.settings("user"), by="customer") as customer:
+        customer.start("wait_here", 2.0, run_id="over-the-certificates")
+        entered = secure.folder / "faults/entered.log"
+        eventually(lambda: "over-the-certificates" in entered.read_text("utf-8"), "the run's step")
+        secure.replace_authority()
+        eventually(
+            lambda: all(says(stack, name, NOT_TRUSTED) for name in names), "services that do not trust the broker"
+        )
+        assert {name: times_ready(stack, name) for name in names} == before, "a refusal alone ends nobody"
+        secure.mount_certificates()
+        assert customer.wait("over-the-certificates", timeout_s=WAIT_S).status == "succeeded"
+    with Client(secure.settings("user"), by="customer") as customer:
+        after = customer.start("wait_here", 0.01, run_id="after-the-certificates")
+        assert customer.wait(after, timeout_s=WAIT_S).status == "succeeded"
+    for name in names:
+        eventually(lambda name=name: times_ready(stack, name) > before[name], f"{name} with its new certificate")
+    eventually(lambda: "after-the-certificates" in rows(secure, stack), "the projection's row of the run")
+
+
+def says(stack: Stack, name: str, text: str) -> bool:
+    return text in stack.log_path(name).read_text(encoding="utf-8")
+
+
 def times_ready(stack: Stack, name: str) -> int:
     return stack.log_path(name).read_text(encoding="utf-8").count('"event": "ready"')
 
 
 def refused(stack: Stack, names: tuple[str, ...]) -> bool:
-    return any("uthentication failed" in stack.log_path(name).read_text(encoding="utf-8") for name in names)
+    return any(says(stack, name, "uthentication failed") for name in names)
 
 
 def test_secrets_are_nowhere_but_in_their_files(secure: SecureKafka, stack: Stack) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from confluent_kafka import KafkaError
 from pydantic import SecretStr, ValidationError
 from typer.testing import CliRunner
 
 from tidegate.cli.__main__ import app as cli
+from tidegate.eventlog.kafka.renewal import is_refusal
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
 from tidegate.topics.access import GROUPS, ROLES, FoundGrant, Grant, Principals, compare, grants, used_by
 from tidegate.topics.continuity import OWNED_LOGS
@@ -163,6 +165,52 @@ def test_secrets_come_from_files_which_are_read_anew(tmp_path: Path) -> None:
     assert settings.client_config()["sasl.password"] == "hunter3"
     assert "hunter" not in repr(settings)
     assert "hunter" not in repr(settings.credentials())
+
+
+def test_a_replaced_certificate_or_key_is_noticed_and_never_shown(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("ca", "certificate", "key")}
+    for name, file in files.items():
+        file.write_text(f"{name} hunter2")
+    locations = {f"ssl_{name}_location": str(file) for name, file in files.items()}
+    settings = KafkaSettings(security_protocol="ssl", **locations)  # type: ignore[arg-type]
+    assert settings.has_files
+    seen = {settings.proofs()}
+    for name, file in files.items():
+        file.write_text(f"{name} hunter3")
+        seen.add(settings.proofs())
+    assert len(seen) == 4, "each of the three files counts"
+    assert "hunter" not in repr(seen)
+    folder = tmp_path / "authorities"
+    folder.mkdir()
+    of_folder = scram(sasl_password_file=files["ca"], ssl_ca_location=str(folder))
+    before = of_folder.proofs()
+    (folder / "another").write_text("ca")
+    assert of_folder.proofs() != before
+    files["key"].unlink()
+    with pytest.raises(SecretFileError, match="key"):
+        settings.proofs()
+    # Who says nothing of certificates to nobody has none to be replaced.
+    assert not KafkaSettings().has_files
+    assert not KafkaSettings(ssl_ca_location=str(files["ca"])).has_files
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "refused"),
+    [
+        (KafkaError._AUTHENTICATION, "Authentication failed: Invalid username or password", True),
+        # As librdkafka 2.16 said it, when a broker's certificate, or ours, was signed by another authority, or had expired.
+        (KafkaError._SSL, "SSL handshake failed: error:0A000086:SSL routines::certificate verify failed: broker", True),
+        (KafkaError._TRANSPORT, "error:0A000086:SSL routines::certificate verify failed (after 2ms in state", True),
+        (KafkaError._TRANSPORT, "error:0A000416:SSL routines::ssl/tls alert certificate unknown: SSL alert 46", True),
+        # As it says it when a broker goes.
+        (KafkaError._TRANSPORT, "Disconnected: SSL connection closed by peer (after 11210ms in state UP)", False),
+        (KafkaError._TRANSPORT, "Connect to ipv4#127.0.0.1:9093 failed: Connection refused (after 0ms", False),
+        (KafkaError._SSL, "SSL handshake failed: Disconnected: connecting to a PLAINTEXT broker listener?", False),
+        (KafkaError._ALL_BROKERS_DOWN, "2/2 brokers are down", False),
+    ],
+)
+def test_a_refusal_is_told_from_a_broker_that_is_away(code: int, said: str, refused: bool) -> None:
+    assert is_refusal(KafkaError(code, said)) is refused
 
 
 def test_a_file_without_a_secret_is_named_and_its_content_is_not(tmp_path: Path) -> None:

@@ -274,6 +274,9 @@ volumes:
 {{- /* A service waits for its brokers, and is not ready. If it ended instead, Kubernetes would let it wait for minutes after they are back. */}}
 {{- $given := dict }}
 {{- if not (or .once .tool .command) }}{{ $_ := set $given "TIDEGATE_BROKER_WAIT_S" "86400" }}{{ end }}
+{{- /* It ends by itself before it is killed. Executors, which drain for as long as their pool says, have a grace of their own. */}}
+{{- $grace := (.service | default dict).terminationGracePeriodSeconds | default 60 | int }}
+{{- if not (or .once .tool .command .grace (ge $grace 35)) }}{{ $_ := set $given "TIDEGATE_STOP_WITHIN_S" (sub $grace 5 | toString) }}{{ end }}
 {{- range $name, $value := merge (dict) ((.service | default dict).env | default dict) $values.env $given }}
 - name: {{ $name }}
   value: {{ $value | quote }}

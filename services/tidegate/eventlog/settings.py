@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Self
 
@@ -11,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tidegate.eventlog.interface import EventLogError
 
 HEARTBEATS_PER_SESSION = 10
+# Clients that read by themselves name it, because the client library insists on a group, and ask who coordinates it. None joins.
+READERS_GROUP: Final = "tidegate-readers"
 SECRET_FILE_MAX_BYTES: Final = 64 * 1024
 
 
@@ -19,6 +22,13 @@ class Credentials(NamedTuple):
 
     username: str
     password: SecretStr
+
+
+class Proofs(NamedTuple):
+    """What we show the brokers, and know them by: it differs when anything of that was replaced."""
+
+    credentials: Credentials | None
+    certificates: str  # digest of the authority's, of ours and of our key; empty if no file is named
 
 
 class SecretFileError(EventLogError):
@@ -68,7 +78,10 @@ class KafkaSettings(BaseSettings):
     )
     sasl_oauthbearer_scope: str | None = Field(default=None, description="Scope asked for, for OAUTHBEARER.")
     ssl_ca_location: str | None = Field(
-        default=None, description="File or directory of the CA certificates that sign the brokers'; else the system's."
+        default=None,
+        description="File or directory of the CA certificates that sign the brokers'; else the system's. Looked at again, as "
+        "the next two are, when either side refuses the other's certificate: if one was replaced, the process ends, to be "
+        "started with it.",
     )
     ssl_certificate_location: str | None = Field(default=None, description="File of the client's certificate (PEM).")
     ssl_key_location: str | None = Field(default=None, description="File of the client's private key (PEM).")
@@ -122,10 +135,23 @@ class KafkaSettings(BaseSettings):
             return None
         return Credentials(username, SecretStr(password))
 
+    def proofs(self) -> Proofs:
+        """Return what a client made now would be let in by, files read anew. Raises SecretFileError."""
+        files = [file for location in self._certificate_locations for file in _files_at(Path(location))]
+        digest = hashlib.sha256(b"".join(hashlib.sha256(_bytes_of(file)).digest() for file in files))
+        return Proofs(self.credentials(), digest.hexdigest() if files else "")
+
     @property
-    def has_credential_files(self) -> bool:
-        """Whether user name or password may change while we run."""
-        return self.sasl_username_file is not None or self.sasl_password_file is not None
+    def has_files(self) -> bool:
+        """Whether what we are let in by may change while we run."""
+        return bool(self._certificate_locations or self.sasl_username_file or self.sasl_password_file)
+
+    @property
+    def _certificate_locations(self) -> list[str]:
+        if self.security_protocol not in {"ssl", "sasl_ssl"}:
+            return []
+        named = (self.ssl_ca_location, self.ssl_certificate_location, self.ssl_key_location)
+        return [location for location in named if location is not None]
 
     def key_password(self) -> str | None:
         """Return the private key's passphrase in the clear. Raises SecretFileError."""
@@ -204,15 +230,26 @@ def _revealed(secret: SecretStr | None) -> str | None:
     return None if secret is None else secret.get_secret_value()
 
 
+def _files_at(location: Path) -> list[Path]:
+    """Return the file, or those of a directory of certificates, in order."""
+    return sorted(path for path in location.iterdir() if path.is_file()) if location.is_dir() else [location]
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Return the beginning of a file, longer than any secret or certificate is. Raises SecretFileError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(SECRET_FILE_MAX_BYTES)
+    except OSError as error:
+        raise SecretFileError(f"cannot read {path}: {error.strerror}") from None
+
+
 def _from_file(path: Path | None) -> str | None:
     """Return a file's text without what ends its last line, which editors and `echo` add. Raises SecretFileError."""
     if path is None:
         return None
     try:
-        with path.open("rb") as file:
-            text = file.read(SECRET_FILE_MAX_BYTES).decode("utf-8").rstrip("\r\n")
-    except OSError as error:
-        raise SecretFileError(f"cannot read {path}: {error.strerror}") from None
+        text = _bytes_of(path).decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
         raise SecretFileError(f"{path} does not hold text") from None
     if not text:

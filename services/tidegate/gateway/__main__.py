@@ -39,7 +39,7 @@ from tidegate.registry import Registration
 SERVICE: Final = "gateway"
 READY_POLL_S: Final = 0.05
 WATCH_EVERY_S: Final = 1.0
-PASSWORD_POLL_S: Final = 5.0
+PROOFS_POLL_S: Final = 5.0
 ASSIGNMENT_TIMEOUT_S: Final = 120.0
 STOP_TIMEOUT_S: Final = 15.0
 _log = structlog.get_logger()
@@ -111,12 +111,12 @@ async def _serve(
     address = _Address(settings.address_file, url)
     stopping = asyncio.create_task(asyncio.to_thread(stop.wait))
     running = asyncio.create_task(_run(app, gateway, registration, address))
-    outdated = asyncio.create_task(_password_replaced(kafka))
+    outdated = asyncio.create_task(_proofs_replaced(kafka))
     try:
         await asyncio.wait({stopping, running, outdated}, return_when=asyncio.FIRST_COMPLETED)
         if outdated.done():
             outdated.result()
-            raise EventLogError("the password was replaced: beginning again with the new one")
+            raise EventLogError("the password or a certificate was replaced: beginning again with the new one")
         if running.done():
             running.result()
             raise EventLogError(f"the live view failed: {app.crash_reason!r}")
@@ -130,16 +130,16 @@ async def _serve(
         await _stop(app)
 
 
-async def _password_replaced(kafka: KafkaSettings) -> None:
-    """Return when the files hold other credentials than we began with; Faust cannot change those that it has.
+async def _proofs_replaced(kafka: KafkaSettings) -> None:
+    """Return when the files hold another password or certificate than we began with; Faust cannot change what it has.
 
     It does not even tell when it is refused: it tries for ever.
     """
-    in_use = kafka.credentials()
+    in_use = kafka.proofs()
     while True:
-        await asyncio.sleep(PASSWORD_POLL_S)
+        await asyncio.sleep(PROOFS_POLL_S)
         with contextlib.suppress(SecretFileError):
-            if kafka.credentials() != in_use:
+            if kafka.proofs() != in_use:
                 return
 
 

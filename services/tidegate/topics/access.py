@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+from tidegate.eventlog.settings import READERS_GROUP
 from tidegate.topics.declaration import QUEUE_PLACE, SERVICES, Topic, TopicFile
 
 Resource = Literal["topic", "group"]
@@ -110,6 +111,9 @@ def grants(topics: Sequence[Topic], principals: Principals, prefix: str = "") ->
             for group in groups:
                 pattern: Pattern = "prefixed" if group.endswith("*") else "literal"
                 found.add(Grant(principal, "group", prefix + group.removesuffix("*"), pattern, "Read"))
+    # Who reads without a group is not let into this one, but may ask for its coordinator: the client asks again and again.
+    readers = {grant.principal for grant in found if grant.resource == "topic" and grant.operation == "Read"}
+    found.update(Grant(principal, "group", prefix + READERS_GROUP, "literal", "Describe") for principal in readers)
     return sorted(found)
 
 

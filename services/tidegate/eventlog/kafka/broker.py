@@ -41,7 +41,7 @@ from tidegate.eventlog.kafka.clients import (
 )
 from tidegate.eventlog.kafka.inbox import KafkaInbox, Member, Reader
 from tidegate.eventlog.kafka.writer import KafkaWriter
-from tidegate.eventlog.settings import Credentials, KafkaSettings
+from tidegate.eventlog.settings import KafkaSettings, Proofs
 
 IDLE_READERS_KEPT = 4
 
@@ -54,7 +54,7 @@ class KafkaBroker:
         self._lock = threading.Lock()
         self._idle_readers: list[Reader] = []
         self._admin: AdminClient | None = None
-        self._admin_credentials: Credentials | None = None
+        self._admin_proofs: Proofs | None = None
         self._was_reached = False
         self._trouble = ""  # what the client said last of its tries to connect
 
@@ -63,12 +63,12 @@ class KafkaBroker:
         return self._settings.topic_prefix + topic
 
     def admin_client(self) -> AdminClient:
-        """Return the client for topic administration. It speaks physical names. Thread-safe, one per broker and password."""
+        """Return the client for topic administration. It speaks physical names. Thread-safe, one per broker and proofs."""
         with self._lock:
-            if self._admin is None or self._admin_credentials != self._settings.credentials():
+            if self._admin is None or self._admin_proofs != self._settings.proofs():
                 config = {**connection(self._settings), "error_cb": self._note_trouble}
                 self._admin = AdminClient(config, logger=client_log)
-                self._admin_credentials = self._settings.credentials()
+                self._admin_proofs = self._settings.proofs()
             return self._admin
 
     def writer(self) -> KafkaWriter:

@@ -103,8 +103,8 @@ def connection(settings: KafkaSettings) -> dict[str, Any]:
 
 
 def make_consumer(settings: KafkaSettings, config: Mapping[str, Any]) -> Consumer:
-    """Return a consumer that logs as we do and fails when its password was replaced. Raises SecretFileError."""
-    if not settings.has_credential_files:
+    """Return a consumer that logs as we do and fails when it is refused and what it shows was replaced. Raises SecretFileError."""
+    if not settings.has_files:
         return Consumer(dict(config), logger=client_log)
     return RenewingConsumer(dict(config), Renewal(settings, log_trouble), logger=client_log)
 
@@ -150,7 +150,7 @@ def leave(consumer: Consumer) -> None:
 
 
 def make_producer(settings: KafkaSettings, config: Mapping[str, Any]) -> Producer:
-    if not settings.has_credential_files:
+    if not settings.has_files:
         return Producer(dict(config), logger=client_log)
     return RenewingProducer(dict(config), Renewal(settings, log_trouble), logger=client_log)
 

@@ -45,7 +45,7 @@ from tidegate.eventlog.kafka.clients import (
     patiently,
 )
 from tidegate.eventlog.kafka.renewal import RenewingConsumer
-from tidegate.eventlog.settings import KafkaSettings
+from tidegate.eventlog.settings import READERS_GROUP, KafkaSettings
 
 _log = logging.getLogger(__name__)
 MAX_PREFETCH_KIB = 32 * 1024
@@ -297,7 +297,7 @@ class Reader:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the password has changed since this client took one up."""
+        """Whether the password or a certificate has changed since this client took them up."""
         return isinstance(self._consumer, RenewingConsumer) and self._consumer.renewal.is_outdated()
 
     def read_from(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -462,8 +462,7 @@ def _member_config(settings: KafkaSettings, group: str, instance_id: str) -> dic
 def _reader_config(settings: KafkaSettings, *, tell_end: bool) -> dict[str, Any]:
     return {
         **connection(settings),
-        # The client insists on a group id. It never joins.
-        "group.id": settings.topic_prefix + "tidegate-readers",
+        "group.id": settings.topic_prefix + READERS_GROUP,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": tell_end,

@@ -1,7 +1,8 @@
-"""A new password in the files: a client that is refused with the old one says so, and its process ends and begins again with it.
+"""A new password or certificate in the files: a client that is refused with the old one ends, and its process begins again.
 
-Connections that exist stay, so a changed password is noticed at the next one that is made. Refusals alone change nothing: the
-client asks again, with a growing pause, because the file may change after the brokers did.
+Connections that exist stay, so a change is noticed at the next one that is made. Refusals alone change nothing: the
+client asks again, with a growing pause, because the files may change after the brokers did. Nor do files alone: a certificate
+that is renewed in time is as good as the new one until it expires, and an executor that ends loses what it runs.
 
 A process that ends finds its partitions again at once, as after any other doubt. Handing the new password to the running client
 (`set_sasl_credentials`) was tried: now and then that call never returns.
@@ -10,6 +11,7 @@ A process that ends finds its partitions again at once, as after any other doubt
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -21,6 +23,10 @@ from tidegate.eventlog.settings import KafkaSettings, SecretFileError
 LOOK_EVERY_S: Final = 1.0
 REPLACED: Final = "the brokers refuse our credentials, and the files hold others by now: beginning again takes those"
 _REFUSED: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
+# Either side may refuse the other's certificate. Ours is refused by an alert on a connection that exists by then, which the
+# client tells of as if the connection had broken; only the words are different.
+_OF_CONNECTIONS: Final = frozenset({KafkaError._SSL, KafkaError._TRANSPORT})
+_OF_CERTIFICATES: Final = re.compile(r"SSL routines:.*(certificate|alert)")
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +38,13 @@ class Renewal:
         """Remember what the client is about to be configured with. `then` is told of every error, too."""
         self._settings = settings
         self._then = then
-        self._in_use = settings.credentials()
+        self._in_use = settings.proofs()
         self._refused = False
         self._look_at_s = 0.0
 
     def __call__(self, error: KafkaError) -> None:
         """Take note of an error that the client tells of, of some of those that are alike only once. Does not raise."""
-        self._refused |= error.code() in _REFUSED
+        self._refused |= is_refusal(error)
         self._then(error)
 
     def check(self) -> None:
@@ -52,41 +58,48 @@ class Renewal:
     def is_outdated(self) -> bool:
         """Tell whether the files hold something else than the client has. Reads them."""
         try:
-            return self._settings.credentials() != self._in_use
+            return self._settings.proofs() != self._in_use
         except SecretFileError as error:
             _log.warning("the credentials cannot be read: %s", error)
             return False  # nothing better is known
 
 
+def is_refusal(error: KafkaError) -> bool:
+    """Tell whether the brokers do not let us in, or we not them, by who they or we are."""
+    if error.code() in _OF_CONNECTIONS:
+        return _OF_CERTIFICATES.search(error.str()) is not None
+    return error.code() in _REFUSED
+
+
 class RenewingConsumer(Consumer):
-    """A consumer that fails once its password was replaced."""
+    """A consumer that fails once it is refused and its password or certificate was replaced."""
 
     def __init__(self, config: dict[str, Any], renewal: Renewal, **options: Any) -> None:
         super().__init__({**config, "error_cb": renewal}, **options)
         self.renewal = renewal
 
     def poll(self, timeout: float = -1) -> Any:
-        """As Consumer does. Raises KafkaException, too, when the password was replaced."""
+        """As Consumer does. Raises KafkaException, too, when the password or the certificate was replaced."""
         message = super().poll(timeout)
         self.renewal.check()
         return message
 
     def consume(self, num_messages: int = 1, timeout: float = -1) -> Any:
-        """As Consumer does. Raises KafkaException, too, when the password was replaced."""
+        """As Consumer does. Raises KafkaException, too, when the password or the certificate was replaced."""
         messages = super().consume(num_messages, timeout)
         self.renewal.check()
         return messages
 
 
 class RenewingProducer(Producer):
-    """A producer that fails once its password was replaced."""
+    """A producer that fails once it is refused and its password or certificate was replaced."""
 
     def __init__(self, config: dict[str, Any], renewal: Renewal, **options: Any) -> None:
         super().__init__({**config, "error_cb": renewal}, **options)
         self.renewal = renewal
 
     def poll(self, timeout: float = -1) -> int:
-        """As Producer does. Raises KafkaException, too, when the password was replaced."""
+        """As Producer does. Raises KafkaException, too, when the password or the certificate was replaced."""
         served = super().poll(timeout)
         self.renewal.check()
         return served
