@@ -14,8 +14,7 @@ from tidegate.domain.identity import MAX_MICROS
 from tidegate.eventlog.shelf import Shelf
 from tidegate.gate import snapshots
 from tidegate.gate.fold import derive
-from tidegate.gate.state import METERS
-from unit.audit.test_budget_books import BUDGETS, BudgetPlayer
+from unit.audit.test_budget_books import BUDGETS, BudgetPlayer, assert_ended, assert_kept
 from unit.audit.test_money import books_of, messages_of
 
 UNITS = ("run", "hour", "day", "month", "total")
@@ -141,18 +140,6 @@ def books_kept(player: HostilePlayer, trouble: float = 0.0, seed: int = 1) -> Bo
 def test_whoever_changes_what_the_money_is_right(played: list[tuple[str, int, int]], seed: int) -> None:
     player = HostilePlayer()
     player.play(played)
-    books = books_kept(player, trouble=0.2, seed=seed)
-    assert [str(problem) for problem in books.problems] == []
-    kept = player.story.ledger.buckets
-    assert books.budgets.buckets.keys() == kept.keys()
-    for key, bucket in kept.items():
-        mine = books.budgets.buckets[key]
-        assert tuple(mine.spent[meter] for meter in METERS) == bucket.spent
-        assert tuple(mine.reserved(meter) for meter in METERS) == bucket.reserved
+    assert_kept(player, books_kept(player, trouble=0.2, seed=seed))
     player.finish()
-    books = books_kept(player)
-    assert [str(problem) for problem in (*books.problems, *books.problems_at_rest())] == []
-    assert all(not bucket.open and not any(bucket.reserved) for bucket in player.story.ledger.buckets.values())
-    assert not player.story.ledger.lacking
-    assert player.story.ledger.of_run == {}
-    assert player.story.ledger.runs == player.story.ledger.below == player.story.ledger.families_over == {}
+    assert_ended(player, books_kept(player))
