@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.logs import LogWriter
+from support.pure import chain, step
 from tidegate.audit.money import Books
 from tidegate.domain.identity import MAX_MICROS
 from tidegate.eventlog.shelf import Shelf
@@ -70,6 +71,35 @@ class HostilePlayer(BudgetPlayer):
         self.story.settle_down()
         self.story.forget("retention:ledger")
 
+    def begin_wide(self, which: int, micros: int) -> None:
+        """Start a run that asks for all of its steps at once: what one takes, the next one of the same decision lacks."""
+        names = "abc"[: 1 + which % 3]
+        run_id = f"run-{len(self.begun)}"
+        functions = {name: step(reserve_micros=micros // (number + 1)) for number, name in enumerate(names)}
+        definition = {**chain(*names, **functions), "edges": [], "name": "wide"}
+        self.story.start(
+            run_id, definition, account=("acme/support", "umbrella/lab")[which % 2], budget_micros=micros * 2
+        )
+        self.begun.append(run_id)
+
+    def limit(self, which: int, micros: int) -> None:
+        """Let one of many run, or refuse all that waits: some of it has money set aside."""
+        about: dict[str, Any] = {"when": "args.nothing > 1"} if micros % 3 == 0 else {"per": ["account"]}
+        self.story.policy({"kind": "limit", "limit": "l", "version": str(micros), "at_once": 1 + which % 3, **about})
+
+    def no_limit(self, which: int, micros: int) -> None:
+        self.story.forget("limit:l")
+
+    def short_queue(self, which: int, micros: int) -> None:
+        self.story.policy({"kind": "queue", "queue": "default", "version": str(micros), "depth": 1 + which % 3})
+
+    def pause_queue(self, which: int, micros: int) -> None:
+        self.story.control("default", paused=micros % 3 > 0)
+
+    def deny_all(self, which: int, micros: int) -> None:
+        rules = [{"name": "all", "when": "true", "then": ("deny", "require_approval", "allow")[micros % 3]}]
+        self.story.policy({"policy": "all", "version": str(micros), "rules": rules})
+
     def to_the_edge(self, which: int, micros: int) -> None:
         """Let it be the last or the first millisecond of a window."""
         ends = sorted({b.until_ms for b in self.story.ledger.buckets.values() if b.until_ms > self.story.now_ms})
@@ -98,6 +128,7 @@ MOVES = (
     "begin",
     "begin",
     "begin_family",
+    "begin_wide",
     "succeed",
     "succeed",
     "succeed",
@@ -122,6 +153,11 @@ HOSTILE = (
     "to_the_edge",
     "to_the_edge",
     "restore",
+    "limit",
+    "no_limit",
+    "short_queue",
+    "pause_queue",
+    "deny_all",
 )
 moves = st.lists(
     st.tuples(st.sampled_from(MOVES + OTHERS + HOSTILE), st.integers(0, 30), st.integers(0, 3_000)),
