@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-import jsonschema
 import msgspec
 
 from tidegate.domain import canonical, expressions
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
-from tidegate.domain.strict_schema import StrictValidator
+from tidegate.domain.strict_schema import StrictValidator, Validator, shape_problem
 
 EVENT: Final = "wait_event"
 UNTIL: Final = "wait_until"
@@ -153,7 +152,7 @@ def _settings_problems(where: str, kind: str, given: Mapping[str, Any]) -> list[
 def call_problem(kind: str, given: Any) -> str | None:
     """Return what is wrong with the settings of a wait that a flow calls for, or None. They are values: no part is a template."""
     found = sorted(
-        f"{kind}{''.join(f'.{part}' for part in error.absolute_path)}: {error.message[:300]}"
+        f"{kind}{''.join(f'.{part}' for part in error.absolute_path)}: {shape_problem(error)}"
         for error in _settings.iter_errors(given)
     )
     found = found or _settings_problems(kind, kind, given)
@@ -288,10 +287,10 @@ def output_problem(value: Any, schema: str) -> str | None:
 
 
 def _schema_problem(value: Any, schema: str) -> str | None:
-    validator = jsonschema.Draft202012Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE)
+    validator = Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE)
     try:
         found = [
-            f"answer{''.join(f'[{part!r}]' for part in error.absolute_path)}: {error.message[:300]}"
+            f"answer{''.join(f'[{part!r}]' for part in error.absolute_path)}: {shape_problem(error)}"
             for error in validator.iter_errors(value)
         ]
     except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types

@@ -7,13 +7,14 @@ kind's own field, a `version`, and what the kind asks for. Kinds register themse
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tidegate.domain import canonical
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.yaml_lines import Problem, TextError, line_of, values_of
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -22,22 +23,8 @@ DEFAULT_KIND: Final = "policy"
 VERSION_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
-class Problem(NamedTuple):
-    """What is wrong with a document, and the line it stands in (from 1; 0 if there is none to name)."""
-
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.text}" if self.line else self.text
-
-
-class DocumentError(ValueError):
+class DocumentError(TextError):
     """Documents are wrong; `problems` lists everything, in the order of lines."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        self.problems = sorted(problems)
-        super().__init__("; ".join(map(str, self.problems)))
 
 
 class Document(BaseModel):
@@ -130,13 +117,13 @@ def read(text: str) -> list[Document]:
             document = _model_of(value).checked(value)
             found.append(document)
             problems += [
-                Problem(_line(node, path), f"{'.'.join(map(str, path))}: {text}")
+                Problem(line_of(node, path), f"{'.'.join(map(str, path))}: {text}")
                 for path, text in document.misgivings()
             ]
         except DocumentError as error:
-            problems += [Problem(_line(node, ("kind",)), problem.text) for problem in error.problems]
+            problems += [Problem(line_of(node, ("kind",)), problem.text) for problem in error.problems]
         except ValidationError as error:
-            problems += [Problem(_line(node, item["loc"]), _said(item)) for item in error.errors()]
+            problems += [Problem(line_of(node, item["loc"]), _said(item)) for item in error.errors()]
     keys = [document.topic_key for document in found]
     problems += [Problem(0, f"{key} is there twice") for key in sorted({key for key in keys if keys.count(key) > 1})]
     if not found and not problems:
@@ -155,65 +142,17 @@ def read_as(text: str, model: type[M]) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        problems = {Problem(_line(node, item["loc"]), _said(item, node)): None for item in error.errors()}
+        problems = {Problem(line_of(node, item["loc"]), _said(item, node)): None for item in error.errors()}
         raise DocumentError(list(problems)) from None
 
 
 def _values(text: str) -> Iterator[tuple[Any, yaml.Node]]:
     if len(text.encode("utf-8", "replace")) > MAX_DOCUMENT_BYTES:
         raise DocumentError([Problem(0, f"more than {MAX_DOCUMENT_BYTES} bytes")])
-    loader = yaml.SafeLoader(text)
     try:
-        while loader.check_node():
-            node = loader.get_node()
-            if node is None:
-                continue
-            twice = list(_repeated_keys(node))
-            if twice:
-                raise DocumentError(twice)
-            value = loader.construct_document(node)
-            if value is not None:
-                yield value, node
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise DocumentError([Problem(0 if mark is None else mark.line + 1, f"no YAML: {what}")]) from None
-    except (ValueError, RecursionError) as error:  # a date that is none; a thousand brackets
-        if isinstance(error, DocumentError):
-            raise
-        raise DocumentError([Problem(0, f"no YAML: {error}")]) from None
-    finally:
-        loader.dispose()
-
-
-def _repeated_keys(node: yaml.Node) -> Iterator[Problem]:
-    """YAML lets the last of equal keys win silently; here that is a mistake."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    yield Problem(key.start_mark.line + 1, f"{key.value}: is there twice")
-                seen.add(key.value)
-            yield from _repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _repeated_keys(item)
-
-
-def _line(node: yaml.Node, path: tuple[int | str, ...]) -> int:
-    """Return the line of what `path` leads to, or of the last thing on the way that is there."""
-    line = node.start_mark.line + 1
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if getattr(k, "value", None) == str(part)), None)
-            if found is None:
-                continue  # pydantic also names what is not in the document: branches, validators
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
+        yield from values_of(text)
+    except TextError as error:
+        raise DocumentError(error.problems) from None
 
 
 def _said(item: Any, node: yaml.Node | None = None) -> str:
