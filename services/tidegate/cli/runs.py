@@ -116,6 +116,10 @@ def start(
         str | None,
         typer.Option("--failure-mode", help="`fail_fast` or `continue`, instead of what the workflow says."),
     ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option("--prefer", metavar="INSTANCE", help="The executor that should run its steps, where it can."),
+    ] = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", "-w", help="Show its events until it is over or needs a human; see the exit codes."),
@@ -135,6 +139,7 @@ def start(
             "tags": _tags(tag or ()),
             "priority": priority,
             "failure_mode": failure_mode,
+            "prefer": prefer,
         }
         given = {name: value for name, value in wanted.items() if value is not None}
         validate({"type": "start", **given})

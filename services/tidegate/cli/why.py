@@ -230,7 +230,12 @@ def _queued(event: ev.AttemptQueued) -> str:
 def _placed(event: ev.AttemptPlaced) -> str:
     if event.call.is_outside:
         return "let through: it waits for whoever does it outside"
-    return f"placed on {event.instance_id} (incarnation {event.incarnation})"
+    preferred = event.call.preferred
+    if event.instance_id in preferred:
+        wish = ", as preferred"
+    else:
+        wish = f"; preferred, but without a free slot for it: {', '.join(preferred)}" if preferred else ""
+    return f"placed on {event.instance_id} (incarnation {event.incarnation}){wish}"
 
 
 _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Final
 
 import structlog
@@ -261,16 +261,17 @@ class FreeSlots:
         kind: str,
         function: str,
         *,
-        prefer: str = "",
+        prefer: Sequence[str] = (),
         only: str = "",
         accepts: Callable[[str], bool] | None = None,
     ) -> Executor | None:
         """Return an executor with a free slot that offers the function, and take the slot; None if there is none.
 
-        The preferred instance if it can, else the one with the most free slots. only: no other instance will do. accepts:
-        asked for each that could, with its id.
+        The first of the preferred instances that can, else the one with the most free slots. only: no other instance will do.
+        accepts: asked for each that could, with its id.
         """
         best: Executor | None = None
+        best_wish = 0
         for executor in self._ready.get(queue, ()):
             instance_id = executor.life.instance_id
             free = self._of(executor)
@@ -278,11 +279,9 @@ class FreeSlots:
                 continue
             if accepts is not None and not accepts(instance_id):
                 continue
-            if prefer and instance_id == prefer:
-                best = executor
-                break
-            if best is None or (free, best.life.instance_id) > (self._of(best), instance_id):
-                best = executor
+            wish = -prefer.index(instance_id) if instance_id in prefer else -len(prefer)
+            if best is None or (wish, free, best.life.instance_id) > (best_wish, self._of(best), instance_id):
+                best, best_wish = executor, wish
         if best is not None:
             self._free[best.life] -= 1
         return best

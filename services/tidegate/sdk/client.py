@@ -127,11 +127,13 @@ class Client:
         tags: Mapping[str, str] | None = None,
         priority: int | None = None,
         failure_mode: Literal["fail_fast", "continue"] | None = None,
+        prefer: str | None = None,
     ) -> str:
         """Ask for a run of a published workflow (`name`, `name@version`, a graph), or of an agent alone; return its id.
 
         The request is in the log when this returns. Asking again with the same run id and content changes nothing.
         priority (5): from 0 to 9, more goes first among the runs of the account root. failure_mode: instead of the workflow's.
+        prefer: the executor that should run its steps where it can, before the one that a function prefers.
         Raises ValueError on a bad run id or if not exactly one of workflow and agent is given, NotJsonError.
         """
         if (workflow is None) == (agent is None):
@@ -151,6 +153,7 @@ class Client:
             "tags": dict(tags or {}),
             "priority": priority,
             "failure_mode": failure_mode,
+            "prefer": prefer,
         }
         history_s = float("inf") if is_new else GIVEN_ID_HISTORY_S
         self._follower.subscribe(run_id, self._partition(run_id), history_s)
