@@ -7,6 +7,7 @@ import itertools
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tidegate.domain.identity import partition_of
@@ -57,7 +58,7 @@ def test_damage_is_found(damage: str) -> None:
     else:
         value = bytearray(messages[first].value or b"")
         value[-3] ^= 1
-        messages[first] = messages[first]._replace(value=bytes(value))
+        messages[first] = msgspec.structs.replace(messages[first], value=bytes(value))
     report = Report()
     verify_partition(messages, report)
     assert report.problem_count

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 
 from support.cluster import RUN_PARTITIONS, Cluster
@@ -25,7 +26,7 @@ def written(records: list[Record]) -> MemoryBroker:
     broker.create_topic("run-events", 1)
     writer = broker.writer()
     for record in records:
-        writer.send(record._replace(partition=0))
+        writer.send(msgspec.structs.replace(record, partition=0))
     writer.flush(1.0)
     return broker
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +17,7 @@ from tidegate.cli import drawing
 from tidegate.cli.definition_files import YAML_SUFFIXES, Lines, label_of, read_definitions
 from tidegate.cli.endings import EXIT_REFUSED, EXIT_USAGE, WORKFLOW_EXIT_CODES, explained, usage
 from tidegate.cli.run_output import moment
+from tidegate.cli.terminal import Console
 from tidegate.domain import canonical
 from tidegate.domain.messages import WorkflowPublished
 from tidegate.domain.workflow import AGENT_PREFIX, validate_definition, with_children

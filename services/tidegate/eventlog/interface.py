@@ -7,7 +7,9 @@ Nothing here knows what the bytes mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -19,7 +21,7 @@ class TopicPartition(NamedTuple):
     partition: int
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """A record to be written, to an explicit partition. `value` None is a tombstone."""
 
     topic: str
@@ -29,7 +31,7 @@ class Record(NamedTuple):
     headers: Headers = ()
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """A record as read. `timestamp_ms` is the broker's create time."""
 
     topic: str
@@ -107,6 +109,9 @@ class Writer(Protocol):
         """Give up what is not acknowledged and free the connection. Does not raise."""
 
 
+NO_SHARE: Final = "the group of {} has given us no share of its partitions"  # why a member of a group is not ready
+
+
 class Inbox(Protocol):
     """A consumer whose group decides who owns the partitions of one lead topic; everything else is assigned by hand.
 
@@ -119,6 +124,12 @@ class Inbox(Protocol):
 
         Blocks up to `timeout_s`. Also keeps the group membership alive. Raises EventLogError on fatal errors and
         OffsetOutOfRangeError for a position that is not there (it never jumps silently).
+        """
+
+    def stay(self) -> None:
+        """Keep the group membership alive and read nothing: for whoever is busy for longer than the group waits for a poll.
+
+        Does not block. `take_changes` tells what the group changed meanwhile. Raises EventLogError when shut out.
         """
 
     def take_changes(self) -> OwnershipChange:
@@ -135,7 +146,8 @@ class Inbox(Protocol):
 
     @property
     def has_joined(self) -> bool:
-        """Tell whether the group has given out its partitions, be it that none is ours."""
+        """Tell whether we have our share of the group's partitions, be it none of them: not before the group has given it, nor
+        from its loss until the next is given. Any thread may ask."""
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""

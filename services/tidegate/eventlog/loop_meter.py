@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, Final
 
 from tidegate import metrics
@@ -15,7 +15,7 @@ from tidegate.eventlog.interface import Message, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 
 REPORT_EVERY_S: Final = 2.0
-_TOPIC: Final = itemgetter(0)  # of a Message
+_TOPIC: Final = attrgetter("topic")
 
 
 @cache

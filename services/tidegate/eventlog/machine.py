@@ -6,6 +6,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from tidegate.domain.entry import Entry, Position
 from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.eventlog.shelf import Shelf
@@ -20,7 +22,7 @@ class Standing(Enum):
     GONE = "gone"  # there is nothing of it in the state
 
 
-class Decision(NamedTuple):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """What a machine decided on one input: events of one subject, which go into one entry.
 
     is_complete: the entry is to record all marks, not only those that changed, for the ones before it may be retired.
@@ -39,7 +41,7 @@ class Retirement(NamedTuple):
     keep_ms: int
 
 
-class Tell(NamedTuple):
+class Tell(msgspec.Struct, frozen=True, gc=False):
     """A message that follows from an entry; `position` numbering is the order of the list it stands in."""
 
     topic: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from operator import itemgetter
+from operator import attrgetter
 from typing import Final
 
 from tidegate.eventlog.interface import Broker, Message
@@ -16,7 +16,7 @@ from tidegate.eventlog.interface import Broker, Message
 # Of what was read: more than owners leave behind between two checkpoints. What lies further back is read again.
 MAX_KEPT_RECORDS: Final = 10_000
 MAX_KEPT_BYTES: Final = 16 * 1024 * 1024
-_OFFSET: Final = itemgetter(Message._fields.index("offset"))
+_OFFSET: Final = attrgetter("offset")
 
 
 class Tail:

@@ -363,12 +363,16 @@ def _reserve_and_place(
     if entrance is None:
         return
     money.reserved_micros += micros
-    names, buckets = draft.names(item), tuple([key for key, _, _ in opened])
+    account, run_id = draft.request.account, draft.request.run_id
+    buckets = tuple([key for key, _, _ in opened])
     amounts = amounts_of(wanted.amounts) if opened else NOTHING
     draft.tally.reserve(buckets, amounts)
     draft.events.append(
         ev.AttemptReserved(
-            **names,
+            account=account,
+            run_id=run_id,
+            step_id=item.step_id,
+            attempt=item.attempt,
             reserved_micros=micros,
             rule=verdict.rule,
             policy=verdict.policy,
@@ -384,7 +388,7 @@ def _reserve_and_place(
         )
     )
     waiting = Attempt(
-        draft.request.account,
+        account,
         call,
         RESERVED,
         micros,
@@ -398,7 +402,9 @@ def _reserve_and_place(
         return
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
-        ev.AttemptQueued(**names, call=call, leases=entrance.leases, limits_version=draft.desk.limits.version)
+        ev.AttemptQueued(
+            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
+        )
     )
     if entrance.obstacle is not None:
         ahead = position(draft.ledger, waiting.line, entrance.leases, account_root(draft.request.account))
@@ -565,7 +571,10 @@ def _settle(draft: Draft, item: Settle) -> None:
     set_aside = NOTHING if attempt is None else attempt.amounts
     draft.events.append(
         ev.AttemptSettled(
-            **draft.names(item),
+            account=draft.request.account,
+            run_id=draft.request.run_id,
+            step_id=item.step_id,
+            attempt=item.attempt,
             reserved_micros=reserved_micros,
             actual_micros=actual_micros,
             overshoot_micros=max(0, actual_micros - reserved_micros),
@@ -700,7 +709,10 @@ def closings(ledger: Ledger, now_ms: int) -> list[Any]:
     events: list[Any] = []
     tally = Tally(ledger, NO_BUDGETS, now_ms, events)
     for _, key in sorted(end for end in ledger.window_ends if end[0] <= now_ms):
-        tally.close(key)
+        if (
+            bucket := ledger.buckets.get(key)
+        ) is not None and bucket.until_ms <= now_ms:  # it may have another end by now
+            tally.close(key)
         if len(events) == MAX_LAPSES_PER_ENTRY:
             break
     return events

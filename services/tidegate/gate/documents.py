@@ -7,7 +7,7 @@ kind's own field, a `version`, and what the kind asks for. Kinds register themse
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tidegate.domain import canonical
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.yaml_lines import Problem, TextError, line_of, values_of
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_DOCUMENT_BYTES: Final = 1024 * 1024
 DEFAULT_KIND: Final = "policy"
@@ -131,9 +133,17 @@ def read(text: str) -> list[Document]:
     return found
 
 
-def read_values(text: str) -> list[Any]:
-    """Return the plain values of a YAML or JSON text. Raises DocumentError on what is neither."""
-    return [value for value, _ in _values(text)]
+def read_as(text: str, model: type[M]) -> M:
+    """Check a YAML or JSON text of one value that is no document of the gate. Raises DocumentError with lines."""
+    found = list(_values(text))
+    if len(found) != 1:
+        raise DocumentError([Problem(0, f"it holds {len(found)} documents, not one")])
+    ((value, node),) = found
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = {Problem(line_of(node, item["loc"]), _said(item, node)): None for item in error.errors()}
+        raise DocumentError(list(problems)) from None
 
 
 def _values(text: str) -> Iterator[tuple[Any, yaml.Node]]:
@@ -145,6 +155,24 @@ def _values(text: str) -> Iterator[tuple[Any, yaml.Node]]:
         raise DocumentError(error.problems) from None
 
 
-def _said(item: Any) -> str:
-    where = ".".join(map(str, item["loc"])) or "document"
+def _said(item: Any, node: yaml.Node | None = None) -> str:
+    """Return a problem for people. node: of the document, to name only what is in it, and what is missing at the end."""
+    names = item["loc"] if node is None else _there(node, item["loc"])
+    where = ".".join(map(str, names)) or "document"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _there(node: yaml.Node, path: tuple[int | str, ...]) -> Iterator[int | str]:
+    """Yield what of a path is in the document, or missing there: pydantic also names branches of unions."""
+    for number, part in enumerate(path, 1):
+        if isinstance(node, yaml.MappingNode):
+            found = next((value for key, value in node.value if getattr(key, "value", None) == str(part)), None)
+            if found is not None:
+                node = found
+            elif number < len(path) or "[" in str(part):
+                continue
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        else:
+            continue
+        yield part

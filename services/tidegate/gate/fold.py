@@ -113,9 +113,8 @@ def _hold(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) 
 def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
     # Its ask counts for its root already; whoever does outside tools has no slots.
     if ledger.partition not in attempt.granted and attempt.incarnation != OUTSIDE:
-        _count(ledger.busy, account_root(attempt.account), by)
-    for lease in held_by_itself(attempt, ledger.partition):
-        _count(ledger.held, lease, by)
+        _count(ledger.busy, by, account_root(attempt.account))
+    _count(ledger.held, by, *held_by_itself(attempt, ledger.partition))
 
 
 def held_by_itself(attempt: Attempt, partition: int) -> Leases:
@@ -130,10 +129,13 @@ def leases_of(leases: Leases, partition: int) -> Leases:
     return leases if len(found) == len(leases) else tuple(found)
 
 
-def _count(counts: dict[K, int], name: K, by: int) -> None:
-    counts[name] = counts.get(name, 0) + by
-    if not counts[name]:
-        del counts[name]
+def _count(counts: dict[K, int], by: int, *names: K) -> None:
+    for name in names:
+        count = counts.get(name, 0) + by
+        if count:
+            counts[name] = count
+        else:
+            del counts[name]
 
 
 def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
@@ -258,11 +260,11 @@ def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     """Count it as waiting; it stands in line unless it is being asked for leases elsewhere."""
     name = attempt.line
     ledger.waiting_count += 1
-    _count(ledger.depth, name[0], 1)
+    _count(ledger.depth, 1, name[0])
     if not attempt.throttled:
         ledger.unnoticed.setdefault(name, {})[key] = None
     if attempt.asked >= 0 or attempt.granted:
-        _count(ledger.asking, name, 1)
+        _count(ledger.asking, 1, name)
     if attempt.asked >= 0:
         return
     if attempt.granted:
@@ -303,10 +305,10 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     """The reverse of `_join_queue`; the attempt must be as it was then."""
     name = attempt.line
     ledger.waiting_count -= 1
-    _count(ledger.depth, name[0], -1)
+    _count(ledger.depth, -1, name[0])
     _notice(ledger, name, key)
     if attempt.asked >= 0 or attempt.granted:
-        _count(ledger.asking, name, -1)
+        _count(ledger.asking, -1, name)
     if attempt.asked >= 0:
         return
     ledger.granted.pop(key, None)
@@ -462,9 +464,8 @@ def _leave_asks(ledger: Ledger, key: AttemptKey, ask: Ask) -> None:
 
 
 def _count_ask(ledger: Ledger, ask: Ask, by: int) -> None:
-    _count(ledger.busy, account_root(ask.account), by)
-    for lease in ask.leases:
-        _count(ledger.held, lease, by)
+    _count(ledger.busy, by, account_root(ask.account))
+    _count(ledger.held, by, *ask.leases)
 
 
 def _lease_given(ledger: Ledger, event: ev.LeaseGiven) -> None:
@@ -531,7 +532,10 @@ def _budget_set(ledger: Ledger, event: ev.BudgetSet) -> None:
     if bucket is None:
         bucket = ledger.buckets[event.bucket] = Bucket.of(event)
         _note_bucket(ledger, event.bucket, bucket)
+    elif bucket.until_ms != event.until_ms:  # of a budget that has another window now, which began at the same time
+        heapq.heappush(ledger.window_ends, (event.until_ms, event.bucket))
     bucket.set(event)
+    _forget_ended(ledger)
     ledger.lacking.stir(event.bucket)
 
 
@@ -562,7 +566,16 @@ def _budget_closed(ledger: Ledger, event: ev.BudgetClosed) -> None:
         del ledger.of_run[bucket.run_id][event.bucket]
         if not ledger.of_run[bucket.run_id]:
             del ledger.of_run[bucket.run_id]
-    while ledger.window_ends and ledger.window_ends[0][1] not in ledger.buckets:
+    _forget_ended(ledger)
+
+
+def _forget_ended(ledger: Ledger) -> None:
+    """Take ends of windows that are none any more from the top of the heap, so that its top is the next one."""
+    while ledger.window_ends:
+        until_ms, name = ledger.window_ends[0]
+        bucket = ledger.buckets.get(name)
+        if bucket is not None and bucket.until_ms == until_ms:
+            return
         heapq.heappop(ledger.window_ends)
 
 

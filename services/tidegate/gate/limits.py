@@ -325,15 +325,15 @@ class Desk:
     soonest_ms: when the first of the obstacles that were met goes away by itself; 0 if none does.
     """
 
-    __slots__ = ("_freed", "_gauges", "_taken", "ledger", "limits", "now_ms", "soonest_ms")
+    __slots__ = ("_gauges", "_more", "freed", "ledger", "limits", "now_ms", "soonest_ms")
 
     def __init__(self, ledger: Ledger, limits: LimitSet, now_ms: int) -> None:
         self.ledger = ledger
         self.limits = limits
         self.now_ms = now_ms
         self.soonest_ms = 0
-        self._taken: dict[Lease, int] = {}  # counted
-        self._freed: dict[Lease, int] = {}
+        self._more: dict[Lease, int] = {}  # how many hold a lease, than before this decision
+        self.freed: dict[Lease, None] = {}  # what became free in this decision
         self._gauges: dict[Lease, Gauge] = {}
 
     def is_ours(self, lease: Lease) -> bool:
@@ -349,7 +349,7 @@ class Desk:
 
     def held(self, lease: Lease) -> int:
         """Return how many hold the lease now."""
-        return self.ledger.held.get(lease, 0) + self._taken.get(lease, 0) - self._freed.get(lease, 0)
+        return self.ledger.held.get(lease, 0) + self._more.get(lease, 0)
 
     def obstacle(self, leases: Iterable[Lease]) -> Obstacle | None:
         """Return the first of our leases that has no room; those that wait for an executor to be chosen are passed over."""
@@ -367,21 +367,18 @@ class Desk:
         limit = self.limits.get(lease.limit)
         if limit is None:
             return None  # it is not in force any more
-        gauge = self._gauge(lease)
-        held = self.held(lease)
-        if gauge.open_until_ms and limit.breaker is not None:
-            denies = limit.breaker.while_open == "deny"
+        breaker = limit.breaker
+        if breaker is not None and (gauge := self._gauge(lease)).open_until_ms:
+            denies = breaker.while_open == "deny"
             if self.now_ms < gauge.open_until_ms:
                 return Obstacle(lease, "breaker", f"{lease.label} is open: {gauge.why}", gauge.open_until_ms, denies)
-            if held >= limit.breaker.probes:
+            if (held := self.held(lease)) >= breaker.probes:
                 return Obstacle(lease, "breaker", f"{lease.label} is being tried with {held} at a time", 0, denies)
-        if limit.at_once is not None and held >= limit.at_once:
+        if limit.at_once is not None and self.held(lease) >= limit.at_once:
             return Obstacle(lease, "limit", f"{lease.label} allows {limit.at_once} at once", 0)
-        if limit.rate_per_s is not None:
-            wait_us = self._wait_us(gauge, limit)
-            if wait_us > 0:
-                at_ms = self.now_ms + -(-wait_us // 1000)
-                return Obstacle(lease, "rate", f"{lease.label} allows {limit.rate_per_s:g} a second", at_ms)
+        if limit.rate_per_s is not None and (wait_us := self._wait_us(self._gauge(lease), limit)) > 0:
+            at_ms = self.now_ms + -(-wait_us // 1000)
+            return Obstacle(lease, "rate", f"{lease.label} allows {limit.rate_per_s:g} a second", at_ms)
         return None
 
     def _gauge(self, lease: Lease) -> Gauge:
@@ -399,11 +396,11 @@ class Desk:
     def take(self, leases: Iterable[Lease]) -> list[Any]:
         """Take those that are ours, and return the events of the tokens that this costs."""
         events: list[Any] = []
-        here, taken = self.ledger.partition, self._taken
+        here, more = self.ledger.partition, self._more
         for lease in leases:
             if lease.partition != here:
                 continue
-            taken[lease] = taken.get(lease, 0) + 1
+            more[lease] = more.get(lease, 0) + 1
             limit = self.limits.get(lease.limit)
             if limit is not None and limit.rate_per_s is not None:
                 events += self._take_token(lease, limit)
@@ -433,16 +430,12 @@ class Desk:
                 events.append(ev.LimitForgotten(limit=name, key=key))
         return events
 
-    @property
-    def freed(self) -> list[Lease]:
-        """Return what became free in this decision."""
-        return list(self._freed)
-
     def free(self, leases: Iterable[Lease]) -> None:
         """Count places that become free in this decision."""
         for lease in leases:
             if self.is_ours(lease):
-                self._freed[lease] = self._freed.get(lease, 0) + 1
+                self._more[lease] = self._more.get(lease, 0) - 1
+                self.freed[lease] = None
 
     # -- queues ---------------------------------------------------------------
 

@@ -335,12 +335,12 @@ def test_a_loss_by_somebody_who_never_had_it_is_noticed() -> None:
 def test_what_the_auditor_cannot_read_is_a_problem() -> None:
     message = events_of(OPEN)[-1]
     books = Books()
-    (problem,) = books.read(message._replace(value=b"\xc3\x01 not a record of ours"))
+    (problem,) = books.read(msgspec.structs.replace(message, value=b"\xc3\x01 not a record of ours"))
     assert problem.where == f"gate-ledger-{message.partition}@{message.offset}"
     assert "cannot be read" in problem.text
-    (problem,) = books.read(message._replace(value=(message.value or b"")[:-3]))
+    (problem,) = books.read(msgspec.structs.replace(message, value=(message.value or b"")[:-3]))
     assert "cannot be read" in problem.text
-    assert books.read(message._replace(value=None)) == []
+    assert books.read(msgspec.structs.replace(message, value=None)) == []
 
 
 def test_a_record_of_the_other_log_is_a_problem() -> None:
@@ -364,7 +364,7 @@ def test_a_gap_is_a_problem_and_an_entry_of_an_owner_who_is_over_is_none() -> No
     stale = codec.decode(entries[1].value)
     assert isinstance(stale, Entry)
     void = msgspec.structs.replace(stale, epoch=stale.epoch + 1)
-    forged = entries[1]._replace(value=codec.encode_entry("LedgerEntry", void))
+    forged = msgspec.structs.replace(entries[1], value=codec.encode_entry("LedgerEntry", void))
     books = books_of([*messages, forged])
     assert (books.problems, books.void_entries) == ([], 1)
 

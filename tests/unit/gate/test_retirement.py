@@ -224,7 +224,7 @@ def test_a_carried_value_that_does_not_follow_is_refused(field: str) -> None:
             if isinstance(record, Entry) and isinstance(record.events[0], LedgerCarried) and record.events[0].runs:
                 forged = _forged(record.events[0], field)
                 entry = msgspec.structs.replace(record, events=(forged,))
-                assert books.read(message._replace(value=codec.encode_entry("LedgerEntry", entry)))
+                assert books.read(msgspec.structs.replace(message, value=codec.encode_entry("LedgerEntry", entry)))
                 machine = cluster.machine("gate")
                 part = OwnedPartition(machine, partition)
                 with pytest.raises(CorruptLogError, match="balances"):

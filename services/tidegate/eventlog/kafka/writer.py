@@ -51,16 +51,15 @@ class KafkaWriter:
 
         Blocks only while the local buffer is full, polling. Raises WriteFailedError.
         """
-        topic, partition, key, value, headers = record
         while self._failure is None:
             try:
                 self._produce(
-                    self._prefix + topic,
-                    value,
-                    key,
-                    partition,
+                    self._prefix + record.topic,
+                    record.value,
+                    record.key,
+                    record.partition,
                     self._on_delivery if acked is None else partial(self._on_delivery_tell, acked),
-                    headers=list(headers),
+                    headers=list(record.headers),
                 )
             except BufferError:
                 self._served(self._producer.poll, FULL_BUFFER_POLL_S)
