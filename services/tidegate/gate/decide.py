@@ -398,8 +398,11 @@ def _reserve_and_place(
         redact=verdict.redact,
         isolation=verdict.isolation,
     )
-    if not entrance.is_limited and _place_at_once(draft, draft.key(item), waiting):
-        return
+    if entrance.is_limited or not _place_at_once(draft, draft.key(item), waiting):
+        _stand_in_line(draft, item, call, waiting, entrance)
+
+
+def _stand_in_line(draft: Draft, item: Any, call: Call, waiting: Attempt, entrance: _Entrance) -> None:
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
         ev.AttemptQueued(
