@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from simulation.processes import Life
 from simulation.wires import ProcessInbox, ProcessWriter
+from tidegate import codec
 from tidegate.domain.messages import StepResult, StepTask
 from tidegate.eventlog.interface import EventLogError, TopicPartition
+from tidegate.eventlog.schemas import looking_up
 from tidegate.executor import results
 from tidegate.executor.decide import Verdict
 from tidegate.executor.feed import _task_in
@@ -120,6 +122,7 @@ class ExecutorLife(Life):
         inbox = self.broker.plain_inbox()
         inbox.read_from(dict([self.registration.feed_from]))
         self.inbox = inbox
+        self.decode = looking_up(self.broker, codec.decode)
 
     def positions(self) -> dict[TopicPartition, int]:
         """Return from where tasks are still to be read."""
@@ -167,11 +170,11 @@ class ExecutorLife(Life):
             return
         try:
             messages = self.inbox.poll(50, 0.0)
+            found = [_task_in(message, self.world.run_partitions, self.decode) for message in messages]
         except EventLogError:
             self._end_soon("log failed")
             return
-        for message in messages:
-            task = _task_in(message, self.world.run_partitions)
+        for task in found:
             if task is not None:
                 self._judge(task)
 

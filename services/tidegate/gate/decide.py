@@ -398,9 +398,20 @@ def _reserve_and_place(
         redact=verdict.redact,
         isolation=verdict.isolation,
     )
-    if not entrance.is_limited and _place_at_once(draft, draft.key(item), waiting):
-        return
-    _stand_in_line(draft, item, waiting, entrance)
+    if entrance.is_limited or not _place_at_once(draft, draft.key(item), waiting):
+        _stand_in_line(draft, item, call, waiting, entrance)
+
+
+def _stand_in_line(draft: Draft, item: Any, call: Call, waiting: Attempt, entrance: _Entrance) -> None:
+    draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
+    draft.events.append(
+        ev.AttemptQueued(
+            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
+        )
+    )
+    if entrance.obstacle is not None:
+        ahead = position(draft.ledger, waiting.line, entrance.leases, account_root(draft.request.account))
+        draft.events.append(leasing.throttled(draft.key(item), draft.request.account, entrance.obstacle, ahead))
 
 
 def _opened(draft: Draft, money: _Money) -> list[tuple[str, Bucket, Budget]]:
@@ -473,23 +484,6 @@ class _Entrance(NamedTuple):
     leases: tuple[Lease, ...]
     obstacle: Obstacle | None
     is_limited: bool
-
-
-def _stand_in_line(draft: Draft, item: Any, waiting: Attempt, entrance: _Entrance) -> None:
-    """Wait for a slot or a place, with what was reserved."""
-    queue = waiting.call.queue
-    draft.joined[queue] = draft.joined.get(queue, 0) + 1
-    draft.events.append(
-        ev.AttemptQueued(
-            **draft.names(item),
-            call=waiting.call,
-            leases=entrance.leases,
-            limits_version=draft.desk.limits.version,
-        )
-    )
-    if entrance.obstacle is not None:
-        ahead = position(draft.ledger, waiting.line, entrance.leases, account_root(draft.request.account))
-        draft.events.append(leasing.throttled(draft.key(item), draft.request.account, entrance.obstacle, ahead))
 
 
 def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _Entrance | None:
