@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
 from typing import Any, Final
 
 import jsonschema
 
+MAX_PROBLEMS: Final = 10  # that are said of one value: who sends a thousand gets to know these
+_fitting: Final[ContextVar[dict[tuple[int, int], bool]]] = ContextVar("fitting")
+_REFERENCE: Final = jsonschema.Draft202012Validator.VALIDATORS["$ref"]
 MAX_SAID: Final = 300
 _LAST: Final = 120
 
@@ -36,7 +41,45 @@ def shape_problem(error: jsonschema.ValidationError) -> str:
     return text if len(text) <= MAX_SAID else f"{text[: MAX_SAID - _LAST]} … {text[-_LAST:]}"
 
 
-_RULES: Final = {"uniqueItems": _unique_items}
+def _reference(validator: Any, reference: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+    """Look at each value once for each place that refers to a schema: trees that refer to themselves in several branches would
+    else be looked at twice as often on each level.
+    """
+    fitting, key = _fitting.get(None), (id(schema), id(value))  # both live as long as the value is checked
+    known = None if fitting is None else fitting.get(key)
+    if known is not None:
+        if not known:
+            yield jsonschema.ValidationError(f"does not fit {reference}, as was said")
+        return
+    fits = True
+    for error in _REFERENCE(validator, reference, value, schema):
+        fits = False
+        if fitting is not None:
+            fitting[key] = False
+        yield error
+    if fits and fitting is not None:
+        fitting[key] = True
+
+
+def first_problems(validator: Any, value: Any, where: str) -> str | None:
+    """Return what is wrong with a value by its schema, at most ten things, each with its place in `where`; None if nothing is.
+
+    Never raises: what cannot be checked does not fit.
+    """
+    remembering = _fitting.set({})
+    try:
+        found = [
+            f"{where}{''.join(f'[{part!r}]' for part in error.absolute_path)}: {shape_problem(error)}"
+            for error in itertools.islice(validator.iter_errors(value), MAX_PROBLEMS)
+        ]
+    except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types
+        return f"{where} cannot be checked: {type(error).__name__}: {error}"[:300]
+    finally:
+        _fitting.reset(remembering)
+    return "; ".join(sorted(found)) or None
+
+
+_RULES: Final = {"uniqueItems": _unique_items, "$ref": _reference}
 
 Validator: Final = jsonschema.validators.extend(  # type: ignore[no-untyped-call] # the library says no types
     jsonschema.Draft202012Validator, _RULES

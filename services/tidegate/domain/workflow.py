@@ -16,7 +16,7 @@ from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.retries import Retries
 from tidegate.domain.routes import Ancestry, form_of
 from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
-from tidegate.domain.strict_schema import StrictValidator, Validator, shape_problem
+from tidegate.domain.strict_schema import StrictValidator, Validator, first_problems
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
 MAX_LOOKED_AT_BYTES: Final = 4 * MAX_DEFINITION_BYTES  # of what is larger, only that is said
@@ -339,16 +339,7 @@ def _schema_validator(schema: Any) -> Any:
 
 
 def _problem(validator: Any, value: Any, name: str) -> str | None:
-    if validator is None:
-        return None
-    try:
-        found = [
-            f"{name}{''.join(f'[{part!r}]' for part in error.absolute_path)}: {shape_problem(error)}"
-            for error in validator.iter_errors(value)
-        ]
-    except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types
-        return f"{name} cannot be checked: {type(error).__name__}: {error}"[:300]
-    return "; ".join(sorted(found)[:10]) or None
+    return None if validator is None else first_problems(validator, value, name)
 
 
 def validate_definition(definition: Any, nesting: int = 0, *, is_new: bool = True) -> list[str]:

@@ -225,7 +225,7 @@ _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 def _references(source: str) -> tuple[str, ...]:
     """Return the paths (`args.amount`) of variables in an expression, each once, in order."""
-    known = set(expressions.compile_expression(source).variables())
+    known = expressions.variables_of(source)
     found = dict.fromkeys(match[1] for match in _REFERENCE.finditer(_STRING.sub('""', source)))
     return tuple(path for path in found if path.partition(".")[0] in known)
 

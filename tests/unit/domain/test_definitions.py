@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.domain import canonical, expressions, routes, waits
+from tidegate.domain import canonical, expressions, routes, strict_schema, waits
 from tidegate.domain.workflow import DefinitionError, compile_definition, validate_definition, with_children
 
 
@@ -372,3 +372,36 @@ def test_hostile_values_are_checked_in_time_that_grows_with_them(monkeypatch: py
     for twice in ([1, 1.0], [[1], [1.0]], [{"a": 1, "b": 2}, {"b": 2, "a": 1}], [None, None], [2**60, float(2**60)]):
         assert "non-unique" in (workflow.input_problem(twice) or ""), twice
     assert waits.answer_problem(["a", "a", 1], (), False, '{"uniqueItems": true}') is not None
+
+
+@pytest.mark.feature("T2")
+def test_a_deep_value_is_not_checked_for_ever() -> None:
+    """Schemas of trees refer to themselves in several branches: each level of a value that fits none doubles the work."""
+    branches = [{"properties": {"left": {"$ref": "#/$defs/tree"}}, "required": [leaf]} for leaf in ("a", "b")]
+    schema = {"$defs": {"tree": {"anyOf": branches}}, "$ref": "#/$defs/tree"}
+    workflow = compile_definition(canonical.dumps(definition(input_schema=schema)))
+    value: dict[str, Any] = {"a": 1}
+    assert workflow.input_problem(value) is None
+    for _ in range(60):
+        value = {"left": value}
+    assert "is not valid under any of the given schemas" in (workflow.input_problem(value) or "")
+    good: dict[str, Any] = {"b": 1}
+    for number in range(60):
+        good = {"left": good, "ab"[number % 2]: 1}
+    assert workflow.input_problem(good) is None
+    assert workflow.input_problem({**good, "left": {"left": good}}) is not None
+
+
+@pytest.mark.feature("T2")
+def test_of_many_mistakes_in_a_value_only_some_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    shown = strict_schema.shape_problem
+
+    def counted(error: Any) -> str:
+        looked.append(error.message)
+        return shown(error)
+
+    monkeypatch.setattr(strict_schema, "shape_problem", counted)
+    workflow = compile_definition(canonical.dumps(definition(input_schema={"items": {"enum": [1, 2]}})))
+    assert (workflow.input_problem(list(range(3, 1000))) or "").count("is not one of [1, 2]") == 10
+    assert len(looked) == 10
