@@ -113,10 +113,11 @@ async def _answered(app: App, function: str) -> list[StepResult]:
     """Run an attempt until its slot is free; returns its answers."""
     wanted, answers, released = task(), list[StepResult](), asyncio.Event()
     assert wanted.call is not None
+    call = msgspec.structs.replace(wanted.call, timeout_ms=60_000)  # writing down what was raised takes its time
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         attempt = Attempt(
             wanted,
-            wanted.call,
+            call,
             lease_held=lambda: True,
             output_max_bytes=1000,
             answer=lambda attempt, result: answers.append(result),
