@@ -19,6 +19,7 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tidegate.domain.identity import INSTANCE_ID_PATTERN
 from tidegate.eventlog.interface import Broker, EventLogError, TopicDescription
 from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
 from tidegate.eventlog.schemas import exchange_schemas
@@ -50,7 +51,7 @@ class ProcessSettings(BaseSettings):
 
     instance_id: str = Field(
         default="",
-        pattern=r"^[A-Za-z0-9._-]{0,120}$",
+        pattern=rf"{INSTANCE_ID_PATTERN}|^$",
         description="Stable name of this process, unique among those that run; default SERVICE-0. A process that restarts "
         "under its old name has its partitions again at once.",
     )

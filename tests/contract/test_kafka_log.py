@@ -1,5 +1,6 @@
 """What only the real log has: prefixes, a bounded buffer, clients that write what ours cannot, silence."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from contract.worlds import PATIENCE_S, KafkaWorld, Owner, eventually, gather, numbered, quiet, settle, write
 from support.foreign_producer import ForeignProducer
 from tidegate.embedded.kafka import EmbeddedKafka
-from tidegate.eventlog.interface import EventLogError, Record, TopicPartition
-from tidegate.eventlog.kafka import clients, inbox
+from tidegate.eventlog.interface import EventLogError, OwnershipChange, Record, TopicPartition
+from tidegate.eventlog.kafka import KafkaBroker, clients, inbox
 from tidegate.eventlog.kafka import writer as kafka_writer
 
 
@@ -91,6 +92,25 @@ def test_a_member_outlives_an_outage_that_is_longer_than_its_session(own_kafka: 
 
     write(world.broker, numbered("other", 3))
     assert [m.offset for m in gather(only.inbox, 3)] == [0, 1, 2]
+    only.inbox.close()
+
+
+@pytest.mark.feature("D1")
+def test_a_member_that_stays_keeps_its_partitions_however_long_it_does_not_poll(world: KafkaWorld) -> None:
+    """A restore may take longer than the group waits for a poll: when it was done, its partition would be taken away."""
+    world.create_topic("lead", 2)
+    settings = world.settings.model_copy(update={"max_poll_interval_ms": world.settings.session_timeout_ms})
+    only = Owner(KafkaBroker(settings), "one")
+    settle([only], 2)
+
+    until_s = time.monotonic() + settings.session_timeout_ms / 1000 * 1.3
+    while time.monotonic() < until_s:
+        only.inbox.stay()
+        time.sleep(0.1)
+    for _ in range(20):  # the loss would be told with what comes next
+        assert only.inbox.poll(1, 0.05) == []
+
+    assert only.inbox.take_changes() == OwnershipChange(frozenset(), frozenset())
     only.inbox.close()
 
 

@@ -53,6 +53,26 @@ def test_a_second_member_takes_some_and_the_first_hears_of_it(world: World) -> N
         owner.inbox.close()
 
 
+def test_a_member_says_whether_it_has_its_share(world: World) -> None:
+    world.create_topic("lead", PARTITIONS)
+    first = Owner(world.broker, "one")
+    assert not first.inbox.has_joined
+    settle([first], PARTITIONS)
+    assert first.inbox.has_joined
+    second, silent = Owner(world.broker, "two"), Owner(world.broker, "three")
+    settle([first, second, silent], PARTITIONS)
+
+    newcomer = Owner(world.broker, "zero")  # the group gives out nothing before all have heard of it
+    members = [first, second, newcomer]
+    eventually(lambda: not any(m.inbox.has_joined for m in members), lambda: [m.turn() for m in members])
+    for _ in range(10):
+        assert not any(m.turn() or m.inbox.has_joined for m in members)
+
+    eventually(lambda: all(m.inbox.has_joined for m in members), lambda: [m.turn() for m in [*members, silent]])
+    for owner in [*members, silent]:
+        owner.inbox.close()
+
+
 def test_a_lost_partition_is_read_no_more_and_the_others_are_not_disturbed(world: World) -> None:
     world.create_topic("lead", PARTITIONS)
     world.create_topic("other")

@@ -111,7 +111,7 @@ class KafkaWorld:
     def __init__(self, bootstrap: str, prefix: str) -> None:
         settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=prefix, session_timeout_ms=SESSION_TIMEOUT_MS)
         self.broker = KafkaBroker(settings)
-        self._settings = settings
+        self.settings = settings
         self._admin = self.broker.admin_client()
 
     def create_topic(self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None) -> None:
@@ -136,8 +136,8 @@ class KafkaWorld:
     def waste_offsets(self, name: str, partition: int) -> None:
         before = self.broker.offsets(name, partition).end
         producer = Producer(
-            self._settings.client_config()
-            | {"transactional.id": f"{self._settings.topic_prefix}waste", "retry.backoff.ms": 5}
+            self.settings.client_config()
+            | {"transactional.id": f"{self.settings.topic_prefix}waste", "retry.backoff.ms": 5}
         )
         producer.init_transactions(PATIENCE_S)
         producer.begin_transaction()
@@ -157,7 +157,7 @@ class KafkaWorld:
         """Nothing to do but to wait, which those do who wait for what follows from it."""
 
     def committed(self, group: str, topic: str) -> dict[int, int]:
-        name = self._settings.topic_prefix + group
+        name = self.settings.topic_prefix + group
         futures = self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(name)])
         partitions = futures[name].result().topic_partitions or []
         return {p.partition: p.offset for p in partitions if p.topic == self.broker.physical_name(topic)}

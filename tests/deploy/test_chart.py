@@ -444,6 +444,10 @@ def test_the_kafka_for_development_is_ready_when_it_answers(render: Render, valu
     scheduler = environment(named(objects, "StatefulSet", "tidegate-scheduler")["spec"]["template"]["spec"])
     assert scheduler["TIDEGATE_KAFKA_BOOTSTRAP"]["value"] == f"tidegate-kafka:{port['port']}"
     assert "tidegate-kafka" in container["args"]
+    # The job cannot reach it at the first try; elsewhere each try's log is kept.
+    (job,) = [each for each in objects if each["kind"] == "Job"]
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "OnFailure"
+    assert named(render(MINIMAL), "Job", "tidegate-topics")["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
 def test_projection_on_chdb_is_one_process_with_a_disk(render: Render) -> None:

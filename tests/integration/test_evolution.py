@@ -75,8 +75,8 @@ def test_a_change_is_made_once_as_the_log_says_whatever_dies(whole: WholeStack) 
     assert whole.wait(ids["asked"]).status == "succeeded"
     assert [line.step_id for line in whole.entered(ids["asked"])] == ["p", "s", "more", "end"]
     # Nothing changes that may not, nothing is replaced, nothing is taken for a yes.
-    assert [line.step_id for line in whole.entered(ids["fixed"])] == ["p", "end"]
     assert whole.wait(ids["fixed"]).status == "succeeded"
+    assert [line.step_id for line in whole.entered(ids["fixed"])] == ["p", "end"]
     bad, late = whole.wait(ids["bad"]), whole.wait(ids["late"])
     assert (bad.status, bad.code) == ("failed", "change_rejected")
     assert (late.status, late.code) == ("failed", "approval_expired")

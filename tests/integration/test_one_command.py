@@ -156,15 +156,9 @@ def test_dev_runs_an_app_of_ones_own_keeps_its_data_and_forgets_it_when_told(tmp
         assert tidegate("runs", "show", "two", folder=tmp_path, **place).returncode == 0
     with dev(tmp_path, "--app", "shop.py:app", *ports) as running:
         place = {"TIDEGATE_KAFKA_BOOTSTRAP": running.bootstrap, "TIDEGATE_DATA_DIR": str(tmp_path / "data")}
-        rows = eventually(
-            lambda: (
-                tidegate(
-                    "sql", "SELECT run_id, status FROM runs ORDER BY run_id", "-f", "TSV", folder=tmp_path, **place
-                ).stdout
-            ),
-            "rows of the runs",
-        )
-        assert rows == "one\tsucceeded\ntwo\tsucceeded\n"
+        query = ("sql", "SELECT run_id, status FROM runs ORDER BY run_id", "-f", "TSV")
+        rows = "one\tsucceeded\ntwo\tsucceeded\n"
+        eventually(lambda: tidegate(*query, folder=tmp_path, **place).stdout == rows, "rows of both runs")
         shown = tidegate("runs", "show", "one", "--json", folder=tmp_path, **place)
         assert json.loads(shown.stdout)["status"] == "succeeded"
     with dev(tmp_path, "--app", "shop.py:app", "--fresh", *ports) as running:

@@ -194,7 +194,7 @@ def test_what_a_run_waits_for_is_shown(whole: WholeStack, tmp_path: Path) -> Non
         eventually(lambda run_id=run_id, seen=seen: seen in shown(whole, *show, run_id), f"{run_id} to be {seen}")
     query = re.search(r'tidegate sql "(select queue[^"]+)"', said_page(page))
     assert query is not None
-    assert "default" in shown(whole, "sql", query[1])
+    eventually(lambda: "default" in shown(whole, "sql", query[1]), "the row of the executor")
     assert "nobody" not in shown(whole, "sql", query[1]), "nobody serves that queue"
     assert whole.wait("human").status == "waiting"
     shown(whole, "runs", "approve", "human")
@@ -203,7 +203,7 @@ def test_what_a_run_waits_for_is_shown(whole: WholeStack, tmp_path: Path) -> Non
         shown(whole, *said(page, "tidegate verify RUN").split()[1:2], run_id)
         shown(whole, *said(page, "tidegate runs cancel RUN").split()[1:3], run_id)
         assert whole.wait(run_id).status == "cancelled"
-        assert "cancelled" in eventually(lambda run_id=run_id: shown(whole, *show, run_id), "the end")
+        eventually(lambda run_id=run_id: "cancelled" in shown(whole, *show, run_id), "the live view to show the end")
 
 
 def test_a_hot_account_is_found_and_stopped(whole: WholeStack, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from integration.conftest import LONG_RUN
+from support.fault_app import ANY_JSON
 from support.stack import WholeStack, assert_whole, eventually
 from tidegate.audit.money import REFUSED, AttemptName
 
@@ -123,6 +124,17 @@ def test_an_agent_that_calls_nonsense_is_told_so(whole: WholeStack) -> None:
     assert "n" in bad[1]
     assert not unknown[0]
     assert "rm_rf" in unknown[1]
+    # Ids that repeat or are empty make no turn come again.
+    assert [line.step_id for line in whole.entered(run.run_id)] == ["confused/1", "confused/1/tool:look", "confused/2"]
+
+
+@pytest.mark.feature("G3")
+def test_outputs_of_every_kind_are_kept_and_have_cost_one_entry(whole: WholeStack) -> None:
+    run = run_of(whole, "returns", list(ANY_JSON))
+    assert (run.status, run.reason) == ("succeeded", "")
+    rest = [value for what, value in ANY_JSON.items() if what not in ("tuple", "moment", "exact")]
+    assert run.output == [[1, ["a", None]], "2026-01-02T03:04:05+00:00", "0.10", *rest]
+    assert sorted(line.attempt for line in whole.entered(run.run_id)) == [1] * len(ANY_JSON)
 
 
 @pytest.mark.feature("D6")

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from support.stack import WAIT_S, WholeStack, assert_whole, eventually
 from tidegate.cli.__main__ import app
+from tidegate.domain import states
 from tidegate.domain.identity import child_run_id
+from tidegate.domain.run import RunState, apply
 from tidegate.sdk.client import Run
 
 SLEEP_S = 4.0
@@ -48,6 +50,22 @@ DEFINITIONS = [
         "nodes": {"w": {"kind": "step", "function": "fail"}},
         "edges": [],
         "functions": {"fail": RETRIES},
+    },
+    {
+        "name": "waits_tour",
+        "version": "1",
+        "nodes": {
+            "w": {"kind": "ask", "wait": {"prompt": "Once more?", "choices": ["yes", "no"]}},
+            "again": {"kind": "router", "choose": "output == 'yes' ? 'w' : 'held'", "routes": ["w", "held"]},
+            "held": {"kind": "step", "function": "one", "input": 1},
+            "bad": {"kind": "step", "function": "fail_for_good", "on_failure": "continue"},
+            "after": {"kind": "step", "function": "one"},
+            "c": {"kind": "workflow", "workflow": "waits_ask@1"},
+            "late": {"kind": "step", "function": "fail"},
+        },
+        "edges": [["w", "again"], ["bad", "after"]],
+        "functions": {"one": {"kind": "step"}, "fail_for_good": {"kind": "step"}, "fail": RETRIES},
+        "workflows": {"waits_ask@1": ASKS},
     },
     {
         "name": "waits_for_child",
@@ -225,6 +243,7 @@ def test_what_is_paused_is_taken_and_shown_but_not_started(whole: WholeStack) ->
     assert not whole.entered(cancelled)
 
 
+@pytest.mark.feature("D2")
 @pytest.mark.feature("D4")
 def test_a_cancel_reaches_what_runs_and_nothing_follows(whole: WholeStack) -> None:
     run_id = whole.client.start("wait_here", 60, run_id=new_id("cancel"))
@@ -263,3 +282,37 @@ def test_a_cancel_reaches_what_runs_and_nothing_follows(whole: WholeStack) -> No
     assert not whole.entered(asleep)
     assert not whole.entered(queued)
     assert [line.attempt for line in whole.entered(backing_off)] == [1]
+
+
+def passed(whole: WholeStack, run_id: str) -> set[tuple[str, str]]:
+    """Return the statuses that a run, its steps and its nodes have gone through, by its log."""
+    run, found = RunState(run_id), set[tuple[str, str]]()
+    for event in whole.events(run_id):
+        apply(run, event.data, event.at_ms)
+        found |= {("run", run.status)} | {("step", step.status) for step in run.steps.values()}
+        found |= {("node", node.status) for node in run.nodes.values()}
+    return found
+
+
+@pytest.mark.feature("D5")
+def test_there_is_no_status_that_nothing_ever_has(whole: WholeStack) -> None:
+    runs = [whole.client.start("waits_tour", 1, run_id=new_id("tour"))]
+    (tour,) = runs
+    whole.until(tour, "NodeFailed")
+    whole.until(tour, "AttemptEnded", 2)
+    cli(whole, "pause", tour)
+    for answer in ("yes", "no"):
+        seen(whole, tour, lambda run: run.waits)
+        cli(whole, "runs", "respond", tour, "--text", answer)
+    seen(whole, tour, lambda run: run.held)
+    runs.append(whole.client.start(agent="buyer", account="asked/shop", run_id=new_id("approval")))
+    seen(whole, runs[-1], lambda run: run.approvals)
+    for run_id in runs:
+        cli(whole, "runs", "cancel", run_id)
+    for workflow in ("chain", "fail_for_good", "nobody_has_published_it"):
+        runs.append(whole.client.start(workflow, 1, run_id=new_id("short")))
+    for run_id in runs:
+        seen(whole, run_id, lambda run: run.is_over)
+    tables = {"run": states.RUN_MEANINGS, "step": states.STEP_MEANINGS, "node": states.NODE_MEANINGS}
+    named = {(of, status) for of, meanings in tables.items() for status in meanings if status != states.ABSENT}
+    assert set().union(*(passed(whole, run_id) for run_id in runs)) == named

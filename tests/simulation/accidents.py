@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from simulation import work as works
 from simulation.executor import ExecutorLife
-from simulation.processes import Life
+from simulation.processes import GateLife, Life
+from tidegate import codec
+from tidegate.domain.messages import Instance
 from tidegate.gate.service import GateMachine
 from tidegate.scheduler import admission
 
@@ -57,6 +59,65 @@ class Accidents:
         if post.life is not None and self.world.broker.reachable:
             self.world.faults["twins"] += 1
             self.world.start(post)
+
+    def hide_beats(self) -> None:
+        """Two executors beat under one instance id, the older one last, and compaction leaves only its beat of all the time in
+        which the gates got nowhere, although they kept their places: the younger one seems to have been silent."""
+        posts = [post for post in self.world.posts if isinstance(post.life, ExecutorLife)]
+        if not posts or not self.world.broker.reachable:
+            return
+        self.world.faults["beats hidden"] += 1
+        post = self.world.rng.choice(posts)
+        older = post.life
+        self.world.start(post)
+        self._beat_for(self.world.rng.choice((500, 1_000, 3_000)), [older, post.life])
+        stopped_ms = self.world.lease_ms + 500
+        for gate in self._gates():
+            gate.frozen_until_ms = self.world.now_ms + stopped_ms
+        self._beat_for(stopped_ms, [post.life, older])
+        if self.world.broker.reachable:
+            self.world.broker.compact("instances")
+
+    def _beat_for(self, ms: int, executors: list[Life | None]) -> None:
+        """Let everybody work for so long while these executors beat, in this order."""
+        until_ms = self.world.now_ms + ms
+        while self.world.now_ms < until_ms:
+            for _ in range(self.world.rng.randint(1, 40)):
+                self.world.turn()
+            for gate in self._gates():
+                for membership in gate.memberships:
+                    self.world.seen_in_group(*membership)
+            self.world.advance_by(250)
+            for life in executors:
+                for _ in range(2):  # to hear of the last one, and to send the next
+                    if isinstance(life, ExecutorLife) and self._may_run(life):
+                        self.world.run(life, life.beat_now)
+
+    def _gates(self) -> list[GateLife]:
+        return [life for life in self.world.lives if isinstance(life, GateLife)]
+
+    def unregister(self) -> None:
+        """Somebody removes the line of an executor, or a process of another service comes with its name."""
+        other = Instance(
+            instance_id="executor-0",
+            service="gateway",
+            incarnation=-1,
+            state="ready",
+            host="h",
+            boot_id="b",
+            pid=1,
+            pid_started=0.0,
+            started_ms=0,
+            at_ms=self.world.now_ms,
+        )
+        names = [post.name for post in self.world.posts if post.service == "executor"]
+        if self.world.broker.reachable:
+            self.world.faults["unregistered"] += 1
+            value = self.world.rng.choice((None, codec.encode(other)))
+            self.world.write("instances", 0, self.world.rng.choice(names), value)
+
+    def _may_run(self, life: Life) -> bool:
+        return not life.is_dead and not life.is_inside and life.frozen_until_ms <= self.world.now_ms
 
     def cut_off(self) -> None:
         if (life := self._some_life()) is not None:

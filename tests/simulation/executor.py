@@ -137,6 +137,11 @@ class ExecutorLife(Life):
 
     # -- the heartbeat's thread ------------------------------------------------------------
 
+    def beat_now(self) -> None:
+        """Send a heartbeat, if none is under way, and hear of its acknowledgement."""
+        self.registration.beat_soon()
+        self._beat()
+
     def _beat(self) -> None:
         registration = self.registration
         if registration._stopping or not registration.lease.held():

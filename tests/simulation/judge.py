@@ -150,6 +150,7 @@ class Judge:
         self.held_from_the_start: set[tuple[str, str]] = set()
         self.ended: dict[AttemptKey, str] = {}
         self.definitions: dict[str, str] = {}
+        self.wishes: dict[str, str] = {}  # by run: the executor that it prefers
         self.by_rule: Counter[tuple[str, str]] = Counter()  # failures that a retry rule counted
         self.by_document: set[tuple[str, str]] = set()  # steps about which a retry document has decided: see `budgets`
         self.granted: set[AttemptKey] = set()  # unknown outcomes that a human let be repeated
@@ -486,7 +487,13 @@ class Judge:
         self.routes.event(run_id, event)
         if isinstance(event, re.RunStarted):
             self.definitions[run_id] = event.definition
+            if event.prefer:
+                self.wishes[run_id] = event.prefer
         elif isinstance(event, re.StepReady):
+            wish = self.wishes.get(run_id)
+            self.require(
+                wish is None or event.call.preferred[0] == wish, f"{run_id} {event.step_id}: not {wish} is preferred"
+            )
             if event.held:
                 self.held_from_the_start.add((run_id, event.step_id))
             else:
@@ -571,6 +578,10 @@ class Judge:
         elif isinstance(event, le.PlacementLost):
             self.require(
                 self.placed.get(key) == (event.instance_id, event.incarnation), f"(3) {key} lost where it never was"
+            )
+            self.require(
+                not self.world.holds_lease(event.instance_id, event.incarnation),
+                f"(3) {key} lost with {event.instance_id} {event.incarnation}, which holds its lease: {event.reason}",
             )
             self.lost.add(key)
         elif isinstance(event, le.AttemptSettled):

@@ -135,6 +135,13 @@ def _acknowledged_always(lease: Lease, sent_at_s: float) -> bool:
     return True
 
 
+_expire = Executors.expire
+
+
+def _expire_whatever_was_read(executors: Executors, table_version: int, unread: int) -> None:
+    _expire(executors, table_version)
+
+
 # --- rules of the scheduler and the gate ---
 
 
@@ -232,7 +239,8 @@ MUTANTS: dict[str, Patch] = {
     "idempotency-key": _replaced(gate_tells, "idempotency_key", _key_of_its_own),
     "budget": _replaced(family, "without_room", lambda ledger, run_id, run, micros: None),
     "policy": _replaced(PolicySet, "judge", lambda policies, variables: Verdict("allow", "default", "", "")),
-    "gate-lease": _replaced(Executors, "expire", lambda executors, table_version: None),
+    "gate-lease": _replaced(Executors, "expire", lambda executors, table_version, unread: None),
+    "gate-lease-and-holes": _replaced(Executors, "expire", _expire_whatever_was_read),
     "gate-watch": _replaced(Executors, "watch", lambda executors, lives: None),
     "wait-ends-once": _replaced(RunState, "open_waits", _open_waits_and_some_that_ended),
     "kept-signals": _replaced(scheduler_waits, "on_due", _kept_signal_stays),

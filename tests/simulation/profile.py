@@ -38,6 +38,8 @@ FAULTS = {  # what the world can do between turns, with its weight when it happe
     "suspend": 0.2,
     "drain": 0.3,
     "twin": 0.1,
+    "hide_beats": 0.05,
+    "unregister": 0.03,
     "cut_off": 0.15,
     "broker_away": 0.06,
     "expire": 0.1,

@@ -124,6 +124,10 @@ class ProcessInbox:
         self._process.edge("inbox.poll")
         return [] if self._process.is_cut_off else self._inner.poll(max_messages, timeout_s)
 
+    def stay(self) -> None:
+        if not self._process.is_cut_off:
+            self._inner.stay()
+
     def take_changes(self) -> OwnershipChange:
         return self._inner.take_changes()
 
@@ -173,6 +177,10 @@ class GroupSubscription:
     @property
     def assigned(self) -> frozenset[TopicPartition]:
         return frozenset(self._assigned)
+
+    @property
+    def has_joined(self) -> bool:
+        return all(inbox.has_joined for inbox in self._inboxes.values())
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         messages: list[Message] = []

@@ -194,6 +194,8 @@ class Work:
             fields["budget_micros"] = budget
         if self.rng.random() < 0.3:
             fields["command_id"] = f"c{number}"
+        if number % 4 == 0:
+            fields["prefer"] = ("executor-0", "executor-1", "executor-gpu", "nobody")[number // 4 % 4]
         if self.rng.random() < 0.1:
             avro = RunRequest(**{**fields, "input": canonical.dumps(fields["input"])})
             self.request(codec.encode(avro))

@@ -347,6 +347,16 @@ class World:
         self.note(f"{life} starts")
         self.run(life, life.start)
 
+    def holds_lease(self, instance_id: str, incarnation: int) -> bool:
+        """Tell whether this life of an executor has its lease, whoever says what of it, and goes on."""
+        return any(
+            isinstance(life, ExecutorLife)
+            and (life.name, life.registration and life.registration.incarnation) == (instance_id, incarnation)
+            and not life.ending
+            and life.boottime_s() < life.lease_until_s
+            for life in self.lives
+        )
+
     def next_life(self) -> int:
         return next(self._lives)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
+import decimal
 import os
 import signal
 import time
@@ -310,6 +312,32 @@ def not_json(what: str) -> Any:
     enter()
     have_effect()
     return {"object": object(), "nan": float("nan"), "surrogate": "\ud800", "bytes": b"\xff", "lambda": enter}[what]
+
+
+ANY_JSON: dict[str, Any] = {
+    "tuple": (1, ("a", None)),
+    "moment": datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC),
+    "exact": decimal.Decimal("0.10"),
+    "null": None,
+    "nothing": "",
+    "zero": 0,
+    "number": 0.1,
+    "false": False,
+    "list": [],
+    "object": {},
+    "unicode": "\u0000 \U0001f600 \u2028",
+}
+
+
+@app.step(retries=5)
+def returns(what: str) -> Any:
+    """Return something that has a form in JSON, after the effect."""
+    enter()
+    have_effect()
+    return ANY_JSON[what]
+
+
+app.graph("returns").map("it", returns, over="input")
 
 
 @app.step(retries=5)

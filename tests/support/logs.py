@@ -56,7 +56,7 @@ class Story(Pair):
     def _take(self, machine: Any, state: Any, decision: Any) -> None:
         is_run = machine is self.scheduler
         log = "run-events" if is_run else "gate-ledger"
-        account = decision.account or decision.events[0].account
+        account = decision.account or getattr(decision.events[0], "account", "")
         self.now_ms += 7
         self.decided.append(Decided(log, decision.subject, account, tuple(decision.events), self.now_ms))
         super()._take(machine, state, decision)

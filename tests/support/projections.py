@@ -24,7 +24,7 @@ from tidegate.embedded.tools import tool_command
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
-from tidegate.projection.service import TOPICS
+from tidegate.projection.service import INSTANCES, TOPICS
 from tidegate.projection.tables import REBUILT_VIEWS
 
 GROUP = "tidegate-projection"
@@ -59,14 +59,18 @@ class Topics:
         self.counts = {"run-events": run_partitions, "gate-ledger": ledger_partitions}
         config = {"segment.ms": "604800000"} | (EAGER if eager else {})
         create_topics_of("projection", bootstrap, prefix, partitions=self.counts, config=config)
+        self.written_instances = 0  # up to where the test wrote to the registry; the projection's own heartbeats go on
 
     def write(self, records: Iterable[Record]) -> None:
         """Write records and wait for all acknowledgements."""
         writer = self.broker.writer()
         for record in records:
-            writer.send(record)
+            writer.send(record, self._wrote_instance if record.topic == INSTANCES else None)
         writer.flush(WAIT_S)
         writer.close()
+
+    def _wrote_instance(self, offset: int) -> None:
+        self.written_instances = max(self.written_instances, offset + 1)
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset of every partition that holds something."""
@@ -181,7 +185,8 @@ class ProjectionProcess:
     def wait_caught_up(self) -> None:
         """Wait until the freshness says that everything written so far is in the tables."""
         deadline = time.monotonic() + WAIT_S
-        wanted = {at: end for at, end in self.topics.ends().items() if at.topic != "instances"}
+        wanted = {at: end for at, end in self.topics.ends().items() if at.topic != INSTANCES}
+        wanted[TopicPartition(INSTANCES, 0)] = self.topics.written_instances
         while True:
             found = {
                 TopicPartition(row["topic"], row["partition"]): row["next_offset"]

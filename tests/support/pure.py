@@ -60,7 +60,7 @@ class Pair:
         self.gate = GateMachine(1, 1, self.executors)
         self.runs = self.scheduler.new_state(0, Shelf())
         self.ledger = self.gate.new_state(0, Shelf())
-        self.tables = Tables(())
+        self.tables = Tables(("instances", "policies"))
         self.tables.versions |= {"instances": 10**9, "policies": 0}
         self.tasks: deque[StepTask] = deque()
         self.letters: list[Any] = []
@@ -74,9 +74,16 @@ class Pair:
         self.register("worker-0", 1, slots, functions)
 
     def register(self, name: str, incarnation: int, slots: int, functions: tuple[str, ...], **changes: Any) -> None:
-        row = Instance(
+        row = self.beat(name, incarnation, slots, functions, **changes)
+        self.gate.table_changed("instances", name, row, incarnation)
+        self.settle_down()
+
+    @staticmethod
+    def beat(name: str, incarnation: int, slots: int, functions: tuple[str, ...], **changes: Any) -> Instance:
+        """Return what an executor writes of itself."""
+        return Instance(
             instance_id=name,
-            service="executor",
+            service=changes.pop("service", "executor"),
             incarnation=incarnation,
             state=changes.pop("state", "ready"),
             host="h",
@@ -90,8 +97,6 @@ class Pair:
             functions=functions,
             **changes,
         )
-        self.gate.table_changed("instances", name, row, incarnation)
-        self.settle_down()
 
     def policy(self, document: dict[str, Any]) -> None:
         """Put a document of any kind in force."""

@@ -207,6 +207,9 @@ def test_a_replaced_certificate_or_key_is_noticed_and_never_shown(tmp_path: Path
         (KafkaError._TRANSPORT, "Connect to ipv4#127.0.0.1:9093 failed: Connection refused (after 0ms", False),
         (KafkaError._SSL, "SSL handshake failed: Disconnected: connecting to a PLAINTEXT broker listener?", False),
         (KafkaError._ALL_BROKERS_DOWN, "2/2 brokers are down", False),
+        # As OpenSSL names what did not happen here.
+        (KafkaError._TRANSPORT, "error:0A000418:SSL routines::tlsv1 alert unknown ca: SSL alert number 48", True),
+        (KafkaError._SSL, "SSL handshake failed: error:0A000438:SSL routines::tlsv1 alert internal error", False),
     ],
 )
 def test_a_refusal_is_told_from_a_broker_that_is_away(code: int, said: str, refused: bool) -> None:

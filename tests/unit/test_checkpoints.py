@@ -16,7 +16,7 @@ from tidegate.domain import canonical
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog import checkpoints, owned, owner, restore, tail
-from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.interface import EventLogError, Record, TopicPartition
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.settings import CheckpointSettings
@@ -636,3 +636,44 @@ def test_a_checkpoint_does_not_wait_for_inputs_that_do_not_come() -> None:
 
     assert max(waits[True]) <= owner.CHECKPOINT_POLL_S
     assert max(waits[False]) == 0.2
+
+
+@pytest.mark.feature("D1")
+@pytest.mark.parametrize("by_snapshots", [True, False])
+def test_an_owner_stays_in_its_group_while_it_restores(monkeypatch: pytest.MonkeyPatch, by_snapshots: bool) -> None:
+    """A long restore without a word would cost it the partition as soon as it is done, and keep all other owners waiting."""
+    cluster = Cluster(checkpoints=OFTEN if by_snapshots else None)
+    for number in range(6):
+        cluster.start_run(f"r{number}")
+    cluster.settle()
+    cluster.crash("scheduler")
+    loop = cluster.start("scheduler")
+    words: list[int] = []
+    stay, real = loop._inbox.stay, owner.restore
+    is_restoring = False
+
+    def restored(*args: Any) -> Any:
+        nonlocal is_restoring
+        is_restoring = True
+        try:
+            return real(*args)
+        finally:
+            is_restoring = False
+
+    monkeypatch.setattr(loop._inbox, "stay", lambda: (words.append(is_restoring), stay())[1])
+    monkeypatch.setattr(owner, "restore", restored)
+    monkeypatch.setattr(restore, "PROGRESS_EVERY", 2)
+    cluster.settle()
+    assert sum(words) > 5
+
+    # Whoever has its place meanwhile goes on with it.
+    cluster.crash("scheduler")
+    late = cluster.start("scheduler")
+
+    def overtaken(*args: Any) -> Any:
+        cluster.broker.inbox("tidegate-scheduler", "scheduler-0", "run-commands").poll(1, 0.0)
+        return real(*args)
+
+    monkeypatch.setattr(owner, "restore", overtaken)
+    with pytest.raises(EventLogError, match="another process has joined"):
+        late.run_once(0.0)

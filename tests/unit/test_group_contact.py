@@ -94,6 +94,16 @@ class StuckConsumer:
         return []
 
 
+def test_a_subscription_says_whether_it_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscription, "make_consumer", lambda _, config: StuckConsumer(config))
+    member = subscription.KafkaSubscription(KafkaSettings(), "g", ["run-requests"])
+    assert not member.has_joined
+    member._on_assign(member._consumer, [])  # of more members than partitions one has none
+    assert member.has_joined
+    member._on_revoke(member._consumer, [])
+    assert not member.has_joined
+
+
 def poll_for(seconds: int, poll: Callable[[], object], clock: list[float]) -> None:
     for _ in range(seconds):
         clock[0] += 1.0

@@ -51,6 +51,28 @@ def test_runs_end_and_both_logs_verify() -> None:
     all_ended_once(cluster)
 
 
+@pytest.mark.feature("O3")
+def test_who_lost_its_share_of_the_group_is_not_ready_until_it_has_one_again() -> None:
+    cluster = Cluster()
+    first = cluster.owners["scheduler"]
+    run_scheduler(cluster)
+    assert first.why_not_ready() == ""
+    silent = cluster.start("scheduler", "scheduler-1")
+    for loop in (silent, first, silent, first, silent):
+        loop.run_once(0.0)
+    assert (first.why_not_ready(), silent.why_not_ready()) == ("", "")
+
+    newcomer = cluster.start("scheduler", "scheduler-2")
+    for _ in range(5):
+        newcomer.run_once(0.0)
+        first.run_once(0.0)
+    assert first.why_not_ready() == "the group of run-commands has given us no share of its partitions"
+
+    for loop in (silent, newcomer, first, newcomer, first):
+        loop.run_once(0.0)
+    assert first.why_not_ready() == ""
+
+
 @pytest.mark.feature("D1")
 @pytest.mark.parametrize("service", ["scheduler", "gate"])
 @pytest.mark.parametrize(

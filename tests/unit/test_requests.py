@@ -24,6 +24,10 @@ from tidegate.domain.requests import (
 )
 
 TYPES = "start, cancel, approve, reject, respond, signal, pause, resume"
+PREFER_RULE = (
+    "must be the name of an executor, such as `executor-default-0`: "
+    "up to 120 letters, digits, dots, dashes and underscores"
+)
 EVENT_RULE = "must be an event's name: up to 64 letters, digits, dots, dashes and underscores, no digit first"
 START = {"workflow": "refunds@3", "run_id": "r-1"}
 
@@ -114,6 +118,10 @@ def test_names_of_workflows(workflow: str) -> None:
         (
             {"workflow": "a", "budget_micros": "5"},
             '`budget_micros`: must be a whole number of micro-dollars from 0 to 9007199254740992 (a dollar is 1000000) (is "5")',
+        ),
+        (
+            {"workflow": "a", "prefer": "here, there"},
+            f'`prefer`: {PREFER_RULE} (is "here, there")',
         ),
         ({"workflow": "a", "tags": {"a": 1}}, "`tags.a`: must be a string of at most 256 characters (is 1)"),
     ],

@@ -83,28 +83,33 @@ def test_output_goes_to_a_log_per_process_and_the_last_one_is_kept(supervise: Ma
     assert log_path.with_suffix(".log.1").read_text() == "first\nerror\n"
 
 
+@pytest.fixture
+def _no_delay_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any delay outlasts the test: what comes to pass in it came without one, however slow the machine is."""
+    monkeypatch.setattr(supervisor_module, "BACKOFF_FIRST_S", 600.0)
+    monkeypatch.setattr(supervisor_module, "BACKOFF_MAX_S", 600.0)
+
+
+@pytest.mark.usefixtures("_no_delay_is_short")
 def test_a_killed_process_is_back_at_once(supervise: Make) -> None:
     supervisor = supervise(ProcessSpec("app", SLEEP))
     pids = {status_of(supervisor, "app").pid}
     # However often it is killed by us: that is no crash loop.
     for _ in range(6):
-        killed_at = time.monotonic()
         assert supervisor.kill("app") in pids
         wait_until(lambda: status_of(supervisor, "app").pid not in {None, *pids}, "the successor")
-        assert time.monotonic() - killed_at < 1.0
         pids.add(status_of(supervisor, "app").pid)
     status = status_of(supervisor, "app")
     assert (status.state, status.restarts, status.last_exit) == ("running", 6, -signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("_no_delay_is_short")
 def test_the_first_crash_costs_no_delay(supervise: Make, tmp_path: Path) -> None:
     marker = tmp_path / "crashed"
     script = f"if [ -e {marker} ]; then sleep 600; else touch {marker}; exit 7; fi"
     said: list[str] = []
-    started_at = time.monotonic()
     supervisor = supervise(ProcessSpec("app", shell(script)), said=said)
     wait_until(lambda: status_of(supervisor, "app").restarts == 1, "the restart")
-    assert time.monotonic() - started_at < 1.0
     assert status_of(supervisor, "app").last_exit == 7
     assert said == ["app ended with status 7: starting it again"]
 
@@ -130,7 +135,7 @@ def test_the_backoff_is_bounded_and_forgives() -> None:
 def test_who_runs_long_enough_is_healthy_again(
     supervise: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor_module, "HEALTHY_AFTER_S", 0.5)
+    monkeypatch.setattr(supervisor_module, "HEALTHY_AFTER_S", 1.5)  # no short life may last so long on a busy machine
     count = tmp_path / "count"
     script = f"echo x >> {count}; [ $(wc -l < {count}) -gt 3 ] && sleep 600; exit 1"
     supervisor = supervise(ProcessSpec("app", shell(script)))
@@ -188,16 +193,16 @@ def test_who_does_not_listen_is_killed_after_the_grace(supervise: Make, tmp_path
     wait_until(up.exists, "the trap")
     started_at = time.monotonic()
     supervisor.stop(grace_s=0.3)
-    assert 0.3 <= time.monotonic() - started_at < 2.0
+    assert time.monotonic() - started_at >= 0.3
     assert status_of(supervisor, "deaf").last_exit == -signal.SIGKILL
 
 
+@pytest.mark.usefixtures("_no_delay_is_short")
 def test_stop_ends_a_backoff(supervise: Make) -> None:
-    supervisor = supervise(ProcessSpec("app", ("false",)))
-    wait_until(lambda: status_of(supervisor, "app").restarts >= 4, "a long backoff")
-    started_at = time.monotonic()
+    said: list[str] = []
+    supervisor = supervise(ProcessSpec("app", ("false",)), said=said)
+    wait_until(lambda: "app ended with status 1: again in 600.0 s" in said, "a long backoff")
     supervisor.stop()
-    assert time.monotonic() - started_at < 1.0
     assert status_of(supervisor, "app").state == "stopped"
 
 

@@ -12,7 +12,7 @@ from support.pure import Pair, chain
 from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.messages import Control, PolicyPublished, WorkflowPublished
-from tidegate.eventlog.interface import Record
+from tidegate.eventlog.interface import Message, Record
 from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.scheduler.admission import PublishedWorkflows
 
@@ -134,6 +134,30 @@ def test_no_older_version_is_taken_for_a_workflow_that_garbage_hides() -> None:
         found = published.find(wanted)
         assert isinstance(found, Unreadable)
         assert (found.topic, found.key, found.offset) == ("workflows", "w@2", 2)
+
+
+@pytest.mark.feature("G1")
+@pytest.mark.parametrize("is_known", [False, True])
+def test_when_the_latest_version_is_removed_the_one_before_it_is_the_latest(is_known: bool) -> None:
+    """So it is for whoever starts afterwards: two schedulers must not differ about what a name means."""
+    cluster = Cluster()
+    rows = [
+        WorkflowPublished(name="w", version=version, definition_hash="", definition="{}", by="", at_ms=0)
+        for version in "12"
+    ]
+    for row in rows:
+        write(cluster, "workflows", f"w@{row.version}", codec.encode(row))
+    published = PublishedWorkflows(cluster.broker)
+    assert published.find("w") == rows[1]
+    write(cluster, "workflows", "w@2", None)
+    if is_known:
+        published.follow(Message("run-requests", 0, 1, b"k", b"", (), 0))
+    else:
+        published = PublishedWorkflows(cluster.broker)
+    assert published.find("w") == rows[0]
+    write(cluster, "workflows", "w@1", None)
+    published.follow(Message("run-requests", 0, 2, b"k", b"", (), 0))
+    assert published.find("w") is None
 
 
 def test_the_next_heartbeat_mends_an_instance_so_garbage_is_passed_over() -> None:

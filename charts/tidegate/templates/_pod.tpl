@@ -57,6 +57,7 @@ Argument: dict root, component, args (of the command `tidegate`), and optionally
   tool       true for what is not one of our services: it has no health endpoint, and is ready when its port answers
   noSecret   true for a pod that gets no Kafka credentials
   once       true for a pod that ends by itself
+  restart    what such a pod does when it failed; Never if not given, so that each try's log stays
   account    name of the service account whose token it gets; other pods get no token
 */}}
 {{- define "tidegate.pod" -}}
@@ -74,7 +75,7 @@ imagePullSecrets:
   {{- end }}
 {{- end }}
 {{- if .once }}
-restartPolicy: Never
+restartPolicy: {{ .restart | default "Never" }}
 {{- else }}
 terminationGracePeriodSeconds: {{ .grace | default $service.terminationGracePeriodSeconds | int }}
 topologySpreadConstraints:

@@ -16,7 +16,10 @@ Name = tuple[str, str, int]  # run, step, attempt
 
 @dataclass(slots=True)
 class BucketBooks:
-    """What a bucket may hold, and what it holds. open: what is set aside, by attempt. overshoot: spent beyond reservations."""
+    """What a bucket may hold, and what it holds. open: what is set aside, by attempt. overshoot: spent beyond reservations.
+
+    until_ms: when its window is over; 0 if it has none, or if nothing says.
+    """
 
     account: str
     limits: dict[str, int | None]
@@ -25,6 +28,7 @@ class BucketBooks:
     exceeded: Amounts = field(default_factory=lambda: dict(NOTHING))
     open: dict[Name, Amounts] = field(default_factory=dict)
     alerted: set[tuple[str, int]] = field(default_factory=set)
+    until_ms: int = 0
 
     def reserved(self, meter: str) -> int:
         """Return what is set aside of a meter."""
@@ -33,8 +37,10 @@ class BucketBooks:
 
 @dataclass(slots=True)
 class BudgetBooks:
-    """The books of all buckets that are not closed; closed: what each that was came to in the end."""
+    """The books of all buckets that are not closed; closed: what each that was came to in the end. now_ms: of the entry that is
+    read."""
 
+    now_ms: int = 0
     buckets: dict[str, BucketBooks] = field(default_factory=dict)
     closed: dict[str, Amounts] = field(default_factory=dict)
     _by_attempt: dict[Name, set[str]] = field(default_factory=dict)
@@ -119,11 +125,8 @@ class BudgetBooks:
         key, limits = event["bucket"], event["limits"]
         if any(limit is not None and limit < 0 for limit in limits.values()):
             yield f"{key}: limits {limits}"
-        bucket = self.buckets.get(key)
-        if bucket is None:
-            self.buckets[key] = BucketBooks(event["account"], limits)
-        else:
-            bucket.limits = limits
+        bucket = self.buckets.setdefault(key, BucketBooks(event["account"], limits))
+        bucket.limits, bucket.until_ms = limits, event["until_ms"]
 
     def _reserved(self, event: dict[str, Any]) -> Iterator[str]:
         key, name, amounts = event["bucket"], _name(event), event["amounts"]
@@ -196,6 +199,8 @@ class BudgetBooks:
         if bucket is None:
             yield f"{key}: closed, but there is no such bucket"
             return
+        if self.now_ms < bucket.until_ms:
+            yield f"{key}: closed at {self.now_ms}, its window is over at {bucket.until_ms}: what is spent in it is forgotten"
         if bucket.open:
             yield f"{key}: closed with {len(bucket.open)} reservations in it"
         for name in bucket.open:

@@ -316,6 +316,7 @@ class _Page:
 
     def _entry(self, fields: dict[str, Any]) -> None:
         self._books.entries += 1
+        self._books.budgets.now_ms = fields["now_ms"]
         due, seq = self._partition.next_seq, fields["first_seq"]
         self._partition.next_seq = seq + len(fields["events"])
         if seq != due and self._partition.torn is None:

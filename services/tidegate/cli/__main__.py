@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import importlib.metadata
+import io
+import json
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Final
@@ -109,8 +112,24 @@ def _root(
     """Run AI agents on Kafka: deterministic, governed, resumable and replayable."""
 
 
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Return what an encoding lacks as JSON writes it, so that people can read it and JSON stays JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _bear_any_text() -> None:
+    """Have standard output and error take every text, whatever their encoding: not all terminals speak UTF-8."""
+    codecs.register_error("tidegate", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="tidegate")
+
+
 def main() -> None:
     """Run the command line; exits the process. A TIDEGATE_ variable that makes no sense is a line, not a traceback."""
+    _bear_any_text()
     try:
         app(prog_name="tidegate")
     except ValueError as error:

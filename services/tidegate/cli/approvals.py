@@ -7,11 +7,11 @@ import json
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
 from tidegate.cli import run_output, runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained
 from tidegate.cli.live_view import LiveView, UnknownRunError, Url
+from tidegate.cli.terminal import Console
 from tidegate.domain import states
 
 MAX_RUNS: Final = 1000

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.audit.money import Books, Problem
+from tidegate.cli.terminal import Console, say
 from tidegate.cli.wording import counted
 from tidegate.eventlog.interface import Broker, EventLogError, UnknownTopicError
 from tidegate.eventlog.kafka import KafkaBroker
@@ -100,14 +100,14 @@ def _print(books: Books, problems: list[Problem], run_id: str | None) -> None:
     console.print(_accounts(books) if run_id is None else _run(books, run_id))
     still_open = _open(books, run_id)
     for name, micros in still_open[:MAX_SHOWN]:
-        typer.echo(f"  open: {name.run_id} {name.step_id}#{name.attempt} {micros:,} micro-dollars")
+        say(f"  open: {name.run_id} {name.step_id}#{name.attempt} {micros:,} micro-dollars")
     if len(still_open) > MAX_SHOWN:
         typer.echo(f"  open: {len(still_open) - MAX_SHOWN} more; --json names all")
     found = "it agrees with itself" if not problems else counted(len(problems), "problem")
     seen = f"{counted(books.entries, 'entry', 'entries')}, {counted(books.void_entries, 'void entry', 'void entries')}"
     typer.echo(f"{seen}, {counted(len(still_open), 'open reservation')}: {found}")
     for problem in problems:
-        typer.echo(f"  {problem}", err=True)
+        say(f"  {problem}", err=True)
 
 
 def _accounts(books: Books) -> Table:

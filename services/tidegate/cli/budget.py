@@ -9,12 +9,12 @@ from typing import Annotated, Any, Final
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from tidegate.audit.budgets import METERS
 from tidegate.cli.audit import read_books
 from tidegate.cli.documents import EXIT_WRONG, in_force, publish, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.terminal import Console
 from tidegate.cli.wording import plain_table
 from tidegate.eventlog.interface import Broker
 from tidegate.eventlog.kafka import KafkaBroker

@@ -7,13 +7,13 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from tidegate.cli import runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained, usage
 from tidegate.cli.registry import INSTANCES
 from tidegate.cli.run_output import moment
+from tidegate.cli.terminal import Console
 from tidegate.domain.controls import EVERYTHING, is_control_key
 from tidegate.domain.messages import Control
 from tidegate.eventlog.interface import Broker

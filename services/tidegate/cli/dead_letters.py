@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli.endings import EXIT_REFUSED, explained, usage
 from tidegate.cli.run_output import moment
+from tidegate.cli.terminal import Console, harmless
 from tidegate.cli.wording import counted
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.requests import parse_json
@@ -221,7 +221,7 @@ def _original_lines(original: bytes) -> list[str]:
         text = original[:MAX_SHOWN_BYTES].decode("utf-8", "backslashreplace")
         if len(original) > MAX_SHOWN_BYTES:
             text += f"\n… {len(original) - MAX_SHOWN_BYTES} bytes more: --raw"
-    return [_printable(line) for line in text.split("\n")]
+    return [harmless(line) for line in text.split("\n")]
 
 
 def _as_json(stored: Stored, *, whole: bool = False) -> dict[str, Any]:
@@ -249,8 +249,4 @@ def _as_json(stored: Stored, *, whole: bool = False) -> dict[str, Any]:
 
 def _plain(text: str) -> Text:
     """Return somebody else's text for a terminal: on one line, and no control sequences."""
-    return Text(_printable(text.replace("\n", " ")))
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    return Text(harmless(text.replace("\n", " ")))

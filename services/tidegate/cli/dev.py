@@ -42,7 +42,9 @@ def dev(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Empty the data folder first, if `tidegate dev` made it.")
     ] = False,
-    kafka_port: Annotated[int, typer.Option(help="Port of Kafka; a free one if it is taken, or 0.")] = 9092,
+    kafka_port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Port of Kafka; a free one if it is taken, or 0.")
+    ] = 9092,
     sql_port: Annotated[int, typer.Option(help="Port of the SQL endpoint; 0 for a free one.")] = 0,
     gateway_port: Annotated[int, typer.Option(help="Port of the live view; 0 for a free one.")] = 0,
 ) -> None:

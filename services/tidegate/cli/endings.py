@@ -11,6 +11,7 @@ import pydantic
 import typer
 
 from tidegate.cli.live_view import BadQuestionError, LiveViewError, NothingCountedError, UnknownRunError
+from tidegate.cli.terminal import say
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.requests import RequestError
@@ -63,7 +64,7 @@ class _Sparing(logging.Handler):
         """Print a line unless one was printed a moment ago."""
         if record.created - self._shown_s >= CLIENT_LINE_EVERY_S:
             self._shown_s = record.created
-            typer.echo(f"Kafka client: {record.getMessage()}", err=True)
+            say(f"Kafka client: {record.getMessage()}", err=True)
 
 
 @contextmanager
@@ -94,5 +95,5 @@ def usage(command: str, problem: str) -> NoReturn:
 
 
 def _fail(command: str, text: str, code: int) -> NoReturn:
-    typer.echo(f"tidegate {command}: {text}", err=True)
+    say(f"tidegate {command}: {text}", err=True)
     raise typer.Exit(code) from None

@@ -8,13 +8,13 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli.endings import explained, usage
 from tidegate.cli.live_view import LiveView, Url, patiently
 from tidegate.cli.run_output import money
+from tidegate.cli.terminal import Console
 from tidegate.cli.wording import moment_ms, plain_table
 
 PIPED_WIDTH: Final = 160

@@ -20,7 +20,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def kafka(
     data_dir: Annotated[Path, typer.Option(help="Where its data is kept.")] = Path(".tidegate/kafka"),
-    port: Annotated[int | None, typer.Option(help="Port to listen on; a free one if taken or not given.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Port to listen on; a free one if taken or not given.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for everywhere, which is for containers of its own.")
     ] = LOOPBACK,

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 
 from tidegate import codec
 from tidegate.cli.audit import LEDGER
 from tidegate.cli.documents import in_force, publish, value_of
 from tidegate.cli.endings import explained
+from tidegate.cli.terminal import Console
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.ledger_events import carried_by
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 RETENTION: Final = "retention:ledger"
 HOUR_S: Final = 3_600
+MAX_DAYS: Final = 36_500
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
@@ -56,9 +57,12 @@ class Kept:
 @app.command()
 @explained("ledger retire")
 def retire(
-    keep_days: Annotated[float, typer.Option("--keep-days", min=0.0, help="How long entries are kept at least.")],
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0.0, max=MAX_DAYS, help="How long entries are kept at least.")
+    ],
     every_hours: Annotated[
-        float, typer.Option("--every-hours", min=0.001, help="How often balances are carried forward.")
+        float,
+        typer.Option("--every-hours", min=0.001, max=24 * MAX_DAYS, help="How often balances are carried forward."),
     ] = 24.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many entries are old enough now; publish nothing.")

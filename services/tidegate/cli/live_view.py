@@ -120,6 +120,8 @@ class LiveView:
                 return _object(response.read(), url)
         except urllib.error.HTTPError as error:
             raise _refusal(error, url) from None
+        except ValueError as error:  # brackets that do not close, a name that cannot be one
+            raise LiveViewError(f"{url} ({source}) is no address: {error}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise NotReadyError(

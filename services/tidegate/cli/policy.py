@@ -10,19 +10,19 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.markup import escape
 
 from tidegate.cli.documents import EXIT_WRONG, in_force, in_topic, kind_of, publish, read_files, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.terminal import Console
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.messages import PolicyPublished
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Unreadable
-from tidegate.gate.documents import Document, DocumentError, read_values
+from tidegate.gate.documents import Document, DocumentError, read_as
 from tidegate.gate.policy import Policy
-from tidegate.gate.policy_cases import Case, checked, tried
+from tidegate.gate.policy_cases import Case, Cases, tried
 
 app = typer.Typer(
     add_completion=False,
@@ -100,8 +100,7 @@ def try_out(
 ) -> None:
     """Try policies and retry documents out on the cases of a file. Needs no Kafka; exit code 1 if one fails."""
     try:
-        values = read_values(file.read_text(encoding="utf-8"))
-        cases = checked(values[0] if len(values) == 1 else values)
+        cases = read_as(file.read_text(encoding="utf-8"), Cases)
     except DocumentError as error:
         for problem in error.problems:
             typer.echo(f"{file}:{problem.line or 1}: {problem.text}", err=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli.endings import explained
+from tidegate.cli.terminal import Console
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Final, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.cli.addresses import AddressError, address_file, read_address
 from tidegate.cli.replay_offsets import offsets
+from tidegate.cli.terminal import Console
 from tidegate.cli.wording import counted, moment_ms
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tidegate.cli import run_output
@@ -39,6 +38,7 @@ from tidegate.cli.live_view import (
     patiently,
     waiting,
 )
+from tidegate.cli.terminal import Console, say
 from tidegate.cli.wording import moment_ms
 from tidegate.domain import states
 from tidegate.domain.canonical import NotJsonError
@@ -116,6 +116,10 @@ def start(
         str | None,
         typer.Option("--failure-mode", help="`fail_fast` or `continue`, instead of what the workflow says."),
     ] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option("--prefer", metavar="INSTANCE", help="The executor that should run its steps, where it can."),
+    ] = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", "-w", help="Show its events until it is over or needs a human; see the exit codes."),
@@ -135,6 +139,7 @@ def start(
             "tags": _tags(tag or ()),
             "priority": priority,
             "failure_mode": failure_mode,
+            "prefer": prefer,
         }
         given = {name: value for name, value in wanted.items() if value is not None}
         validate({"type": "start", **given})
@@ -383,9 +388,9 @@ def _answer(client: Client, command: str, run_id: str, command_id: str, asked: A
         typer.echo(f"tidegate runs {command}: {problem}", err=True)
         raise typer.Exit(EXIT_NO_ANSWER) from None
     if event.type == "CommandRefused":
-        typer.echo(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
+        say(f"tidegate runs {command}: {event.data.code}: {event.data.reason}", err=True)
         raise typer.Exit(EXIT_REFUSED)
-    print(run_output.answer(run_id, event, asked))
+    say(run_output.answer(run_id, event, asked))
 
 
 # --- through the live view ------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import sys
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidegate.cli.sql_endpoint import URL_VARIABLE, SqlError, ask, find
+from tidegate.cli.sql_endpoint import URL_VARIABLE, SqlError, answer_in, ask, find
+from tidegate.cli.terminal import Console, say
 
 TABLE_FORMAT: Final = "JSONCompact"
 
@@ -37,11 +37,13 @@ def sql(
         text = sys.stdin.read() if query == "-" else query
         address = find(url)
         answered_format, body = ask(address, text, format_name or TABLE_FORMAT)
+        is_table = answered_format == TABLE_FORMAT and not format_name
+        answer = answer_in(address, body) if is_table else {}
     except SqlError as error:
-        typer.echo(f"tidegate sql: {error}", err=True)
+        say(f"tidegate sql: {error}", err=True)
         raise typer.Exit(1) from None
-    if answered_format == TABLE_FORMAT and not format_name:
-        _print_table(json.loads(body))
+    if is_table:
+        _print_table(answer)
     else:
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
@@ -57,7 +59,7 @@ def _print_table(answer: dict[str, Any]) -> None:
     for row in answer["data"]:
         table.add_row(*(_shown(value) for value in row))
     console.print(table)
-    count = answer["rows"]
+    count = len(answer["data"])
     console.print(Text(f"{count} row{'' if count == 1 else 's'}", style="dim"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -49,21 +50,37 @@ def find(url: str) -> SqlAddress:
 def ask(address: SqlAddress, query: str, default_format: str) -> tuple[str, bytes]:
     """Return the format of the answer and the answer. Raises SqlError."""
     parameters = urlencode({"database": address.database, "default_format": default_format})
-    request = urllib.request.Request(  # noqa: S310 - the address is the user's own
-        f"{address.url.rstrip('/')}/?{parameters}", data=query.encode("utf-8", "replace"), headers=_credentials()
-    )
-    if not request.full_url.startswith(("http://", "https://")):
+    target = f"{address.url.rstrip('/')}/?{parameters}"
+    if not target.startswith(("http://", "https://")):
         raise SqlError(f"{address.url} ({address.source}) is no http:// address")
     try:
+        request = urllib.request.Request(  # noqa: S310 - checked above
+            target, data=query.encode("utf-8", "replace"), headers=_credentials()
+        )
         with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:  # noqa: S310 - checked above
             return response.headers.get("X-ClickHouse-Format", default_format), response.read()
     except urllib.error.HTTPError as error:
         raise SqlError(error.read().decode("utf-8", "replace").strip() or str(error)) from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
+    except ValueError as error:  # brackets that do not close, a name that cannot be one
+        raise SqlError(f"{address.url} ({address.source}) is no address: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
         raise SqlError(
             f"nothing answers at {address.url} (from {address.source}): {reason}. Is the projection running?"
         ) from None
+
+
+def answer_in(address: SqlAddress, body: bytes) -> dict[str, Any]:
+    """Return what an answer in a JSON format of ClickHouse says. Raises SqlError: anybody may serve that address."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or not {"meta", "data"} <= answer.keys():
+        raise SqlError(
+            f"{address.url} (from {address.source}) does not answer as ClickHouse does: is SQL served there?"
+        )
+    return answer
 
 
 def _credentials() -> dict[str, str]:
@@ -75,7 +92,7 @@ def _credentials() -> dict[str, str]:
 def rows(address: SqlAddress, query: str) -> list[dict[str, Any]]:
     """Return the rows of a query. Blocks. Raises SqlError."""
     _, body = ask(address, query, "JSON")
-    answer = json.loads(body)
+    answer = answer_in(address, body)
     # Some servers write 64-bit integers as strings.
     wide = [column["name"] for column in answer["meta"] if "Int64" in column["type"]]
     for row in answer["data"]:

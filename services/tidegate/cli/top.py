@@ -7,12 +7,13 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli.sql_endpoint import URL_VARIABLE, SqlAddress, SqlError, find, rows
+from tidegate.cli.terminal import Console, say
 
 PIPED_WIDTH: Final = 120
 MAX_LINES: Final = 12
@@ -127,7 +128,7 @@ def top(
         else:
             _watch(console, url, interval_s, window_s)
     except SqlError as error:
-        typer.echo(f"tidegate top: {error}", err=True)
+        say(f"tidegate top: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit from None

@@ -6,8 +6,8 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from tidegate.cli.terminal import Console, say
 from tidegate.cli.wording import counted
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog.interface import EventLogError
@@ -55,7 +55,7 @@ def verify(
     else:
         typer.echo(_summary(report, not_over))
         for problem in report.problems:
-            typer.echo(f"  {problem}", err=True)
+            say(f"  {problem}", err=True)
     raise typer.Exit(0 if report.ok else 1)
 
 

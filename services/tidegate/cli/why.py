@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 import typer
-from rich.console import Console
 
 from tidegate import codec
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.terminal import Console, say
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.identity import account_root, partition_of
 from tidegate.eventlog.interface import Broker, Message, UnknownTopicError
@@ -29,6 +29,9 @@ MAX_SHOWN: Final = 500
 VOID: Final = (
     "void"  # the ledger's word for what a run has given up: it ended, was cancelled, or an answer came too late
 )
+
+
+T = TypeVar("T", "Line", BoundInput)
 
 
 class Line(NamedTuple):
@@ -64,7 +67,7 @@ def why(
         events = list(client.events(run_id))
     bound = [] if step_id is None or step_id not in folded.steps else bound_inputs(folded, step_id)
     for part in bound:
-        typer.echo(json.dumps(part._asdict(), ensure_ascii=False) if as_json else shown_input(part))
+        _print(part, shown_input, as_json=as_json)
     with Console(stderr=True).status(f"reading {LEDGER} …"):
         lines = [
             *story(_ledger_of(broker, run.account), run_id, step_id),
@@ -75,10 +78,17 @@ def why(
     if not lines and not bound:
         asked = f"step {step_id} of run {run_id}" if step_id else f"run {run_id}"
         because = f": {run.reason}" if run.reason else ""
-        typer.echo(f"the gate was never asked about {asked}; the run is {run.status}{because}", err=True)
+        say(f"the gate was never asked about {asked}; the run is {run.status}{because}", err=True)
         raise typer.Exit(EXIT_REFUSED)
     for line in lines:
-        typer.echo(json.dumps(line._asdict(), ensure_ascii=False) if as_json else shown(line))
+        _print(line, shown, as_json=as_json)
+
+
+def _print(what: T, for_people: Callable[[T], str], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(what._asdict(), ensure_ascii=False))
+    else:
+        say(for_people(what))
 
 
 def _ledger_of(broker: Broker, account: str) -> Iterator[Message]:
@@ -220,7 +230,12 @@ def _queued(event: ev.AttemptQueued) -> str:
 def _placed(event: ev.AttemptPlaced) -> str:
     if event.call.is_outside:
         return "let through: it waits for whoever does it outside"
-    return f"placed on {event.instance_id} (incarnation {event.incarnation})"
+    preferred = event.call.preferred
+    if event.instance_id in preferred:
+        wish = ", as preferred"
+    else:
+        wish = f"; preferred, but without a free slot for it: {', '.join(preferred)}" if preferred else ""
+    return f"placed on {event.instance_id} (incarnation {event.incarnation}){wish}"
 
 
 _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, NamedTuple
 
 import typer
-import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import drawing
+from tidegate.cli.definition_files import YAML_SUFFIXES, Lines, label_of, read_definitions
 from tidegate.cli.endings import EXIT_REFUSED, EXIT_USAGE, WORKFLOW_EXIT_CODES, explained, usage
 from tidegate.cli.run_output import moment
+from tidegate.cli.terminal import Console
 from tidegate.domain import canonical
 from tidegate.domain.messages import WorkflowPublished
-from tidegate.domain.requests import parse_json
 from tidegate.domain.workflow import AGENT_PREFIX, validate_definition, with_children
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
@@ -39,10 +38,6 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Definitions = App | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-_YAML: Final = frozenset({".yaml", ".yml"})
-
 
 Source = Annotated[
     str,
@@ -64,11 +59,8 @@ AppOption = Annotated[
 @app.command(epilog=WORKFLOW_EXIT_CODES)
 def validate(source: Source, functions_of: AppOption = "", as_json: Json = False) -> None:
     """Check definitions without publishing them: says everything that is wrong, each with its place."""
-    found: dict[str, list[str]] = {}
     with explained("workflow validate"):
-        for definition in _definitions(_load("workflow validate", source, functions_of), found):
-            label = f"{definition.get('name')}@{definition.get('version')}"
-            found[label] = validate_definition(definition)
+        _, found = _judged(_load("workflow validate", source, functions_of))
     if as_json:
         print(json.dumps(found))
     else:
@@ -85,9 +77,12 @@ def publish(source: Source, functions_of: AppOption = "", as_json: Json = False)
     An app's graphs and its agents are published. The one published last is what a bare name means.
     """
     with explained("workflow publish"):
-        what = _load("workflow publish", source, functions_of)
+        loaded = _load("workflow publish", source, functions_of)
+        _, found = _judged(loaded)
+        if wrong := [str(GraphError(label, problems)) for label, problems in found.items() if problems]:
+            usage("workflow publish", "\n".join(wrong))
         with Client() as client:
-            labels = client.publish(what)
+            labels = client.publish(loaded.what)
     print(json.dumps(labels) if as_json else "\n".join(labels))
 
 
@@ -155,18 +150,15 @@ def graph(
         definitions = [_find("workflow graph", name)]
     else:
         with explained("workflow graph"):
-            problems: dict[str, list[str]] = {}
-            definitions = _definitions(_load("workflow graph", name, functions_of), problems)
-            problems |= {str(d.get("name")): found for d in definitions if (found := validate_definition(d))}
-        if any(problems.values()):
-            lines = [f"{label}: {problem}" for label, found in problems.items() for problem in found]
-            usage("workflow graph", "\n".join(lines))
+            definitions, found = _judged(_load("workflow graph", name, functions_of))
+        if wrong := [f"{label}: {problem}" for label, problems in found.items() for problem in problems]:
+            usage("workflow graph", "\n".join(wrong))
     sys.stdout.write("\n".join(drawing.FORMATS[picture](definition) for definition in definitions))
 
 
 def _is_published_name(text: str) -> bool:
     """Tell whether the text names a published workflow: it is no file, and has no colon but that of `agent:`."""
-    return Path(text).suffix not in {*_YAML, ".json", ".py"} and ":" not in text.removeprefix(AGENT_PREFIX)
+    return Path(text).suffix not in {*YAML_SUFFIXES, ".json", ".py"} and ":" not in text.removeprefix(AGENT_PREFIX)
 
 
 def _find(command: str, name: str) -> Any:
@@ -179,13 +171,31 @@ def _find(command: str, name: str) -> Any:
     return canonical.loads(rows[label].definition)
 
 
-def _definitions(what: Definitions, found: dict[str, list[str]]) -> list[Mapping[str, Any]]:
-    """Return the single definitions; of an app's graphs that cannot even be written down, `found` gets the problems."""
-    if isinstance(what, Mapping):
-        return [what]
-    if not isinstance(what, App):
-        return list(what)
-    definitions = []
+class _Loaded(NamedTuple):
+    """What a user means, and where its parts stand if that is a file."""
+
+    what: App | list[dict[str, Any]]
+    lines: Lines
+
+
+def _judged(loaded: _Loaded) -> tuple[list[Mapping[str, Any]], dict[str, list[str]]]:
+    """Return the single definitions, and by label all that is wrong with each."""
+    found: dict[str, list[str]] = {}
+    definitions: list[Mapping[str, Any]] = (
+        _of_app(loaded.what, found) if isinstance(loaded.what, App) else [*loaded.what]
+    )
+    for number, definition in enumerate(definitions):
+        label = label_of(definition)
+        problems = [loaded.lines.located(number, problem) for problem in validate_definition(definition)]
+        if label in found:
+            problems = [*found[label], *problems, f"definition: {label} is there twice"]
+        found[label] = problems
+    return definitions, found
+
+
+def _of_app(what: App, found: dict[str, list[str]]) -> list[Mapping[str, Any]]:
+    """Return the definitions of an app; of graphs that cannot even be written down, `found` gets the problems."""
+    definitions: list[Mapping[str, Any]] = []
     for each in what.graphs:
         try:
             definitions.append(what.definition(each))
@@ -194,26 +204,16 @@ def _definitions(what: Definitions, found: dict[str, list[str]]) -> list[Mapping
     return [*definitions, *what.alone()]
 
 
-def _load(command: str, source: str, functions_of: str) -> Definitions:
-    """Return the app or the definitions that a user means, completed. Raises AppError, NotJsonError."""
+def _load(command: str, source: str, functions_of: str) -> _Loaded:
+    """Return the app or the definitions that a user means, completed. Raises AppError."""
     file = Path(source)
-    is_yaml = file.suffix in _YAML
-    if not is_yaml and file.suffix != ".json":
-        return load_app(source)
-    try:
-        data = file.read_bytes()
-        found = yaml.safe_load(data) if is_yaml else parse_json(data)
-    except OSError as error:
-        usage(command, f"{file} cannot be read: {error.strerror or error}")
-    except (yaml.YAMLError, canonical.NotJsonError) as error:
-        usage(command, f"{file}: {error}")
-    definitions = found if isinstance(found, list) else [found]
-    if not definitions or not all(isinstance(definition, dict) for definition in definitions):
-        usage(command, f"{file}: a definition is an object; the file holds one, or a list of them")
+    if file.suffix not in {*YAML_SUFFIXES, ".json"}:
+        return _Loaded(load_app(source), Lines())
+    definitions, lines = read_definitions(command, file)
     if functions_of:
         known = load_app(functions_of)
         definitions = [known.completed(definition) for definition in definitions]
-    return with_children(definitions)
+    return _Loaded(with_children(definitions), lines)
 
 
 def _published(command: str) -> dict[str, WorkflowPublished]:

@@ -34,12 +34,13 @@ NO_HOP: Final = Hop("", "null", 1)
 class Sight:
     """What can be seen of a run inside one decision. `look` returns a node's state with what the decision has changed."""
 
-    __slots__ = ("_look", "_run", "_workflow")
+    __slots__ = ("_contexts", "_look", "_run", "_workflow")
 
     def __init__(self, run: RunState, workflow: Workflow, look: NodeLookup) -> None:
         self._run = run
         self._workflow = workflow
         self._look = look
+        self._contexts: dict[Any, Any] = {}  # of expressions that look at large values
 
     # -- what is evaluated ---------------------------------------------------------------
 
@@ -66,13 +67,9 @@ class Sight:
     def wait_of(self, node_id: str, used: Iterable[str], hop: Hop = NO_HOP) -> waits.Bound:
         """Return the wait of a node with its templates filled in. Raises Stop if one fails."""
         node, where = self._workflow.document.nodes[node_id], f"wait of node {node_id}"
-        names = self._visible(self._workflow.reads[node_id], used)
-
-        def variables() -> dict[str, Any]:
-            return self._variables(names, _hop_variable(hop))
-
+        values = self._values(self._visible(self._workflow.reads[node_id], used), _hop_variable(hop))
         try:
-            return waits.bind(node.kind, node.wait, where, lambda value: expressions.render(value, variables))
+            return waits.bind(node.kind, node.wait, where, lambda value: expressions.render(value, values.evaluate))
         except waits.WaitError as error:
             raise Stop("binding_failed", str(error)) from None  # says where itself
         except (expressions.ExpressionError, canonical.NotJsonError) as error:
@@ -97,19 +94,18 @@ class Sight:
             raise Stop("too_many_items", f"{where} gives {len(items)} items, at most {node.max_items} (`max_items`)")
         return list(items)
 
-    def is_taken(self, source: str, target: str, condition: str, output: Any) -> bool:
-        """Return what the condition of an edge says of its source's output. Raises Stop."""
+    def is_taken(self, source: str, target: str, condition: str, output: str) -> bool:
+        """Return what the condition of an edge says of its source's output, canonical JSON. Raises Stop."""
         where = f"`when` of {source} -> {target}"
-        taken = self._evaluated(condition, (source,), where, "condition_failed", {"output": output})
+        taken = self._evaluated(condition, (source,), where, "condition_failed", {}, output)
         if not isinstance(taken, bool):
             raise Stop("condition_failed", f"{where} must give true or false, not a {type(taken).__name__}")
         return taken
 
-    def choice_of(self, node_id: str, used: Iterable[str], value: Any) -> str:
-        """Return the node that a router chooses for its input; empty for none. Raises Stop."""
+    def choice_of(self, node_id: str, used: Iterable[str], value: str) -> str:
+        """Return the node that a router chooses for its input, canonical JSON; empty for none. Raises Stop."""
         where = f"`choose` of node {node_id}"
-        more = {"output": value}
-        chosen = self._evaluated(self._workflow.document.nodes[node_id].choose, used, where, "bad_route", more)
+        chosen = self._evaluated(self._workflow.document.nodes[node_id].choose, used, where, "bad_route", {}, value)
         if chosen is None:
             return ""
         if not isinstance(chosen, str):
@@ -144,11 +140,19 @@ class Sight:
     def _object(self, nodes: Iterable[str]) -> str:
         return "{" + ",".join(f"{canonical.dumps(node)}:{self._look(node).output}" for node in sorted(nodes)) + "}"
 
-    def _evaluated(self, expression: str, used: Iterable[str], where: str, code: str, more: Mapping[str, Any]) -> Any:
+    def _evaluated(
+        self,
+        expression: str,
+        used: Iterable[str],
+        where: str,
+        code: str,
+        more: Mapping[str, Any],
+        output: str | None = None,
+    ) -> Any:
         source = expressions.source_of(expression)
         try:
             names = self._visible(expressions.nodes_read(source), used)
-            return expressions.evaluate(source, self._variables(names, more))
+            return self._values(names, more, output).evaluate(source)
         except (expressions.ExpressionError, canonical.NotJsonError) as error:
             raise Stop(code, f"{where}: {error}") from None
 
@@ -159,17 +163,15 @@ class Sight:
 
     def _render(self, template: Any, names: Iterable[str], where: str, more: Mapping[str, Any]) -> str:
         try:
-            return canonical.dumps(expressions.render(template, lambda: self._variables(names, more)))
+            return canonical.dumps(expressions.render(template, self._values(names, more).evaluate))
         except (expressions.ExpressionError, canonical.NotJsonError) as error:
             raise Stop("binding_failed", f"{where}: {error}") from None
 
-    def _variables(self, names: Iterable[str], more: Mapping[str, Any]) -> dict[str, Any]:
-        nodes = {}
-        for name in names:
-            state = self._look(name)
-            if state.status == states.SUCCEEDED:
-                nodes[name] = canonical.loads(state.output)
-        return {"input": canonical.loads(self._run.input), "nodes": nodes, **more}
+    def _values(self, names: Iterable[str], more: Mapping[str, Any], output: str | None = None) -> expressions.Values:
+        found = ((name, self._look(name)) for name in names)
+        nodes = {name: state.output for name, state in found if state.status == states.SUCCEEDED}
+        texts = {"input": self._run.input} if output is None else {"input": self._run.input, "output": output}
+        return expressions.Values(texts, nodes, more, self._contexts)
 
     def _visible(self, names: frozenset[str] | None, used: Iterable[str]) -> Iterable[str]:
         """Return the nodes among `names` (None: all) that led to where `used` did."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -45,3 +45,11 @@ def call_of(workflow: Workflow, function: str, arguments: str, agent: str = "") 
         max_input_tokens=settings.max_input_tokens,
         max_output_tokens=settings.max_output_tokens,
     )
+
+
+def as_wished(event: Any, prefer: str) -> Any:
+    """Return the event; if it begins a step, with the instance that the run prefers before the one that the function does."""
+    if not isinstance(event, ev.StepReady):
+        return event
+    names = dict.fromkeys([prefer, *event.call.preferred])
+    return msgspec.structs.replace(event, call=msgspec.structs.replace(event.call, prefer=",".join(names)))

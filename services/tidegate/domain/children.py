@@ -45,6 +45,7 @@ def started(
         tags=run.tags,
         failure_mode=run.failure_mode,
         priority=run.priority,
+        prefer=run.prefer,
     )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
-from tidegate.domain import expressions, waits
+from tidegate.domain import expressions, retries, waits
+from tidegate.domain.definition_damage import MANY, SURE, Unsure
 from tidegate.domain.graph_changes import edge_ends
-from tidegate.domain.routes import Ancestry, form_of
+from tidegate.domain.routes import CYCLE, Ancestry, Form, form_of
 
+FLOW_CALLS: Final = ("step", "agent", "tool")  # the kinds of functions that flows may call
+MAX_LISTED: Final = 20  # names that a problem lists
+_OF_OUTSIDE_TOOLS: Final = frozenset(
+    {"kind", "outside", "timeout_ms", "reserve_micros", "description", "parameters", "output"}
+)
 MAX_ROUTES: Final = 500  # each is a walk through the graph when it is judged
 
 # By kind: fields that a node must have, and further ones that it may have. All may have those of `_ANY`.
@@ -27,139 +33,214 @@ _FIELDS: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
     **dict.fromkeys(waits.KINDS, (frozenset[str](), frozenset({"on_failure", "wait", "function"}))),  # see `waits.py`
     "workflow": (frozenset({"workflow"}), frozenset({"on_failure", "budget_micros"})),
 }
-_ALL_FIELDS: Final = _ANY.union(*(needed | more for needed, more in _FIELDS.values()))
 
 
-def without_damage(definition: Any, places: Sequence[tuple[Any, ...]]) -> dict[str, Any] | None:
-    """Return a definition without what stands in these places, where its shape is wrong; None if too little would be left.
-
-    A node stays, whatever is wrong with it: others may name it.
-    """
-    made: dict[str, Any] = copy.deepcopy(definition) if isinstance(definition, dict) else {}
-    edges = {place[1] for place in places if place[:1] == ("edges",) and len(place) > 1}
-    for place in places:
-        part, name, field = (*place, None, None, None)[:3]
-        if part == "nodes" and name is not None:
-            node = made["nodes"][name] if isinstance(made["nodes"][name], dict) else {}
-            made["nodes"][name] = {key: value for key, value in node.items() if key in _ALL_FIELDS and key != field}
-            made["nodes"][name].setdefault("kind", _kind_of(made, node))
-        elif part == "functions" and name is not None and field not in (None, "kind"):
-            made["functions"][name].pop(field, None)
-        elif part == "edges" and name is not None:
-            continue
-        elif part in (None, "nodes", "functions", "workflows", "name", "version"):
-            return None
-        else:
-            made.pop(part, None)
-    if edges and "edges" in made:
-        made["edges"] = [edge for number, edge in enumerate(made["edges"]) if number not in edges]
-    return made
-
-
-def _kind_of(definition: Mapping[str, Any], node: Mapping[str, Any]) -> str:
-    """Return what a node without a good kind may be meant as: what its function is."""
-    functions, name = definition.get("functions"), node.get("function")
-    function = functions.get(name) if isinstance(functions, dict) and isinstance(name, str) else None
-    kind = function.get("kind") if isinstance(function, dict) else None
-    return kind if kind in ("agent", "flow") else "step"
-
-
-def node_problems(definition: Mapping[str, Any]) -> list[str]:
+def node_problems(definition: Mapping[str, Any], unsure: Unsure = SURE) -> list[str]:
     """Return what is wrong with the fields of nodes."""
     found = []
     for node_id, node in definition["nodes"].items():
-        where, kind = f"nodes.{node_id}", node["kind"]
-        needed, allowed = _FIELDS[kind]
-        found += [f"{where}: a node of kind {kind} needs `{name}`" for name in sorted(needed - node.keys())]
-        unknown = sorted(node.keys() - needed - allowed - _ANY)
-        found += [f"{where}: a node of kind {kind} has no `{name}`" for name in unknown]
-        if kind in waits.KINDS:
-            found += waits.definition_problems(node_id, node)
+        where = f"nodes.{node_id}"
+        if ("nodes", node_id) not in unsure.kinds:
+            found += _field_problems(where, node_id, node)
         label = node.get("workflow")
-        if label is not None and label not in definition.get("workflows", {}):
+        if label is not None and not _is_there(definition, "workflows", label, unsure):
             found.append(f"{where}: workflow {label!r} is not among the `workflows` of this definition")
     return found
 
 
-def graph_problems(definition: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the edges and routes."""
-    nodes, edges, routes = definition["nodes"], _edges(definition), _routes(definition)
-    named = [("edges", edge) for edge in edges]
-    named += [(f"nodes.{router}.routes", (router, target)) for router, targets in routes.items() for target in targets]
-    found = [f"start: there is no node {name!r}" for name in definition.get("start", ()) if name not in nodes]
-    found += [
-        f"{where}: {a} -> {b} names an unknown node" for where, (a, b) in named if a not in nodes or b not in nodes
-    ]
-    counts = Counter(edge for _, edge in named)
-    found += [f"edges: {a} -> {b} is there twice" for (a, b), count in sorted(counts.items()) if count > 1]
-    if sum(map(len, routes.values())) > MAX_ROUTES:
-        return [*found, f"nodes: more than {MAX_ROUTES} routes in one definition"]
-    if found:  # of what there is, the rest may be wrong as well
-        edges = list(dict.fromkeys(edge for edge in edges if nodes.keys() >= set(edge)))
-        routes = {router: [name for name in routes[router] if name in nodes] for router in routes}
-        edges = [edge for edge in edges if edge[1] not in routes.get(edge[0], ())]
-        form, problems = form_of(nodes, edges, routes, [name for name in definition.get("start", ()) if name in nodes])
-        return found + problems
-    found += [
-        f"edges: {a} -> {b}: a node with routes has no other edges: add {b} to its routes"
-        for a, b in edges
-        if a in routes
-    ]
-    form, problems = form_of(nodes, edges, routes, definition.get("start", ()))
-    led_to = sorted(name for name in definition.get("start", ()) if form.predecessors[name])
-    problems += [f"start: {name} comes after {', '.join(form.predecessors[name])}" for name in led_to]
-    for node_id, node in nodes.items():
-        join = node.get("join", "all")
-        count = len(form.predecessors[node_id])
-        if isinstance(join, dict) and join["need"] > count:
-            problems.append(f"nodes.{node_id}.join: needs {join['need']} of the {count} edges that lead there")
-    return found + problems
+def _field_problems(where: str, node_id: str, node: Mapping[str, Any]) -> list[str]:
+    kind = node["kind"]
+    needed, allowed = _FIELDS[kind]
+    found = [f"{where}: a node of kind {kind} needs `{name}`" for name in sorted(needed - node.keys())]
+    unknown = sorted(node.keys() - needed - allowed - _ANY)
+    found += [f"{where}: a node of kind {kind} has no `{name}`" for name in unknown]
+    return found + (waits.definition_problems(node_id, node) if kind in waits.KINDS else [])
 
 
-def binding_problems(definition: Mapping[str, Any], *, is_graph: bool) -> list[str]:
-    """Return what is wrong with the expressions: those that do not compile, and those that read what cannot be there.
+def _is_there(definition: Mapping[str, Any], part: str, name: str, unsure: Unsure) -> bool:
+    return name in definition.get(part, {}) or unsure.may_have(part, name)
 
-    is_graph: whether edges and routes are right, so that there is a before and after.
-    """
-    ancestry = None
-    if is_graph:
-        form, _ = form_of(definition["nodes"], _edges(definition), _routes(definition), definition.get("start", ()))
-        ancestry = Ancestry(form)
+
+def function_problems(definition: Mapping[str, Any], unsure: Unsure = SURE) -> list[str]:
+    """Return what is wrong with the functions, and with what nodes name as theirs."""
+    functions = definition["functions"]
+    known = ", ".join([*itertools.islice(functions, MAX_LISTED), *(["…"] if len(functions) > MAX_LISTED else [])])
     found = []
-    for where, node_id, template in _templates(definition):
-        problems = expressions.problems(template, where)
-        if ancestry is not None and not problems:
-            problems = [f"{where}: {problem}" for problem in _unbound(definition, ancestry, node_id, template)]
-        found += problems
+    for node_id, node in definition["nodes"].items():
+        name = node.get("function")
+        if name is None or unsure.may_have("functions", name):
+            continue
+        if name not in functions:
+            found.append(f"nodes.{node_id}: unknown function {name!r} (known: {known or 'none'})")
+        elif not unsure.kinds.isdisjoint((("nodes", node_id), ("functions", name))):
+            continue
+        elif problem := _kind_problem(node["kind"], functions[name]["kind"]):
+            found.append(f"nodes.{node_id}: {name!r} {problem}")
+    for name, function in functions.items():
+        found += retries.problems(function, f"functions.{name}")
+        if ("functions", name) not in unsure.kinds:
+            found += _outside_problems(name, function)
+            found += _tool_problems(name, function, functions, unsure)
+            found += _child_problems(name, function, definition, unsure)
     return found
 
 
-def _templates(definition: Mapping[str, Any]) -> Iterator[tuple[str, str | None, Any]]:
-    """Yield the place, the node after whose predecessors it is evaluated (None: after everything), and a template."""
+def _kind_problem(node: str, function: str) -> str:
+    if node == "map":
+        return "" if function in ("step", "agent") else f"is a {function}, not a step or an agent"
+    return "" if function == node else f"is a {function}, not a {node}"
+
+
+def _tool_problems(
+    name: str, function: Mapping[str, Any], functions: Mapping[str, Any], unsure: Unsure
+) -> Iterator[str]:
+    for tool in function.get("tools", ()):
+        if unsure.may_have("functions", tool) or ("functions", tool) in unsure.kinds:
+            continue
+        if problem := _call_problem(function["kind"], functions.get(tool, {})):
+            yield f"functions.{name}.tools: {tool!r} {problem} of this definition"
+
+
+def _call_problem(caller: str, called: Mapping[str, Any]) -> str:
+    kind = called.get("kind")
+    if caller != "flow":
+        return "" if kind == "tool" else "is not a tool"
+    return "" if kind in FLOW_CALLS else "is not a step, agent or tool"
+
+
+def _child_problems(name: str, function: Mapping[str, Any], definition: Mapping[str, Any], unsure: Unsure) -> list[str]:
+    where, labels = f"functions.{name}.workflows", function.get("workflows", ())
+    if labels and function["kind"] != "flow":
+        return [f"{where}: a {function['kind']} starts no runs, only a flow does"]
+    found = [
+        f"{where}: {label!r} is not among the `workflows` of this definition"
+        for label in labels
+        if not _is_there(definition, "workflows", label, unsure)
+    ]
+    counts = Counter(label.partition("@")[0] for label in labels)
+    return found + [f"{where}: {child!r} is there twice" for child, count in sorted(counts.items()) if count > 1]
+
+
+def _outside_problems(name: str, function: Mapping[str, Any]) -> list[str]:
+    where = f"functions.{name}"
+    if not function.get("outside"):
+        return (
+            [f"{where}.output: only a tool that is `outside` says what its output is"] if "output" in function else []
+        )
+    if function["kind"] != "tool":
+        return [f"{where}.outside: a {function['kind']} cannot be done outside, only a tool can"]
+    foreign = sorted(function.keys() - _OF_OUTSIDE_TOOLS)
+    return [f"{where}.{setting}: nothing of an outside tool is run here" for setting in foreign]
+
+
+class Order(NamedTuple):
+    """What comes before what in a graph, as far as that is known. is_whole: whether all edges are."""
+
+    ancestry: Ancestry
+    is_whole: bool
+
+    def forbids(self, name: str, node_id: str) -> bool:
+        """Tell whether a node cannot see the output of `name`, whatever edges are added that are yet unknown."""
+        if self.is_whole:
+            return not self.ancestry.is_before(name, node_id)
+        return name == node_id or self.ancestry.is_before(node_id, name)
+
+
+def graph_problems(definition: Mapping[str, Any], unsure: Unsure = SURE) -> tuple[list[str], Order]:
+    """Return what is wrong with the edges and routes, and the order of nodes that they make."""
+    nodes, edges, routes = definition["nodes"], _edges(definition), _routes(definition)
+    start = definition.get("start", ())
+    named = [("edges", edge) for edge in edges]
+    named += [(f"nodes.{router}.routes", (router, target)) for router, targets in routes.items() for target in targets]
+    found = [f"start: there is no node {name!r}" for name in start if name not in nodes]
+    unknown = [(where, edge) for where, edge in named if edge[0] not in nodes or edge[1] not in nodes]
+    found += [f"{where}: {a} -> {b} names an unknown node" for where, (a, b) in unknown]
+    counts = Counter(edge for _, edge in named)
+    found += [f"edges: {a} -> {b} is there twice" for (a, b), count in sorted(counts.items()) if count > 1]
+    lacking = unsure.edges + len(unknown) + (MANY if found and start else 0)
+    if sum(map(len, routes.values())) > MAX_ROUTES:
+        found.append(f"nodes: more than {MAX_ROUTES} routes in one definition")
+        routes, lacking = {}, MANY
+    edges = list(dict.fromkeys(edge for edge in edges if nodes.keys() >= set(edge)))
+    routes = {router: [name for name in dict.fromkeys(targets) if name in nodes] for router, targets in routes.items()}
+    edges = [edge for edge in edges if edge[1] not in routes.get(edge[0], ())]
+    found += [
+        f"edges: {a} -> {b}: a node with routes has no other edges: add {b} to its routes"
+        for a, b in edges
+        if routes.get(a)
+    ]
+    form, problems = form_of(nodes, edges, routes, [name for name in start if name in nodes])
+    # Without edges that are there but cannot be read, much may seem wrong; a cycle is one all the same.
+    found += [problem for problem in problems if not lacking or problem.startswith(CYCLE)]
+    found += _join_problems(definition, form, lacking)
+    if not problems:
+        return found, Order(Ancestry(form.successors), is_whole=not lacking)
+    ways = {name: [*after, *routes.get(name, ())] for name, after in form.successors.items()}
+    return found, Order(Ancestry(ways), is_whole=not lacking)
+
+
+def _join_problems(definition: Mapping[str, Any], form: Form, lacking: int) -> list[str]:
+    led_to = sorted(name for name in definition.get("start", ()) if form.predecessors.get(name))
+    found = [f"start: {name} comes after {', '.join(form.predecessors[name])}" for name in led_to]
     for node_id, node in definition["nodes"].items():
-        yield f"nodes.{node_id}.input", node_id, node.get("input")
+        join, count = node.get("join", "all"), len(form.predecessors[node_id])
+        if isinstance(join, dict) and join["need"] > count + lacking:
+            found.append(f"nodes.{node_id}.join: needs {join['need']} of the {count} edges that lead there")
+    return found
+
+
+def binding_problems(definition: Mapping[str, Any], order: Order, *, is_new: bool) -> list[str]:
+    """Return what is wrong with the expressions: those that do not compile, and those that read what cannot be there.
+
+    is_new: somebody is about to publish it. What was published when less was looked at stays good.
+    """
+    found = []
+    for where, node_id, template, more in _templates(definition):
+        found += expressions.problems(template, where)
+        found += [f"{where}: {problem}" for problem in _unbound(definition, order, node_id, template)]
+        if is_new:
+            found += _unknown_variables(where, template, {"input", "nodes", *more})
+    return found
+
+
+def _templates(definition: Mapping[str, Any]) -> Iterator[tuple[str, str | None, Any, tuple[str, ...]]]:
+    """Yield the place, the node after whose predecessors it is evaluated (None: after everything), a template, and the
+    variables that it has besides `input` and `nodes`.
+    """
+    for node_id, node in definition["nodes"].items():
+        of_items = ("item", "index") if node["kind"] == "map" else ("hop",)
+        yield f"nodes.{node_id}.input", node_id, node.get("input"), of_items
         if "wait" in node:
-            yield f"nodes.{node_id}.wait", node_id, {k: v for k, v in node["wait"].items() if k != "schema"}
-        for name in ("over", "choose"):
-            if name in node:
-                yield f"nodes.{node_id}.{name}", node_id, _as_template(node[name])
+            template = {name: value for name, value in node["wait"].items() if name != "schema"}
+            yield f"nodes.{node_id}.wait", node_id, template, ("hop",)
+        if "over" in node:
+            yield f"nodes.{node_id}.over", node_id, _as_template(node["over"]), ("hop",)
+        if "choose" in node:
+            yield f"nodes.{node_id}.choose", node_id, _as_template(node["choose"]), ("output",)
     for edge in definition.get("edges", ()):
         if isinstance(edge, dict) and "when" in edge:
             # A condition sees what its target will see of this way: the node it comes from, and what was before that.
-            yield f"edges.{edge['from']} -> {edge['to']}.when", edge["to"], _as_template(edge["when"])
-    yield "output", None, definition.get("output")
+            where = f"edges.{edge['from']} -> {edge['to']}.when"
+            yield where, edge["to"], _as_template(edge["when"]), ("output",)
+    yield "output", None, definition.get("output"), ()
 
 
 def _as_template(expression: str) -> str:
     return f"${{ {expressions.source_of(expression)} }}"
 
 
-def _unbound(definition: Mapping[str, Any], ancestry: Ancestry, node_id: str | None, template: Any) -> Iterator[str]:
+def _unbound(definition: Mapping[str, Any], order: Order, node_id: str | None, template: Any) -> Iterator[str]:
     for name in sorted(expressions.nodes_read_by(template) or ()):
         if name not in definition["nodes"]:
             yield f"reads nodes.{name}, and there is no such node"
-        elif node_id is not None and not ancestry.is_before(name, node_id):
+        elif node_id in definition["nodes"] and node_id is not None and order.forbids(name, node_id):
             yield f"reads nodes.{name}, which does not come before {node_id}"
+
+
+def _unknown_variables(where: str, template: Any, known: Collection[str]) -> Iterator[str]:
+    for source in expressions.sources(template):
+        if unknown := expressions.unknown_variables(source, known):
+            yield f"{where}: {source!r}: unknown: {', '.join(unknown)}; there are {', '.join(sorted(known))}"
 
 
 def _edges(definition: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import jsonschema
-
 from tidegate.domain import canonical
 from tidegate.domain.graph_changes import (
     DISABLED,
@@ -24,6 +22,7 @@ from tidegate.domain.graph_changes import (
     merged,
 )
 from tidegate.domain.routes import reached
+from tidegate.domain.strict_schema import Validator, shape_problem
 from tidegate.domain.workflow import DEFINITION_SCHEMA, Workflow, evolved, validate_definition
 
 INVALID: Final = "invalid"
@@ -42,7 +41,7 @@ CHANGE_SCHEMA: Final[dict[str, Any]] = {
         "because": {"type": "string", "maxLength": MAX_BECAUSE},
     },
 }
-_validator: Final = jsonschema.Draft202012Validator(CHANGE_SCHEMA)
+_validator: Final = Validator(CHANGE_SCHEMA)
 
 
 class Problem(NamedTuple):
@@ -88,7 +87,7 @@ def _read(text: str) -> tuple[dict[str, Any], Problem | None]:
     except canonical.NotJsonError as error:
         return {}, Problem(INVALID, f"the change is not JSON: {error}")
     found = sorted(
-        f"{'.'.join(map(str, error.absolute_path)) or 'change'}: {error.message[:300]}"
+        f"{'.'.join(map(str, error.absolute_path)) or 'change'}: {shape_problem(error)}"
         for error in _validator.iter_errors(value)
     )
     if not found and not value.get("nodes") and not value.get("edges"):
@@ -205,7 +204,7 @@ def _with_graph_problems(
     change: str,
 ) -> list[str]:
     """Return the problems and what is wrong with the graph that the change makes of `workflow`, the graph before it."""
-    found = problems + validate_definition(merged(definition, [*accepted, change]))
+    found = problems + validate_definition(merged(definition, [*accepted, change]), is_new=False)
     if found:
         return found
     after = evolved(workflow.definition, (*accepted, change))

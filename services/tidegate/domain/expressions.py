@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,14 @@ import cel  # noqa: E402 - after the line above
 if not hasattr(_shell, "__file__"):
     del sys.modules["cel.cli"]
 
+from tidegate.domain import canonical  # noqa: E402 - as above
+
 MAX_EXPRESSION_LENGTH = 4096
+_MOST_CONTEXTS = 4  # that are kept at once: a large value takes many times its text
+_LARGE = 4096  # characters of JSON: making less of it for each evaluation costs no more than keeping it
 # Each macro over a list may multiply the work by the list's length, and an evaluation cannot be interrupted.
 MAX_MACROS = 3
+_LOCAL = re.compile(r"\.\s*(?:all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_][A-Za-z0-9_]*)\s*,")
 _MACRO = re.compile(r"\.\s*(all|exists|exists_one|map|filter)\s*\(")
 _TEXT = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _READ = re.compile(
@@ -67,6 +72,77 @@ def evaluate(source: str, variables: Mapping[str, Any]) -> Any:
         return program.execute(dict(variables))
     except Exception as error:  # unknown names, wrong types, custom failures: several exception types
         raise ExpressionError(f"{source!r} failed: {_one_line(error)}") from None
+
+
+_Texts = tuple[tuple[str, str], ...]  # names and JSON texts
+
+
+class Values:
+    """What an expression looks at: variables whose values are JSON texts, `nodes`, and others.
+
+    What it does not name is not made for it. Making a large value costs far more than most expressions do: it is made once for all
+    expressions of a decision, which share `contexts`, and for those of other decisions, too, if they look at nothing else.
+    """
+
+    __slots__ = ("_contexts", "_more", "_nodes", "_texts")
+
+    def __init__(
+        self,
+        texts: Mapping[str, str],
+        nodes: Mapping[str, str],
+        more: Mapping[str, Any],
+        contexts: dict[Any, cel.Context],
+    ) -> None:
+        self._texts = tuple(texts.items())
+        self._nodes = tuple(sorted(nodes.items()))
+        self._more = more
+        self._contexts = contexts
+
+    def evaluate(self, source: str) -> Any:
+        """Evaluate a CEL expression. Raises ExpressionError, NotJsonError."""
+        named = variables_of(source)
+        texts = tuple(item for item in self._texts if item[0] in named)
+        nodes = self._nodes if "nodes" in named else None
+        more = {name: value for name, value in self._more.items() if name in named}
+        if sum(len(text) for _, text in (*texts, *(nodes or ()))) < _LARGE:
+            return evaluate(source, _values_of(texts, nodes) | more)
+        if not more:
+            return evaluate_in(source, _shared_context(texts, nodes))
+        key = (texts, nodes, tuple(more))
+        if key not in self._contexts:
+            if len(self._contexts) == _MOST_CONTEXTS:
+                self._contexts.clear()
+            self._contexts[key] = _context_of(texts, nodes)
+        context = self._contexts[key]
+        for name, value in more.items():
+            context.add_variable(name, value)
+        return evaluate_in(source, context)
+
+
+def _values_of(texts: _Texts, nodes: _Texts | None) -> dict[str, Any]:
+    found = {name: canonical.loads(text) for name, text in texts}
+    if nodes is not None:
+        found["nodes"] = {name: canonical.loads(text) for name, text in nodes}
+    return found
+
+
+def _context_of(texts: _Texts, nodes: _Texts | None) -> cel.Context:
+    context = cel.Context()
+    for name, value in _values_of(texts, nodes).items():
+        context.add_variable(name, value)
+    return context
+
+
+@lru_cache(maxsize=_MOST_CONTEXTS)
+def _shared_context(texts: _Texts, nodes: _Texts | None) -> cel.Context:
+    """Return a context that nobody changes."""
+    return _context_of(texts, nodes)
+
+
+@lru_cache(maxsize=4096)
+def variables_of(source: str) -> frozenset[str]:
+    """Return the names that an expression looks at, those that its macros bind included. Raises ExpressionError."""
+    return frozenset(compile_expression(source).variables())
 
 
 def lazy_context(value_of: Callable[[str], Any]) -> cel.Context:
@@ -144,6 +220,29 @@ def nodes_read_by(template: Any) -> frozenset[str] | None:
     return frozenset(names)
 
 
+@lru_cache(maxsize=64)
+def _is_type(name: str) -> bool:
+    """Tell whether a name that is no variable has a value of its own, as the names of types have."""
+    try:
+        compile_expression(name).execute({})
+    except Exception:  # of several types
+        return False
+    return True
+
+
+def unknown_variables(source: str, known: Collection[str]) -> list[str]:
+    """Return the variables of an expression that are not among the known ones and that its macros do not bind.
+
+    An expression that does not compile has none.
+    """
+    try:
+        names = variables_of(source)
+    except ExpressionError:
+        return []
+    unknown = names.difference(known, _LOCAL.findall(source))
+    return sorted(name for name in unknown if not _is_type(name))
+
+
 def sources(template: Any) -> Iterator[str]:
     """Yield the expressions of a template."""
     if isinstance(template, str):
@@ -158,21 +257,13 @@ def sources(template: Any) -> Iterator[str]:
             yield from sources(item)
 
 
-def render(template: Any, variables: Callable[[], Mapping[str, Any]]) -> Any:
-    """Return the template with every expression replaced by its value. `variables` is called only if there is one.
-
-    Raises ExpressionError.
-    """
-    values: list[Mapping[str, Any]] = []
+def render(template: Any, value_of: Callable[[str], Any]) -> Any:
+    """Return the template with every expression replaced by its value. Raises what `value_of` raises."""
 
     def visit(value: Any) -> Any:
         if isinstance(value, str):
             source = _expression_in(value)
-            if source is None:
-                return value
-            if not values:
-                values.append(variables())
-            return evaluate(source, values[0])
+            return value if source is None else value_of(source)
         if isinstance(value, dict):
             return {key: visit(item) for key, item in value.items()}
         if isinstance(value, list):

@@ -115,12 +115,11 @@ class Flow:
         self._settle(node_id, state)
 
     def _edges_taken(self, node_id: str, output: str) -> tuple[str, ...]:
-        value = canonical.loads(output)
         conditions = dict(self.workflow.conditions[node_id])
         return tuple(
             target
             for target in self.workflow.successors[node_id]
-            if target not in conditions or self.sight.is_taken(node_id, target, conditions[target], value)
+            if target not in conditions or self.sight.is_taken(node_id, target, conditions[target], output)
         )
 
     def _choose(self, node_id: str, state: NodeState, back_to: str = "") -> None:
@@ -233,7 +232,7 @@ class Flow:
 
     def _start_router(self, node_id: str, used: tuple[str, ...], wave: int, hop: Hop) -> None:
         value = self.sight.input_of(node_id, used, hop)
-        goto = self.sight.choice_of(node_id, used, canonical.loads(value))
+        goto = self.sight.choice_of(node_id, used, value)
         visit = self.look(node_id).visit
         self.events.append(ev.NodeSucceeded(node_id=node_id, visit=visit, wave=wave, output=value))
         self._has_succeeded(node_id, value, wave, goto)

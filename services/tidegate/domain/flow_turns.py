@@ -14,11 +14,12 @@ from typing import Any, Final
 from tidegate.domain import canonical, children, states, turns, waits
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed, call_of, wait_of
+from tidegate.domain.definition_problems import FLOW_CALLS
 from tidegate.domain.graph_changes import FLOW
 from tidegate.domain.identity import agent_turn_step, visit_path
 from tidegate.domain.run import RunState, StepState, plan_output
 from tidegate.domain.stop import Stop
-from tidegate.domain.workflow import FLOW_CALLS, Function, Workflow
+from tidegate.domain.workflow import Function, Workflow
 
 MAX_CALLS: Final = 1_000  # of one turn
 # Characters that all turns of a flow are told: some 700 calls one by one of 1 KiB each.

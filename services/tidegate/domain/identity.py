@@ -7,6 +7,7 @@ import re
 import zlib
 from typing import NamedTuple
 
+INSTANCE_ID_PATTERN = r"^[A-Za-z0-9._-]{1,120}$"
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ACCOUNT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63}){0,7}$"
 NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$"

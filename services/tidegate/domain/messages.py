@@ -17,9 +17,10 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     kind: `step`, `agent` or `tool`. arguments: canonical JSON; for a step its input, for an agent its State, for a tool an
     object of arguments. reserve_micros: what to set aside before it runs. idempotent: whether it may be repeated when the
     outcome of an attempt is unknown. provider, model, operation: what it uses, as declared; limits, rules and prices look at
-    them. prefer: the instance that should run it if it has a free slot. agent: whose turn it is, or who called the tool; empty
-    for a step. max_input_tokens, max_output_tokens: the most that one attempt uses; 0 if not said.
-    queue: whose executors have the function; empty for a tool that somebody outside does.
+    them. prefer: the instance that should run it if it has a free slot; several, the first first, with commas between them.
+    agent: whose turn it is, or who called the tool; empty for a step. max_input_tokens, max_output_tokens: the most that one
+    attempt uses; 0 if not said. queue: whose executors have the function; empty for a tool that somebody outside
+    does.
     """
 
     kind: str
@@ -41,6 +42,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def is_outside(self) -> bool:
         """Tell whether no executor does it, but whoever posts its answer: the gate judges it, and nothing is entered."""
         return not self.queue and self.kind == "tool"
+
+    @property
+    def preferred(self) -> list[str]:
+        """Return the instances that should run it, the first first."""
+        return self.prefer.split(",") if self.prefer else []
 
 
 class Amounts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -80,7 +86,7 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     with its id. attempt, why, question: of the question that is answered; 0 and empty if the answer does not name them. value:
     canonical JSON, the answer or the event's payload. event, key: the event's name and correlation key; a null key fits every wait
     of the name.
-    paused: whether the run that starts is paused from its beginning.
+    paused: whether the run that starts is paused from its beginning. prefer: the instance that should run its steps; empty for any.
     """
 
     run_id: str
@@ -114,6 +120,7 @@ class RunCommand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output: str = ""
     paused: bool = False
     question: str = ""
+    prefer: str = ""
 
 
 # --- scheduler to gate ---------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
-from tidegate.domain import canonical, children, flow_turns, mapping, states, turns
+from tidegate.domain import calls, canonical, children, flow_turns, mapping, states, turns
 from tidegate.domain import run_events as ev
 from tidegate.domain.calls import Changed
 from tidegate.domain.fingerprint import fingerprint
@@ -206,7 +206,7 @@ def _limited(run: RunState, events: list[Any]) -> list[Any]:
         if count > MAX_OPEN_STEPS:
             raise Stop("too_wide", f"the run would have {count} steps open at once, at most {MAX_OPEN_STEPS} may be")
     check_size(_texts(events), f"the input of {len(begun)} steps that are ready together")
-    return events
+    return [calls.as_wished(event, run.prefer) for event in events] if run.prefer else events
 
 
 def _texts(events: list[Any]) -> list[str]:

@@ -23,7 +23,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema
 
 from tidegate.domain import canonical
-from tidegate.domain.identity import ACCOUNT_PATTERN, DEFAULT_ACCOUNT, MAX_MICROS, NAME_PATTERN, RUN_ID_PATTERN
+from tidegate.domain.identity import (
+    ACCOUNT_PATTERN,
+    DEFAULT_ACCOUNT,
+    INSTANCE_ID_PATTERN,
+    MAX_MICROS,
+    NAME_PATTERN,
+    RUN_ID_PATTERN,
+)
 from tidegate.domain.questions import QUESTION_PATTERN
 from tidegate.domain.waits import MAX_KEY
 
@@ -84,6 +91,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     priority: int = DEFAULT_PRIORITY
     failure_mode: str | None = None
     question: str | None = None
+    prefer: str | None = None
 
 
 def _none_if_empty(text: str | None) -> str | None:
@@ -171,6 +179,11 @@ class StartRequest(_Request):
     failure_mode: Literal["fail_fast", "continue"] | None = Field(
         default=None,
         description="What a failed node means for the others in this run, instead of what the workflow says.",
+    )
+    prefer: Annotated[str, Field(pattern=INSTANCE_ID_PATTERN)] | None = Field(
+        default=None,
+        description="An executor, as `tidegate instances` lists it, that should run the steps of this run and of the runs below "
+        "it. A wish: where it is not there, has no free slot or does not have the function, another one does.",
     )
 
     @pydantic.field_validator("run_id")
@@ -306,6 +319,8 @@ _RULES: Final = {
     "tags": f"must be an object of at most {MAX_TAGS} tags",
     "priority": "must be a whole number from 0 to 9",
     "failure_mode": "must be `fail_fast` or `continue`",
+    "prefer": "must be the name of an executor, such as `executor-default-0`: up to 120 letters, digits, dots, dashes and "
+    "underscores",
     "step_id": "must be a step's id, such as `triage/2/tool:lookup_order`",
     "by": "must be a string of at most 256 characters",
     "reason": "must be a string of at most 4096 characters",

@@ -8,9 +8,13 @@ that every round passes. So a round is over before the next one begins, whatever
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 Edge = tuple[str, str]
+
+CYCLE: Final = (
+    "edges: a cycle keeps these nodes from ever starting"  # how that problem begins: it is one whatever else is
+)
 
 
 class Form(NamedTuple):
@@ -41,11 +45,9 @@ def form_of(
     if routes:
         after = _successors(nodes, forward)
         roots = _roots(nodes, edges, forward, after, start, problems)
+        around = _routers_around(set().union(*routes.values()), roots, after, routes)
         back = {
-            (router, target)
-            for router, targets in routes.items()
-            for target in targets
-            if router not in reached(roots, after, without=target)
+            (router, target) for router, targets in routes.items() for target in targets if router not in around[target]
         }
         forward = [edge for edge in forward if edge not in back]
         for router, target in sorted(back):
@@ -54,7 +56,7 @@ def form_of(
     stuck = _stuck(predecessors, successors)
     if stuck:
         hint = "; only a router's route may lead back, to a node that every way to the router passes" if routes else ""
-        problems.append(f"edges: a cycle keeps these nodes from ever starting: {', '.join(stuck)}{hint}")
+        problems.append(f"{CYCLE}: {', '.join(stuck)}{hint}")
     held = _held(loops, successors, routes, predecessors, problems)
     released: dict[str, list[str]] = {}
     for (_, target), routers in held.items():
@@ -72,27 +74,61 @@ def form_of(
 
 
 class Ancestry:
-    """Which nodes come before which: a bit for each node in an integer for each, so that large graphs stay affordable."""
+    """Which nodes come before which: a bit for each node in an integer for each, so that large graphs stay affordable.
 
-    def __init__(self, form: Form) -> None:
-        self._bits = {node: 1 << number for number, node in enumerate(form.predecessors)}
+    Nodes that lie in a cycle count as before each other, and before themselves.
+    """
+
+    def __init__(self, successors: Mapping[str, Sequence[str]]) -> None:
+        rings = _rings(successors)
+        self._bits = {node: 1 << number for number, ring in enumerate(rings) for node in ring}
         self._before: dict[str, int] = {}
-        waiting_for = {node: len(before) for node, before in form.predecessors.items()}
-        free = list(form.roots)
-        while free:
-            node = free.pop()
-            bits = 0
-            for other in form.predecessors[node]:
-                bits |= self._bits[other] | self._before[other]
-            self._before[node] = bits
-            for target in form.successors[node]:
-                waiting_for[target] -= 1
-                if waiting_for[target] == 0:
-                    free.append(target)
+        led_here = dict.fromkeys(successors, 0)  # by node, the bits of all that comes before it
+        for ring in reversed(rings):  # what comes first
+            before = 0
+            for node in ring:
+                before |= led_here[node]
+            if len(ring) > 1 or ring[0] in successors[ring[0]]:
+                before |= self._bits[ring[0]]
+            for node in ring:
+                self._before[node] = before
+                for target in successors[node]:
+                    led_here[target] |= before | self._bits[node]
 
     def is_before(self, node: str, other: str) -> bool:
         """Tell whether `node` comes before `other`."""
         return bool(self._before[other] & self._bits[node])
+
+
+def _rings(successors: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Return the nodes in groups of those that each can be reached from the others, groups that come later first."""
+    found: list[list[str]] = []
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    open_: list[str] = []
+    for root in successors:
+        ahead = [] if root in order else [(root, iter(successors[root]))]
+        while ahead:
+            node, targets = ahead[-1]
+            if node not in order:
+                order[node] = lowest[node] = len(order)
+                open_.append(node)
+            for target in targets:
+                if target not in order:
+                    ahead.append((target, iter(successors[target])))
+                    break
+                lowest[node] = min(lowest[node], lowest.get(target, lowest[node]))
+            else:
+                ahead.pop()
+                if ahead:
+                    lowest[ahead[-1][0]] = min(lowest[ahead[-1][0]], lowest[node])
+                if lowest[node] == order[node]:
+                    ring: list[str] = []
+                    while not ring or ring[-1] != node:
+                        ring.append(open_.pop())
+                        del lowest[ring[-1]]
+                    found.append(ring)
+    return found
 
 
 def _successors(nodes: Iterable[str], edges: Iterable[Edge]) -> dict[str, list[str]]:
@@ -112,6 +148,13 @@ def reached(starts: Iterable[str], after: Mapping[str, Iterable[str]], *, withou
             found.add(node)
             ahead.extend(target for target in after[node] if target != without)
     return found
+
+
+def _routers_around(
+    nodes: Iterable[str], roots: Iterable[str], after: Mapping[str, Iterable[str]], routes: Mapping[str, Any]
+) -> dict[str, set[str]]:
+    """Return by node the routers that can be reached without it. One walk through the graph for each."""
+    return {node: reached(roots, after, without=node) & routes.keys() for node in nodes}
 
 
 def _roots(
@@ -165,16 +208,20 @@ def _held(
     problems: list[str],
 ) -> dict[Edge, tuple[str, ...]]:
     roots = [node for node, before in predecessors.items() if not before]
+    around = _routers_around(routes, roots, successors, routes) if loops else {}
     held: dict[Edge, tuple[str, ...]] = {}
+    wrong: set[Edge] = set()  # edges that leave a loop and may not: each is said once, however many loops it leaves
     for (router, target), body in loops.items():
         for node in sorted(body - {router}):
             for outside in successors[node]:
-                if outside in body:
+                if outside in body or (node, outside) in wrong:
                     continue
-                if node not in routes or router in reached(roots, successors, without=node):
+                if node not in routes or router in around[node]:
+                    wrong.add((node, outside))
                     problems.append(
                         f"edges: {node} -> {outside} leaves the loop from {router} back to {target}: only {router} may, "
                         f"and routes of nodes that every way to {router} passes"
                     )
-                held[node, outside] = (*held.get((node, outside), ()), router)
+                else:
+                    held[node, outside] = (*held.get((node, outside), ()), router)
     return held

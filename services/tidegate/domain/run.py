@@ -60,7 +60,8 @@ class StepState(msgspec.Struct, array_like=True):
 class RunState(msgspec.Struct, array_like=True):
     """One run. nodes: those that anything is known of; settled_nodes: how many of them are through. hops: routes taken.
     failures: nodes that failed while the run went on, with code and reason, but for those that may. changes: those of its graph,
-    in order; `workflow` is the graph with them. flow_turns: how many of its steps are turns of flows.
+    in order; `workflow` is the graph with them. flow_turns: how many of its steps are turns of flows. prefer: the instance that
+    should run its steps.
 
     head: SHA-256 of its last entry. changed_ms: time of its last event. Both kinds of state are msgspec structs so that
     snapshots need no code per field; the order of the fields is the format of `SNAPSHOT_FORMAT` in `scheduler/snapshots.py`.
@@ -99,6 +100,7 @@ class RunState(msgspec.Struct, array_like=True):
     priority: int = 5
     changes: tuple[AcceptedChange, ...] = ()
     flow_turns: int = 0
+    prefer: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -146,7 +148,7 @@ def _run_started(run: RunState, event: ev.RunStarted, now_ms: int) -> None:
     run.input = event.input
     run.tags = event.tags
     run.budget_micros = event.budget_micros
-    run.failure_mode, run.priority = event.failure_mode, event.priority
+    run.failure_mode, run.priority, run.prefer = event.failure_mode, event.priority, event.prefer
     run.parent_run_id, run.parent_step_id = event.parent_run_id, event.parent_step_id
     run.started_ms = now_ms
 

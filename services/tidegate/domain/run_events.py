@@ -15,7 +15,7 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunSt
     """The run exists. It carries its definition, so that nothing published later can change what it does.
 
     failure_mode: instead of the definition's; empty for that. parent_run_id, parent_step_id: the step of another run that this
-    one is done for; empty if somebody asked for it.
+    one is done for; empty if somebody asked for it. prefer: the instance that should run its steps; empty for any.
     """
 
     command_id: str
@@ -31,6 +31,7 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunSt
     failure_mode: str = ""
     parent_run_id: str = ""
     parent_step_id: str = ""
+    prefer: str = ""
 
 
 class RunRefused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="RunRefused", tag_field=TAG_FIELD):
@@ -436,7 +437,7 @@ class MapStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="MapSt
 class ChildStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildStarted", tag_field=TAG_FIELD):
     """The step is another run, of a workflow that this run's definition holds. It is told to start.
 
-    paused: it is told to start paused, because this run is.
+    paused: it is told to start paused, because this run is. prefer: the instance that should run its steps, as of this run's.
     """
 
     step_id: str
@@ -452,6 +453,7 @@ class ChildStarted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="Chi
     failure_mode: str
     priority: int
     paused: bool = False
+    prefer: str = ""
 
 
 class ChildPaused(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="ChildPaused", tag_field=TAG_FIELD):

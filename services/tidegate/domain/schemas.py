@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -9,17 +10,20 @@ import jsonschema
 import referencing
 from referencing.jsonschema import DRAFT202012
 
+from tidegate.domain.strict_schema import Validator, shape_problem
+
 # Only what a schema itself holds: nothing is ever fetched, because a decision has no inputs but those in the log.
 NOTHING_ELSEWHERE: Final[referencing.Registry[Any]] = referencing.Registry()
+_of_schemas = Validator(Validator.META_SCHEMA, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+MAX_SCHEMA_PROBLEMS: Final = 20  # that are listed of one schema
 _VALUES_NOT_SCHEMAS: Final = frozenset(("const", "default", "enum", "examples"))
 
 
 def schema_problems(where: str, schema: Any) -> list[str]:
     """Return what is wrong with a schema; `where` is how each problem begins."""
-    try:
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        return [f"{where}: not a JSON Schema: {error.message[:300]}"]
+    wrong = list(itertools.islice(_of_schemas.iter_errors(schema), MAX_SCHEMA_PROBLEMS))
+    if wrong:
+        return [f"{where}: not a JSON Schema: {_place(error)}{shape_problem(error)}" for error in wrong]
     resolver = NOTHING_ELSEWHERE.resolver_with_root(DRAFT202012.create_resource(schema))
     found = []
     for reference in sorted(set(_references(schema))):
@@ -28,6 +32,10 @@ def schema_problems(where: str, schema: Any) -> list[str]:
         except Exception:  # of many types
             found.append(f"{where}: $ref {reference[:200]!r} names nothing in this schema")
     return found
+
+
+def _place(error: jsonschema.ValidationError) -> str:
+    return f"{'.'.join(map(str, error.absolute_path))}: " if error.absolute_path else ""
 
 
 def _references(schema: Any) -> Iterator[str]:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-import jsonschema
 import msgspec
 
 from tidegate.domain import canonical, expressions
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
-from tidegate.domain.strict_schema import StrictValidator
+from tidegate.domain.strict_schema import StrictValidator, Validator, first_problems, shape_problem
 
 EVENT: Final = "wait_event"
 UNTIL: Final = "wait_until"
@@ -153,7 +152,7 @@ def _settings_problems(where: str, kind: str, given: Mapping[str, Any]) -> list[
 def call_problem(kind: str, given: Any) -> str | None:
     """Return what is wrong with the settings of a wait that a flow calls for, or None. They are values: no part is a template."""
     found = sorted(
-        f"{kind}{''.join(f'.{part}' for part in error.absolute_path)}: {error.message[:300]}"
+        f"{kind}{''.join(f'.{part}' for part in error.absolute_path)}: {shape_problem(error)}"
         for error in _settings.iter_errors(given)
     )
     found = found or _settings_problems(kind, kind, given)
@@ -191,7 +190,8 @@ def _problem_of(act: Callable[[], object]) -> list[str]:
 def bind(kind: str, settings: Settings, where: str, render: Callable[[Any], Any]) -> Bound:
     """Return the wait with its templates filled in by `render`. Raises WaitError, and what `render` raises."""
     is_ask = kind == ASK
-    choices = _choices(render(_listed(settings.choices)), f"{where}: choices") if is_ask else ()
+    # None at all is no choices; a template that gives none was meant to give some.
+    choices = _choices(render(_listed(settings.choices)), f"{where}: choices") if is_ask and settings.choices else ()
     free_text = settings.free_text if settings.free_text is not None else not choices
     has_timeout, has_value = settings.timeout_s is not None, settings.on_timeout == VALUE
     return Bound(
@@ -229,8 +229,8 @@ def _key(value: Any, where: str) -> str:
 
 
 def _choices(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > MAX_CHOICES:
-        raise WaitError(f"{where}: must be a list of at most {MAX_CHOICES} texts, is {_shown(value)}")
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES or "" in value:
+        raise WaitError(f"{where}: must be a list of 1 to {MAX_CHOICES} texts that are not empty, is {_shown(value)}")
     return tuple(_text(choice, where, MAX_CHOICE) for choice in value)
 
 
@@ -288,12 +288,4 @@ def output_problem(value: Any, schema: str) -> str | None:
 
 
 def _schema_problem(value: Any, schema: str) -> str | None:
-    validator = jsonschema.Draft202012Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE)
-    try:
-        found = [
-            f"answer{''.join(f'[{part!r}]' for part in error.absolute_path)}: {error.message[:300]}"
-            for error in validator.iter_errors(value)
-        ]
-    except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types
-        return f"it cannot be checked: {type(error).__name__}: {error}"[:300]
-    return "; ".join(sorted(found)[:10]) or None
+    return first_problems(Validator(canonical.loads(schema), registry=NOTHING_ELSEWHERE), value, "answer")

@@ -6,19 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-import jsonschema
 import msgspec
 
 from tidegate.domain import canonical, expressions, retries, waits
-from tidegate.domain.definition_problems import binding_problems, graph_problems, node_problems, without_damage
+from tidegate.domain.definition_damage import SURE, Unsure, explanation, without_damage, written
+from tidegate.domain.definition_problems import binding_problems, function_problems, graph_problems, node_problems
 from tidegate.domain.graph_changes import EVOLUTION_SCHEMA, Evolution, graph_hash, merged
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.retries import Retries
-from tidegate.domain.routes import form_of
+from tidegate.domain.routes import Ancestry, form_of
 from tidegate.domain.schemas import NOTHING_ELSEWHERE, schema_problems
-from tidegate.domain.strict_schema import StrictValidator
+from tidegate.domain.strict_schema import StrictValidator, Validator, first_problems
 
 MAX_DEFINITION_BYTES: Final = 512 * 1024
+MAX_LOOKED_AT_BYTES: Final = 4 * MAX_DEFINITION_BYTES  # of what is larger, only that is said
 DEFAULT_MAX_STEPS: Final = 50
 AGENT_PREFIX: Final = "agent:"
 
@@ -27,13 +28,9 @@ CONTINUE: Final = "continue"
 FAILURE_MODES: Final = (FAIL_FAST, CONTINUE)
 DEFAULT_MAX_HOPS: Final = 50
 MAX_NESTING: Final = 8  # of workflows in workflows
-FLOW_CALLS: Final = ("step", "agent", "tool")  # the kinds of functions that flows may call
 ALL: Final = 0  # as `needs`: every edge that leads here
 
 _expression = {"type": "string", "minLength": 1}
-_OF_OUTSIDE_TOOLS: Final = frozenset(
-    {"kind", "outside", "timeout_ms", "reserve_micros", "description", "parameters", "output"}
-)
 _workflow_label = {
     "type": "string",
     "pattern": r"^(agent:)?[A-Za-z_][A-Za-z0-9_.-]{0,63}@[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
@@ -147,7 +144,6 @@ DEFINITION_SCHEMA: Final[dict[str, Any]] = {
 }
 
 _validator = StrictValidator(DEFINITION_SCHEMA)
-_NAMED: Final = ("nodes", "functions")  # what is listed by names
 
 
 class DefinitionError(ValueError):
@@ -299,7 +295,7 @@ class Workflow:
         }
         self.output_reads = expressions.nodes_read_by(document.output)
         self._input_validator = _schema_validator(document.input_schema)
-        self._parameters: dict[str, jsonschema.Draft202012Validator | None] = {}
+        self._parameters: dict[str, Any] = {}
         self._children: dict[str, str] = {}
 
     def child_definition(self, label: str) -> str:
@@ -338,68 +334,56 @@ def arguments_problem(parameters: Any, arguments: Any) -> str | None:
     return _problem(_schema_validator(parameters), arguments, "arguments")
 
 
-def _schema_validator(schema: Any) -> jsonschema.Draft202012Validator | None:
-    return None if schema is True else jsonschema.Draft202012Validator(schema, registry=NOTHING_ELSEWHERE)
+def _schema_validator(schema: Any) -> Any:
+    return None if schema is True else Validator(schema, registry=NOTHING_ELSEWHERE)
 
 
-def _problem(validator: jsonschema.Draft202012Validator | None, value: Any, name: str) -> str | None:
-    if validator is None:
-        return None
-    try:
-        found = [
-            f"{name}{''.join(f'[{part!r}]' for part in error.absolute_path)}: {error.message[:300]}"
-            for error in validator.iter_errors(value)
-        ]
-    except Exception as error:  # endless references, numbers that do not fit its arithmetic: many types
-        return f"{name} cannot be checked: {type(error).__name__}: {error}"[:300]
-    return "; ".join(sorted(found)[:10]) or None
+def _problem(validator: Any, value: Any, name: str) -> str | None:
+    return None if validator is None else first_problems(validator, value, name)
 
 
-def validate_definition(definition: Any, nesting: int = 0) -> list[str]:
+def validate_definition(definition: Any, nesting: int = 0, *, is_new: bool = True) -> list[str]:
     """Return everything that is wrong with a definition, in one go; an empty list means that it can run.
 
-    nesting: how many definitions this one lies in.
+    nesting: how many definitions this one lies in. is_new: somebody is about to publish it.
     """
-    if errors := list(_validator.iter_errors(definition)):
-        shape = [
-            f"{'.'.join(map(str, error.absolute_path)) or 'definition'}: {error.message[:300]}" for error in errors
-        ]
-        places = [tuple(error.absolute_path) for error in errors]
-        return sorted(shape) + _problems_elsewhere(definition, places, nesting)
-    return _problems(definition, nesting)
+    try:
+        size = len(canonical.dumps(definition).encode("utf-8", "surrogatepass"))
+        if size > MAX_LOOKED_AT_BYTES:
+            return [f"definition: {size} bytes, at most {MAX_DEFINITION_BYTES}; nothing else of it was looked at"]
+        found = _all_problems(definition, nesting, is_new=is_new)
+    except canonical.NotJsonError as error:
+        return [f"definition: it has no JSON form: {error}"]
+    except RecursionError:
+        return ["definition: it is nested too deeply"]
+    too_large = [f"definition: {size} bytes, at most {MAX_DEFINITION_BYTES}"] if size > MAX_DEFINITION_BYTES else []
+    return list(dict.fromkeys([*found, *too_large]))  # the expressions of waits are looked at twice
 
 
-def _problems_elsewhere(definition: Any, places: Sequence[tuple[Any, ...]], nesting: int) -> list[str]:
-    """Return what else is wrong with a definition whose shape is wrong in these places: one look should show it all."""
-    rest = without_damage(definition, places)
-    if rest is None or not _validator.is_valid(rest):
-        return []
-    # What is said of a place that was taken out only follows from that. A node that lacks its kind has that of its function.
-    taken_out = [place for place in places if place[0] in _NAMED and not _is_whole(rest, place)]
-    damaged = tuple(f"{'.'.join(place[:2])}{mark}" for place in taken_out for mark in ":.")
-    has_graph = not any(place[0] in ("edges", "start") or "routes" in place for place in places)
-    return [found for found in _problems(rest, nesting, has_graph=has_graph) if not found.startswith(damaged)]
+def _all_problems(definition: Any, nesting: int, *, is_new: bool) -> list[str]:
+    errors = list(_validator.iter_errors(definition))
+    if not errors:
+        return _problems(definition, SURE, nesting, is_new=is_new)
+    shape = sorted(f"{written(error.absolute_path) or 'definition'}: {explanation(error)}" for error in errors)
+    found = without_damage(definition, _validator)
+    if found is None:
+        return shape
+    rest, unsure = found
+    more = _problems(rest, unsure, nesting, is_new=is_new)
+    return shape + [problem for problem in more if not unsure.explains(problem)]
 
 
-def _is_whole(rest: Mapping[str, Any], place: tuple[Any, ...]) -> bool:
-    return len(place) == 2 and place[0] == "nodes" and "function" in rest["nodes"][place[1]]
-
-
-def _problems(definition: Mapping[str, Any], nesting: int, *, has_graph: bool = True) -> list[str]:
-    """Return what is wrong with a definition of a good shape. has_graph: its edges and routes are all there."""
+def _problems(definition: Mapping[str, Any], unsure: Unsure, nesting: int, *, is_new: bool) -> list[str]:
+    """Return what is wrong with a definition whose shape is right, as far as it is known."""
     # The `$` of a pattern also matches before a line feed at the end.
     names = (definition["name"], definition["version"], *definition["nodes"], *definition["functions"])
-    if broken := [name for name in names if name.endswith("\n")]:
-        return [f"definition: {name!r} ends with a line feed" for name in sorted(broken)]
-    found = _schema_problems(definition) + node_problems(definition) + _function_problems(definition)
-    graph = graph_problems(definition) if has_graph else []
-    found += graph + binding_problems(definition, is_graph=has_graph and not graph)
-    found += _nested_problems(definition, nesting)
-    found = list(dict.fromkeys(found))  # the expressions of waits are looked at twice
-    size = len(canonical.dumps(definition).encode())
-    if size > MAX_DEFINITION_BYTES:
-        found.append(f"definition: {size} bytes, at most {MAX_DEFINITION_BYTES}")
-    return found
+    found = [f"definition: {name!r} ends with a line feed" for name in sorted(names) if name.endswith("\n")]
+    found += _schema_problems(definition) + node_problems(definition, unsure) + function_problems(definition, unsure)
+    graph, order = graph_problems(definition, unsure)
+    found += graph + binding_problems(definition, order, is_new=is_new)
+    for where, condition in unsure.conditions.items():
+        found += expressions.problems(f"${{ {expressions.source_of(condition)} }}", where)
+    return found + _nested_problems(definition, nesting, is_new=is_new)
 
 
 def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
@@ -410,87 +394,50 @@ def _schema_problems(definition: Mapping[str, Any]) -> list[str]:
     return [problem for where, schema in schemas.items() for problem in schema_problems(where, schema)]
 
 
-def _function_problems(definition: Mapping[str, Any]) -> list[str]:
-    functions = definition["functions"]
-    found = []
-    for node_id, node in definition["nodes"].items():
-        if "function" not in node:
-            continue
-        function = functions.get(node["function"])
-        if function is None:
-            found.append(
-                f"nodes.{node_id}: unknown function {node['function']!r} (known: {', '.join(functions) or 'none'})"
-            )
-        elif node["kind"] == "map":
-            if function["kind"] not in ("step", "agent"):
-                found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a step or an agent")
-        elif function["kind"] != node["kind"]:
-            found.append(f"nodes.{node_id}: {node['function']!r} is a {function['kind']}, not a {node['kind']}")
-    for name, function in functions.items():
-        found += retries.problems(function, f"functions.{name}") + _outside_problems(name, function)
-        for tool in function.get("tools", ()):
-            if problem := _call_problem(function["kind"], functions.get(tool, {})):
-                found.append(f"functions.{name}.tools: {tool!r} {problem} of this definition")
-        found += _child_problems(name, function, definition.get("workflows", {}))
-    return found
-
-
-def _call_problem(caller: str, called: Mapping[str, Any]) -> str:
-    kind = called.get("kind")
-    if caller != "flow":
-        return "" if kind == "tool" else "is not a tool"
-    return "" if kind in FLOW_CALLS else "is not a step, agent or tool"
-
-
-def _child_problems(name: str, function: Mapping[str, Any], workflows: Mapping[str, Any]) -> list[str]:
-    where, labels = f"functions.{name}.workflows", function.get("workflows", ())
-    if labels and function["kind"] != "flow":
-        return [f"{where}: a {function['kind']} starts no runs, only a flow does"]
-    found = [
-        f"{where}: {label!r} is not among the `workflows` of this definition"
-        for label in labels
-        if label not in workflows
-    ]
-    names = [label.partition("@")[0] for label in labels]
-    twice = sorted({child for child in names if names.count(child) > 1})
-    return found + [f"{where}: {child!r} is there twice" for child in twice]
-
-
-def _outside_problems(name: str, function: Mapping[str, Any]) -> list[str]:
-    where = f"functions.{name}"
-    if not function.get("outside"):
-        return (
-            [f"{where}.output: only a tool that is `outside` says what its output is"] if "output" in function else []
-        )
-    if function["kind"] != "tool":
-        return [f"{where}.outside: a {function['kind']} cannot be done outside, only a tool can"]
-    foreign = sorted(function.keys() - _OF_OUTSIDE_TOOLS)
-    return [f"{where}.{setting}: nothing of an outside tool is run here" for setting in foreign]
-
-
 def with_children(definitions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return definitions that hold what their nodes of kind workflow name, as far as it is among them.
 
-    One that would hold itself is left as it is: that it lacks the workflow is what is then wrong with it.
+    What would hold itself is not put in: that it is lacking is what is then wrong. Raises DefinitionError if one would become
+    far larger than a definition may be.
     """
     known = {f"{definition.get('name')}@{definition.get('version')}": definition for definition in definitions}
+    named = {label: [one for one in _children_of(definition) if one in known] for label, definition in known.items()}
+    order = Ancestry(named)
+    made: dict[tuple[str, int], tuple[dict[str, Any], int]] = {}  # by label and depth: with its children, and its size
 
-    def completed(definition: dict[str, Any], around: tuple[str, ...]) -> dict[str, Any]:
-        nodes = definition.get("nodes")
-        listed = nodes.values() if isinstance(nodes, dict) else ()
-        labels = [node.get("workflow") for node in listed if isinstance(node, dict)]
-        labels += _started_by_flows(definition)
+    def child(label: str, depth: int) -> tuple[dict[str, Any], int]:
+        if (label, depth) not in made:
+            made[label, depth] = completed(known[label], depth)
+        return made[label, depth]
+
+    def completed(definition: dict[str, Any], depth: int) -> tuple[dict[str, Any], int]:
         there = definition.get("workflows", {})
-        missing = [label for label in labels if isinstance(label, str) and label in known.keys() - {*there, *around}]
-        if not missing or len(around) > MAX_NESTING:
-            return definition
-        return definition | {
-            "workflows": {**there, **{label: completed(known[label], (*around, label)) for label in missing}}
-        }
+        missing = dict.fromkeys(one for one in _children_of(definition) if one in known and one not in there)
+        lacking = [label for label in missing if not order.is_before(label, label)] if depth <= MAX_NESTING else []
+        children = {label: child(label, depth + 1) for label in lacking}
+        size = _size(definition) + sum(size for _, size in children.values())
+        if size > MAX_LOOKED_AT_BYTES and lacking:
+            raise DefinitionError([f"workflows: all that one holds is {size} bytes, at most {MAX_DEFINITION_BYTES}"])
+        if not lacking:
+            return definition, size
+        return definition | {"workflows": {**there, **{label: inner for label, (inner, _) in children.items()}}}, size
 
-    return [
-        completed(definition, (f"{definition.get('name')}@{definition.get('version')}",)) for definition in definitions
-    ]
+    return [completed(definition, 1)[0] for definition in definitions]
+
+
+def _size(definition: Mapping[str, Any]) -> int:
+    try:
+        return len(canonical.dumps(definition))
+    except canonical.NotJsonError:  # said when it is judged
+        return 0
+
+
+def _children_of(definition: Mapping[str, Any]) -> list[str]:
+    """Return the workflows that a definition, right or wrong, has runs of."""
+    nodes = definition.get("nodes")
+    listed = nodes.values() if isinstance(nodes, dict) else ()
+    labels = [node.get("workflow") for node in listed if isinstance(node, dict)]
+    return [label for label in [*labels, *_started_by_flows(definition)] if isinstance(label, str)]
 
 
 def _started_by_flows(definition: Mapping[str, Any]) -> list[Any]:
@@ -500,17 +447,17 @@ def _started_by_flows(definition: Mapping[str, Any]) -> list[Any]:
     return [label for labels in named if isinstance(labels, Sequence) for label in labels]
 
 
-def _nested_problems(definition: Mapping[str, Any], nesting: int) -> list[str]:
+def _nested_problems(definition: Mapping[str, Any], nesting: int, *, is_new: bool) -> list[str]:
     nested = definition.get("workflows", {})
     if nested and nesting >= MAX_NESTING:
         return [f"workflows: nested more than {MAX_NESTING} deep"]
     found = []
     for label, inner in nested.items():
         where = f"workflows.{label}"
-        problems = validate_definition(inner, nesting + 1)
-        found += [f"{where}.{problem}" for problem in problems]
-        if not problems and label != f"{inner['name']}@{inner['version']}":
-            found.append(f"{where}: is {inner['name']}@{inner['version']}")
+        found += [f"{where}.{problem}" for problem in validate_definition(inner, nesting + 1, is_new=is_new)]
+        own = f"{inner.get('name')}@{inner.get('version')}"
+        if label != own and isinstance(inner.get("name"), str) and isinstance(inner.get("version"), str):
+            found.append(f"{where}: is {own}")
     return found
 
 
@@ -521,7 +468,7 @@ def compile_definition(definition: str) -> Workflow:
         value = canonical.loads(definition)
     except canonical.NotJsonError as error:
         raise DefinitionError([f"definition: not JSON: {error}"]) from None
-    problems = validate_definition(value)
+    problems = validate_definition(value, is_new=False)
     if problems:
         raise DefinitionError(problems)
     return pinned_definition(definition)

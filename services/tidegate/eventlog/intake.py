@@ -50,6 +50,7 @@ from tidegate.eventlog.letters import MAX_ORIGINAL_BYTES, MAX_REASON_CHARACTERS
 MAX_NAME: Final = 512  # of anything that names something: steps, rules, instances, people, commands
 MAX_TAGS: Final = 100
 MAX_LABEL: Final = 128
+MAX_PREFER: Final = 2 * MAX_LABEL  # the run's instance, a comma, and the function's
 MAX_PRIORITY: Final = 9
 MAX_LEASES: Final = 16  # of one attempt
 MAX_REDACTED: Final = 1_000
@@ -94,7 +95,7 @@ def _run_command(command: RunCommand) -> str:
     if command.account and not is_account(command.account):
         return "account"
     names = (command.command_id, command.type, command.content_hash, command.workflow, command.definition_hash)
-    more = (command.step_id, command.by, command.code, command.why, command.event, command.key or "")
+    more = (command.step_id, command.by, command.code, command.why, command.event, command.key or "", command.prefer)
     if max(map(len, (*names, *more))) > MAX_NAME:
         return "a name of more than 512 characters"
     if len(command.value) > MAX_ARGUMENTS or command.attempt < 0:
@@ -176,8 +177,10 @@ def _tags(tags: dict[str, str]) -> str:
 def _call(call: Call) -> str:
     if call.kind not in KINDS or not _is_name(call.function) or not (call.is_outside or _is_name(call.queue)):
         return "kind, function or queue of the call"
-    if max(map(len, (call.provider, call.model, call.operation, call.prefer))) > MAX_LABEL:
-        return "provider, model, operation or prefer of the call"
+    if max(map(len, (call.provider, call.model, call.operation))) > MAX_LABEL:
+        return "provider, model or operation of the call"
+    if len(call.prefer) > MAX_PREFER:
+        return "prefer of the call"
     if not 0 < call.timeout_ms <= MAX_TIMEOUT_MS:
         return "timeout_ms"
     if len(call.agent) > MAX_NAME:

@@ -7,7 +7,7 @@ Nothing here knows what the bytes mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -109,6 +109,9 @@ class Writer(Protocol):
         """Give up what is not acknowledged and free the connection. Does not raise."""
 
 
+NO_SHARE: Final = "the group of {} has given us no share of its partitions"  # why a member of a group is not ready
+
+
 class Inbox(Protocol):
     """A consumer whose group decides who owns the partitions of one lead topic; everything else is assigned by hand.
 
@@ -121,6 +124,12 @@ class Inbox(Protocol):
 
         Blocks up to `timeout_s`. Also keeps the group membership alive. Raises EventLogError on fatal errors and
         OffsetOutOfRangeError for a position that is not there (it never jumps silently).
+        """
+
+    def stay(self) -> None:
+        """Keep the group membership alive and read nothing: for whoever is busy for longer than the group waits for a poll.
+
+        Does not block. `take_changes` tells what the group changed meanwhile. Raises EventLogError when shut out.
         """
 
     def take_changes(self) -> OwnershipChange:
@@ -137,7 +146,8 @@ class Inbox(Protocol):
 
     @property
     def has_joined(self) -> bool:
-        """Tell whether the group has given out its partitions, be it that none is ours."""
+        """Tell whether we have our share of the group's partitions, be it none of them: not before the group has given it, nor
+        from its loss until the next is given. Any thread may ask."""
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""

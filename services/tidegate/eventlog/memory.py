@@ -357,20 +357,24 @@ class MemoryInbox:
 
         Raises EventLogError when another process has taken our instance id, and OffsetOutOfRangeError.
         """
-        if self._closed:
-            raise EventLogError("the inbox is closed")
+        self.stay()
         if not self._broker.reachable:
             return []
-        if self._group is not None:
-            self._lose(self._group.serve(self._member))
-            if self._member.is_fenced:
-                raise EventLogError(f"another process has joined as {self._member.instance_id}")
         for at in self._positions:
             self._check_position(at)
         messages: list[Message] = []
         for at in self._broker.shuffled(list(self._positions)):
             messages += self._next(at, max_messages - len(messages))
         return messages
+
+    def stay(self) -> None:
+        """Take part in the group and read nothing. Raises EventLogError when another process has taken our instance id."""
+        if self._closed:
+            raise EventLogError("the inbox is closed")
+        if self._group is not None and self._broker.reachable:
+            self._lose(self._group.serve(self._member))
+            if self._member.is_fenced:
+                raise EventLogError(f"another process has joined as {self._member.instance_id}")
 
     def take_changes(self) -> OwnershipChange:
         """Return what the group changed since the last call."""
@@ -397,8 +401,8 @@ class MemoryInbox:
 
     @property
     def has_joined(self) -> bool:
-        """Tell whether the group has given out its partitions, be it that none is ours."""
-        return self._group is None or self._member.generation >= 0
+        """Tell whether we have our share of the group's partitions, be it none of them."""
+        return self._group is None or self._member.has_share
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each partition being read. Does not block."""
@@ -508,6 +512,7 @@ class _Member:
     owned: frozenset[int] = frozenset()
     generation: int = -1
     has_joined: bool = False
+    has_share: bool = False
     is_fenced: bool = False
 
 
@@ -544,7 +549,7 @@ class _Group:
         self._finish_if_all_answered()
         if not self.is_rebalancing and member.generation != self.generation:
             member.generation = self.generation
-            member.owned = self.shares[member.instance_id]
+            member.owned, member.has_share = self.shares[member.instance_id], True
         return lost
 
     def expire(self, instance_id: str) -> None:
@@ -576,7 +581,7 @@ class _Group:
         self.shares = _ranges(sorted(self.seats), self.partition_count())
 
     def _revoke(self, member: _Member) -> frozenset[int]:
-        lost, member.owned = member.owned, frozenset()
+        lost, member.owned, member.has_share = member.owned, frozenset(), False
         return lost
 
 

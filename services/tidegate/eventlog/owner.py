@@ -21,6 +21,7 @@ from tidegate.eventlog.checkpoints import Checkpointer
 from tidegate.eventlog.continuity import same_topic
 from tidegate.eventlog.intake import check
 from tidegate.eventlog.interface import (
+    NO_SHARE,
     Broker,
     EventLogError,
     Headers,
@@ -37,11 +38,12 @@ from tidegate.eventlog.machine import Decision, EntryRefusedError, Machine, Refu
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.restore import restore
 from tidegate.eventlog.retention import Retirer
-from tidegate.eventlog.schemas import load_schemas
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.settings import CheckpointSettings
 from tidegate.eventlog.tables import Tables
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER
 from tidegate.failpoints import failpoint
+from tidegate.health import PULSE
 
 _log = structlog.get_logger()
 
@@ -97,6 +99,7 @@ class OwnerLoop:
         self._log_writer, self._tell_writer = writers or owner_writers(broker)
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
+        self._decoded: Callable[[bytes], Any] = looking_up(broker, codec.decode)
         self.tables = Tables(machine.table_topics, self._decoded)
         self.owned: dict[int, OwnedPartition] = {}
         self._checkpoint_settings = checkpoints or CheckpointSettings()
@@ -108,8 +111,6 @@ class OwnerLoop:
         self._log_identity: TopicDescription | None = None
         self._same_log_until_s = 0.0
         self.turns = 0
-        self._schemas_sought: set[str] = set()
-        self._has_joined = False
         self._missing = "the global tables are not read yet"
         self.meter = LoopMeter(measure)
 
@@ -197,11 +198,10 @@ class OwnerLoop:
         self._to_take = (self._to_take - changes.lost) | changes.gained
         if changes.gained:
             self._same_log_until_s = 0.0
-        self._has_joined = self._has_joined or self._inbox.has_joined
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
         else:
-            self._missing = "" if self._has_joined else f"the group of {self.machine.lead_topic} gave us no answer yet"
+            self._missing = "" if self._inbox.has_joined else NO_SHARE.format(self.machine.lead_topic)
 
     def _drop(self, partition: int, reason: str) -> None:
         self._to_take.discard(partition)
@@ -276,17 +276,6 @@ class OwnerLoop:
         )
         if refusal is not None:
             self._bury(message, part.now_ms, "internal_error", str(refusal))
-
-    def _decoded(self, value: bytes) -> Any:
-        """Decode an input. A newer version's schema is looked up first: it is published before the first record of it."""
-        try:
-            return codec.decode(value)
-        except codec.UnknownSchemaError as error:
-            if error.fingerprint in self._schemas_sought:
-                raise
-            self._schemas_sought.add(error.fingerprint)
-            load_schemas(self._broker)
-            return codec.decode(value)
 
     def _now_ms(self, part: OwnedPartition) -> int:
         return part.time_ms(self._clock_ms(), self._monotonic_s())
@@ -441,6 +430,7 @@ class OwnerLoop:
             epoch,
             lambda record: self._check_announcement(record, identity),
             self._clock_ms() - int(self._checkpoint_settings.rest_after_s * 1000),
+            self._go_on_living,
         )
         failpoint("owner.after-restore")
         part.epoch, part.next_offset = epoch, epoch + 1
@@ -475,6 +465,11 @@ class OwnerLoop:
             seconds=round(self._monotonic_s() - began, 3),
         )
         return part
+
+    def _go_on_living(self) -> None:
+        """Say that we live while a restore takes long: the group would give the partition away, and others would wait for us."""
+        PULSE.beat()
+        self._inbox.stay()
 
     def _check_announcement(self, record: OwnerAnnounced, identity: TopicDescription) -> None:
         if record.partition_count != identity.partition_count:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -25,6 +25,9 @@ from tidegate.health import PULSE
 
 PROGRESS_EVERY: Final = 20_000
 LIVE, DONE, PART = "live", "done", "part"
+
+Alive = Callable[[], None]
+T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -49,22 +52,23 @@ def restore(
     stop: int,
     check: Callable[[OwnerAnnounced], None],
     quiet_before_ms: int,
+    alive: Alive = PULSE.beat,
 ) -> Restored:
     """Return the partition as it is at offset `stop` of its log. Blocks for reading.
 
     check: called with every announcement that is read; raises if the log is not the one that it was. quiet_before_ms:
-    units that have waited since before that time are not brought into memory. Raises CorruptLogError, RefusedToStartError,
-    EventLogError.
+    units that have waited since before that time are not brought into memory. alive: called again and again meanwhile, at
+    least every PROGRESS_EVERY records. Raises CorruptLogError, RefusedToStartError, EventLogError.
     """
     tail = Tail(broker, machine.log_topic, partition, stop)
     found = _last_announcement(tail, stop)
     keys: list[bytes] = []
     checkpoint = None if found is None else found.checkpoint
-    snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, checkpoint, keys)
+    snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, checkpoint, keys, alive)
     if found is not None and checkpoint is not None:
         part = OwnedPartition(machine, partition)
         try:
-            untold = _from_snapshots(tail, part, found, checkpoint, snapshots, stop, check, quiet_before_ms)
+            untold = _from_snapshots(tail, part, found, checkpoint, snapshots, stop, check, quiet_before_ms, alive)
             needed = {f"{DONE}:{s.epoch}:{n}".encode() for s in checkpoint.segments for n in range(1, s.count + 1)}
             return Restored(part, untold, [key for key in keys if key not in needed])
         except RefusedToStartError:
@@ -74,7 +78,7 @@ def restore(
             _log.warning("snapshots thrown away: folding the whole log", **where, reason=str(error))
             part.shelf.close()
             machine.dropped(partition)
-    part, untold = _fold_whole(tail, machine, partition, stop, check)
+    part, untold = _fold_whole(tail, machine, partition, stop, check, alive)
     return Restored(part, untold, keys)
 
 
@@ -86,10 +90,15 @@ def fold_all(
 
 
 def _fold_whole(
-    tail: Tail, machine: Machine, partition: int, stop: int, check: Callable[[OwnerAnnounced], None]
+    tail: Tail,
+    machine: Machine,
+    partition: int,
+    stop: int,
+    check: Callable[[OwnerAnnounced], None],
+    alive: Alive = PULSE.beat,
 ) -> tuple[OwnedPartition, list[tuple[int, Entry]]]:
     part = OwnedPartition(machine, partition)
-    untold = _fold(tail, part, EpochTracker(), tail.start, tail.start, stop, check)
+    untold = _fold(tail, part, EpochTracker(), tail.start, tail.start, stop, check, alive)
     if part.torn:
         raise CorruptLogError(part.torn)
     return part, untold
@@ -157,7 +166,12 @@ class _Snapshots:
 
 
 def _read_snapshots(
-    broker: Broker, topic: str, partition: int, checkpoint: Checkpoint | None, keys: list[bytes]
+    broker: Broker,
+    topic: str,
+    partition: int,
+    checkpoint: Checkpoint | None,
+    keys: list[bytes],
+    alive: Alive = PULSE.beat,
 ) -> _Snapshots:
     """Read the snapshot topic's partition whole; adds to `keys` every key that still has a value."""
     found = _Snapshots()
@@ -170,7 +184,7 @@ def _read_snapshots(
     for count, message in enumerate(broker.read(topic, partition, start, end), 1):
         if count % PROGRESS_EVERY == 0:
             _log.info("reading snapshots", topic=topic, partition=partition, at=message.offset, of=end)
-            PULSE.beat()
+            alive()
         key = message.key or b""
         if message.value is None:
             present.pop(key, None)
@@ -216,13 +230,14 @@ def _from_snapshots(
     stop: int,
     check: Callable[[OwnerAnnounced], None],
     quiet_before_ms: int,
+    alive: Alive,
 ) -> list[tuple[int, Entry]]:
     """Load what the checkpoint certifies and fold what came after it. Raises DoubtfulSnapshotError, CorruptLogError."""
     machine = part.machine
     if snapshots.broken:
         raise DoubtfulSnapshotError(snapshots.broken)
-    _load_done(part, checkpoint, snapshots)
-    _load_live(part, checkpoint, snapshots, quiet_before_ms)
+    _load_done(part, checkpoint, snapshots, alive)
+    _load_live(part, checkpoint, snapshots, quiet_before_ms, alive)
     _take_announcement(part, announced)
     own = machine.own_subject(part.state)
     if own is not None:
@@ -231,7 +246,7 @@ def _from_snapshots(
     begin = min(checkpoint.read_from, checkpoint.told + 1)
     epoch = epoch_in(tail, begin)
     try:
-        untold = _fold(tail, part, EpochTracker(epoch), begin, checkpoint.read_from, stop, check)
+        untold = _fold(tail, part, EpochTracker(epoch), begin, checkpoint.read_from, stop, check, alive)
     except EventLogError:
         raise
     except Exception as error:  # an event that its state does not allow: many types
@@ -243,23 +258,38 @@ def _from_snapshots(
     return untold
 
 
-def _load_done(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots) -> None:
+def _load_done(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots, alive: Alive) -> None:
+    for unit in _heard(_done_units(checkpoint, snapshots), alive):
+        part.shelf.put_known(unit.unit, unit.as_of, unit.state)
+        if unit.as_of >= checkpoint.read_from:
+            part.unconfirmed[unit.unit] = unit.as_of
+
+
+def _done_units(checkpoint: Checkpoint, snapshots: _Snapshots) -> Iterator[UnitState]:
+    """Yield the units that are over, of all segments. Raises DoubtfulSnapshotError if one is missing."""
     for segment in checkpoint.segments:
         for number in range(1, segment.count + 1):
             units = snapshots.done.get(f"{segment.epoch}:{number}")
             if units is None:
                 raise DoubtfulSnapshotError(f"segment {number} of epoch {segment.epoch} is missing")
-            for unit in units:
-                part.shelf.put_known(unit.unit, unit.as_of, unit.state)
-                if unit.as_of >= checkpoint.read_from:
-                    part.unconfirmed[unit.unit] = unit.as_of
+            yield from units
 
 
-def _load_live(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots, quiet_before_ms: int) -> None:
+def _heard(items: Iterable[T], alive: Alive) -> Iterator[T]:
+    """Yield the items, and say in between that we live."""
+    for number, item in enumerate(items, 1):
+        if number % PROGRESS_EVERY == 0:
+            alive()
+        yield item
+
+
+def _load_live(
+    part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots, quiet_before_ms: int, alive: Alive
+) -> None:
     for name, text in snapshots.parts.items():
         part.machine.load_part(part.state, name, text)
     counted = 0
-    for unit, live in snapshots.live.items():
+    for unit, live in _heard(snapshots.live.items(), alive):
         shelved = part.shelf.get(unit)
         if shelved is not None and shelved.as_of >= live.as_of:
             continue  # it is over since
@@ -305,6 +335,7 @@ def _fold(
     fold_from: int,
     stop: int,
     check: Callable[[OwnerAnnounced], None],
+    alive: Alive,
 ) -> list[tuple[int, Entry]]:
     """Read the log from `begin` and fold its valid entries from `fold_from` on; returns the untold ones."""
     topic, partition = part.machine.log_topic, part.partition
@@ -316,7 +347,7 @@ def _fold(
             left_s = (time.monotonic() - began_s) * (1 - done) / done
             _log.info("restoring", log=topic, partition=partition, at=offset, of=stop, seconds_left=round(left_s, 1))
             metrics.restore_progress.labels(partition).set(done)
-            PULSE.beat()
+            alive()
             part.put_away_all_over()
         if isinstance(record, OwnerAnnounced):
             check(record)
@@ -384,13 +415,7 @@ def certified(broker: Broker, machine: Machine, partition: int) -> Certified | N
     snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, found.checkpoint, [])
     if snapshots.broken:
         raise DoubtfulSnapshotError(snapshots.broken)
-    states: dict[str, UnitState] = {}
-    for segment in found.checkpoint.segments:
-        for number in range(1, segment.count + 1):
-            units = snapshots.done.get(f"{segment.epoch}:{number}")
-            if units is None:
-                raise DoubtfulSnapshotError(f"segment {number} of epoch {segment.epoch} is missing")
-            states.update({unit.unit: unit for unit in units})
+    states = {unit.unit: unit for unit in _done_units(found.checkpoint, snapshots)}
     for name, live in snapshots.live.items():
         if name not in states or states[name].as_of < live.as_of:
             states[name] = UnitState(name, live.as_of, live.state())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import Final
+from collections.abc import Callable, Container, Mapping
+from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
@@ -15,6 +15,8 @@ SCHEMAS_TOPIC: Final = "schemas"
 SCHEMA_TYPE: Final = b"Schema"
 WRITE_DEADLINE_S: Final = 30.0
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _log = structlog.get_logger()
 
 
@@ -55,6 +57,27 @@ def load_schemas(broker: Broker) -> list[str]:
     Blocks. Raises EventLogError.
     """
     return _load(_published(broker))
+
+
+def looking_up(broker: Broker, decode: Callable[P, T]) -> Callable[P, T]:
+    """Return a decoder that reads the topic when it meets a schema that this process does not know, once for each schema.
+
+    A newer version publishes its schemas before the first record of them, so whoever runs while others are upgraded finds them.
+    The decoder blocks for that reading. It raises as `decode`, and EventLogError.
+    """
+    sought: set[str] = set()
+
+    def decoded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return decode(*args, **kwargs)
+        except codec.UnknownSchemaError as error:
+            if error.fingerprint in sought:
+                raise
+            sought.add(error.fingerprint)
+        load_schemas(broker)
+        return decode(*args, **kwargs)
+
+    return decoded
 
 
 def _load(published: Mapping[str, str]) -> list[str]:

@@ -57,7 +57,7 @@ class Tables:
         self.offsets: dict[str, dict[str, int]] = {topic: {} for topic in topics}
         # Up to where records may have been compacted away that were not read, by topic. Whoever begins has no such place: what it
         # reads of a key is the latest that there was, or all that there is.
-        self._unread: dict[str, int] = dict.fromkeys(topics, 0)
+        self.unread: dict[str, int] = dict.fromkeys(topics, 0)
 
     def load(self, broker: Broker) -> None:
         """Read every table up to its present end. Blocks; raises EventLogError."""
@@ -80,7 +80,7 @@ class Tables:
         compacted it away: then the row is `Unreadable`, and whoever decides by it must do what is safe whatever it said.
         """
         if message.offset > self.versions[message.topic]:
-            self._unread[message.topic] = message.offset
+            self.unread[message.topic] = message.offset
         return self._fold(message)
 
     def _fold(self, message: Message) -> bool:
@@ -106,5 +106,5 @@ class Tables:
         """Tell whether there is a row that was the latest of its key until now, for certain."""
         return (
             not isinstance(self.rows[topic].get(key), Unreadable | None)
-            and self.offsets[topic][key] >= self._unread[topic]
+            and self.offsets[topic][key] >= self.unread[topic]
         )

@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import threading
-from typing import Annotated, Any
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 
 import structlog
 import typer
@@ -39,6 +40,7 @@ from tidegate.sdk.errors import AppError
 from tidegate.sdk.loading import load_app
 
 SERVICE = "executor"
+T = TypeVar("T")
 _log = structlog.get_logger()
 
 app = typer.Typer(add_completion=False)
@@ -70,8 +72,31 @@ def executor(  # `tidegate executor` and `python -m tidegate.executor`
     name = process.instance_id or f"executor-{settings.queue}-{socket.gethostname()}"
     configure_logging(SERVICE, name, process.log_level)
     with observed(process, SERVICE, name) as health:
-        code = asyncio.run(_run(KafkaBroker(kafka), loaded, settings, name, target, process.broker_wait_s, health))
+        code = run_to_its_end(_run(KafkaBroker(kafka), loaded, settings, name, target, process.broker_wait_s, health))
     raise typer.Exit(code)
+
+
+def run_to_its_end(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on an event loop of its own, and return what it returns. Blocks. Raises what it raises.
+
+    SystemExit and KeyboardInterrupt of any other task of the loop do not end it: an event loop passes them on to whoever runs it,
+    so a function whose own task calls `sys.exit` would end the process and everything else that runs in it.
+    """
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        task = loop.create_task(main)
+        while True:
+            try:
+                return loop.run_until_complete(task)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if task.done() or (isinstance(error, KeyboardInterrupt) and _is_ctrl_c()):
+                    raise
+                _log.exception("a task that a function began wants to end the process, which goes on")
+
+
+def _is_ctrl_c() -> bool:
+    """Tell whether a KeyboardInterrupt is the user's: not any more once signals have handlers of their own."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _given(**options: Any) -> dict[str, Any]:

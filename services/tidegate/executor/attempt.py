@@ -184,7 +184,10 @@ class Attempt:
     def _from_error(self, error: BaseException) -> StepResult:
         """Return the failure that an exception means. Once the function has returned, repeating it cannot help."""
         ending = endings.raised(error, has_returned=self._returned)
-        self._log_failure(ending, error if ending.retryable else None)
+        try:
+            self._log_failure(ending, error if ending.retryable else None)
+        except BaseException:  # what shows it asks it what it is, and so runs somebody's code
+            self._log_failure(ending)
         if isinstance(error, LeaseLapsedError):
             self._aborted = self._answered = True
         return self._result(ending)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -17,6 +18,8 @@ from tidegate.sdk.binding import AGENT, TOOL
 from tidegate.sdk.context import Meter
 from tidegate.sdk.errors import BadArgumentsError, NonRetryable, NotJsonError
 from tidegate.sdk.plan import Given, given_by, plan_of
+
+T = TypeVar("T")
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,10 +101,12 @@ def raised(error: BaseException, *, has_returned: bool) -> Ending:
     """The function raised, or could not be called, or what it returned cannot be used: then repeating it cannot help."""
     return Ending(
         outcome=results.FAILED,
-        error_class=_ERROR_CLASSES.get(type(error), type(error).__name__),
-        error_message=results.bounded(_message_of(error)),
+        error_class=_ERROR_CLASSES.get(type(error)) or _name_of(error),
+        error_message=results.bounded(
+            _asked(lambda: str(error), lambda broken: f"(its message cannot be read: {_name_of(broken)})")
+        ),
         retryable=not (has_returned or isinstance(error, (NonRetryable, *_ERROR_CLASSES))),
-        retry_after_ms=_retry_after_ms(error),
+        retry_after_ms=_asked(lambda: _retry_after_ms(error), lambda _: 0),
     )
 
 
@@ -117,11 +122,17 @@ def died(reason: str, *, idempotent: bool) -> Ending:
     return Ending(outcome=results.DIED, error_class="Died", error_message=results.bounded(reason), retryable=idempotent)
 
 
-def _message_of(error: BaseException) -> str:
+def _name_of(error: BaseException) -> str:
+    """Return the name of an exception's class, whatever its metaclass says."""
+    return str(type.__dict__["__name__"].__get__(type(error)))
+
+
+def _asked(ask: Callable[[], T], instead: Callable[[BaseException], T]) -> T:
+    """Return what an exception says of itself, or something instead: asking runs somebody's code, which may raise anything."""
     try:
-        return str(error)
-    except Exception as broken:  # an exception that cannot even say what it is
-        return f"(its message cannot be read: {type(broken).__name__})"
+        return ask()
+    except BaseException as broken:  # the attempt must be answered all the same
+        return instead(broken)
 
 
 def _retry_after_ms(error: BaseException) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -13,6 +13,7 @@ from tidegate import codec
 from tidegate.domain.messages import StepTask
 from tidegate.eventlog.intake import check
 from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition, UnknownTopicError
+from tidegate.eventlog.schemas import looking_up
 from tidegate.executor.results import STEP_RESULTS
 
 MAX_BATCH: Final = 500
@@ -54,14 +55,19 @@ class TaskFeed:
         inbox = self._broker.plain_inbox()
         try:
             inbox.read_from(dict([self._feed_from]))
-            partitions = self._result_partitions()
+            partitions, decode = self._result_partitions(), looking_up(self._broker, codec.decode)
             while not self._stopping:
-                found = (_task_in(message, partitions) for message in inbox.poll(MAX_BATCH, POLL_S))
+                found = (_task_in(message, partitions, decode) for message in inbox.poll(MAX_BATCH, POLL_S))
                 tasks = [task for task in found if task is not None]
                 if tasks:
                     self._deliver(tasks)
         except EventLogError as error:
             self._on_failure(f"tasks cannot be read: {error}")
+        except (
+            Exception
+        ) as error:  # whatever it is: an executor that lives and reads nothing would be given tasks for ever
+            _log.exception("the reading of tasks has ended")
+            self._on_failure(f"tasks cannot be read: {type(error).__name__}: {error}")
         finally:
             inbox.close()
 
@@ -72,12 +78,12 @@ class TaskFeed:
         return found.partition_count
 
 
-def _task_in(message: Message, result_partitions: int) -> StepTask | None:
-    """Return the task of a message; None if it holds none that could be answered."""
+def _task_in(message: Message, result_partitions: int, decode: Callable[[bytes | None], Any]) -> StepTask | None:
+    """Return the task of a message; None if it holds none that could be answered. Raises EventLogError, as `decode` may."""
     if message.value is None:
         return None
     try:
-        record = codec.decode(message.value)
+        record = decode(message.value)
         check(message.topic, record)
         if record.result_partition >= result_partitions:
             raise codec.DecodeError(f"there is no partition {record.result_partition} for its result")

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from tidegate.eventlog.interface import Broker, EventLogError, Record, Writer
+from tidegate.eventlog.interface import Broker, Record, Writer
 from tidegate.failpoints import failpoint
 
 IDLE_WAIT_S: Final = 1.0
@@ -78,7 +78,7 @@ class ResultSender:
                 for number in self._take_over():
                     self._write(writer, number)
                 writer.poll()
-            except EventLogError as error:
+            except Exception as error:  # whatever it is: without this thread no attempt would ever be answered
                 self._give_up(writer, error)
                 writer = None
         if writer is not None:
@@ -115,7 +115,7 @@ class ResultSender:
         failpoint("executor.before-result")
         writer.send(record, on_ack)
 
-    def _give_up(self, writer: Writer | None, error: EventLogError) -> None:
+    def _give_up(self, writer: Writer | None, error: Exception) -> None:
         if writer is not None:
             writer.close()
         self._failures += 1

@@ -25,7 +25,7 @@ from tidegate.domain.questions import LACK_RULE
 from tidegate.gate.documents import Document, name_field
 from tidegate.gate.ledger import Ledger
 from tidegate.gate.names import bucket_key
-from tidegate.gate.state import METERS, Attempt, Bucket, Learned, tight
+from tidegate.gate.state import MAX_SET_ASIDE, METERS, Attempt, Bucket, Learned, tight
 from tidegate.gate.windows import ALWAYS, Unit, Window, said_moment, window_at, zone_named
 from tidegate.prices import price
 
@@ -277,13 +277,18 @@ class Lack(NamedTuple):
         """Return what decisions name as the rule."""
         return f"{LACK_RULE}{self.budget.budget}"
 
+    @property
+    def limit(self) -> int:
+        """Return how much there may be of it: of what nothing limits, as much as can be counted."""
+        said: int | None = getattr(self.bucket.limits, self.meter)
+        return MAX_SET_ASIDE if said is None else said
+
     def said(self) -> str:
         """Return the reason for people."""
         at = METERS.index(self.meter)
         window = f", until {said_moment(self.bucket.until_ms)}" if self.bucket.until_ms else ""
-        limit = getattr(self.bucket.limits, self.meter)
         return (
-            f"budget {self.budget.label} of {self.bucket.account}: needs {self.needed} {self.meter}; of {limit}, "
+            f"budget {self.budget.label} of {self.bucket.account}: needs {self.needed} {self.meter}; of {self.limit}, "
             f"{self.bucket.spent[at]} are spent and {self.bucket.reserved[at]} set aside{window}"
         )
 
@@ -294,7 +299,7 @@ class Lack(NamedTuple):
             "bucket": self.key,
             "meter": self.meter,
             "needed": self.needed,
-            "limit": getattr(self.bucket.limits, self.meter),
+            "limit": self.limit,
             "spent": self.bucket.spent[at],
             "reserved": self.bucket.reserved[at],
         }
@@ -343,8 +348,10 @@ class Tally:
         budget = scope.budget
         bucket = self.get(key)
         limits, top_ups = self._budgets.limits_of(scope, run_id if scope.is_per_run else "", window)
-        now = (budget.version, limits, budget.on_exceed, top_ups)
-        if bucket is not None and (bucket.version, bucket.limits, bucket.on_exceed, bucket.top_ups) == now:
+        now = (budget.version, limits, budget.on_exceed, top_ups, window.until_ms)
+        if bucket is not None and (
+            now == (bucket.version, bucket.limits, bucket.on_exceed, bucket.top_ups, bucket.until_ms)
+        ):
             return bucket
         event = ev.BudgetSet(
             account=scope.account,

@@ -709,7 +709,10 @@ def closings(ledger: Ledger, now_ms: int) -> list[Any]:
     events: list[Any] = []
     tally = Tally(ledger, NO_BUDGETS, now_ms, events)
     for _, key in sorted(end for end in ledger.window_ends if end[0] <= now_ms):
-        tally.close(key)
+        if (
+            bucket := ledger.buckets.get(key)
+        ) is not None and bucket.until_ms <= now_ms:  # it may have another end by now
+            tally.close(key)
         if len(events) == MAX_LAPSES_PER_ENTRY:
             break
     return events

@@ -7,35 +7,24 @@ kind's own field, a `version`, and what the kind asks for. Kinds register themse
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Final, NamedTuple, Self
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tidegate.domain import canonical
 from tidegate.domain.identity import NAME_PATTERN
+from tidegate.yaml_lines import Problem, TextError, line_of, values_of
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_DOCUMENT_BYTES: Final = 1024 * 1024
 DEFAULT_KIND: Final = "policy"
 VERSION_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
-class Problem(NamedTuple):
-    """What is wrong with a document, and the line it stands in (from 1; 0 if there is none to name)."""
-
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.text}" if self.line else self.text
-
-
-class DocumentError(ValueError):
+class DocumentError(TextError):
     """Documents are wrong; `problems` lists everything, in the order of lines."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        self.problems = sorted(problems)
-        super().__init__("; ".join(map(str, self.problems)))
 
 
 class Document(BaseModel):
@@ -128,13 +117,13 @@ def read(text: str) -> list[Document]:
             document = _model_of(value).checked(value)
             found.append(document)
             problems += [
-                Problem(_line(node, path), f"{'.'.join(map(str, path))}: {text}")
+                Problem(line_of(node, path), f"{'.'.join(map(str, path))}: {text}")
                 for path, text in document.misgivings()
             ]
         except DocumentError as error:
-            problems += [Problem(_line(node, ("kind",)), problem.text) for problem in error.problems]
+            problems += [Problem(line_of(node, ("kind",)), problem.text) for problem in error.problems]
         except ValidationError as error:
-            problems += [Problem(_line(node, item["loc"]), _said(item)) for item in error.errors()]
+            problems += [Problem(line_of(node, item["loc"]), _said(item)) for item in error.errors()]
     keys = [document.topic_key for document in found]
     problems += [Problem(0, f"{key} is there twice") for key in sorted({key for key in keys if keys.count(key) > 1})]
     if not found and not problems:
@@ -144,68 +133,46 @@ def read(text: str) -> list[Document]:
     return found
 
 
-def read_values(text: str) -> list[Any]:
-    """Return the plain values of a YAML or JSON text. Raises DocumentError on what is neither."""
-    return [value for value, _ in _values(text)]
+def read_as(text: str, model: type[M]) -> M:
+    """Check a YAML or JSON text of one value that is no document of the gate. Raises DocumentError with lines."""
+    found = list(_values(text))
+    if len(found) != 1:
+        raise DocumentError([Problem(0, f"it holds {len(found)} documents, not one")])
+    ((value, node),) = found
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = {Problem(line_of(node, item["loc"]), _said(item, node)): None for item in error.errors()}
+        raise DocumentError(list(problems)) from None
 
 
 def _values(text: str) -> Iterator[tuple[Any, yaml.Node]]:
     if len(text.encode("utf-8", "replace")) > MAX_DOCUMENT_BYTES:
         raise DocumentError([Problem(0, f"more than {MAX_DOCUMENT_BYTES} bytes")])
-    loader = yaml.SafeLoader(text)
     try:
-        while loader.check_node():
-            node = loader.get_node()
-            if node is None:
-                continue
-            twice = list(_repeated_keys(node))
-            if twice:
-                raise DocumentError(twice)
-            value = loader.construct_document(node)
-            if value is not None:
-                yield value, node
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise DocumentError([Problem(0 if mark is None else mark.line + 1, f"no YAML: {what}")]) from None
-    except (ValueError, RecursionError) as error:  # a date that is none; a thousand brackets
-        if isinstance(error, DocumentError):
-            raise
-        raise DocumentError([Problem(0, f"no YAML: {error}")]) from None
-    finally:
-        loader.dispose()
+        yield from values_of(text)
+    except TextError as error:
+        raise DocumentError(error.problems) from None
 
 
-def _repeated_keys(node: yaml.Node) -> Iterator[Problem]:
-    """YAML lets the last of equal keys win silently; here that is a mistake."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    yield Problem(key.start_mark.line + 1, f"{key.value}: is there twice")
-                seen.add(key.value)
-            yield from _repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _repeated_keys(item)
+def _said(item: Any, node: yaml.Node | None = None) -> str:
+    """Return a problem for people. node: of the document, to name only what is in it, and what is missing at the end."""
+    names = item["loc"] if node is None else _there(node, item["loc"])
+    where = ".".join(map(str, names)) or "document"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}"
 
 
-def _line(node: yaml.Node, path: tuple[int | str, ...]) -> int:
-    """Return the line of what `path` leads to, or of the last thing on the way that is there."""
-    line = node.start_mark.line + 1
-    for part in path:
+def _there(node: yaml.Node, path: tuple[int | str, ...]) -> Iterator[int | str]:
+    """Yield what of a path is in the document, or missing there: pydantic also names branches of unions."""
+    for number, part in enumerate(path, 1):
         if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if getattr(k, "value", None) == str(part)), None)
-            if found is None:
-                continue  # pydantic also names what is not in the document: branches, validators
-            line, node = found[0].start_mark.line + 1, found[1]
+            found = next((value for key, value in node.value if getattr(key, "value", None) == str(part)), None)
+            if found is not None:
+                node = found
+            elif number < len(path) or "[" in str(part):
+                continue
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
-
-
-def _said(item: Any) -> str:
-    where = ".".join(map(str, item["loc"])) or "document"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+        else:
+            continue
+        yield part

@@ -532,7 +532,10 @@ def _budget_set(ledger: Ledger, event: ev.BudgetSet) -> None:
     if bucket is None:
         bucket = ledger.buckets[event.bucket] = Bucket.of(event)
         _note_bucket(ledger, event.bucket, bucket)
+    elif bucket.until_ms != event.until_ms:  # of a budget that has another window now, which began at the same time
+        heapq.heappush(ledger.window_ends, (event.until_ms, event.bucket))
     bucket.set(event)
+    _forget_ended(ledger)
     ledger.lacking.stir(event.bucket)
 
 
@@ -563,7 +566,16 @@ def _budget_closed(ledger: Ledger, event: ev.BudgetClosed) -> None:
         del ledger.of_run[bucket.run_id][event.bucket]
         if not ledger.of_run[bucket.run_id]:
             del ledger.of_run[bucket.run_id]
-    while ledger.window_ends and ledger.window_ends[0][1] not in ledger.buckets:
+    _forget_ended(ledger)
+
+
+def _forget_ended(ledger: Ledger) -> None:
+    """Take ends of windows that are none any more from the top of the heap, so that its top is the next one."""
+    while ledger.window_ends:
+        until_ms, name = ledger.window_ends[0]
+        bucket = ledger.buckets.get(name)
+        if bucket is not None and bucket.until_ms == until_ms:
+            return
         heapq.heappop(ledger.window_ends)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tidegate.gate.budgets import Budget, TopUp
 from tidegate.gate.carrying import Retention
-from tidegate.gate.documents import Document, DocumentError, Problem, parse, read, read_values
+from tidegate.gate.documents import Document, DocumentError, parse, read, read_as
 from tidegate.gate.limits import Limit, Queue
 from tidegate.gate.policy import Policy
 from tidegate.gate.retries import Retry
@@ -15,12 +15,11 @@ __all__ = [
     "DocumentError",
     "Limit",
     "Policy",
-    "Problem",
     "Queue",
     "Retention",
     "Retry",
     "TopUp",
     "parse",
     "read",
-    "read_values",
+    "read_as",
 ]

@@ -72,18 +72,65 @@ class Look(NamedTuple):
 
 
 class _Lines:
-    """The lines of one scope: those to be looked at, and those that were since there may have been room."""
+    """The lines of one scope, by account: those to be looked at, and those that were since there may have been room.
+
+    Accounts take turns, and the lines of each: who makes a thousand lines by tags of their own keeps nobody waiting by that.
+    """
 
     __slots__ = ("done", "todo")
 
     def __init__(self) -> None:
-        self.todo: dict[Alike, None] = {}
-        self.done: dict[Alike, None] = {}
+        self.todo: dict[str, dict[Alike, None]] = {}
+        self.done: dict[str, dict[Alike, None]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.todo or self.done)
 
     def stir(self) -> None:
         # Whoever is in `done` was looked at meanwhile, which costs more than this.
-        self.todo |= self.done
+        for account, lines in self.done.items():
+            self.todo.setdefault(account, {}).update(lines)
         self.done.clear()
+
+    def put(self, alike: Alike, *, is_done: bool) -> None:
+        """Put a line behind the others of its account, and that behind the other accounts if it was not there."""
+        self.drop(alike)
+        where = self.done if is_done else self.todo
+        where.setdefault(alike.account, {})[alike] = None
+
+    def drop(self, alike: Alike) -> None:
+        """Forget a line, if it is there."""
+        for where in (self.todo, self.done):
+            lines = where.get(alike.account)
+            if lines is not None and alike in lines:
+                del lines[alike]
+                if not lines:
+                    del where[alike.account]
+
+    def served(self, alike: Alike) -> None:
+        """Put a line, and its account, behind all others."""
+        self.put(alike, is_done=False)
+        self.todo[alike.account] = self.todo.pop(alike.account)
+
+    def is_done(self, alike: Alike) -> bool:
+        """Tell whether a line was looked at since there may have been room."""
+        return alike in self.done.get(alike.account, ())
+
+    def in_turn(self) -> Iterator[Alike]:
+        """Return the lines to look at: the first of each account, then the second ones, and so on."""
+        accounts = []
+        for lines in self.todo.values():
+            following = iter(lines)
+            yield next(following)
+            accounts.append(following)
+        while accounts:
+            left = []
+            for following in accounts:
+                alike = next(following, None)
+                if alike is not None:
+                    yield alike
+                    left.append(following)
+            accounts = left
 
 
 class Lacking:
@@ -153,7 +200,7 @@ class Lacking:
         members = self._members.get(spot)
         if members is None:
             members = self._members[spot] = {}
-            self._lines.setdefault(spot.scope, _Lines()).done[spot.alike] = None
+            self._lines.setdefault(spot.scope, _Lines()).put(spot.alike, is_done=True)
             self._of_function.setdefault(_function(spot), {})[spot] = None
         if members and members[next(reversed(members))] > turn:
             self._unsorted.add(spot)
@@ -171,13 +218,12 @@ class Lacking:
         del self._members[spot]
         self._unsorted.discard(spot)
         lines = self._lines[spot.scope]
-        lines.todo.pop(spot.alike, None)
-        lines.done.pop(spot.alike, None)
+        lines.drop(spot.alike)
         if not lines.todo:
             self._stirred.pop(spot.scope, None)
-            if not lines.done:
-                del self._lines[spot.scope]
-                self._until_ms.pop(spot.scope, None)
+        if not lines:
+            del self._lines[spot.scope]
+            self._until_ms.pop(spot.scope, None)
         spots = self._of_function[_function(spot)]
         del spots[spot]
         if not spots:
@@ -201,9 +247,8 @@ class Lacking:
         """Attempts of a function, by the name of what was learned of it, may be expected to use less."""
         for spot in self._of_function.get(name, ()):
             lines = self._lines[spot.scope]
-            if spot.alike in lines.done:
-                del lines.done[spot.alike]
-                lines.todo[spot.alike] = None
+            if lines.is_done(spot.alike):
+                lines.put(spot.alike, is_done=False)
             self._stirred[spot.scope] = None
 
     def stir_all(self) -> None:
@@ -231,7 +276,7 @@ class Lacking:
         for is_asked in (False, True):
             for scope in self._stirred:
                 if scope.is_asked is is_asked:
-                    for alike in self._lines[scope].todo:
+                    for alike in self._lines[scope].in_turn():
                         spot = Spot(scope, alike)
                         self._sort(spot)
                         yield spot, self._members[spot]
@@ -242,12 +287,10 @@ class Lacking:
             self._unsorted.discard(spot)
 
     def looked(self, look: Look) -> None:
-        """Take note of what was found. A line that was served goes behind all others."""
+        """Take note of what was found. A line that was served, and its account, go behind all others."""
         for spot, shortage in look.without_room:
             lines = self._lines[spot.scope]
-            if spot.alike in lines.todo:
-                del lines.todo[spot.alike]
-                lines.done[spot.alike] = None
+            lines.put(spot.alike, is_done=True)
             if self._stirred.pop(spot.scope, 0) is None and lines.todo:
                 self._stirred[spot.scope] = None  # behind the others: a scope that is stirred all the time hides nobody
             self._note_end(spot.scope, shortage)
@@ -260,8 +303,7 @@ class Lacking:
             self._note_end(scope, shortage)
         if look.served is not None and look.served.scope in self._stirred:
             lines = self._lines[look.served.scope]
-            lines.todo.pop(look.served.alike, None)
-            lines.todo[look.served.alike] = None
+            lines.served(look.served.alike)
             del self._stirred[look.served.scope]
             self._stirred[look.served.scope] = None
 

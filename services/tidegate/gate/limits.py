@@ -126,7 +126,7 @@ class Limit(_Document):
             names.add("workflow")
         for source in (self.when, self.key):
             if source:
-                names.update(expressions.compile_expression(source).variables())
+                names.update(expressions.variables_of(source))
         return frozenset(names - {""})
 
     def covers(self, variables: Variables) -> bool:

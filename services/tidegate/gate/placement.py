@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Final
 
 import structlog
@@ -67,6 +67,7 @@ class Executors:
         self.by_id: dict[str, Executor] = {}
         self._heard_ms: dict[Incarnation, int] = {}
         self._suspects: dict[Incarnation, int] = {}
+        self._unread = 0
         self.ended: dict[Incarnation, str] = {}
         self._ready: dict[str, list[Executor]] = {}
         self._offers: set[tuple[str, str]] = set()  # by executors of paused queues too
@@ -81,9 +82,9 @@ class Executors:
     def take(self, instance_id: str, row: Instance | None, offset: int) -> None:
         """Note a record of `instances`."""
         if row is None or row.service != EXECUTOR:
-            gone = self.by_id.pop(instance_id, None)
-            if gone is not None:
-                self._end(gone.life, "its registration was removed")
+            # Nobody's death is proven by it: it holds its lease, and if it beats on, it is back.
+            if self.by_id.pop(instance_id, None) is not None:
+                self._sort()
             return
         if not 0 <= row.task_partition < self._task_partitions(row.queue):
             # A task that cannot be written would stop every gate that finds its placement in the ledger, for good.
@@ -150,9 +151,18 @@ class Executors:
             if life not in self.ended and life != OUTSIDE:
                 self._heard_ms.setdefault(life, now_ms)
 
-    def expire(self, table_version: int) -> None:
-        """End the lives whose lease ran out, once everything that they may have written before was read."""
+    def expire(self, table_version: int, unread: int = 0) -> None:
+        """End the lives whose lease ran out, once everything that they may have written before was read.
+
+        unread: up to where records of the table may have been compacted away that this gate has not read. Then nobody was
+        silent for certain: of two lives under one instance id compaction keeps the last beat of one alone. So every lease
+        begins anew, as after a take-over.
+        """
         now_ms = self._monotonic_ms()
+        if unread > self._unread:
+            self._unread = unread
+            self._heard_ms = dict.fromkeys(self._heard_ms, now_ms)
+            self._suspects.clear()
         for life, heard_ms in list(self._heard_ms.items()):
             if now_ms - heard_ms <= self._lease_ms:
                 continue
@@ -251,16 +261,17 @@ class FreeSlots:
         kind: str,
         function: str,
         *,
-        prefer: str = "",
+        prefer: Sequence[str] = (),
         only: str = "",
         accepts: Callable[[str], bool] | None = None,
     ) -> Executor | None:
         """Return an executor with a free slot that offers the function, and take the slot; None if there is none.
 
-        The preferred instance if it can, else the one with the most free slots. only: no other instance will do. accepts:
-        asked for each that could, with its id.
+        The first of the preferred instances that can, else the one with the most free slots. only: no other instance will do.
+        accepts: asked for each that could, with its id.
         """
         best: Executor | None = None
+        best_wish = 0
         for executor in self._ready.get(queue, ()):
             instance_id = executor.life.instance_id
             free = self._of(executor)
@@ -268,11 +279,9 @@ class FreeSlots:
                 continue
             if accepts is not None and not accepts(instance_id):
                 continue
-            if prefer and instance_id == prefer:
-                best = executor
-                break
-            if best is None or (free, best.life.instance_id) > (self._of(best), instance_id):
-                best = executor
+            wish = -prefer.index(instance_id) if instance_id in prefer else -len(prefer)
+            if best is None or (wish, free, best.life.instance_id) > (best_wish, self._of(best), instance_id):
+                best, best_wish = executor, wish
         if best is not None:
             self._free[best.life] -= 1
         return best

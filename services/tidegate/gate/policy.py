@@ -95,17 +95,8 @@ class Policy(Document):
         return [
             (("rules", index, "when"), f"unknown: {', '.join(unknown)}; there are {', '.join(sorted(VARIABLES))}")
             for index, rule in enumerate(self.rules)
-            if (unknown := unknown_variables(rule.when))
+            if (unknown := expressions.unknown_variables(rule.when, VARIABLES))
         ]
-
-
-_LOCAL: Final = re.compile(r"\.\s*(?:all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_][A-Za-z0-9_]*)\s*,")
-
-
-def unknown_variables(source: str) -> list[str]:
-    """Return the variables of an expression that there are not, but for those that its macros bind."""
-    names = set(expressions.compile_expression(source).variables())
-    return sorted(names - VARIABLES - set(_LOCAL.findall(source)))
 
 
 class Verdict(NamedTuple):
@@ -234,7 +225,7 @@ _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 def _references(source: str) -> tuple[str, ...]:
     """Return the paths (`args.amount`) of variables in an expression, each once, in order."""
-    known = set(expressions.compile_expression(source).variables())
+    known = expressions.variables_of(source)
     found = dict.fromkeys(match[1] for match in _REFERENCE.finditer(_STRING.sub('""', source)))
     return tuple(path for path in found if path.partition(".")[0] in known)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from tidegate.domain.identity import DEFAULT_ACCOUNT
 from tidegate.domain.retry_documents import RetryDocuments
 from tidegate.gate import retry_cases
-from tidegate.gate.documents import Document, DocumentError, Problem
+from tidegate.gate.documents import Document
 from tidegate.gate.policy import Effect, Policy, PolicySet, Verdict
 from tidegate.gate.retries import Retry
 from tidegate.gate.retry_cases import RetryCase
@@ -93,19 +93,6 @@ class Outcome(NamedTuple):
     values: str
     problem: str
     fields: dict[str, Any]
-
-
-def checked(value: Any) -> Cases:
-    """Return the cases that a file holds. Raises DocumentError."""
-    try:
-        return Cases.model_validate(value)
-    except ValidationError as error:
-        problems = [Problem(0, f"{_place(e['loc'])}: {e['msg']}") for e in error.errors()]
-        raise DocumentError(problems) from None
-
-
-def _place(names: tuple[int | str, ...]) -> str:
-    return ".".join(str(name) for name in names if name not in (_OF_STEP, _OF_FAILURE)) or "cases"
 
 
 def tried(cases: Cases, documents: list[Document]) -> Iterator[Outcome]:

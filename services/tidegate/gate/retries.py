@@ -28,13 +28,6 @@ class Retry(Document):
     @field_validator("retries")
     @classmethod
     def _are_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(rules := value.get("retry_rules"), list):
-            value = value | {"retry_rules": [_with_on(rule) for rule in rules]}
         if wrong := problems(value):
             raise ValueError("; ".join(wrong))
         return value
-
-
-def _with_on(rule: Any) -> Any:
-    """Return a rule whose key `on` is a text: YAML takes an unquoted `on` for true."""
-    return {"on" if name is True else name: value for name, value in rule.items()} if isinstance(rule, dict) else rule

@@ -153,7 +153,7 @@ class GateMachine:
         if not state.held_by:
             return None
         self.executors.watch(state.held_by)
-        self.executors.expire(tables.versions[INSTANCES])
+        self.executors.expire(tables.versions[INSTANCES], tables.unread[INSTANCES])
         desk = Desk(state, self._limits, now_ms)
         lost = decide.losses(state, self.executors.ended, desk, self._budgets)
         return _due(state, tables, INSTANCES, lost)

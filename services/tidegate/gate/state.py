@@ -12,9 +12,12 @@ from typing import Final, NamedTuple
 import msgspec
 
 from tidegate.domain import ledger_events as ev
+from tidegate.domain.identity import MAX_MICROS
 from tidegate.domain.messages import NOTHING, Amounts, Call, Lease
 
 MAX_SETTLED_MICROS = 2**63 - 1  # what a record can hold; no honest run gets there
+MAX_SET_ASIDE: Final = 2**62
+MANY_OPEN: Final = MAX_SET_ASIDE // MAX_MICROS  # fewer cannot have set aside more than that
 HELD, PAUSED, QUEUED, RESERVED, PLACED = "held", "paused", "queued", "reserved", "placed"
 METERS = ("micros", "input_tokens", "output_tokens", "calls", "wall_ms")
 _NONE = (0, 0, 0, 0, 0)
@@ -199,9 +202,9 @@ class Bucket(msgspec.Struct, array_like=True):
         return copy.copy(self)  # all that it holds is replaced when it changes, and not changed itself
 
     def set(self, event: ev.BudgetSet) -> None:
-        """Take other limits."""
+        """Take other limits, and another end: windows of another length may begin at the same time."""
         self.version, self.limits, self.on_exceed = event.version, event.limits, event.on_exceed
-        self.top_ups = event.top_ups
+        self.until_ms, self.top_ups = event.until_ms, event.top_ups
 
     def lacking(self, amounts: tuple[int, ...]) -> int | None:
         """Return the first meter that has no room for `amounts`, as its place in METERS; None if all have."""
@@ -210,6 +213,9 @@ class Bucket(msgspec.Struct, array_like=True):
             # Also where nothing is needed: a budget that was overshot is closed, whatever the next attempt says it needs.
             if reserved[at] + spent[at] + amounts[at] > limit:
                 return at
+        # So that what is given back is what was set aside, no sum may come to its end, not even one that nothing limits.
+        if self.open >= MANY_OPEN and (most := max(reserved)) > MAX_SET_ASIDE:
+            return reserved.index(most)
         return None
 
     def reserve(self, amounts: Amounts) -> None:

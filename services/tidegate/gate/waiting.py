@@ -71,14 +71,14 @@ def slot_for(desk: Desk, slots: FreeSlots, attempt: Attempt) -> tuple[Place, Lea
         leases = tuple(lease for lease in attempt.leases if INSTANCE_PLACE not in lease.key)
         return None if slots.is_paused(call.queue) else (Place(OUTSIDE, 0), leases)
     if not attempt.leases:
-        free = slots.take(call.queue, call.kind, call.function, prefer=call.prefer, only=attempt.pinned)
+        free = slots.take(call.queue, call.kind, call.function, prefer=call.preferred, only=attempt.pinned)
         return None if free is None else (_place(free), ())
     open_keys = tuple([lease for lease in attempt.leases if INSTANCE_PLACE in lease.key])
     executor = slots.take(
         call.queue,
         call.kind,
         call.function,
-        prefer=call.prefer,
+        prefer=call.preferred,
         only=attempt.pinned,
         accepts=(lambda name: desk.obstacle(desk.limits.on_instance(open_keys, name, here)) is None)
         if open_keys and not attempt.pinned

@@ -18,7 +18,7 @@ from tidegate import codec, metrics
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Broker, EventLogError, Offsets
-from tidegate.eventlog.schemas import load_schemas
+from tidegate.eventlog.schemas import looking_up
 from tidegate.failpoints import failpoint
 from tidegate.gateway.changelog import Changelogs
 from tidegate.gateway.faust_app import GATEWAY_RUNS, RUN_EVENTS, TABLES, GatewayApp, ViewTable, ViewTables
@@ -93,7 +93,7 @@ class Gateway:
         self._has_caught_up = False
         self._unassigned_since_s: float | None = time.monotonic()
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
-        self._schemas_seen: set[str] = set()
+        self._decoded = looking_up(broker, PartitionReader.take)
         self._handling = asyncio.Lock()  # what is folded, and when, is decided by one at a time
         self._still_since_s = time.monotonic()
         topic = app.topic(prefix + RUN_EVENTS, key_serializer="raw", value_serializer="raw", allow_empty=True)
@@ -376,16 +376,6 @@ class Gateway:
         if changed.row is None and not changed.tallies:
             self.counters.known += 1
         return changed
-
-    def _decoded(self, reader: PartitionReader, offset: int, value: bytes | None) -> Any:
-        try:
-            return reader.take(offset, value)
-        except codec.UnknownSchemaError as error:
-            if error.fingerprint in self._schemas_seen:
-                raise
-            self._schemas_seen.add(error.fingerprint)
-            load_schemas(self._broker)
-            return reader.take(offset, value)
 
     # -- waiting for changes, forgetting ---------------------------------------------------------
 

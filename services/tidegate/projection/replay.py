@@ -423,6 +423,11 @@ class _LogReader:
         """Everything up to the ends is inserted, though compaction may have left no record right before them."""
         self._positions.update(self._ends)
 
+    @property
+    def has_joined(self) -> bool:
+        """There is no group."""
+        return True
+
     def take_changes(self) -> AssignmentChange:
         gained, self._is_new = (self.assigned if self._is_new else frozenset()), False
         return AssignmentChange(gained, frozenset())

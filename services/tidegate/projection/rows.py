@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from tidegate.domain.identity import NOWHERE, source_of
 from tidegate.eventlog.interface import Message
 from tidegate.projection.redaction import redact_call
 
@@ -237,11 +238,10 @@ def dead_letter_row(letter: Fields, letter_offset: int) -> Row:
 
 def removed_dead_letter_row(key: bytes, letter_offset: int) -> Row | None:
     """Return the row that a tombstone in `dead-letters` leaves; None if its key is not `topic:partition:offset`."""
-    topic, _, position = _text(key).partition(":")
-    partition, _, offset = position.partition(":")
-    if not (partition.isascii() and partition.isdecimal() and offset.isascii() and offset.isdecimal()):
+    source = source_of(_text(key))
+    if source is NOWHERE:
         return None
-    return (topic, int(partition), int(offset), letter_offset, True, "", "", "", "", b"", 0, b"", "{}", 0)
+    return (*source, letter_offset, True, "", "", "", "", b"", 0, b"", "{}", 0)
 
 
 def unreadable_row(message: Message, reason: str) -> Row:

@@ -11,9 +11,9 @@ import structlog
 
 from tidegate import codec, metrics
 from tidegate.eventlog.epochs import epoch_before
-from tidegate.eventlog.interface import Broker, EventLogError, Message, TopicPartition
+from tidegate.eventlog.interface import NO_SHARE, Broker, EventLogError, Message, TopicPartition
 from tidegate.eventlog.kafka.subscription import AssignmentChange
-from tidegate.eventlog.schemas import load_schemas
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.validity import NO_EPOCH, EpochTracker
 from tidegate.failpoints import failpoint
 from tidegate.projection import rows
@@ -54,6 +54,9 @@ class Subscription(Protocol):
 
     @property
     def assigned(self) -> frozenset[TopicPartition]: ...
+
+    @property
+    def has_joined(self) -> bool: ...
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]: ...
 
@@ -137,13 +140,12 @@ class Projection:
         self._positions: dict[TopicPartition, int] = {}
         self._last_event_ms: dict[TopicPartition, int] = {}
         self._paused = False
-        self._schemas_seen: set[str] = set()
+        self._decoded = looking_up(broker, codec.decode_facts)
         self._freshness_due_s = float("inf") if is_shadow else monotonic_s() + FRESHNESS_EVERY_S
         self._progress_s = monotonic_s()
         self._progress_events = 0
         self.counters = Counters()
         self.turns = 0
-        self._has_joined = False
         self._inserted: dict[TopicPartition, int] = {}  # and committed
         self._reach: dict[TopicPartition, rows.Reach] = {}
         self._missing: dict[TopicPartition, int] = {}
@@ -279,7 +281,6 @@ class Projection:
 
     def _follow(self, changes: AssignmentChange) -> None:
         """Forget where we were: after a rebalance reading goes on at what was committed, by whomever."""
-        self._has_joined = True
         self._places.clear()
         for at in changes.lost:
             # What was read before is inserted, which is harmless, but not committed: another member may be further.
@@ -337,16 +338,6 @@ class Projection:
             _log.info("reading", topic=at.topic, partition=at.partition, offset=message.offset, epoch=epoch)
         place.offset = message.offset
         return place
-
-    def _decoded(self, value: bytes) -> tuple[str, dict[str, Any]]:
-        try:
-            return codec.decode_facts(value)
-        except codec.UnknownSchemaError as error:
-            if error.fingerprint in self._schemas_seen:
-                raise
-            self._schemas_seen.add(error.fingerprint)
-            load_schemas(self._broker)
-            return codec.decode_facts(value)
 
     def _unreadable(self, batch: Batch, message: Message, reason: str) -> None:
         """Note a record of our own topics that gives no rows, loudly, and go on."""
@@ -451,7 +442,7 @@ class Projection:
 
     def why_not_ready(self) -> str:
         """Return what is missing until records become rows; empty if nothing is. Any thread may ask."""
-        return "" if self._has_joined else "the group has not given out its partitions yet"
+        return "" if self._subscription.has_joined else NO_SHARE.format("the projection")
 
     @property
     def has_pending(self) -> bool:

@@ -14,7 +14,7 @@ from tidegate import codec, metrics
 from tidegate.domain.entry import MAX_OFFSET
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
-from tidegate.eventlog.interface import Broker, Message, Record, TopicPartition
+from tidegate.eventlog.interface import NO_SHARE, Broker, Message, Record, TopicPartition
 from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.letters import DELETED_UNREAD, dead_letter
 from tidegate.eventlog.settings import KafkaSettings
@@ -67,6 +67,10 @@ class Admission:
         failpoint("admission.before-commit")
         self._requests.commit({TopicPartition(m.topic, m.partition): m.offset + 1 for m in messages})
         failpoint("admission.after-commit")
+
+    def why_not_ready(self) -> str:
+        """Return what is missing until requests are admitted; empty if nothing is. Any thread may ask."""
+        return "" if self._requests.has_joined else NO_SHARE.format(RUN_REQUESTS)
 
     def close(self) -> None:
         """Leave the group."""
@@ -148,8 +152,7 @@ class PublishedWorkflows:
         self._inbox = broker.plain_inbox()
         self._tables.load(broker)
         self._inbox.read_from(self._tables.positions())
-        for key in self._tables.rows[WORKFLOWS]:
-            self._note(key)
+        self._note_all()
         self._fresh_as_of = time.monotonic()
         self._wanted_since = self._fresh_as_of
 
@@ -162,12 +165,16 @@ class PublishedWorkflows:
                 self._note((message.key or b"").decode("utf-8", "replace"))
 
     def _note(self, key: str) -> None:
-        row = self._tables.rows[WORKFLOWS].get(key)
-        if row is None:
-            return
-        offset, name = self._tables.offsets[WORKFLOWS][key], key.partition("@")[0]
-        if offset >= self._latest.get(name, (-1, ""))[0]:
-            self._latest[name] = (offset, key)
+        if key in self._tables.rows[WORKFLOWS]:
+            offset, name = self._tables.offsets[WORKFLOWS][key], key.partition("@")[0]
+            self._latest[name] = max((offset, key), self._latest.get(name, (-1, "")))
+        else:  # what was removed may have been the latest: the one published before it is that now
+            self._note_all()
+
+    def _note_all(self) -> None:
+        self._latest.clear()
+        for key in self._tables.rows[WORKFLOWS]:
+            self._note(key)
 
     def find(self, wanted: str) -> WorkflowPublished | Unreadable | None:
         """Return the definition under `name@version`, or the one published last under `name`; `Unreadable` if nobody can tell
@@ -191,5 +198,4 @@ class PublishedWorkflows:
         self._tables.load(self._broker)
         if self._tables.versions[WORKFLOWS] != before:
             self._inbox.read_from(self._tables.positions())
-            for key in self._tables.rows[WORKFLOWS]:
-                self._note(key)
+            self._note_all()

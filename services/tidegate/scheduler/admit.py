@@ -136,6 +136,7 @@ def _start(message: Message, request: StartRequest, lookup: Lookup, now_ms: int)
         at_ms=now_ms,
         priority=request.priority,
         failure_mode=request.failure_mode or "",
+        prefer=request.prefer or "",
     )
 
 

@@ -60,6 +60,7 @@ def _start(run: RunState, command: RunCommand) -> Events:
         failure_mode=command.failure_mode,
         parent_run_id=command.parent_run_id,
         parent_step_id=command.parent_step_id,
+        prefer=command.prefer,
     )
     begun = RunState(run.run_id)
     apply(begun, started, 0)

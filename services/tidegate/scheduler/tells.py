@@ -182,6 +182,7 @@ def _start_child(entry: Entry, event: ev.ChildStarted, at: Position) -> RunComma
         at_ms=entry.now_ms,
         failure_mode=event.failure_mode,
         priority=event.priority,
+        prefer=event.prefer,
         parent_run_id=entry.subject,
         parent_step_id=event.step_id,
         paused=event.paused,

@@ -18,8 +18,9 @@ from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.domain.messages import Control, WorkflowPublished
 from tidegate.domain.run import RunState
 from tidegate.domain.workflow import validate_definition
-from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError
+from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError, WriteFailedError
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.eventlog.validity import TYPE_HEADER
@@ -63,8 +64,10 @@ class Client:
         self._by = by or user_name()
         self._lock = threading.Lock()
         self._writer = self._broker.writer()
+        self._is_closed = False
         self._partition_counts: dict[str, int] = {}
         self._follower = Follower(self._broker)
+        self._decode = looking_up(self._broker, codec.decode)
         self._commands: dict[str, set[str]] = {}  # run id -> ids of the answers and cancels sent by this client
 
     def __enter__(self) -> Client:
@@ -78,6 +81,7 @@ class Client:
     def close(self) -> None:
         """Free the connections."""
         with self._lock:
+            self._is_closed = True
             self._writer.close()
         self._follower.close()
         if self._own_broker is not None:
@@ -101,11 +105,12 @@ class Client:
                 f"published already, with other content: {', '.join(conflicts)}. Runs pin name and version, so what they "
                 "name never changes: give it another version"
             )
+        new = []
         for label, row in wanted:
             newest = max((at for key, at in offsets.items() if key.partition("@")[0] == row.name), default=-1)
             if label not in there or offsets[label] != newest:  # the one published last is what a bare name means
-                self._send(Record(WORKFLOWS, 0, label.encode(), codec.encode(row), _headers("WorkflowPublished")))
-        self._flush()
+                new.append(Record(WORKFLOWS, 0, label.encode(), codec.encode(row), _headers("WorkflowPublished")))
+        self._write(*new)
         return [label for label, _ in wanted]
 
     # --- runs ---
@@ -122,11 +127,13 @@ class Client:
         tags: Mapping[str, str] | None = None,
         priority: int | None = None,
         failure_mode: Literal["fail_fast", "continue"] | None = None,
+        prefer: str | None = None,
     ) -> str:
         """Ask for a run of a published workflow (`name`, `name@version`, a graph), or of an agent alone; return its id.
 
         The request is in the log when this returns. Asking again with the same run id and content changes nothing.
         priority (5): from 0 to 9, more goes first among the runs of the account root. failure_mode: instead of the workflow's.
+        prefer: the executor that should run its steps where it can, before the one that a function prefers.
         Raises ValueError on a bad run id or if not exactly one of workflow and agent is given, NotJsonError.
         """
         if (workflow is None) == (agent is None):
@@ -146,6 +153,7 @@ class Client:
             "tags": dict(tags or {}),
             "priority": priority,
             "failure_mode": failure_mode,
+            "prefer": prefer,
         }
         history_s = float("inf") if is_new else GIVEN_ID_HISTORY_S
         self._follower.subscribe(run_id, self._partition(run_id), history_s)
@@ -180,7 +188,7 @@ class Client:
         return self._read(run_id).graph(calls=calls)
 
     def _read(self, run_id: str) -> RunReader:
-        reader = RunReader(run_id)
+        reader = RunReader(run_id, self._decode)
         reader.read(self._present(run_id))
         if not reader.exists:
             raise RunNotFoundError(f"the log has no run {run_id}")
@@ -192,7 +200,7 @@ class Client:
         Raises RunNotFoundError if there are none, unless it follows.
         """
         if not follow:
-            events = RunReader(run_id).read(self._present(run_id))
+            events = RunReader(run_id, self._decode).read(self._present(run_id))
             if not events:
                 raise RunNotFoundError(f"the log has no run {run_id}")
             yield from events
@@ -221,7 +229,7 @@ class Client:
 
         Waits for a run that does not exist yet, too. Raises RunNotFinishedError after `timeout_s`.
         """
-        reader = RunReader(run_id)
+        reader = RunReader(run_id, self._decode)
         for reader, _ in self._following(run_id, timeout_s):
             run = reader.run()
             asks = run.needs_human and self._commands.get(run_id, frozenset()) <= reader.answered
@@ -337,8 +345,7 @@ class Client:
                 f"queue {queue!r}: a letter or underscore, then letters, digits, _ . or -, or * for everything"
             )
         row = Control(queue=queue, paused=paused, by=self._by, reason=reason[:4096], at_ms=time.time_ns() // 1_000_000)
-        self._send(Record(CONTROLS, 0, queue.encode(), codec.encode(row), _headers("Control")))
-        self._flush()
+        self._write(Record(CONTROLS, 0, queue.encode(), codec.encode(row), _headers("Control")))
 
     # --- writing ---
 
@@ -357,16 +364,27 @@ class Client:
     def _request(self, run_id: str, request: Mapping[str, Any]) -> None:
         partition = partition_of(run_id, self._partitions_of(RUN_REQUESTS))
         value = canonical.dumps(request).encode()
-        self._send(Record(RUN_REQUESTS, partition, run_id.encode(), value, _headers("RunRequest")))
-        self._flush()
+        self._write(Record(RUN_REQUESTS, partition, run_id.encode(), value, _headers("RunRequest")))
 
-    def _send(self, record: Record) -> None:
-        with self._lock:
-            self._writer.send(record)
+    def _write(self, *records: Record) -> None:
+        """Write records and wait until they are in the log. Raises WriteFailedError: whether they are is not known then.
 
-    def _flush(self) -> None:
-        with self._lock:
-            self._writer.flush(WRITE_DEADLINE_S)
+        A writer that failed is dead: calls that have it under way fail, and later ones have another.
+        """
+        writer = self._writer
+        try:
+            with self._lock:
+                writer = self._writer
+                for record in records:
+                    writer.send(record)
+            with self._lock:  # others may have sent meanwhile: one wait for all
+                writer.flush(WRITE_DEADLINE_S)
+        except WriteFailedError:
+            with self._lock:
+                writer.close()
+                if writer is self._writer and not self._is_closed:
+                    self._writer = self._broker.writer()
+            raise
 
     # --- reading ---
 
@@ -408,13 +426,13 @@ class Client:
         Events may come twice, after the follower has lost its place.
         """
         began_s = time.monotonic()
-        reader, seen, has_history = RunReader(run_id), 0, False
+        reader, seen, has_history = RunReader(run_id, self._decode), 0, False
         subscription = self._follower.subscribe(run_id, self._partition(run_id), 0.0)
         while True:
             silent_s = time.monotonic() - began_s
             if subscription.dropped:
                 subscription = self._follower.subscribe(run_id, self._partition(run_id), 0.0)
-                reader, seen, has_history = RunReader(run_id), 0, False
+                reader, seen, has_history = RunReader(run_id, self._decode), 0, False
             if not has_history and not reader.exists and silent_s >= subscription.history_s:
                 has_history = True
                 # Up to the present end before anybody looks: a question may have been answered long ago.

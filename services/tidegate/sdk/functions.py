@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-import jsonschema
-
 from tidegate.domain import retries
 from tidegate.domain.identity import NAME_PATTERN
 from tidegate.domain.isolation import IN_PROCESS, ISOLATIONS, SUBPROCESS
+from tidegate.domain.strict_schema import Validator, shape_problem
 from tidegate.domain.workflow import DEFAULT_MAX_STEPS
 from tidegate.sdk.binding import AGENT, FLOW, TOOL, Binder
 from tidegate.sdk.errors import AppError
@@ -291,8 +290,8 @@ def _retry_problems(settings: Settings) -> list[str]:
     said = {name: found for name, found in settings.to_definition().items() if name in retries.PROPERTIES}
     schema = {"type": "object", "properties": retries.PROPERTIES}
     shape = [
-        f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
-        for error in jsonschema.Draft202012Validator(schema).iter_errors(said)
+        f"{'.'.join(map(str, error.absolute_path))}: {shape_problem(error)}"
+        for error in Validator(schema).iter_errors(said)
     ]
     return shape or [problem.lstrip(".") for problem in retries.problems(said, "")]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 from tidegate import codec
@@ -150,7 +150,8 @@ class GapError(EventLogError):
 class RunReader:
     """Folds a run from its valid entries, in order."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, decode: Callable[[bytes | None], Any] = codec.decode) -> None:
+        self._decode = decode
         self._state = RunState(run_id)
         self._account = ""
         self._spent_micros = 0
@@ -170,7 +171,7 @@ class RunReader:
 
     def read(self, entries: Iterable[Message]) -> list[Event]:
         """Fold entries; return their events. Raises GapError, DecodeError, IllegalTransitionError."""
-        return [event for message in entries for event in self._fold(codec.decode(message.value))]
+        return [event for message in entries for event in self._fold(self._decode(message.value))]
 
     def _fold(self, entry: Any) -> list[Event]:
         if entry.first_seq != self._state.seq + 1:

@@ -32,6 +32,8 @@ from tidegate.testing.stubs import Stub
 
 DEFAULT_START: Final = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 MAX_JUMPS: Final = 10_000
+_VALUES: Final = frozenset({"value", "payload"})  # null is one
+_SAID_EMPTY: Final = frozenset({"key"})  # an empty text says something
 
 Documents = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -247,9 +249,10 @@ class Rehearsal:
 
     def _commanded(self, kind: str, wanted: str, **fields: Any) -> None:
         """Send a command. Raises CommandRefusedError if it is refused."""
-        said = {
-            name: value for name, value in fields.items() if value not in (None, "") or name in ("value", "payload")
-        }
+        left_out = [
+            name for name, value in fields.items() if value is None or (value == "" and name not in _SAID_EMPTY)
+        ]
+        said = {name: value for name, value in fields.items() if name not in left_out or name in _VALUES}
         command_id = f"command-{next(self._numbers)}"
         self._ask({"type": kind, "run_id": wanted, "command_id": command_id, "by": "rehearsal", **said})
         self._settle()

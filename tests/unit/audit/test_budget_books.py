@@ -110,13 +110,8 @@ moves = st.lists(
 fewer = settings(max_examples=60)
 
 
-@pytest.mark.feature("P2")
-@fewer
-@given(moves, st.integers(0, 2**32))
-def test_no_budget_is_ever_exceeded_but_by_recorded_overshoot(played: list[tuple[str, int, int]], seed: int) -> None:
-    player = BudgetPlayer()
-    player.play(played)
-    books = books_of(ledger(player.story.decided, trouble=0.3, seed=seed))
+def assert_kept(player: BudgetPlayer, books: Books) -> None:
+    """The books are right, and say what the gate does."""
     assert [str(problem) for problem in books.problems] == []
     kept = player.story.ledger.buckets
     assert books.budgets.buckets.keys() == kept.keys()
@@ -127,6 +122,24 @@ def test_no_budget_is_ever_exceeded_but_by_recorded_overshoot(played: list[tuple
         assert len(mine.open) == bucket.open
 
 
+def assert_ended(player: BudgetPlayer, books: Books) -> None:
+    """Nothing is set aside any more, and nothing of a run is left."""
+    assert [str(problem) for problem in (*books.problems, *books.problems_at_rest())] == []
+    assert all(not bucket.open and not any(bucket.reserved) for bucket in player.story.ledger.buckets.values())
+    assert not player.story.ledger.lacking
+    assert player.story.ledger.of_run == {}
+    assert player.story.ledger.runs == player.story.ledger.below == player.story.ledger.families_over == {}
+
+
+@pytest.mark.feature("P2")
+@fewer
+@given(moves, st.integers(0, 2**32))
+def test_no_budget_is_ever_exceeded_but_by_recorded_overshoot(played: list[tuple[str, int, int]], seed: int) -> None:
+    player = BudgetPlayer()
+    player.play(played)
+    assert_kept(player, books_of(ledger(player.story.decided, trouble=0.3, seed=seed)))
+
+
 @pytest.mark.feature("P2")
 @fewer
 @given(moves)
@@ -134,12 +147,7 @@ def test_every_reservation_ends(played: list[tuple[str, int, int]]) -> None:
     player = BudgetPlayer()
     player.play(played)
     player.finish()
-    books = books_of(ledger(player.story.decided))
-    assert [str(problem) for problem in (*books.problems, *books.problems_at_rest())] == []
-    assert all(not bucket.open and not any(bucket.reserved) for bucket in player.story.ledger.buckets.values())
-    assert not player.story.ledger.lacking
-    assert player.story.ledger.of_run == {}
-    assert player.story.ledger.runs == player.story.ledger.below == player.story.ledger.families_over == {}
+    assert_ended(player, books_of(ledger(player.story.decided)))
 
 
 # --- ledgers that were touched ---------------------------------------------------------------
@@ -300,3 +308,10 @@ def test_an_alert_that_is_not_so_is_noticed() -> None:
     assert problems_of(SET, spent, alert) == []
     assert len(problems_of(SET, alert)) == 1
     assert problems_of(SET, spent, alert, alert) == [f"{KEY}: 50 percent of micros told twice"]
+
+
+@pytest.mark.feature("P2")
+def test_a_bucket_that_is_forgotten_before_its_window_is_over_is_noticed() -> None:
+    closed = ev.BudgetClosed(account="acme", bucket=KEY, spent=NOTHING)
+    assert problems_of(msgspec.structs.replace(SET, until_ms=1), closed) == []
+    assert "what is spent in it is forgotten" in problems_of(SET, closed)[0]

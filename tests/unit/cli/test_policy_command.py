@@ -31,3 +31,23 @@ def test_publishing_and_removing_is_not_yet_deciding(
     removed = CliRunner().invoke(policy.app, ["remove", "shop"])
     assert removed.stdout == "removed shop (gates let go of it within a second)\n"
     assert "shop" not in CliRunner().invoke(policy.app, ["list"]).stdout
+
+
+@pytest.mark.feature("P1")
+def test_everything_that_is_wrong_with_cases_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "cases.yaml"
+    file.write_text(
+        "policies: [shop.yaml]\ncases:\n  - name: one\n    step: {tol: x}\n    expect: allow\n"
+        "  - step: {tool: x}\n    expect: {effect: allowed}\n"
+    )
+    done = CliRunner().invoke(policy.app, ["test", str(file)])
+    assert done.exit_code == 2
+    said = [line.removeprefix(f"{file}:") for line in done.stderr.splitlines()]
+    assert [line.partition(";")[0] for line in said] == [
+        "4: cases.0.step: unknown: tol",
+        "6: cases.1.name: Field required",
+        "7: cases.1.expect.effect: Input should be 'allow', 'deny' or 'require_approval'",
+        "7: cases.1.expect: Input should be 'allow', 'deny' or 'require_approval'",
+    ]
+    file.write_text("")
+    assert "it holds 0 documents, not one" in CliRunner().invoke(policy.app, ["test", str(file)]).stderr

@@ -7,6 +7,7 @@ import pytest
 
 from tidegate.cli import approvals, budget, run_output, why
 from tidegate.domain import ledger_events as ev
+from tidegate.domain.messages import Call
 from tidegate.gate.windows import said_moment
 
 QUESTION: dict[str, Any] = {
@@ -35,6 +36,32 @@ def test_why_says_which_limit_an_attempt_waits_for() -> None:
     assert why._SAYINGS[ev.AttemptThrottled](throttled()) == "waits: one allows 1 at once"
     said = why._SAYINGS[ev.AttemptThrottled](throttled(position=3, retry_at_ms=1_795_298_405_000))
     assert said == "waits: one allows 1 at once, 3 before it, at the earliest at 2026-11-21T22:00:05+00:00"
+
+
+@pytest.mark.feature("P6")
+@pytest.mark.parametrize(
+    ("prefer", "said"),
+    [
+        ("", ""),
+        ("gpu-0,worker-1", ", as preferred"),
+        ("gpu-0,gpu-1", "; preferred, but without a free slot for it: gpu-0, gpu-1"),
+    ],
+)
+def test_why_says_what_became_of_the_wish_for_an_executor(prefer: str, said: str) -> None:
+    call = Call(
+        kind="step",
+        function="a",
+        queue="q",
+        arguments="1",
+        timeout_ms=1,
+        reserve_micros=0,
+        idempotent=True,
+        prefer=prefer,
+    )
+    names: dict[str, Any] = {"account": "a", "run_id": "r", "step_id": "s", "attempt": 1, "rule": "", "policy": ""}
+    life: dict[str, Any] = {"instance_id": "worker-1", "incarnation": 7, "task_partition": 0, "reserved_micros": 0}
+    event = ev.AttemptPlaced(**names, **life, call=call)
+    assert why._SAYINGS[ev.AttemptPlaced](event) == f"placed on worker-1 (incarnation 7){said}"
 
 
 def test_why_has_a_saying_for_every_reason_to_refuse_hold_or_wait() -> None:

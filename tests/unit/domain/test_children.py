@@ -36,9 +36,10 @@ SAID: dict[str, Any] = {name: (lambda _, name=name: name) for name in NAMES}
 
 @pytest.mark.feature("G2")
 def test_a_child_runs_and_its_parent_goes_on_with_its_output() -> None:
-    p = started(parent(), tags={"team": "x"}, account="acme/x")
+    p = started(parent(), tags={"team": "x"}, account="acme/x", priority=7, prefer="near")
     child = p.run(CHILD_ID)
     assert (child.account, child.tags, child.input) == ("acme/x", {"team": "x"}, "10")
+    assert (child.priority, child.prefer, child.steps["b"].call.prefer) == (7, "near", "near")
     assert (child.parent_run_id, child.parent_step_id) == ("r", "w")
     assert p.run("r").steps["w"].status == "in_child"
     p.work({"b": lambda x: x + 1, "c": lambda x: x * 2, "d": lambda x: {"got": x}})

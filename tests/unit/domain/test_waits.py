@@ -95,6 +95,8 @@ def test_a_time_that_is_over_is_no_wait() -> None:
         ("wait_event", {"event": "e", "key": "${ {'a': 1} }"}),
         ("ask", {"prompt": "${ 1 }"}),
         ("ask", {"prompt": "?", "choices": "${ [1, 2] }"}),
+        ("ask", {"prompt": "?", "choices": "${ [] }"}),  # a question with choices does not become one without
+        ("ask", {"prompt": "?", "choices": "${ [''] }"}),
     ],
 )
 def test_what_cannot_be_waited_for_fails_the_run_with_the_reason(kind: str, settings: dict[str, Any]) -> None:

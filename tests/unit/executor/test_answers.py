@@ -96,6 +96,8 @@ class FailingWriter:
     def send(self, record, acked=None):
         if self._fails_at == "send":
             raise WriteFailedError("refused")
+        if self._fails_at == "mistake":
+            raise LookupError("of ours: but without its thread, nothing would be answered any more")
         self._waiting.append((record, acked))
 
     def poll(self):
@@ -136,7 +138,7 @@ def send_three(broker: Broker, failures: list[str]) -> tuple[ResultSender, list[
     return made, acked
 
 
-@pytest.mark.parametrize("fails_at", [[], ["send"], ["poll", "send", "poll"]])
+@pytest.mark.parametrize("fails_at", [[], ["send"], ["poll", "send", "poll"], ["mistake"]])
 def test_everything_is_sent_until_it_is_acknowledged(fails_at):
     broker, failures = FailingBroker(*fails_at), []
     made, acked = send_three(broker, failures)

@@ -253,10 +253,32 @@ def test_a_job_whose_making_was_not_answered_is_made_once(
     assert len(cluster.made) == 1
 
 
-def test_what_the_executor_may_not_do_is_said(cluster: FakeCluster) -> None:
+def test_what_the_executor_may_not_do_is_said_at_once(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was made there is nothing to delete, and the slot is free for others."""
+    answer, asked = cluster.answer, list[str]()
+    monkeypatch.setattr(cluster, "answer", lambda method, *more: (asked.append(method), answer(method, *more))[1])
     result = run("as_job", {"text": "x"}, settings=SETTINGS.model_copy(update={"job_namespace": "elsewhere"}))
     assert result.error_class == "NotStarted"
     assert "403 jobs.batch is forbidden in the namespace 'elsewhere'" in result.error_message
+    assert asked == ["POST"]
+
+
+def test_a_job_that_may_have_been_made_before_it_was_refused_is_deleted(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.executor.isolation.jobs.ASK_AGAIN_S", 0.05)
+    answer = cluster.answer
+
+    def lose_and_refuse(method: str, path: str, query: dict[str, str], body: Any) -> Answer:
+        if method == "POST" and cluster.made:
+            return refused(403, "exceeded quota")  # by the one that was made
+        given = answer(method, path, query, body)
+        return refused(504, "timed out") if method == "POST" else given
+
+    monkeypatch.setattr(cluster, "answer", lose_and_refuse)
+    result = run("as_job", {"text": "x"})
+    assert (result.error_class, len(cluster.made)) == ("NotStarted", 1)
+    assert cluster.jobs == {}
 
 
 def test_what_a_predecessor_left_is_deleted_before_anybody_hears_of_us_and_nothing_else(

@@ -11,10 +11,10 @@ from pydantic import BaseModel
 
 from tidegate.gate.budgets import Budget, Limits, TopUp
 from tidegate.gate.carrying import Retention
-from tidegate.gate.kinds import Document, read, read_values
+from tidegate.gate.kinds import Document, read, read_as
 from tidegate.gate.limits import Breaker, Limit, Queue
 from tidegate.gate.policy import VARIABLES, Policy, Rule
-from tidegate.gate.policy_cases import checked, tried
+from tidegate.gate.policy_cases import Cases, tried
 from tidegate.gate.retries import Retry
 from tidegate.gate.retry_cases import Failed, RetryCase, RetryExpectation
 
@@ -44,7 +44,7 @@ def test_every_case_comes_out_as_the_page_says() -> None:
         if "cases:" not in text:
             known.update({f"{document.name}.yaml": document for document in read(text)})
             continue
-        cases = checked(read_values(text)[0])
+        cases = read_as(text, Cases)
         outcomes = list(tried(cases, [known[name] for name in cases.policies]))
         assert [(outcome.case.name, outcome.problem) for outcome in outcomes if outcome.problem] == []
         run += len(outcomes)

@@ -13,17 +13,20 @@ from support.pure import Pair, chain, step
 from tidegate.domain import canonical
 from tidegate.domain import ledger_events as ev
 from tidegate.domain import run_events as run_ev
+from tidegate.domain.identity import MAX_MICROS
 from tidegate.gate.budgets import Budget, Budgets
 from tidegate.gate.fold import apply, derive
 from tidegate.gate.kinds import parse
 from tidegate.gate.ledger import Ledger
 from tidegate.gate.measure import budgets_left
 from tidegate.gate.snapshots import dump, load
+from tidegate.gate.state import MANY_OPEN, MAX_SET_ASIDE
 from tidegate.scheduler import decide as scheduler_decide
 from tidegate.scheduler.snapshots import dump as dump_run
 from tidegate.scheduler.snapshots import load as load_run
 
-DAY_MS = 24 * 3_600_000
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 FUNCTIONS = ("step:a", "step:b", "step:c")
 
 
@@ -296,6 +299,71 @@ def test_a_window_turns_and_the_old_one_ends_with_what_was_set_aside_in_it() -> 
     later(pair, DAY_MS)
     assert pair.ledger.buckets == {}
     assert pair.ledger.window_ends == []
+
+
+@pytest.mark.feature("P2")
+def test_a_window_that_becomes_longer_keeps_what_was_spent_since_it_began() -> None:
+    """The hour from midnight and the day begin at the same time: they are one bucket, which must not end with the hour."""
+    pair = pair_with(budget(window="hour", limits={"calls": 3}))
+    later(pair, HOUR_MS // 2)
+    for number in range(2):
+        pair.start(f"r{number}", one())
+    pair.policy(budget(limits={"calls": 3}))  # under the same version, which is a text of its author's
+    pair.start("third", one())
+    pair.work({"a": lambda _: 1})
+    later(pair, HOUR_MS)
+    pair.start("fourth", one())
+    assert pair.run("fourth").status == "failed"
+    assert spent(pair, "acme")[3] == 3
+    later(pair, DAY_MS)
+    assert (pair.ledger.buckets, pair.ledger.window_ends) == ({}, [])
+
+
+@pytest.mark.feature("P2")
+def test_what_waits_for_a_window_that_became_shorter_goes_on_when_that_turns() -> None:
+    pair = pair_with(budget(limits={"calls": 1}, on_exceed="pause"))
+    pair.start("first", one())
+    pair.work({"a": lambda _: 1})
+    pair.start("waits", one())
+    pair.policy(budget(window="hour", limits={"calls": 1}, on_exceed="pause", version="2"))
+    later(pair, HOUR_MS - 1)
+    assert not pair.tasks
+    later(pair, 1)
+    assert [task.run_id for task in pair.tasks] == ["waits"]
+
+
+@pytest.mark.feature("P2")
+def test_a_window_that_was_over_does_not_end_a_longer_one_that_began_with_it() -> None:
+    pair = pair_with(
+        budget("a", account="acme/a", limits={"calls": 9}), budget("b", account="acme/b", limits={"calls": 1})
+    )
+    later(pair, 28 * DAY_MS)  # the first of November
+    pair.start("goes-on", one(), account="acme/a")
+    pair.start("ends", one(), account="acme/b")
+    pair.answer(pair.tasks.pop(), value=1)
+    later(pair, DAY_MS)
+    assert [bucket.budget for bucket in pair.ledger.buckets.values()] == ["a"]
+    pair.policy(budget("b", account="acme/b", limits={"calls": 1}, window="month", version="2"))
+    pair.start("of-the-month", one(), account="acme/b")
+    pair.answer(pair.tasks.pop(), value=1)
+    pair.answer(pair.tasks.pop(), value=1)
+    later(pair, DAY_MS)
+    assert [bucket.spent[3] for bucket in pair.ledger.buckets.values()] == [1]
+
+
+@pytest.mark.feature("P2")
+def test_more_than_can_be_counted_is_not_set_aside_even_where_nothing_limits_it() -> None:
+    """Sums that stop at what a field can hold would give back more than they took: reservations below nothing."""
+    pair = pair_with(budget(), slots=MANY_OPEN + 10)
+    for number in range(MANY_OPEN + 2):
+        pair.start(f"r{number}", one(reserve_micros=MAX_MICROS))
+    (bucket,) = pair.ledger.buckets.values()
+    assert bucket.reserved[0] == (MANY_OPEN + 1) * MAX_MICROS
+    assert pair.run(f"r{MANY_OPEN}").status == "running"
+    assert f"of {MAX_SET_ASIDE}, 0 are spent" in pair.run(f"r{MANY_OPEN + 1}").reason
+    while pair.tasks:
+        pair.answer(pair.tasks.popleft(), value=1)
+    assert bucket.reserved == (0, 0, 0, 0, 0)
 
 
 @pytest.mark.feature("P2")

@@ -167,7 +167,7 @@ cases:
     cases.write_text(cases.read_text().replace("args:", "arguments:"))
     result = shell("test", cases)
     assert result.exit_code == 2
-    assert f"{cases}:1: cases.0.step: " in result.stderr
+    assert f"{cases}:4: cases.0.step: " in result.stderr
     assert "unknown: arguments" in result.stderr
 
 

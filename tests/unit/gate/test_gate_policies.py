@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from support.pure import Pair, chain, step
+from tidegate.domain.expressions import unknown_variables
 from tidegate.gate.kinds import parse
-from tidegate.gate.policy import Policy, PolicySet, Rule, Verdict, unknown_variables
+from tidegate.gate.policy import Policy, PolicySet, Rule, Verdict
 from tidegate.gate.rule_index import Conditions, parts_of
-from tidegate.gate.variables import Variables
+from tidegate.gate.variables import VARIABLES, Variables
 
 
 def policies(**documents: Any) -> PolicySet:
@@ -268,8 +269,8 @@ def test_only_the_rules_that_can_match_are_looked_at(monkeypatch: pytest.MonkeyP
 
 
 def test_variables_of_macros_are_no_unknown_ones() -> None:
-    assert unknown_variables("args.l.exists(i, i.x > 1) && args.m.map(k, k).size() > 0") == []
-    assert unknown_variables("argz.l.exists(i, j > 1)") == ["argz", "j"]
+    assert unknown_variables("args.l.exists(i, i.x > 1) && args.m.map(k, k).size() > 0", VARIABLES) == []
+    assert unknown_variables("argz.l.exists(i, j > 1)", VARIABLES) == ["argz", "j"]
     assert Rule(name="x", when="nope", then="deny").when == "nope"
 
 

@@ -101,6 +101,23 @@ def test_the_line_that_was_served_goes_behind_the_others() -> None:
 
 
 @pytest.mark.feature("P2")
+def test_an_account_whose_attempts_all_differ_keeps_no_other_waiting() -> None:
+    """Tags of their own make lines of their own: not lines take turns, but accounts."""
+    pair = Pair(functions=("step:a",))
+    pair.policy(budget("one", "acme", 1))
+    pair.start("first", chain("a"), account="acme/hot")
+    for number in range(40):
+        pair.start(f"hot{number}", chain("a"), account="acme/hot", tags={"order": str(number)})
+    for number in range(2):
+        pair.start(f"cold{number}", chain("a"), account="acme/cold")
+    order = []
+    for number in range(2, 8):
+        pair.policy(budget("one", "acme", number, str(number)))
+        order.append(pair.tasks[-1].run_id)
+    assert order == ["hot0", "cold0", "hot1", "cold1", "hot2", "hot3"]
+
+
+@pytest.mark.feature("P2")
 def test_one_that_lacks_something_else_by_now_makes_way() -> None:
     """The first of a line that has room again is counted by another budget that is full; behind it is one that is not."""
     pair = Pair(functions=("step:a",))

@@ -399,6 +399,54 @@ def test_the_preferred_instance_gets_the_work_if_it_can() -> None:
     assert [task.instance_id for task in p.tasks] == ["worker-1", "worker-0", "worker-0"]
 
 
+@pytest.mark.feature("P6")
+@pytest.mark.parametrize(
+    ("of_run", "of_function", "taken"),
+    [
+        ("worker-1", "", ["worker-1", "worker-0", "worker-0"]),
+        ("worker-1", "worker-2", ["worker-1", "worker-2", "worker-0"]),
+        ("nobody", "worker-2", ["worker-2", "worker-0", "worker-0"]),
+        ("nobody", "", ["worker-0", "worker-0", "worker-0"]),
+        ("gpu-0", "worker-1", ["worker-1", "worker-0", "worker-0"]),  # is there, but has another queue
+        ("worker-2", "worker-2", ["worker-2", "worker-0", "worker-0"]),
+    ],
+)
+def test_what_a_run_prefers_comes_before_what_its_function_does_and_neither_holds_anything_up(
+    of_run: str, of_function: str, taken: list[str]
+) -> None:
+    p = pair(slots=10)
+    p.register("worker-1", 2, 1, ("step:a",))
+    p.register("worker-2", 3, 1, ("step:a",))
+    p.register("gpu-0", 4, 5, ("step:a",), queue="gpu")
+    for n in range(3):
+        p.start(f"r{n}", one(prefer=of_function), prefer=of_run)
+    assert [task.instance_id for task in p.tasks] == taken
+
+
+@pytest.mark.feature("P6")
+def test_who_waits_for_a_slot_takes_the_first_that_is_free_wherever_it_is() -> None:
+    p = pair(slots=1)
+    p.register("worker-1", 2, 1, ("step:a",))
+    for n in range(3):
+        p.start(f"r{n}", one(), prefer="worker-1")
+    by_run = {task.run_id: task for task in p.tasks}
+    p.tasks.clear()
+    p.answer(by_run["r1"], value=1)
+    assert [(task.run_id, task.instance_id) for task in p.tasks] == [("r2", "worker-0")]
+
+
+@pytest.mark.feature("P6")
+def test_further_attempts_and_all_steps_of_a_run_have_its_wish() -> None:
+    p = pair(slots=10)
+    p.register("worker-1", 2, 10, ("step:a", "step:b"))
+    p.start("r", chain("a", "b", a=step(max_attempts=2)), prefer="worker-1")
+    p.answer(p.tasks.popleft(), "failed", retryable=True)
+    p.pass_time_with_heartbeats(5_000)
+    p.answer(p.tasks.popleft(), value=1)
+    p.answer(p.tasks.popleft(), value=1)
+    assert [event.instance_id for event in ledger_events(p, "AttemptPlaced")] == ["worker-1"] * 3
+
+
 @pytest.mark.feature("P6", "P7")
 def test_work_that_nobody_offers_waits_visibly_and_then_runs() -> None:
     p = pair()

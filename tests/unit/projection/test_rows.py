@@ -126,7 +126,13 @@ def test_a_dead_letter_is_named_by_where_its_original_lies() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [b"", b"x", b"run-requests:0", b"run-requests:0:", b"run-requests:-1:5", "t:٣:5".encode()]
+    "key",
+    [
+        *(b"", b"x", b"run-requests:0", b"run-requests:0:", b"run-requests:-1:5", "t:٣:5".encode()),
+        b"run-requests:0:" + b"9" * 5_000,  # more digits than Python makes a number of
+        b"run-requests:99999999999:5",  # more than the column holds: it would remove the row of another one
+    ],
+    ids=lambda key: key[:30],
 )
 def test_a_tombstone_with_a_strange_key_removes_no_dead_letter(key: bytes) -> None:
     assert rows.removed_dead_letter_row(key, 3) is None

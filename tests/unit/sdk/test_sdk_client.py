@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
+from support import newer
 from tidegate import App, Client, Graph, GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError, codec
 from tidegate.domain import canonical
 from tidegate.domain import run_events as ev
@@ -14,7 +15,7 @@ from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key, partition_of
 from tidegate.domain.messages import Call, WorkflowPublished
 from tidegate.domain.requests import StartRequest, parse_request
-from tidegate.eventlog.interface import Record, TopicPartition
+from tidegate.eventlog.interface import Record, TopicPartition, WriteFailedError
 from tidegate.eventlog.memory import MemoryBroker, MemoryInbox
 from tidegate.sdk.errors import NotJsonError
 from tidegate.sdk.reading import GapError
@@ -597,3 +598,44 @@ def test_the_answer_to_a_command_is_found_by_its_id(broker, client):
     log.append(refused)
     assert client.answer("run-1", mine, 5).type == "ApprovalResolved"
     assert client.answer("run-1", other, 5).data == refused
+
+
+def test_a_request_that_could_not_be_written_is_the_only_one_that_is_lost(broker, client):
+    """A writer that failed is dead: a service that asks for runs would ask for none any more until it is started again."""
+    with pytest.raises(WriteFailedError):
+        client.start("shop", "x" * 17_000_000)
+    broker.fail(client._writer, "nobody answered for 30 s")
+    with pytest.raises(WriteFailedError, match="nobody answered"):
+        client.start("shop", 1, run_id="first")
+
+    assert client.start("shop", 1, run_id="first") == "first"
+    nodes = {"a": {"kind": "sleep", "wait": {"seconds": 1}}}
+    client.publish({"name": "g", "version": "1", "nodes": nodes, "edges": [], "functions": {}})
+    client.pause_queue("default")
+    assert [parse_request(value).run_id for _, value in requests_in(broker)] == ["first"]
+
+    client.close()
+    broker.fail(client._writer, "it is closed")
+    for _ in range(2):
+        with pytest.raises(WriteFailedError, match="it is closed"):
+            client.start("shop", 1)
+
+
+def test_the_log_of_a_newer_scheduler_is_read(broker, client, monkeypatch):
+    """Clients are parts of others' programs: they are not upgraded with the scheduler."""
+    broker.create_topic("schemas", 1)
+    texts = []
+
+    def encoded(kind, entry):
+        text, value = newer.of_a_newer_version(entry, kind)
+        texts.append(text)
+        return value
+
+    monkeypatch.setattr(codec, "encode_entry", encoded)
+    with newer.own_schemas():
+        log = Log(broker, "run-1")
+        log.announce()
+        log.append(*started())
+        newer.publish(broker, texts[0])
+        assert client.get("run-1").status == "running"
+        assert [event.type for event in client.events("run-1")] == ["RunStarted", "StepReady"]

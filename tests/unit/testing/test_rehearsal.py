@@ -293,3 +293,16 @@ def test_records_may_be_as_large_as_in_a_deployment() -> None:
     large.graph("g").map("m", part, over="input").node("end", sizes).chain("m", "end")
     with Rehearsal(large) as rehearsal:
         assert rehearsal.run("g", [1, 2, 3]).output == [400_000] * 3
+
+
+@pytest.mark.feature("D3")
+def test_an_event_with_an_empty_key_is_for_the_wait_without_one() -> None:
+    """As the client sends it: without any key, the event would fit both waits, and is refused."""
+    app = App("x")
+    app.graph("two").wait_event("keyed", "paid", key="A-1").wait_event("plain", "paid")
+    with Rehearsal(app) as rehearsal:
+        rehearsal.run("two")
+        with pytest.raises(CommandRefusedError, match="ambiguous_signal"):
+            rehearsal.signal("paid", 1)
+        rehearsal.signal("paid", 2, key="")
+        assert rehearsal.signal("paid", 3, key="A-1").output == {"keyed": 3, "plain": 2}

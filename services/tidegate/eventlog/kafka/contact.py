@@ -17,7 +17,8 @@ SESSIONS: Final = 3
 
 
 class GroupContact:
-    """How long one client has been without its group while brokers answered. Belongs to the thread that polls the client."""
+    """How long one client has been without its group while brokers answered. Belongs to the thread that polls the client, but
+    for `has_share`."""
 
     def __init__(
         self,
@@ -36,6 +37,11 @@ class GroupContact:
         self._without_since_s: float | None = None
         self._ask_at_s = 0.0
         self.lost()
+
+    @property
+    def has_share(self) -> bool:
+        """Tell whether the group's last word was our share. Any thread may ask."""
+        return self._without_since_s is None
 
     def gained(self) -> None:
         """The group gave us our share, be it nothing."""

@@ -96,6 +96,11 @@ class KafkaInbox:
             if messages or self._member.has_changes or time.monotonic() >= deadline:
                 return messages
 
+    def stay(self) -> None:
+        """Keep the group membership alive and read nothing. Does not block. Raises EventLogError when shut out."""
+        if self._member is not None:
+            self._member.serve(0)
+
     def take_changes(self) -> OwnershipChange:
         """Return what the group changed since the last call. A lost partition is read no more from the moment of loss.
 
@@ -125,8 +130,8 @@ class KafkaInbox:
 
     @property
     def has_joined(self) -> bool:
-        """Tell whether the group has given out its partitions, be it that none is ours."""
-        return self._member is None or self._member.is_settled
+        """Tell whether we have our share of the group's partitions, be it none of them. Any thread may ask."""
+        return self._member is None or self._member.has_share
 
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each partition being read, as far as it is known. Does not block."""
@@ -171,18 +176,17 @@ class Member:
         self._reported: frozenset[int] = frozenset()  # what the last `take_changes` left its caller with
         self._lost: frozenset[int] = frozenset()  # taken at some moment since
         self._failure: EventLogError | None = None
-        self._is_settled = False
         self._member_id = ""  # by which the group knew us when it last gave us partitions
         self._contact = group_contact(settings, self._topic)
         self._consumer = self._join()
 
     @property
     def serve_interval_s(self) -> float:
-        return SETTLED_SERVE_INTERVAL_S if self._is_settled else JOINING_SERVE_INTERVAL_S
+        return SETTLED_SERVE_INTERVAL_S if self.has_share else JOINING_SERVE_INTERVAL_S
 
     @property
-    def is_settled(self) -> bool:
-        return self._is_settled
+    def has_share(self) -> bool:
+        return self._contact.has_share
 
     @property
     def has_changes(self) -> bool:
@@ -232,7 +236,6 @@ class Member:
     def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         # An empty assignment is the answer that the group waits for, and keeps this client from fetching anything.
         consumer.assign([])
-        self._is_settled = True
         self._contact.gained()
         self._member_id = consumer.memberid() or ""
         self._owned = frozenset(p.partition for p in partitions if p.topic == self._topic)
@@ -274,7 +277,6 @@ class Member:
     def _lose_all(self) -> None:
         lost, self._owned = self._owned, frozenset()
         self._lost |= lost
-        self._is_settled = False
         self._contact.lost()
         self.on_loss(lost)
 

@@ -26,7 +26,7 @@ _REFUSED: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENT
 # Either side may refuse the other's certificate. Ours is refused by an alert on a connection that exists by then, which the
 # client tells of as if the connection had broken; only the words are different.
 _OF_CONNECTIONS: Final = frozenset({KafkaError._SSL, KafkaError._TRANSPORT})
-_OF_CERTIFICATES: Final = re.compile(r"SSL routines:.*(certificate|alert)")
+_OF_CERTIFICATES: Final = re.compile(r"SSL routines:.*(certificate|unknown ca|access denied)")
 
 _log = logging.getLogger(__name__)
 

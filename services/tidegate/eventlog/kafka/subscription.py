@@ -108,6 +108,11 @@ class KafkaSubscription:
         """The partitions that are ours right now."""
         return self._assigned
 
+    @property
+    def has_joined(self) -> bool:
+        """Tell whether we have our share of the group's partitions, be it none of them. Any thread may ask."""
+        return self._contact.has_share
+
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         """Return messages of the assigned partitions, in order per partition; waits for the first one only.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -76,28 +77,32 @@ class Jobs:
         made = manifest(errand, settings, self._settings, self._owner, name=name, variables=variables)
         enter()
         began_s = time.monotonic()
+        may_be_there = True
         try:
-            problem = await self._make(made, limits, began_s)
+            problem, may_be_there = await self._make(made, limits, began_s)
             if problem:
                 return Ended(not_started(problem))
             return await _Watch(self._api, self._pods_path, name, errand, limits, began_s, self._poll_s).until_over(
                 self._give_up, reported
             )
         finally:
-            await asyncio.shield(asyncio.ensure_future(self._delete_surely(name)))
+            if may_be_there:
+                await asyncio.shield(asyncio.ensure_future(self._delete_surely(name)))
 
-    async def _make(self, made: dict[str, Any], limits: Limits, began_s: float) -> str:
-        """Make the Job; return why there will be none, empty if there is one."""
-        while True:
+    async def _make(self, made: dict[str, Any], limits: Limits, began_s: float) -> tuple[str, bool]:
+        """Make the Job; return why there will be none, empty if there is one, and whether there may be one all the same."""
+        for number in itertools.count(1):
             try:
                 await self._api.ask("POST", self._path, body=made)
-                return ""
+                break
             except ClusterApiError as error:
                 if error.status == CONFLICT:
-                    return ""  # we made it, and the answer was lost
+                    break  # we made it, and the answer was lost
                 if error.status in REFUSED or time.monotonic() - began_s > limits.enter_s:
-                    return f"its Job was not made: {error}"
+                    # Who is refused at once may delete nothing either: trying would only keep the slot taken.
+                    return f"its Job was not made: {error}", error.status not in REFUSED or number > 1
                 await asyncio.sleep(ASK_AGAIN_S)
+        return "", True
 
     async def _give_up(self, name: str) -> bool:
         """Delete a Job that did not begin; return whether it is certain that it never will."""
