@@ -225,7 +225,8 @@ class OwnerLoop:
         records: deque[Any] = deque()
         for message in messages:
             record: Any = None
-            if message.value is not None and message.topic not in self.tables.rows:
+            is_input = message.topic not in self.tables.rows and message.partition in self.owned
+            if is_input and message.value is not None:
                 try:
                     record = self._decoded(message.value)
                     check(message.topic, record)
