@@ -192,5 +192,10 @@ def test_ctrl_c_before_the_executor_has_its_handlers_ends_it() -> None:
         await asyncio.sleep(60)
         return 0
 
-    with pytest.raises(KeyboardInterrupt):
-        run_to_its_end(main())
+    # Whoever starts the tests in the background of a script has the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_to_its_end(main())
+    finally:
+        signal.signal(signal.SIGINT, before)
