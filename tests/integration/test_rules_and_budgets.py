@@ -140,8 +140,9 @@ def test_a_run_pauses_without_room_and_goes_on_when_somebody_tops_up(whole: Whol
     assert ", as preferred" in cli(whole, "why", run_id, "three")
 
 
-@pytest.mark.feature("P2")
+@pytest.mark.feature("P2", "D3")
 def test_without_room_a_strict_budget_denies_and_an_asking_one_asks(whole: WholeStack) -> None:
+    """And a run may be approved more than once, each time what it asks then."""
     denied = whole.client.start("chain", 1, run_id="denied", account="lab/ml")
     asks = whole.client.start("chain", 1, run_id="asks", account="desk/a")
     ended = over(whole, denied)
