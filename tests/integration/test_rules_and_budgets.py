@@ -109,6 +109,11 @@ def over(whole: WholeStack, run_id: str) -> Run:
     return next(run for run, _ in whole.client.follow(run_id, WAIT_S) if run.is_over)
 
 
+def live(whole: WholeStack, run_id: str) -> dict[str, Any]:
+    """Return a run as the live view has it."""
+    return dict(json.loads(cli(whole, "runs", "show", run_id, "--json")))
+
+
 def meters(whole: WholeStack, budget: str, account: str) -> dict[str, Any]:
     """Return what `budget show` says of the one bucket of an account."""
     rows = json.loads(cli(whole, "budget", "show", budget, "--json"))
@@ -126,18 +131,34 @@ def test_a_run_pauses_without_room_and_goes_on_when_somebody_tops_up(whole: Whol
     assert '"limit":2' in said
     assert meters(whole, "team-calls", "acme/support")["calls"] == {"limit": 2, "spent": 2, "reserved": 0}
     assert "calls: 2 + 0 of 2" in " ".join(cli(whole, "budget", "list").split())
+    body = eventually(
+        lambda: (b := live(whole, run_id))["steps"][-1]["waits_for"] and b, "the live view to say why it waits"
+    )
+    assert "needs 1 calls; of 2, 2 are spent" in body["steps"][-1]["waits_for"]
 
     whole.kill("gate-0")
     cli(whole, "budget", "topup", "team-calls", "--account", "acme/sales", "--calls", "5")  # of another team
     cli(whole, "budget", "topup", "nothing", "--account", "acme/support", "--calls", "5", code=4)
     cli(whole, "budget", "topup", "team-calls", "--account", "acme/support", code=2)
     assert "topped up team-calls of acme/support" in cli(
-        whole, "budget", "topup", "team-calls", "--account", "acme/support", "--calls", "1", "--reason", "launch"
+        whole,
+        "budget",
+        "topup",
+        "team-calls",
+        "--account",
+        "acme/support",
+        "--calls",
+        "1",
+        "--reason",
+        "launch",
+        "--by",
+        "bob",
     )
     assert over(whole, run_id).status == "succeeded"
     settled = {"limit": 3, "spent": 3, "reserved": 0}  # the last settlement comes after the end of the run
     eventually(lambda: meters(whole, "team-calls", "acme/support")["calls"] == settled, "the last call to be settled")
     assert ", as preferred" in cli(whole, "why", run_id, "three")
+    assert "bob" in cli(whole, "policy", "list")
 
 
 @pytest.mark.feature("P2", "D3")

@@ -11,6 +11,7 @@ import typer
 from tidegate.cli import run_output, runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained
 from tidegate.cli.live_view import LiveView, UnknownRunError, Url
+from tidegate.cli.options import Json
 from tidegate.cli.terminal import Console
 from tidegate.domain import states
 
@@ -32,7 +33,7 @@ app.command(epilog=RUN_EXIT_CODES)(runs.reject)
 @app.command("list", epilog=RUN_EXIT_CODES)
 def list_(
     account: Annotated[str, typer.Option("--account", help="This account and all below it.")] = "",
-    as_json: runs.Json = False,
+    as_json: Json = False,
     url: Url = "",
 ) -> None:
     """List open questions, the oldest first: who asks, why, since when, until when."""

@@ -14,6 +14,7 @@ from tidegate.audit.budgets import METERS
 from tidegate.cli.audit import read_books
 from tidegate.cli.documents import EXIT_WRONG, in_force, publish, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.options import By, Json, Reason
 from tidegate.cli.terminal import Console
 from tidegate.cli.wording import plain_table
 from tidegate.eventlog.interface import Broker
@@ -31,7 +32,6 @@ app = typer.Typer(
     help="List and show budgets, and top them up. Budgets are documents: `tidegate policy apply`. Exit codes: 0 done; 2 wrong "
     "usage; 3 Kafka does not answer; 4 there is no such budget.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Name = Annotated[str, typer.Argument(metavar="BUDGET", help="The budget's name.")]
 PER_DOLLAR: Final = 1_000_000
 MAX_LISTED: Final = 10
@@ -64,7 +64,8 @@ def topup(
     calls: Annotated[int | None, typer.Option("--calls", min=0)] = None,
     wall_seconds: Annotated[int | None, typer.Option("--wall-seconds", min=0)] = None,
     run: Annotated[str, typer.Option("--run", help="The run, if the budget is counted per run.")] = "",
-    reason: Annotated[str, typer.Option("--reason", help="Why; recorded.")] = "",
+    reason: Reason = "",
+    by: By = None,
 ) -> None:
     """Give one bucket more room, in its present window. What is paused for it goes on."""
     broker = KafkaBroker(KafkaSettings())
@@ -95,7 +96,7 @@ def topup(
                 "run": run,
                 "at_ms": now_ms,
                 "add": given,
-                "by": user_name(),
+                "by": by or user_name(),
                 "reason": reason,
             }
         )
@@ -103,7 +104,7 @@ def topup(
         typer.echo(f"tidegate budget topup: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", err=True)
         raise typer.Exit(EXIT_WRONG) from None
     counted = {row["account"] for row in _buckets(broker, {name: budget}) if row["meters"]}
-    publish(broker, [top_up], _over(broker, budget, now_ms))
+    publish(broker, [top_up], _over(broker, budget, now_ms), by)
     more = ", ".join(f"{number:,} {meter}" for meter, number in given.items())
     typer.echo(f"topped up {name} of {account} by {more} (gates take it up within a second)")
     if account not in counted:

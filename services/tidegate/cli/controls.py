@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tidegate.cli import runs
 from tidegate.cli.endings import RUN_EXIT_CODES, explained, usage
+from tidegate.cli.options import By, Json, Reason
 from tidegate.cli.registry import INSTANCES
 from tidegate.cli.run_output import moment
 from tidegate.cli.terminal import Console
@@ -37,9 +38,9 @@ def pause(
     queue: Queue = None,
     all_: All = False,
     list_: Annotated[bool, typer.Option("--list", help="Change nothing; show which queues are paused.")] = False,
-    as_json: runs.Json = False,
-    reason: runs.Reason = "",
-    by: runs.By = None,
+    as_json: Json = False,
+    reason: Reason = "",
+    by: By = None,
 ) -> None:
     """Let nothing start: of a queue, of anything, or of a run. What runs may end; what is asked for meanwhile is kept."""
     if list_:
@@ -63,9 +64,7 @@ def pause(
 
 
 @resume_app.command(epilog=RUN_EXIT_CODES)
-def resume(
-    run_id: RunId = None, queue: Queue = None, all_: All = False, reason: runs.Reason = "", by: runs.By = None
-) -> None:
+def resume(run_id: RunId = None, queue: Queue = None, all_: All = False, reason: Reason = "", by: By = None) -> None:
     """Take back a pause: of a queue, of everything, or of a run. Each is taken back by itself."""
     if run_id:
         _alone("resume", queue, all_)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli.endings import EXIT_REFUSED, explained, usage
+from tidegate.cli.options import Json
 from tidegate.cli.run_output import moment
 from tidegate.cli.terminal import Console, harmless
 from tidegate.cli.wording import counted
@@ -56,7 +57,6 @@ Since = Annotated[
 Code = Annotated[str, typer.Option("--code", help="Only with this code: malformed, unknown_workflow, ...")]
 Topic = Annotated[str, typer.Option("--topic", help="Only about records of this topic.")]
 RunId = Annotated[str, typer.Option("--run", metavar="RUN", help="Only about this run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 

@@ -70,15 +70,18 @@ def read_files(files: Iterable[Path]) -> list[Document]:
     return found
 
 
-def publish(broker: Broker, documents: Iterable[Document], removed: Iterable[str] = ()) -> None:
-    """Write documents, and tombstones for the removed keys, and wait until they are there. Raises EventLogError."""
+def publish(broker: Broker, documents: Iterable[Document], removed: Iterable[str] = (), by: str | None = None) -> None:
+    """Write documents, and tombstones for the removed keys, and wait until they are there. Raises EventLogError.
+
+    by: who does it, by default the user of this process. It is recorded with each document; a tombstone holds nothing.
+    """
     writer = broker.writer()
     for document in documents:
         row = PolicyPublished(
             policy_id=document.topic_key,
             version=document.version,
             document=document.to_json(),
-            by=user_name(),
+            by=by or user_name(),
             at_ms=time.time_ns() // 1_000_000,
         )
         header = ((TYPE_HEADER, b"PolicyPublished"),)

@@ -13,6 +13,7 @@ from tidegate import codec
 from tidegate.cli.audit import LEDGER
 from tidegate.cli.documents import in_force, publish, value_of
 from tidegate.cli.endings import explained
+from tidegate.cli.options import By, Json
 from tidegate.cli.terminal import Console
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.entry import Entry, OwnerAnnounced
@@ -34,7 +35,6 @@ app = typer.Typer(
 RETENTION: Final = "retention:ledger"
 HOUR_S: Final = 3_600
 MAX_DAYS: Final = 36_500
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
 @dataclass
@@ -67,6 +67,7 @@ def retire(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many entries are old enough now; publish nothing.")
     ] = False,
+    by: By = None,
 ) -> None:
     """Have gates retire entries that are older, from now on: until `tidegate policy remove retention:ledger`.
 
@@ -85,7 +86,7 @@ def retire(
     document = Retention(
         kind="retention", retention="ledger", version="1", keep_s=keep_s, every_s=max(1, round(every_hours * HOUR_S))
     )
-    publish(broker, [document])
+    publish(broker, [document], by=by)
     typer.echo("gates retire what is older from now on; `tidegate ledger show` says how far that has come")
 
 

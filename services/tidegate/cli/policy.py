@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from tidegate.cli.documents import EXIT_WRONG, in_force, in_topic, kind_of, publish, read_files, value_of
 from tidegate.cli.endings import EXIT_REFUSED, explained
+from tidegate.cli.options import By, Json
 from tidegate.cli.terminal import Console
 from tidegate.cli.wording import counted, plain_table
 from tidegate.domain.messages import PolicyPublished
@@ -36,7 +37,6 @@ Rows = dict[str, PolicyPublished | Unreadable]
 
 Files = Annotated[list[Path], typer.Argument(help="YAML or JSON documents; see docs/policy.md.", exists=True)]
 Key = Annotated[str, typer.Argument(metavar="DOCUMENT", help="A policy's name, or `kind:name`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 
 @app.command()
@@ -48,10 +48,10 @@ def validate(files: Files) -> None:
 
 @app.command()
 @explained("policy apply")
-def apply(files: Files) -> None:
+def apply(files: Files, by: By = None) -> None:
     """Check documents, all of them first, and publish them: gates take them up as they run."""
     documents = read_files(files)
-    publish(KafkaBroker(KafkaSettings()), documents)
+    publish(KafkaBroker(KafkaSettings()), documents, by=by)
     for document in documents:
         typer.echo(f"published {_summary(document)} (gates take it up within a second)")
 

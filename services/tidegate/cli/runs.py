@@ -38,6 +38,7 @@ from tidegate.cli.live_view import (
     patiently,
     waiting,
 )
+from tidegate.cli.options import By, Json, Reason
 from tidegate.cli.terminal import Console, say
 from tidegate.cli.wording import moment_ms
 from tidegate.domain import states
@@ -66,9 +67,6 @@ RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
 StepId = Annotated[
     str | None, typer.Argument(metavar="[STEP]", help="The step that asks; may be left out if only one does.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; recorded.")]
-By = Annotated[str | None, typer.Option("--by", help="Who; recorded. Default: your user name.")]
 Attempt = Annotated[
     int | None, typer.Option("--attempt", min=1, help="Of the question that is meant; another one is not answered.")
 ]

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from tidegate import codec
 from tidegate.cli.acls import Format, Principal, acl_problems, apply_acls, printed, wanted_grants
+from tidegate.cli.options import Json
 from tidegate.cli.states_page import states_page
 from tidegate.domain.requests import request_json_schema
 from tidegate.eventlog.interface import EventLogError
@@ -52,7 +53,6 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Queues = Annotated[
     list[str] | None,
     typer.Option("--queue", help="Queue that executors serve; repeatable. Default: TIDEGATE_TOPICS_QUEUES."),

@@ -16,6 +16,7 @@ from rich.text import Text
 from tidegate.cli import drawing
 from tidegate.cli.definition_files import YAML_SUFFIXES, Lines, label_of, read_definitions
 from tidegate.cli.endings import EXIT_REFUSED, EXIT_USAGE, WORKFLOW_EXIT_CODES, explained, usage
+from tidegate.cli.options import Json
 from tidegate.cli.run_output import moment
 from tidegate.cli.terminal import Console
 from tidegate.domain import canonical
@@ -37,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 Source = Annotated[
     str,

@@ -462,7 +462,9 @@ def plan_is_final(plan: dict[str, Any]) -> bool:
 
 
 def _awaits_budget(run: RunState, event: ev.AttemptAwaitsBudget, now_ms: int) -> None:
-    _move_step(run.steps[event.step_id], "AttemptAwaitsBudget", states.REQUESTED)
+    step = run.steps[event.step_id]
+    _move_step(step, "AttemptAwaitsBudget", states.REQUESTED)
+    step.waits_for = event.reason
 
 
 _HANDLERS: dict[type, Any] = {

@@ -262,7 +262,7 @@ def _attempt_dispatched(row: RunRow, event: ev.AttemptDispatched, now_ms: int) -
     _set_step(row, event.step_id, states.DISPATCHED, event.attempt)
 
 
-def _step_throttled(row: RunRow, event: ev.StepThrottled, now_ms: int) -> None:
+def _let_wait(row: RunRow, event: ev.AttemptAwaitsBudget | ev.StepThrottled, now_ms: int) -> None:
     line = row.steps.get(event.step_id)
     if line is not None:
         line.waits_for = _cut(event.reason)
@@ -353,7 +353,8 @@ _HANDLERS: Final[dict[type, Callable[[RunRow, Any, int], None]]] = {
     ev.StepReady: _step_ready,
     ev.AttemptRequested: _attempt_requested,
     ev.AttemptDispatched: _attempt_dispatched,
-    ev.StepThrottled: _step_throttled,
+    ev.AttemptAwaitsBudget: _let_wait,
+    ev.StepThrottled: _let_wait,
     ev.ApprovalRequested: _approval_requested,
     ev.ApprovalResolved: _approval_resolved,
     ev.AttemptEnded: _attempt_ended,

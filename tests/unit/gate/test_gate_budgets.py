@@ -401,11 +401,13 @@ def test_pause_holds_the_attempt_until_the_window_turns() -> None:
     pair.start("waits", one())
     assert pair.run("waits").status == "running"
     assert pair.seen("waits")[-1] == "AttemptAwaitsBudget"
+    assert "needs 1 calls; of 1, 1 are spent" in pair.run("waits").steps["a"].waits_for
     pair.pass_time(1000)
     assert not pair.tasks
     later(pair, DAY_MS)
     pair.work({"a": lambda _: 1})
     assert pair.run("waits").status == "succeeded"
+    assert pair.run("waits").steps["a"].waits_for == ""
 
 
 @pytest.mark.feature("P2")
