@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,6 +17,7 @@ import pytest
 from confluent_kafka import KafkaException
 
 from support.brokers import Broker, create_topic, produce, read_all
+from support.ends import is_gone
 from tidegate.embedded.errors import JarsMismatchError, JarsUnavailableError
 from tidegate.embedded.jars import KAFKA_VERSION, LockedJar, kafka_jars, load_lock
 from tidegate.embedded.java import find_java
@@ -41,13 +41,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for {what}"
         time.sleep(0.02)
-
-
-def is_gone(process: psutil.Process) -> bool:
-    """An orphan stays a zombie until the init process looks, and in a container nobody may look."""
-    with suppress(psutil.NoSuchProcess):
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 def test_a_record_comes_back(bootstrap: str, topic_prefix: str) -> None:

@@ -7,12 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from support.ends import is_gone
 from tidegate.embedded import supervisor as supervisor_module
 from tidegate.embedded.ports import choose_port, is_free
 from tidegate.embedded.supervisor import ProcessSpec, ProcessStatus, Supervisor
@@ -30,13 +30,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for {what}"
         time.sleep(0.005)
-
-
-def is_gone(process: psutil.Process) -> bool:
-    """An orphan stays a zombie until the init process looks, and in a container nobody may look."""
-    with suppress(psutil.NoSuchProcess):
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 def shell(script: str) -> tuple[str, ...]:
