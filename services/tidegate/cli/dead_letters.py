@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import sys
 import time
-from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 import typer
@@ -18,7 +16,7 @@ from tidegate.cli.endings import EXIT_REFUSED, explained, usage
 from tidegate.cli.options import Json
 from tidegate.cli.run_output import moment
 from tidegate.cli.terminal import Console, harmless
-from tidegate.cli.wording import counted
+from tidegate.cli.wording import counted, moment_ms
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.requests import parse_json
 from tidegate.eventlog.kafka import KafkaBroker
@@ -41,7 +39,6 @@ DEFAULT_LIMIT: Final = 50
 PIPED_WIDTH: Final = 160
 MAX_SHOWN_REASON: Final = 200
 MAX_SHOWN_BYTES: Final = 64 * 1024
-_UNITS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +49,8 @@ app = typer.Typer(
 )
 
 Since = Annotated[
-    str, typer.Option("--since", metavar="AGE|TIME", help="Only later ones: 90s, 15m, 6h, 2d or ISO 8601.")
+    str,
+    typer.Option("--since", metavar="AGE|TIME", help="Only later ones: 90s, 15m, 6h or 2d ago, or 2026-01-31T12:00Z."),
 ]
 Code = Annotated[str, typer.Option("--code", help="Only with this code: malformed, unknown_workflow, ...")]
 Topic = Annotated[str, typer.Option("--topic", help="Only about records of this topic.")]
@@ -181,17 +179,10 @@ def _no_such(key: str) -> None:
 
 def _since_ms(command: str, text: str) -> int:
     """Return the moment that an age or a time means, in Unix milliseconds; 0 for none."""
-    if not text:
-        return 0
-    if age := re.fullmatch(r"(\d{1,9})([smhd])", text):
-        return time.time_ns() // 1_000_000 - int(age[1]) * _UNITS[age[2]]
     try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        usage(
-            f"dead-letters {command}", f"--since: {text!r} is neither an age such as 15m or 2d nor a time in ISO 8601"
-        )
-    return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+        return moment_ms(text, time.time()) if text else 0
+    except ValueError as error:
+        usage(f"dead-letters {command}", f"--since: {error}")
 
 
 def _lines(stored: Stored) -> list[str]:
