@@ -56,19 +56,19 @@ def test_a_second_member_takes_some_and_the_first_hears_of_it(world: World) -> N
 def test_a_member_says_whether_it_has_its_share(world: World) -> None:
     world.create_topic("lead", PARTITIONS)
     first = Owner(world.broker, "one")
-    assert not first.inbox.has_joined
+    assert not first.inbox.has_share
     settle([first], PARTITIONS)
-    assert first.inbox.has_joined
+    assert first.inbox.has_share
     second, silent = Owner(world.broker, "two"), Owner(world.broker, "three")
     settle([first, second, silent], PARTITIONS)
 
     newcomer = Owner(world.broker, "zero")  # the group gives out nothing before all have heard of it
     members = [first, second, newcomer]
-    eventually(lambda: not any(m.inbox.has_joined for m in members), lambda: [m.turn() for m in members])
+    eventually(lambda: not any(m.inbox.has_share for m in members), lambda: [m.turn() for m in members])
     for _ in range(10):
-        assert not any(m.turn() or m.inbox.has_joined for m in members)
+        assert not any(m.turn() or m.inbox.has_share for m in members)
 
-    eventually(lambda: all(m.inbox.has_joined for m in members), lambda: [m.turn() for m in [*members, silent]])
+    eventually(lambda: all(m.inbox.has_share for m in members), lambda: [m.turn() for m in [*members, silent]])
     for owner in [*members, silent]:
         owner.inbox.close()
 

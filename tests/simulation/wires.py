@@ -143,8 +143,8 @@ class ProcessInbox:
         self._inner.remove(partitions)
 
     @property
-    def has_joined(self) -> bool:
-        return self._inner.has_joined
+    def has_share(self) -> bool:
+        return self._inner.has_share
 
     def ends(self) -> dict[TopicPartition, int]:
         return self._inner.ends()
@@ -179,8 +179,8 @@ class GroupSubscription:
         return frozenset(self._assigned)
 
     @property
-    def has_joined(self) -> bool:
-        return all(inbox.has_joined for inbox in self._inboxes.values())
+    def has_share(self) -> bool:
+        return all(inbox.has_share for inbox in self._inboxes.values())
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         messages: list[Message] = []

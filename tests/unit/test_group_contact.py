@@ -97,11 +97,11 @@ class StuckConsumer:
 def test_a_subscription_says_whether_it_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscription, "make_consumer", lambda _, config: StuckConsumer(config))
     member = subscription.KafkaSubscription(KafkaSettings(), "g", ["run-requests"])
-    assert not member.has_joined
+    assert not member.has_share
     member._on_assign(member._consumer, [])  # of more members than partitions one has none
-    assert member.has_joined
+    assert member.has_share
     member._on_revoke(member._consumer, [])
-    assert not member.has_joined
+    assert not member.has_share
 
 
 def poll_for(seconds: int, poll: Callable[[], object], clock: list[float]) -> None:

@@ -145,7 +145,7 @@ class Inbox(Protocol):
         """Stop reading these partitions; messages of them that are buffered are dropped."""
 
     @property
-    def has_joined(self) -> bool:
+    def has_share(self) -> bool:
         """Tell whether we have our share of the group's partitions, be it none of them: not before the group has given it, nor
         from its loss until the next is given. Any thread may ask."""
 

@@ -400,7 +400,7 @@ class MemoryInbox:
             self._positions.pop(at, None)
 
     @property
-    def has_joined(self) -> bool:
+    def has_share(self) -> bool:
         """Tell whether we have our share of the group's partitions, be it none of them."""
         return self._group is None or self._member.has_share
 

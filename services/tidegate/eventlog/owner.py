@@ -201,7 +201,7 @@ class OwnerLoop:
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
         else:
-            self._missing = "" if self._inbox.has_joined else NO_SHARE.format(self.machine.lead_topic)
+            self._missing = "" if self._inbox.has_share else NO_SHARE.format(self.machine.lead_topic)
 
     def _drop(self, partition: int, reason: str) -> None:
         self._to_take.discard(partition)

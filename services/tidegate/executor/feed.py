@@ -63,9 +63,8 @@ class TaskFeed:
                     self._deliver(tasks)
         except EventLogError as error:
             self._on_failure(f"tasks cannot be read: {error}")
-        except (
-            Exception
-        ) as error:  # whatever it is: an executor that lives and reads nothing would be given tasks for ever
+        except Exception as error:
+            # Whatever it is: an executor that lives and reads nothing would be given tasks for ever.
             _log.exception("the reading of tasks has ended")
             self._on_failure(f"tasks cannot be read: {type(error).__name__}: {error}")
         finally:

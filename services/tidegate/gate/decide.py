@@ -403,6 +403,7 @@ def _reserve_and_place(
 
 
 def _stand_in_line(draft: Draft, item: Any, call: Call, waiting: Attempt, entrance: _Entrance) -> None:
+    """Wait for a slot or a place, with what was reserved."""
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
         ev.AttemptQueued(
@@ -711,10 +712,8 @@ def closings(ledger: Ledger, now_ms: int) -> list[Any]:
     end with what is. All windows are looked through for this."""
     events: list[Any] = []
     tally = Tally(ledger, NO_BUDGETS, now_ms, events)
-    for _, key in sorted(end for end in ledger.window_ends if end[0] <= now_ms):
-        if (
-            bucket := ledger.buckets.get(key)
-        ) is not None and bucket.until_ms <= now_ms:  # it may have another end by now
+    for until_ms, key in sorted(end for end in ledger.window_ends if end[0] <= now_ms):
+        if ledger.is_window_end(until_ms, key):
             tally.close(key)
         if len(events) == MAX_LAPSES_PER_ENTRY:
             break

@@ -571,11 +571,7 @@ def _budget_closed(ledger: Ledger, event: ev.BudgetClosed) -> None:
 
 def _forget_ended(ledger: Ledger) -> None:
     """Take ends of windows that are none any more from the top of the heap, so that its top is the next one."""
-    while ledger.window_ends:
-        until_ms, name = ledger.window_ends[0]
-        bucket = ledger.buckets.get(name)
-        if bucket is not None and bucket.until_ms == until_ms:
-            return
+    while ledger.window_ends and not ledger.is_window_end(*ledger.window_ends[0]):
         heapq.heappop(ledger.window_ends)
 
 

@@ -113,6 +113,11 @@ class Ledger:
         """Return the gauges that have not changed for the longest time."""
         return list(itertools.islice(self.gauges.items(), count))
 
+    def is_window_end(self, until_ms: int, name: str) -> bool:
+        """Tell whether a bucket's window ends then. What it was to end before stays in the heap until that is its top."""
+        bucket = self.buckets.get(name)
+        return bucket is not None and bucket.until_ms == until_ms
+
     def has_waiting(self) -> bool:
         """Tell whether anybody waits here, for a slot or a lease."""
         return bool(self.waiting_count or self.ask_lines)

@@ -424,7 +424,7 @@ class _LogReader:
         self._positions.update(self._ends)
 
     @property
-    def has_joined(self) -> bool:
+    def has_share(self) -> bool:
         """There is no group."""
         return True
 

@@ -56,7 +56,7 @@ class Subscription(Protocol):
     def assigned(self) -> frozenset[TopicPartition]: ...
 
     @property
-    def has_joined(self) -> bool: ...
+    def has_share(self) -> bool: ...
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]: ...
 
@@ -442,7 +442,7 @@ class Projection:
 
     def why_not_ready(self) -> str:
         """Return what is missing until records become rows; empty if nothing is. Any thread may ask."""
-        return "" if self._subscription.has_joined else NO_SHARE.format("the projection")
+        return "" if self._subscription.has_share else NO_SHARE.format("the projection")
 
     @property
     def has_pending(self) -> bool:

@@ -70,7 +70,7 @@ class Admission:
 
     def why_not_ready(self) -> str:
         """Return what is missing until requests are admitted; empty if nothing is. Any thread may ask."""
-        return "" if self._requests.has_joined else NO_SHARE.format(RUN_REQUESTS)
+        return "" if self._requests.has_share else NO_SHARE.format(RUN_REQUESTS)
 
     def close(self) -> None:
         """Leave the group."""

@@ -31,7 +31,7 @@ class Group:
         self._rng = rng
         self.all = frozenset(TopicPartition(topic, n) for topic in TOPICS for n in range(COUNTS.get(topic, 1)))
         self.assigned: frozenset[TopicPartition] = frozenset()
-        self.has_joined = False
+        self.has_share = False
         self.group_offsets: dict[TopicPartition, int] = {}
         self._reading: dict[TopicPartition, int] = {}
         self._change = AssignmentChange(frozenset(), frozenset())
@@ -46,7 +46,7 @@ class Group:
             self._outdated = [m for at in sorted(self.assigned) for m in self._next(at, self._rng.randint(0, 4))]
         self._change = AssignmentChange(self.all, self.assigned | self._change.lost)
         self.assigned = self.all
-        self.has_joined = True
+        self.has_share = True
         self.group_offsets.update(offsets or {})
         self._reading = dict(self.group_offsets)
         self.paused = False
@@ -386,7 +386,7 @@ def test_who_lost_its_share_of_the_group_is_not_ready_until_it_has_one_again() -
     assert world.projection.why_not_ready() == "the group of the projection has given us no share of its partitions"
     world.turn()
     assert world.projection.why_not_ready() == ""
-    world.group.has_joined = False
+    world.group.has_share = False
     world.turn()
     assert world.projection.why_not_ready()
 

@@ -129,7 +129,7 @@ class KafkaInbox:
         self._reader.remove(partitions)
 
     @property
-    def has_joined(self) -> bool:
+    def has_share(self) -> bool:
         """Tell whether we have our share of the group's partitions, be it none of them. Any thread may ask."""
         return self._member is None or self._member.has_share
 

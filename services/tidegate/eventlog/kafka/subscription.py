@@ -109,7 +109,7 @@ class KafkaSubscription:
         return self._assigned
 
     @property
-    def has_joined(self) -> bool:
+    def has_share(self) -> bool:
         """Tell whether we have our share of the group's partitions, be it none of them. Any thread may ask."""
         return self._contact.has_share
 
