@@ -378,11 +378,11 @@ class Judge:
     def _decided_on_inputs(self, state: RunsOfPartition, entry: Entry, where: str) -> list[Any]:
         """Decide on each input in turn, on what the ones before it made of the run."""
         messages = []
-        for topic, partition, first, last in inputs_of(entry.cause):
-            for offset in range(first, last + 1):
-                message = self.mail.get((topic, partition, offset))
+        for one in inputs_of(entry.cause):
+            for offset in range(one.first, one.last + 1):
+                message = self.mail.get((one.topic, one.partition, offset))
                 if message is None:
-                    self.fail(f"{where}: {topic}:{partition}:{offset}, of {entry.cause}, was never written")
+                    self.fail(f"{where}: {one.topic}:{one.partition}:{offset}, of {entry.cause}, was never written")
                 messages.append(message)
         if len(messages) > 1:
             found = state.find(entry.subject)
@@ -833,9 +833,9 @@ def _causes(part: LogOfPartition, entry: Entry) -> list[str]:
     if entry.cause.startswith("timer:") and part.log == RUN_EVENTS:
         return [f"{entry.subject} {entry.cause}"]
     return [
-        f"{topic}:{partition}:{offset}"
-        for topic, partition, first, last in inputs_of(entry.cause)
-        for offset in range(first, last + 1)
+        f"{one.topic}:{one.partition}:{offset}"
+        for one in inputs_of(entry.cause)
+        for offset in range(one.first, one.last + 1)
     ]
 
 

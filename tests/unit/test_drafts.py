@@ -62,7 +62,7 @@ def test_a_cause_names_its_inputs_exactly() -> None:
         InputRange("gate-requests", 3, 9, 10),
     ]
     text = causes_text(ranges)
-    assert text == "gate-requests:3:7 gate-leases:3:1-4 gate-requests:3:9-10"
+    assert text == "gate-requests:3:7 gate-leases:3:1..4 gate-requests:3:9..10"
     assert inputs_of(text) == ranges
     assert decisions_in(text) == 7
     for alone in ("gate-requests:3:7", "timer:17:triage/1-2:1", "table:policies:17"):
@@ -112,7 +112,7 @@ def test_a_decision_that_cannot_be_written_leaves_the_others_in_the_draft(monkey
     until(cluster, "gate", lambda: ledger(cluster))
     (entry,) = ledger(cluster)
     assert {event.run_id for event in entry.events} == set(RUNS) - {"r3"}
-    offsets = [offset for _, _, first, last in inputs_of(entry.cause) for offset in range(first, last + 1)]
+    offsets = [offset for one in inputs_of(entry.cause) for offset in range(one.first, one.last + 1)]
     assert offsets == [offset for offset, run_id in enumerate(requests) if run_id != "r3"]
     (letter,) = [codec.decode(message.value) for message in cluster.messages("dead-letters", 0)]
     assert (letter.topic, letter.offset) == ("gate-requests", requests.index("r3"))

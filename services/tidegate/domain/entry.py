@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -27,7 +27,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     marks: highest position consumed per source (`gate-ledger-3`), only those that changed since the last entry.
     told: own offset up to and including which all tells are acknowledged; -1 for none.
     tables: next offset of every global table at the decision.
-    cause: `topic:partition:offset` of the input, or `topic:partition:first-last` of inputs that follow each other, several of
+    cause: `topic:partition:offset` of the input, or `topic:partition:first..last` of inputs that follow each other, several of
     them in the order in which they were decided on, a blank between; or `timer:…`, `table:…`.
     """
 
@@ -45,7 +45,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     events: tuple[Any, ...]
 
 
-class InputRange(NamedTuple):
+class InputRange(msgspec.Struct, gc=False):
     """Inputs that follow each other in a partition: the offsets of the first and of the last."""
 
     topic: str
@@ -57,8 +57,12 @@ class InputRange(NamedTuple):
 def causes_text(ranges: Iterable[InputRange]) -> str:
     """Return how an entry names the inputs that caused it."""
     return " ".join(
-        f"{topic}:{partition}:{first}" if first == last else f"{topic}:{partition}:{first}-{last}"
-        for topic, partition, first, last in ranges
+        [
+            f"{one.topic}:{one.partition}:{one.first}"
+            if one.first == one.last
+            else f"{one.topic}:{one.partition}:{one.first}..{one.last}"
+            for one in ranges
+        ]
     )
 
 
@@ -69,16 +73,16 @@ def inputs_of(cause: str) -> list[InputRange]:
     found = []
     for text in cause.split():
         topic, partition, offsets = text.rsplit(":", 2)
-        first, _, last = offsets.partition("-")
+        first, _, last = offsets.partition("..")
         found.append(InputRange(topic, int(partition), int(first), int(last or first)))
     return found
 
 
 def decisions_in(cause: str) -> int:
     """Return how many decisions an entry holds: one for each input that it names, one for a timer or a table."""
-    if " " not in cause and "-" not in cause.rpartition(":")[2]:
-        return 1  # as it is where little is under way
-    return sum(last - first + 1 for _, _, first, last in inputs_of(cause)) or 1
+    if ".." not in cause:  # as it is where little is under way
+        return 1 + cause.count(" ")
+    return sum(one.last - one.first + 1 for one in inputs_of(cause)) or 1
 
 
 class DoneSegments(msgspec.Struct, frozen=True, gc=False):
