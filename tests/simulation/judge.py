@@ -26,7 +26,7 @@ from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain import states
-from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, inputs_of
+from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, parts_of
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import (
     Call,
@@ -377,27 +377,27 @@ class Judge:
 
     def _decided_on_inputs(self, state: RunsOfPartition, entry: Entry, where: str) -> list[Any]:
         """Decide on each input in turn, on what the ones before it made of the run."""
-        messages = []
-        for one in inputs_of(entry.cause):
-            for offset in range(one.first, one.last + 1):
-                message = self.mail.get((one.topic, one.partition, offset))
-                if message is None:
-                    self.fail(f"{where}: {one.topic}:{one.partition}:{offset}, of {entry.cause}, was never written")
-                messages.append(message)
-        if len(messages) > 1:
+        if entry.parts:
             found = state.find(entry.subject)
             state = RunsOfPartition(state.partition, Shelf())
             if found is not None:
                 state.runs[entry.subject] = copy.deepcopy(found, {id(found.workflow): found.workflow})
         events: list[Any] = []
-        for message in messages:
+        for one in parts_of(entry):
+            topic, partition, offset = one.cause.rsplit(":", 2)
+            message = self.mail.get((topic, int(partition), int(offset)))
+            if message is None:
+                self.fail(f"{where}: {one.cause} was never written")
             decision = self.scheduler.decide(state, codec.decode(message.value), message, entry.now_ms, self._tables)
-            self.require(decision is not None, f"(1) {where}: {entry.cause}: one of these causes nothing")
-            assert decision is not None
-            if len(messages) > 1:
-                for event in decision.events:
+            decided = () if decision is None else tuple(decision.events)
+            self.require(
+                decided == one.events,
+                f"(1) {where}: deciding on {one.cause} gives {_names(decided)}, the log has {_names(one.events)}",
+            )
+            if entry.parts:
+                for event in decided:
                     self.scheduler.apply(state, entry.subject, entry.account, event, 0, entry.now_ms)
-            events += decision.events
+            events += decided
         return events
 
     def _note_head(self, part: LogOfPartition, subject: str) -> None:
@@ -832,11 +832,9 @@ def _causes(part: LogOfPartition, entry: Entry) -> list[str]:
     """
     if entry.cause.startswith("timer:") and part.log == RUN_EVENTS:
         return [f"{entry.subject} {entry.cause}"]
-    return [
-        f"{one.topic}:{one.partition}:{offset}"
-        for one in inputs_of(entry.cause)
-        for offset in range(one.first, one.last + 1)
-    ]
+    if entry.cause.startswith(("timer:", "table:")):
+        return []
+    return [one.cause for one in parts_of(entry)]
 
 
 def _names(events: Any) -> list[str]:

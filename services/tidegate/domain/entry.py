@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 TAG_FIELD = "-type"  # the key by which fastavro picks the branch of a union
 POSITION_INDEX_BITS = 12
@@ -29,6 +30,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tables: next offset of every global table at the decision.
     cause: `topic:partition:offset` of the input, or `topic:partition:first..last` of inputs that follow each other, several of
     them in the order in which they were decided on, a blank between; or `timer:…`, `table:…`.
+    parts: how many of the events each of these inputs caused, in order; empty if all follow from one cause. What is told follows
+    from each part, as if it were an entry of its own.
     """
 
     subject: str
@@ -42,6 +45,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     told: int
     tables: dict[str, int]
     cause: str
+    parts: tuple[int, ...] = ()
     events: tuple[Any, ...]
 
 
@@ -66,23 +70,31 @@ def causes_text(ranges: Iterable[InputRange]) -> str:
     )
 
 
-def inputs_of(cause: str) -> list[InputRange]:
-    """Return the inputs that an entry names as its cause, in order; none if it was a timer or a table. Raises ValueError."""
-    if cause.startswith(("timer:", "table:")):
-        return []
+def causes_in(text: str) -> list[str]:
+    """Return each cause that an entry names, in order: `topic:partition:offset`, or the one timer or table. Raises ValueError."""
+    if (".." not in text and " " not in text) or text.startswith(("timer:", "table:")):
+        return [text]
     found = []
-    for text in cause.split():
-        topic, partition, offsets = text.rsplit(":", 2)
+    for inputs in text.split():
+        place, _, offsets = inputs.rpartition(":")
         first, _, last = offsets.partition("..")
-        found.append(InputRange(topic, int(partition), int(first), int(last or first)))
+        found += [f"{place}:{offset}" for offset in range(int(first), int(last or first) + 1)]
     return found
 
 
-def decisions_in(cause: str) -> int:
-    """Return how many decisions an entry holds: one for each input that it names, one for a timer or a table."""
-    if ".." not in cause:  # as it is where little is under way
-        return 1 + cause.count(" ")
-    return sum(one.last - one.first + 1 for one in inputs_of(cause)) or 1
+def parts_of(entry: Entry) -> list[Entry]:
+    """Return what each cause of an entry led to, as if it were an entry of its own. Raises ValueError if they do not make it up."""
+    if not entry.parts:
+        return [entry]
+    causes = causes_in(entry.cause)
+    if len(causes) != len(entry.parts) or sum(entry.parts) != len(entry.events):
+        raise ValueError(f"{len(entry.parts)} parts of {len(causes)} causes do not make up {len(entry.events)} events")
+    found, end = [], 0
+    for cause, count in zip(causes, entry.parts, strict=True):
+        begin, end = end, end + count
+        part = replace(entry, first_seq=entry.first_seq + begin, cause=cause, parts=(), events=entry.events[begin:end])
+        found.append(part)
+    return found
 
 
 class DoneSegments(msgspec.Struct, frozen=True, gc=False):

@@ -26,6 +26,7 @@ class Draft:
         "_due",
         "_inputs",
         "_marks",
+        "_parts",
         "_ranges",
         "_size",
         "account",
@@ -48,6 +49,7 @@ class Draft:
         self.events: list[Any] = []
         self._blocks: list[bytes] = []
         self._size = 0
+        self._parts: list[int] = []
         self._ranges: list[InputRange] = []
         self._due = ""
         self._inputs: dict[str, int] = {}
@@ -72,6 +74,7 @@ class Draft:
     ) -> None:
         """Add what one cause led to. block: the events' bytes; inputs, marks: the positions after it, and which marks changed."""
         self.events += events
+        self._parts.append(len(events))
         self._blocks.append(block)
         self._size += len(block)
         self._inputs = dict(inputs)
@@ -100,6 +103,7 @@ class Draft:
             told=told,
             tables=self.tables,
             cause=self._due or causes_text(self._ranges),
+            parts=tuple(self._parts) if len(self._parts) > 1 else (),
             events=tuple(events),
         )
 

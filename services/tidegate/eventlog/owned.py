@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Final
 
 from tidegate import codec
-from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position, decisions_in
+from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position
 from tidegate.eventlog.draft import Draft
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import CorruptLogError, Decision, EntryRefusedError, Machine, Standing
@@ -167,7 +167,7 @@ class OwnedPartition:
 
     def logged(self, entry: Entry, offset: int, covered: Container[str] = ()) -> None:
         """Note that the log holds an entry at `offset`, and whose state it changed."""
-        self.since_checkpoint += decisions_in(entry.cause)
+        self.since_checkpoint += len(entry.parts) or 1
         for unit in (entry.subject,) if self._is_chained_by_unit else self._units(entry):
             if unit not in covered:
                 self.as_of[unit] = offset

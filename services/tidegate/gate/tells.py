@@ -28,7 +28,7 @@ from tidegate.domain.messages import (
     Throttled,
     Unanswered,
 )
-from tidegate.eventlog.machine import Tell
+from tidegate.eventlog.machine import Tell, tells_of_parts
 
 GATE_DECISIONS: Final = "gate-decisions"
 GATE_LEASES: Final = "gate-leases"
@@ -38,6 +38,10 @@ _TASKS: Final = (ev.AttemptPlaced, ev.AttemptCancelTold)
 
 def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
+    return tells_of_parts(entry, at, lambda part, at: _tells(part, at, run_partitions))
+
+
+def _tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     found: list[Tell] = []
     decisions: dict[str, list[DecisionItem]] = {}
     leases: dict[int, list[LeaseItem]] = {}
