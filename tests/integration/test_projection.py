@@ -142,10 +142,11 @@ def check_money(valid: list[Decided], projection: ProjectionProcess) -> None:
     reserved: dict[str, int] = defaultdict(int)
     settled: dict[str, int] = defaultdict(int)
     decisions: list[str] = []
-    names = {"AttemptPlaced": "allow", "AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
+    names = dict.fromkeys(("AttemptGranted", "AttemptPlaced"), "allow")
+    names |= {"AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
     for event in (e for d in valid if d.log == "gate-ledger" for e in d.events):
         name = type(event).__name__
-        if name == "AttemptReserved":
+        if name in ("AttemptGranted", "AttemptReserved"):
             reserved[event.run_id] += event.reserved_micros
         elif name in ("AttemptSettled", "AttemptReleased"):
             reserved[event.run_id] -= event.reserved_micros
