@@ -373,7 +373,7 @@ def test_a_group_reset_to_the_middle_changes_nothing(topics: Topics, projection:
 
 # --- crashes -------------------------------------------------------------------------------------------------------------
 
-RUN_COUNT = 18  # of all that `support.logs` plays
+RUN_COUNT = 20  # of all that `support.logs` plays
 EDGES = ("before-insert", "after-insert", "before-commit", "after-commit")
 
 
