@@ -586,10 +586,10 @@ class Judge:
         if not hasattr(event, "attempt"):
             return
         key = (event.run_id, event.step_id, event.attempt)
-        if isinstance(event, le.AttemptReserved):
+        if isinstance(event, le.Reserving):
             self.reserved.add(key)
             self._policy_allows(entry, event, key)
-        elif isinstance(event, le.AttemptPlaced):
+        if isinstance(event, le.Placing):
             self.require(key in self.reserved, f"(2) {key} placed, but nothing is reserved for it")
             self.require(key not in self.placed, f"(3) {key} placed twice")
             self.placed[key] = (event.instance_id, event.incarnation)
@@ -620,7 +620,7 @@ class Judge:
         assert self._next_policy is not None
         self._policies.append((message.offset, *self._next_policy))
 
-    def _policy_allows(self, entry: Entry, event: le.AttemptReserved, key: AttemptKey) -> None:
+    def _policy_allows(self, entry: Entry, event: le.Reserving, key: AttemptKey) -> None:
         """What the policies said at the version that the entry names; a broken one leaves the one of before in force."""
         in_force: dict[str, tuple[str, ...]] = {}
         for offset, name, rules in self._policies:

@@ -52,7 +52,7 @@ QUERIES: Final = {
             account,
             sumIf(actual_micros, type = 'AttemptSettled' AND at > now() - INTERVAL {window} SECOND) AS window_micros,
             sumIf(actual_micros, type = 'AttemptSettled') AS total_micros,
-            sumIf(reserved_micros, type = 'AttemptReserved')
+            sumIf(reserved_micros, type IN ('AttemptGranted', 'AttemptReserved'))
                 - sumIf(reserved_micros, type IN ('AttemptSettled', 'AttemptReleased')) AS reserved_micros
         FROM ledger
         GROUP BY account

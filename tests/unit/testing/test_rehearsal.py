@@ -252,7 +252,7 @@ def test_what_a_model_may_use_at_most_is_set_aside_by_the_price_table() -> None:
 
     with Rehearsal(priced) as stage:
         outcome = stage.run(agent="thinker", input="x")
-    reserved = next(event for event in outcome.ledger if type(event).__name__ == "AttemptReserved")
+    reserved = next(event for event in outcome.ledger if type(event).__name__ == "AttemptGranted")
     assert (outcome.run.status, reserved.reserved_micros) == ("succeeded", 3500)
 
 
