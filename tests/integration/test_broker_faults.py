@@ -114,6 +114,8 @@ def test_a_wrong_address_is_said_at_once_and_with_the_reason() -> None:
     broker = KafkaBroker(KafkaSettings(bootstrap="127.0.0.1:1"))
     with pytest.raises(EventLogError, match=r"no broker answers at 127\.0\.0\.1:1 .*Connection refused.*BOOTSTRAP"):
         broker.describe(["run-events"])
+    with pytest.raises(EventLogError, match=r"no broker answers at 127\.0\.0\.1:1 .*Connection refused.*BOOTSTRAP"):
+        broker.offsets("run-events", 0)
 
 
 def test_offsets_are_not_waited_for_for_ever(stack: WholeStack, monkeypatch: pytest.MonkeyPatch) -> None:
