@@ -15,7 +15,7 @@ from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key, partition_of
 from tidegate.domain.messages import Call, WorkflowPublished
 from tidegate.domain.requests import StartRequest, parse_request
-from tidegate.eventlog.interface import Record, TopicPartition, UnknownTopicError, WriteFailedError
+from tidegate.eventlog.interface import Record, TopicPartition, WriteFailedError
 from tidegate.eventlog.memory import MemoryBroker, MemoryInbox
 from tidegate.sdk.errors import NotJsonError
 from tidegate.sdk.reading import GapError
@@ -324,15 +324,6 @@ def test_queues_are_paused_by_rows_of_controls(broker, client):
     assert list(client.paused_queues()) == ["gpu"]
     with pytest.raises(ValueError, match="or \\* for everything"):
         client.pause_queue("no name")
-
-
-@pytest.mark.feature("D4")
-def test_without_the_topic_of_controls_a_pause_says_so_before_anything_is_written():
-    with (
-        Client(MemoryBroker()) as client,
-        pytest.raises(UnknownTopicError, match="topic controls does not exist; create"),
-    ):
-        client.pause_queue("gpu")
 
 
 WAIT = ev.WaitStarted(
