@@ -29,6 +29,7 @@ from tidegate.domain.messages import (
     Unanswered,
 )
 from tidegate.eventlog.machine import Tell
+from tidegate.gate.state import AttemptKey
 
 GATE_DECISIONS: Final = "gate-decisions"
 GATE_LEASES: Final = "gate-leases"
@@ -40,7 +41,7 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
     """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
     found: list[Tell] = []
     decisions: dict[str, list[DecisionItem]] = {}
-    leases: dict[int, list[LeaseItem]] = {}
+    leases: dict[int, list[dict[AttemptKey, LeaseItem]]] = {}
     for event in entry.events:
         kind = type(event)
         if kind not in _TELLING:
@@ -52,15 +53,20 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
             decisions.setdefault(event.run_id, []).append(make(event))
         make_lease = _LEASES.get(kind)
         if make_lease is not None and (lease := make_lease(event)) is not None:
-            leases.setdefault(event.partition, []).append(lease)
+            messages = leases.setdefault(event.partition, [{}])
+            name = AttemptKey(lease.run_id, lease.step_id, lease.attempt)
+            if name in messages[-1]:  # whoever reads a message decides on all of it by what was before it
+                messages.append({})
+            messages[-1][name] = lease
     for run_id, items in decisions.items():
         message = GateDecision(run_id=run_id, source=at(len(found)), items=tuple(items))
         key = f"{run_id}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
         found.append(Tell(GATE_DECISIONS, partition_of(run_id, run_partitions), key, message))
-    for partition, lease_items in leases.items():
-        told = GateLeases(source=at(len(found)), items=tuple(lease_items))
-        key = f"{partition}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
-        found.append(Tell(GATE_LEASES, partition, key, told))
+    for partition, messages in leases.items():
+        for number, lease_items in enumerate(messages):
+            told = GateLeases(source=at(len(found)), items=tuple(lease_items.values()))
+            key = f"{partition}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
+            found.append(Tell(GATE_LEASES, partition, f"{key}:{number}" if number else key, told))
     return found
 
 

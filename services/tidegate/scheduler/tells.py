@@ -5,8 +5,11 @@ Pure; sending again is the same call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Final
+
+import msgspec
 
 from tidegate.domain import run_events as ev
 from tidegate.domain.canonical import digest
@@ -49,24 +52,27 @@ def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, 
         partition = partition_of(account_root(entry.account), account_partitions)
         key = entry_key(entry.subject, entry.first_seq, entry.epoch)
         found.append(Tell(GATE_REQUESTS, partition, key, request))
-    found += [
-        _command(make(entry, event, at(0)), run_partitions)
-        for event in entry.events
-        if (make := _COMMANDS.get(type(event)))
-    ]
+    found += [_command(command, run_partitions) for command in _commands(entry, at(0))]
     found += [Tell(DEAD_LETTERS, 0, letter.source, _dead_letter(entry, letter)) for letter in letters]
     return found
 
 
 def _without_what_is_taken_back(items: list[GateItem]) -> list[GateItem]:
-    """Leave out attempts that one entry asks for and cancels: the gate would ask, reserve and wait for what nobody wants."""
+    """Leave out attempts that one entry asks for and cancels: the gate would ask, reserve and wait for what nobody wants.
+
+    And approvals of what the same entry cancels: the gate would place it, and take the end for that of a question.
+    """
     void = {(item.step_id, item.attempt) for item in items if type(item) is Void}
     if not void:
         return items
     both = {(item.step_id, item.attempt) for item in items if type(item) is Authorise} & void
-    return [
-        item for item in items if not (isinstance(item, (Authorise, Void)) and (item.step_id, item.attempt) in both)
-    ]
+
+    def is_taken_back(item: GateItem) -> bool:
+        if isinstance(item, (Authorise, Void)):
+            return (item.step_id, item.attempt) in both
+        return isinstance(item, Approve) and (item.step_id, item.attempt) in void
+
+    return [item for item in items if not is_taken_back(item)]
 
 
 def _gate_item(event: Any) -> GateItem | None:
@@ -156,6 +162,22 @@ _GATE_ITEMS: Final[dict[type, Callable[[Any], GateItem | None]]] = {
 
 
 # --- to other runs ---------------------------------------------------------------
+
+
+def _commands(entry: Entry, at: Position) -> Iterator[RunCommand]:
+    """Yield what other runs are told. One that an entry pauses, resumes and pauses again takes each of that for another command."""
+    told: Counter[tuple[str, str]] = Counter()
+    for event in entry.events:
+        make = _COMMANDS.get(type(event))
+        if make is None:
+            continue
+        command = make(entry, event, at)
+        if isinstance(event, ev.ChildPaused):
+            again = told[command.run_id, command.type]
+            told[command.run_id, command.type] += 1
+            if again:
+                command = msgspec.structs.replace(command, command_id=f"{command.command_id}:{again}")
+        yield command
 
 
 def _command(command: RunCommand, run_partitions: int) -> Tell:
