@@ -45,8 +45,8 @@ def dev(
     kafka_port: Annotated[
         int, typer.Option(min=0, max=65_535, help="Port of Kafka; a free one if it is taken, or 0.")
     ] = 9092,
-    sql_port: Annotated[int, typer.Option(help="Port of the SQL endpoint; 0 for a free one.")] = 0,
-    gateway_port: Annotated[int, typer.Option(help="Port of the live view; 0 for a free one.")] = 0,
+    sql_port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the SQL endpoint; 0 for a free one.")] = 0,
+    gateway_port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the live view; 0 for a free one.")] = 0,
 ) -> None:
     """Start Kafka, ClickHouse, all services and one executor of your app; Ctrl-C stops them, the data stays.
 

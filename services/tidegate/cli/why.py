@@ -171,7 +171,8 @@ def shown(line: Line) -> str:
     at = datetime.datetime.fromtimestamp(line.at_ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
     by = f" by {line.policy}/{line.rule}" if line.policy else f" by {line.rule}" if line.rule else ""
     looked = f"\n    it looked at {line.values}" if line.values else ""
-    return f"{at}  {line.step_id}#{line.attempt}  {line.said}{by}{looked}"
+    attempt = f"#{line.attempt}" if line.attempt else ""  # what became of a change is about none
+    return f"{at}  {line.step_id}{attempt}  {line.said}{by}{looked}"
 
 
 def shown_input(part: BoundInput) -> str:
