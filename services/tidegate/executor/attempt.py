@@ -15,6 +15,7 @@ import structlog
 from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import endings, results
 from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionError
+from tidegate.executor.forks import ChildrenEndHere
 from tidegate.executor.isolation import NOWHERE, Apart, Isolation
 from tidegate.executor.isolation.errand import Ended, context_of, errand_of
 from tidegate.failpoints import failpoint
@@ -139,7 +140,9 @@ class Attempt:
         try:
             self._introduce()
             self._enter()
-            return self._success(await function.call(*bound.args, **bound.kwargs))
+            with ChildrenEndHere():
+                value = await function.call(*bound.args, **bound.kwargs)
+            return self._success(value)
         except asyncio.CancelledError:
             if self._expired or self._cancel_wanted or self._aborted:
                 raise
@@ -151,7 +154,9 @@ class Attempt:
         try:
             self._introduce()
             self._enter()
-            return self._success(function.call(*bound.args, **bound.kwargs))
+            with ChildrenEndHere():
+                value = function.call(*bound.args, **bound.kwargs)
+            return self._success(value)
         except BaseException as error:
             return self._from_error(error)
 
