@@ -282,7 +282,10 @@ class Projection:
 
     def _take_all(self, messages: list[Message]) -> None:
         changes = self._subscription.take_changes()
-        if changes.gained or changes.lost:
+        is_new = bool(changes.gained or changes.lost)
+        if self._alone and self._subscription.has_share and (is_new or not self._was_whole):
+            self._look_for_company()
+        if is_new:
             self._follow(changes)
         if not messages:
             return
@@ -296,8 +299,6 @@ class Projection:
     def _follow(self, changes: AssignmentChange) -> None:
         """Forget where we were: after a rebalance reading goes on at what was committed, by whomever."""
         self._places.clear()
-        if self._alone and self._subscription.has_share:
-            self._look_for_company()
         for at in changes.lost:
             # What was read before is inserted, which is harmless, but not committed: another member may be further.
             self._batch.positions.pop(at, None)

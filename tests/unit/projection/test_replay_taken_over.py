@@ -1,0 +1,120 @@
+"""A replay that goes on in another projection while whoever had it before does not know yet that it is not theirs any more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.stack import eventually
+from tidegate.eventlog.memory import MemoryBroker
+from tidegate.projection import control, shadow
+from tidegate.projection.control import BusyError, Replays
+from tidegate.projection.replay import (
+    CLEAN,
+    COMPARE,
+    EXCHANGE,
+    PREPARE,
+    Parts,
+    Progress,
+    Replay,
+    ReplayRequest,
+    load_all,
+)
+from tidegate.projection.service import TOPICS, Limits
+from tidegate.projection.settings import ProjectionSettings
+from tidegate.projection.store import Store
+
+pytestmark = [pytest.mark.feature("L4"), pytest.mark.timeout(120)]
+DATABASE, SHADOW = "tidegate", "tidegate_replay"
+TABLES = ("run_state", "event_facts")
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    """Parts over empty topics and an engine that both projections can open, as a server is."""
+    broker = MemoryBroker()
+    for topic in (*TOPICS, "schemas"):
+        broker.create_topic(topic, 1)
+
+    def open_store(database: str) -> Store:
+        return Store.open(ProjectionSettings(clickhouse_url=f"chdb://{tmp_path}", clickhouse_database=database))
+
+    keep = open_store(DATABASE)
+    keep.command(shadow.MAKE_REPLAYS)
+    yield Parts(broker, open_store, DATABASE, lambda *_: 0, Limits(0.01, 1000, 10**6))
+    keep.close()
+
+
+def stepped(parts: Parts, phase: str) -> Replay:
+    """Return a replay of some tables that is at a step."""
+    request = ReplayRequest(tables=TABLES)
+    replay = Replay(parts, Progress(replay_id="r", instance_id="a", request=request), threading.Event())
+    while replay.progress.phase != phase:
+        replay._step()
+    return replay
+
+
+def test_a_shadow_that_somebody_made_anew_is_not_put_in_place(parts: Parts) -> None:
+    replay = stepped(parts, EXCHANGE)
+    store = replay._live()
+    before = shadow.uuids(store, DATABASE)
+    store.command(
+        f"INSERT INTO {SHADOW}.event_facts (run_id, seq, type, body) VALUES ('filled', 1, 'RunStarted', '{{}}')"
+    )
+    stepped(parts, COMPARE)  # whoever had it before begins once more
+
+    replay._step()
+    assert replay.progress.phase == PREPARE
+    assert shadow.uuids(store, DATABASE) == before
+    replay.run()
+    assert replay.progress.phase == "done"
+    store = parts.open_store(DATABASE)
+    changed = {name for name, uuid in shadow.uuids(store, DATABASE).items() if uuid != before[name]}
+    store.close()
+    assert changed == set(TABLES)
+
+
+def test_a_table_that_somebody_put_back_is_put_in_place_again(parts: Parts) -> None:
+    replay = stepped(parts, CLEAN)
+    shadow.exchange(replay._live(), DATABASE, SHADOW, TABLES[0])
+
+    replay._step()
+    assert replay.progress.phase == EXCHANGE
+    replay.run()
+    assert replay.progress.phase == "done"
+    store = parts.open_store(DATABASE)
+    assert shadow.uuids(store, DATABASE)[TABLES[0]] == replay.progress.rebuilt[TABLES[0]]
+    store.close()
+
+
+def test_any_member_may_be_asked_and_the_one_with_the_first_partition_does_it(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LOOK_EVERY_S", 0.05)
+    first = ["b"]
+    members = {
+        name: Replays(parts, name, is_first=lambda name=name: name in first, has_company=True) for name in ("a", "b")
+    }
+    for member in members.values():
+        member.resume()
+    eventually(lambda: members["a"]._is_looking is False, "a to look around")
+    with pytest.raises(BusyError, match="no replay"):
+        members["a"].cancel()
+
+    first.clear()  # while the group gives out its partitions, nobody has the first one
+    asked = members["a"].ask(ReplayRequest(tables=TABLES))
+    assert members["b"].ask(ReplayRequest(check=True)).replay_id == asked.replay_id, "one at a time, whoever is asked"
+    with pytest.raises(BusyError, match="the projection a does the replay"):
+        members["b"].cancel()
+    first.append("b")
+    for member in members.values():
+        eventually(lambda m=member: (found := m.current()) is not None and found.is_over, "it to be done")
+    store = parts.open_store(DATABASE)
+    (done,) = load_all(store)
+    store.close()
+    assert (done.phase, done.instance_id, done.replay_id) == ("done", "b", asked.replay_id)
+    for member in members.values():
+        member.close()
