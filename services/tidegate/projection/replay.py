@@ -149,6 +149,8 @@ class Replay:
 
     def run(self) -> None:
         """Do what is left of it. Kafka or ClickHouse away: waits and goes on from what was saved."""
+        if self.progress.phase in BEFORE_EXCHANGE and not self.progress.rebuilt:
+            self.progress.phase = PREPARE  # an earlier version began it, and did not note what it filled
         while not self.progress.is_over:
             try:
                 self._step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,54 @@ def test_a_table_that_somebody_put_back_is_put_in_place_again(parts: Parts) -> N
     assert replay.progress.phase == "done"
     store = parts.open_store(DATABASE)
     assert shadow.uuids(store, DATABASE)[TABLES[0]] == replay.progress.rebuilt[TABLES[0]]
+    store.close()
+
+
+def test_who_loses_the_first_partition_leaves_the_rest_to_who_has_it(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LOOK_EVERY_S", 0.05)
+    comparing, go_on = threading.Event(), threading.Event()
+    compare = shadow.compare
+
+    def slowly(*arguments: Any) -> Any:
+        if not comparing.is_set():
+            comparing.set()
+            go_on.wait(60)
+        return compare(*arguments)
+
+    monkeypatch.setattr(shadow, "compare", slowly)
+    first = ["a"]
+    members = {
+        name: Replays(parts, name, is_first=lambda name=name: name in first, has_company=True) for name in ("a", "b")
+    }
+    for member in members.values():
+        member.resume()
+    asked = members["a"].ask(ReplayRequest(tables=TABLES))
+    assert comparing.wait(60)
+    first[:] = ["b"]
+    eventually(lambda: (found := members["b"].current()) is not None and found.is_over, "b to have done it")
+    go_on.set()  # a hears of it late, and writes down what it has done
+    eventually(lambda: members["a"]._replay is None, "a to give it up")
+    store = parts.open_store(DATABASE)
+    (done,) = load_all(store)
+    store.close()
+    assert (done.phase, done.instance_id, done.replay_id) == ("done", "b", asked.replay_id)
+    for member in members.values():
+        current = member.current()
+        assert current is not None
+        assert current.phase == "done"
+        member.close()
+
+
+def test_a_replay_of_a_version_that_did_not_note_what_it_filled_fills_anew(parts: Parts) -> None:
+    replay = stepped(parts, COMPARE)
+    replay.progress.rebuilt = {}
+    store = parts.open_store(DATABASE)
+    before = shadow.uuids(store, SHADOW)
+    replay.run()
+    assert replay.progress.phase == "done"
+    assert shadow.uuids(store, DATABASE)["event_facts"] not in before.values()
     store.close()
 
 
