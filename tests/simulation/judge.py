@@ -7,6 +7,7 @@ implementation itself. Numbers in brackets are those of the invariants in docs/a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -25,7 +26,7 @@ from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain import states
-from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position
+from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, inputs_of
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import (
     Call,
@@ -343,10 +344,7 @@ class Judge:
             self.require(rank >= part.marks.get(source, -1), f"(4) {where}: the mark of {source} goes back")
         part.inputs.update(entry.inputs)
         part.marks.update(entry.marks)
-        cause = entry.cause
-        # What a table caused names its version, and what the gate's clock did only the time: there may be several of each.
-        if not cause.startswith("table:") and not (part.log == GATE_LEDGER and cause.startswith("timer:")):
-            cause = f"{entry.subject} {cause}" if cause.startswith("timer:") else cause
+        for cause in _causes(part, entry):
             self.require(cause not in part.causes, f"(7) {where}: {cause} caused an entry before")
             part.causes.add(cause)
         for offset, missing in part.untold.items():
@@ -371,16 +369,36 @@ class Judge:
         elif entry.cause.startswith("table:"):
             events = holding.released(state.runs[entry.subject], controls)
         else:
-            topic, partition, offset = entry.cause.rsplit(":", 2)
-            message = self.mail.get((topic, int(partition), int(offset)))
-            if message is None:
-                self.fail(f"{where}: {entry.cause} was never written")
-            decision = self.scheduler.decide(state, codec.decode(message.value), message, entry.now_ms, self._tables)
-            events = [] if decision is None else list(decision.events)
+            events = self._decided_on_inputs(state, entry, where)
         self.require(
             tuple(events) == entry.events,
             f"(1) {where}: deciding on {entry.cause} gives {_names(events)}, the log has {_names(entry.events)}",
         )
+
+    def _decided_on_inputs(self, state: RunsOfPartition, entry: Entry, where: str) -> list[Any]:
+        """Decide on each input in turn, on what the ones before it made of the run."""
+        messages = []
+        for topic, partition, first, last in inputs_of(entry.cause):
+            for offset in range(first, last + 1):
+                message = self.mail.get((topic, partition, offset))
+                if message is None:
+                    self.fail(f"{where}: {topic}:{partition}:{offset}, of {entry.cause}, was never written")
+                messages.append(message)
+        if len(messages) > 1:
+            found = state.find(entry.subject)
+            state = RunsOfPartition(state.partition, Shelf())
+            if found is not None:
+                state.runs[entry.subject] = copy.deepcopy(found, {id(found.workflow): found.workflow})
+        events: list[Any] = []
+        for message in messages:
+            decision = self.scheduler.decide(state, codec.decode(message.value), message, entry.now_ms, self._tables)
+            self.require(decision is not None, f"(1) {where}: {entry.cause}: one of these causes nothing")
+            assert decision is not None
+            if len(messages) > 1:
+                for event in decision.events:
+                    self.scheduler.apply(state, entry.subject, entry.account, event, 0, entry.now_ms)
+            events += decision.events
+        return events
 
     def _note_head(self, part: LogOfPartition, subject: str) -> None:
         part.touched.add(subject)
@@ -805,6 +823,20 @@ def _difference(ours: dict[Any, Any], theirs: dict[Any, Any]) -> str:
         )
         found.append(f"{name}: {deeper}")
     return "; ".join(found)[:1_000]
+
+
+def _causes(part: LogOfPartition, entry: Entry) -> list[str]:
+    """Return what may cause nothing but this entry.
+
+    What a table caused names its version, and what the gate's clock did only the time: there may be several of each.
+    """
+    if entry.cause.startswith("timer:") and part.log == RUN_EVENTS:
+        return [f"{entry.subject} {entry.cause}"]
+    return [
+        f"{topic}:{partition}:{offset}"
+        for topic, partition, first, last in inputs_of(entry.cause)
+        for offset in range(first, last + 1)
+    ]
 
 
 def _names(events: Any) -> list[str]:

@@ -22,6 +22,7 @@ from tidegate.domain.messages import Approve, Void
 from tidegate.domain.run import RunState
 from tidegate.eventlog import owned, owner, restore
 from tidegate.eventlog.checkpoints import Checkpointer
+from tidegate.eventlog.draft import Draft
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.owner import OwnerLoop
@@ -213,6 +214,15 @@ def _key_of_its_own(run_id: str, step_id: str) -> str:
     return f"{run_id}/{step_id}/{next(_key_counter)}"
 
 
+_draft_add = Draft.add
+
+
+def _positions_of_the_turn(draft: Draft, events: Any, block: Any, cause: Any, inputs: Any, marks: Any) -> None:
+    """Record the positions as they are when the draft is sealed, the input included that another subject's entry will hold."""
+    _draft_add(draft, events, block, cause, inputs, marks)
+    draft._inputs = inputs
+
+
 MUTANTS: dict[str, Patch] = {
     "epoch-rule": _replaced(EpochTracker, "is_valid", lambda tracker, epoch: True),
     "offset-gap": _replaced(OwnedPartition, "acknowledged", _acknowledged_anywhere),
@@ -253,5 +263,6 @@ MUTANTS: dict[str, Patch] = {
         _replaced(gate_decide, "lapses", lambda ledger, now_ms: []),
         lambda: mock.patch.dict(gate_decide._ITEMS, {Void: _expired_is_approved}),
     ),
+    "draft-positions": _replaced(Draft, "add", _positions_of_the_turn),
     "entry-keys": _replaced(owner, "entry_key", lambda subject, first_seq, epoch: f"{subject}:{first_seq}"),
 }

@@ -632,7 +632,7 @@ def test_a_checkpoint_does_not_wait_for_inputs_that_do_not_come() -> None:
     waits = {True: set[float](), False: set[float]()}
     for _ in range(200):
         cluster.turn()
-        waits[any(checkpointer.is_busy for checkpointer in loop._checkpointers.values())].add(loop._patience_s(0.2))
+        waits[any(checkpointer.is_busy for checkpointer in loop._checkpointers.values())].add(loop._longest_poll_s(0.2))
 
     assert max(waits[True]) <= owner.CHECKPOINT_POLL_S
     assert max(waits[False]) == 0.2

@@ -1,5 +1,6 @@
 """Which epoch is in force where reading starts in the middle of a log."""
 
+import itertools
 import random
 
 import msgspec
@@ -126,8 +127,9 @@ def test_what_a_zombie_can_write_does_not_fill_the_first_look_back(monkeypatch: 
         "due",
         lambda state, *_: ("timer:1", Decision("r", "", [refused])) if state is part.state else None,
     )
-    for number in range(owner.MAX_BATCH):
-        cluster.command("r", "cancel", command_id=f"c{number}")
+    others = (name for name in map("r{}".format, itertools.count()) if partition_of(name, RUN_PARTITIONS) == partition)
+    for run_id in itertools.islice(others, owner.MAX_BATCH):  # each of another run, so that each makes an entry
+        cluster.command(run_id, "cancel", command_id="c")
 
     def point(name: str) -> None:
         if name == "owner.before-log" and cluster.owners["scheduler"] is zombie and part.unacknowledged:

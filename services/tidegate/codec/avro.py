@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import struct
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,14 @@ import msgspec
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from tidegate.codec.compatibility import contradictions
-from tidegate.codec.compiled import Decoder, Encoder, make_decoder, make_encoder, short_name
+from tidegate.codec.compiled import (
+    Decoder,
+    Encoder,
+    make_decoder,
+    make_encoder,
+    make_piecewise_encoder,
+    short_name,
+)
 from tidegate.domain import entry, ledger_events, messages, requests, run_events
 from tidegate.domain.entry import Entry
 
@@ -60,6 +68,10 @@ class _Schema:
     @cached_property
     def write(self) -> Encoder:
         return make_encoder(self.parsed, _structs(), self.header)
+
+    @cached_property
+    def write_in_pieces(self) -> tuple[Callable[[Any, bytes], bytes], Encoder]:
+        return make_piecewise_encoder(self.parsed, _structs(), self.header, "events")
 
     @cached_property
     def read(self) -> Decoder:
@@ -104,19 +116,39 @@ def _schemas_by_name() -> dict[str, _Schema]:
 
 def encode(record: msgspec.Struct) -> bytes:
     """Return the single-object encoding of a record by the newest schema of its class. Raises ValueError on bad values."""
-    return _encode(type(record).__name__, record)
-
-
-def encode_entry(kind: str, value: Entry) -> bytes:
-    """Return the encoding of a log entry; `kind` is `RunEntry` or `LedgerEntry`. Raises ValueError on bad values."""
-    return _encode(kind, value)
-
-
-def _encode(name: str, record: msgspec.Struct) -> bytes:
+    name = type(record).__name__
     try:
         return _schemas_by_name()[name].write(record)
-    except (AttributeError, KeyError, OverflowError, TypeError, struct.error) as error:
-        raise ValueError(f"not a good {name}: {type(error).__name__}: {error}") from error
+    except _BAD_VALUES as error:
+        raise _bad(name, error) from error
+
+
+def encode_events(kind: str, events: Sequence[Any]) -> bytes:
+    """Return a block of events, at least one, for an entry of the kind. Raises ValueError on bad values."""
+    try:
+        return _schemas_by_name()[kind].write_in_pieces[1](events)
+    except _BAD_VALUES as error:
+        raise _bad(kind, error) from error
+
+
+def encode_entry(kind: str, value: Entry, blocks: bytes | None = None) -> bytes:
+    """Return the encoding of a log entry; `kind` is `RunEntry` or `LedgerEntry`. Raises ValueError on bad values.
+
+    blocks: what `encode_events` made of the entry's events, in order; made here if it was not before.
+    """
+    if blocks is None:
+        blocks = encode_events(kind, value.events) if value.events else b""
+    try:
+        return _schemas_by_name()[kind].write_in_pieces[0](value, blocks)
+    except _BAD_VALUES as error:
+        raise _bad(kind, error) from error
+
+
+_BAD_VALUES: Final = (AttributeError, KeyError, OverflowError, TypeError, struct.error)
+
+
+def _bad(name: str, error: Exception) -> ValueError:
+    return ValueError(f"not a good {name}: {type(error).__name__}: {error}")
 
 
 def decode(data: bytes | None) -> Any:

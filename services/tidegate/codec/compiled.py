@@ -200,6 +200,27 @@ def _record_encoder(maker: _Maker, schema: Schema, prefix: bytes) -> Encoder:
     return encoder
 
 
+def make_piecewise_encoder(
+    schema: Schema, classes: Classes, header: bytes, field: str
+) -> tuple[Callable[[Any, bytes], bytes], Encoder]:
+    """Return two functions that write a struct of the schema's class together, piece by piece.
+
+    The first writes all but the array `field`, which must be the last one, and takes that one's blocks as bytes. The second
+    writes one block of the array, of a sequence that is not empty; an array may have any number of blocks. Both raise what the
+    function of `make_encoder` does.
+    """
+    maker = _Maker(classes)
+    schema = maker.resolve(schema)
+    *others, last = schema["fields"]
+    array = maker.resolve(last["type"])
+    if last["name"] != field or not isinstance(array, dict) or array["type"] != "array":
+        raise UnsupportedSchemaError(f"{short_name(schema)} does not end with an array {field!r}")
+    before: list[str] = []
+    parts = [repr(header), *_record_parts(maker, {**schema, "fields": others}, "x", before), "blocks", "b'\\0'"]
+    made = maker.make(["def made(x, blocks):", *_indented(before), f" return b''.join(({', '.join(parts)},))"])
+    return made, _blocks_encoder(maker, array, end=b"")
+
+
 def _record_parts(maker: _Maker, schema: Schema, value: str, before: list[str]) -> list[str]:
     known = maker.classes[short_name(schema)].__struct_fields__
     parts = []
@@ -236,8 +257,8 @@ def _parts(maker: _Maker, schema: Schema, value: str, before: list[str]) -> list
     return [f"({blocks}({name}) if ({name} := {value}) else b'\\0')"]
 
 
-def _blocks_encoder(maker: _Maker, schema: Schema) -> Encoder:
-    """Return a function for a map or an array that is not empty."""
+def _blocks_encoder(maker: _Maker, schema: Schema, end: bytes = b"\0") -> Encoder:
+    """Return a function for a map or an array that is not empty: one block, and what says that there is no other."""
     before: list[str] = []
     if schema["type"] == "map":
         parts = [*_parts(maker, "string", "k", before), *_parts(maker, schema["values"], "v", before)]
@@ -253,7 +274,7 @@ def _blocks_encoder(maker: _Maker, schema: Schema) -> Encoder:
             " out = [write_long(len(x))]",
             f" {loop}",
             *step,
-            " out.append(b'\\0')",
+            f" out.append({end!r})",
             " return b''.join(out)",
         ]
     )

@@ -1,8 +1,9 @@
-"""An entry: one record of a log, all events that one input caused, so that they stand or fall together."""
+"""An entry: one record of a log, all events that consecutive inputs of one subject caused: they stand or fall together."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,11 +23,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     epoch: offset of the owner's announcement in this log partition.
     now_ms: the owner's clock at the decision, Unix milliseconds; never goes back within a partition.
     prev_hash: SHA-256 of the subject's previous entry as written, empty for its first.
-    inputs: next offset to read of every input topic of this partition, after the input that caused this entry.
+    inputs: next offset to read of every input topic of this partition, after the last input that caused this entry.
     marks: highest position consumed per source (`gate-ledger-3`), only those that changed since the last entry.
     told: own offset up to and including which all tells are acknowledged; -1 for none.
     tables: next offset of every global table at the decision.
-    cause: `topic:partition:offset` of the input, or `timer:…`, `table:…`.
+    cause: `topic:partition:offset` of the input, or `topic:partition:first-last` of inputs that follow each other, several of
+    them in the order in which they were decided on, a blank between; or `timer:…`, `table:…`.
     """
 
     subject: str
@@ -41,6 +43,42 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tables: dict[str, int]
     cause: str
     events: tuple[Any, ...]
+
+
+class InputRange(NamedTuple):
+    """Inputs that follow each other in a partition: the offsets of the first and of the last."""
+
+    topic: str
+    partition: int
+    first: int
+    last: int
+
+
+def causes_text(ranges: Iterable[InputRange]) -> str:
+    """Return how an entry names the inputs that caused it."""
+    return " ".join(
+        f"{topic}:{partition}:{first}" if first == last else f"{topic}:{partition}:{first}-{last}"
+        for topic, partition, first, last in ranges
+    )
+
+
+def inputs_of(cause: str) -> list[InputRange]:
+    """Return the inputs that an entry names as its cause, in order; none if it was a timer or a table. Raises ValueError."""
+    if cause.startswith(("timer:", "table:")):
+        return []
+    found = []
+    for text in cause.split():
+        topic, partition, offsets = text.rsplit(":", 2)
+        first, _, last = offsets.partition("-")
+        found.append(InputRange(topic, int(partition), int(first), int(last or first)))
+    return found
+
+
+def decisions_in(cause: str) -> int:
+    """Return how many decisions an entry holds: one for each input that it names, one for a timer or a table."""
+    if " " not in cause and "-" not in cause.rpartition(":")[2]:
+        return 1  # as it is where little is under way
+    return sum(last - first + 1 for _, _, first, last in inputs_of(cause)) or 1
 
 
 class DoneSegments(msgspec.Struct, frozen=True, gc=False):

@@ -23,7 +23,7 @@ class Standing(Enum):
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
-    """What a machine decided on one input: events of one subject, which go into one entry.
+    """What a machine decided on one input: events of one subject, which go into one entry, with others of that subject or alone.
 
     is_complete: the entry is to record all marks, not only those that changed, for the ones before it may be retired.
     """
@@ -84,6 +84,16 @@ class Machine(Protocol):
     @property
     def marked_topics(self) -> dict[str, str]:
         """Return input topic -> the log whose tells it carries: those are deduplicated by position (rule 7)."""
+
+    @property
+    def patient_topic(self) -> str:
+        """Return the input topic some of whose messages may wait a moment for others of their subject; empty for none."""
+
+    def may_wait(self, state: Any, record: Any) -> bool:
+        """Tell whether an input of the patient topic may wait: nobody is kept waiting by it. Those behind it wait as well."""
+
+    def subject_of(self, record: Any) -> str:
+        """Return whom an input is about: those that wait are decided on before another one about the same subject."""
 
     def new_state(self, partition: int, shelf: Shelf) -> Any:
         """Return the state of a log partition that holds nothing yet. Units that were put away are found on the shelf."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Final
 
 from tidegate import codec
-from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position
+from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position, decisions_in
+from tidegate.eventlog.draft import Draft
+from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import CorruptLogError, Decision, EntryRefusedError, Machine, Standing
+from tidegate.eventlog.patience import WaitingInputs
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.validity import NO_EPOCH
 
-MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of 16 MiB that a record may have with all that is around it
+MAX_ENTRY_BYTES: Final = (
+    15 * 1024 * 1024
+)  # of an entry's events: of 16 MiB that a record may have with all that is around them
 MAX_DONE_BYTES: Final = 8 * 1024 * 1024
 MANY_EVENTS: Final = 1_000  # an event has a few tells at the most
 
@@ -48,7 +53,8 @@ class OwnedPartition:
 
     as_of: own offset of the last entry of every unit in memory. dirty: units whose latest state no snapshot of this epoch
     holds. unconfirmed: units whose snapshot is newer than the place where folding began, until the entry that it ends with is
-    met (a snapshot that the log does not bear out is none). torn: what is missing between the entries that were folded, until
+    met (a snapshot that the log does not bear out is none). draft: what this turn decided last; sealed before the turn ends.
+    waiting: inputs that were read and do not count as read yet. torn: what is missing between the entries that were folded, until
     one comes that carries everything forward; begun_at: the offset of that one, -1 if the log was folded from its beginning.
     """
 
@@ -72,7 +78,10 @@ class OwnedPartition:
         self.recorded_inputs: dict[str, int] = {}
         self.recorded_s = 0.0
         self.repeats = 0
+        self.draft: Draft | None = None
         self.unacknowledged: list[tuple[Entry, list[int]]] = []
+        self.waiting = WaitingInputs()
+        self._turn = -1
         self.as_of: dict[str, int] = {}
         self.dirty: set[str] = set()
         self.unconfirmed: dict[str, int] = {}
@@ -157,7 +166,7 @@ class OwnedPartition:
 
     def logged(self, entry: Entry, offset: int, covered: Container[str] = ()) -> None:
         """Note that the log holds an entry at `offset`, and whose state it changed."""
-        self.since_checkpoint += 1
+        self.since_checkpoint += decisions_in(entry.cause)
         for unit in (entry.subject,) if self._is_chained_by_unit else self._units(entry):
             if unit not in covered:
                 self.as_of[unit] = offset
@@ -209,38 +218,62 @@ class OwnedPartition:
         self.marks[name] = self.changed_marks[name] = rank
         return False
 
-    def make_entry(self, decision: Decision, cause: str, versions: dict[str, int]) -> tuple[Entry, bytes]:
-        """Turn a decision into the next entry of its subject, apply it, and return it with its bytes.
+    def begin_turn(self, turn: int, clock_ms: int, monotonic_s: float) -> None:
+        """Read the clock, once for all inputs of a turn: an entry has one time, however many of them it holds."""
+        if turn != self._turn:
+            self._turn = turn
+            self.now_ms = self.time_ms(clock_ms, monotonic_s)
 
-        Raises EntryRefusedError, with nothing changed, if it cannot be written or its tells would be too many: once in the
-        log, it would stop every owner for good.
+    def add(self, decision: Decision, cause: Message | str, tables: Mapping[str, int]) -> tuple[Entry, bytes] | None:
+        """Apply a decision and put it into the draft; returns what the draft before became, if this one had no room there.
+
+        cause: the input, or a timer or table, whose entry stands alone. tables: as in `Entry`. Raises EntryRefusedError, with
+        nothing applied, if it cannot be written or its tells would be too many: once in the log, it would stop every owner for
+        good.
         """
-        seq, head = self.machine.head(self.state, decision.subject)
-        entry = Entry(
-            subject=decision.subject,
-            account=decision.account,
-            first_seq=seq + 1,
-            epoch=self.epoch,
-            now_ms=self.now_ms,
-            prev_hash=head,
-            inputs=dict(self.inputs),
-            marks=dict(self.marks) if decision.is_complete else self.changed_marks,
-            told=self.told.told,
-            tables=versions,
-            cause=cause,
-            events=tuple(decision.events),
-        )
+        machine, events = self.machine, decision.events
+        block = self._block(decision, cause)
+        if len(events) >= MANY_EVENTS:
+            self._refuse_many_tells(decision)
+        draft, sealed = self.draft, None
+        if draft is None or not draft.has_room(decision.subject, decision.account, cause, len(events), len(block)):
+            sealed = self.seal()
+            seq, head = machine.head(self.state, decision.subject)
+            draft = Draft(decision.subject, decision.account, seq + 1, head, self.now_ms, tables)
+            self.draft = draft
+        seq = draft.first_seq + len(draft.events)
+        draft.add(events, block, cause, self.inputs, self.marks if decision.is_complete else self.changed_marks)
+        self.changed_marks = {}
+        for event in events:
+            machine.apply(self.state, decision.subject, decision.account, event, seq, self.now_ms)
+            seq += 1
+        return sealed
+
+    def seal(self) -> tuple[Entry, bytes] | None:
+        """Return the draft as the next entry of its subject, with its bytes; None if there is none."""
+        draft, self.draft = self.draft, None
+        if draft is None:
+            return None
+        entry, value = draft.sealed(self.machine.entry_kind, self.epoch, self.told.told)
+        last_seq = entry.first_seq + len(entry.events) - 1
+        self.machine.set_head(self.state, entry.subject, last_seq, hashlib.sha256(value).digest())
+        return entry, value
+
+    def _block(self, decision: Decision, cause: Message | str) -> bytes:
         try:
-            value = codec.encode_entry(self.machine.entry_kind, entry)
+            f"{decision.subject}{decision.account}{cause if isinstance(cause, str) else ''}".encode()
+            block = codec.encode_events(self.machine.entry_kind, decision.events)
         except ValueError as error:
             raise EntryRefusedError(f"an entry of {decision.subject}: {error}") from error
-        if len(value) > MAX_ENTRY_BYTES:
-            raise EntryRefusedError(f"an entry of {decision.subject} would have {len(value)} bytes")
-        if len(entry.events) >= MANY_EVENTS and len(self.machine.tells(entry, self.position(0))) > MAX_TELLS_PER_ENTRY:
+        if len(block) > MAX_ENTRY_BYTES:
+            raise EntryRefusedError(f"an entry of {decision.subject} would have {len(block)} bytes")
+        return block
+
+    def _refuse_many_tells(self, decision: Decision) -> None:
+        draft = Draft(decision.subject, decision.account, 1, b"", self.now_ms, {})
+        entry = draft.entry(self.epoch, self.told.told, decision.events)
+        if len(self.machine.tells(entry, self.position(0))) > MAX_TELLS_PER_ENTRY:
             raise EntryRefusedError(f"an entry of {decision.subject} would have more than {MAX_TELLS_PER_ENTRY} tells")
-        self.changed_marks = {}
-        self._take(entry, value)
-        return entry, value
 
     def acknowledged(self, slot: list[int], offset: int) -> None:
         """Check rule 3: an offset that is not our last one + 1 means that somebody else wrote."""

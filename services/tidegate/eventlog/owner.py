@@ -36,6 +36,7 @@ from tidegate.eventlog.letters import dead_letter
 from tidegate.eventlog.loop_meter import LoopMeter
 from tidegate.eventlog.machine import Decision, EntryRefusedError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.patience import MAX_WAITING, PATIENCE_S, Waiting
 from tidegate.eventlog.restore import restore
 from tidegate.eventlog.retention import Retirer
 from tidegate.eventlog.schemas import looking_up
@@ -86,16 +87,18 @@ class OwnerLoop:
         checkpoints: CheckpointSettings | None = None,
         measure: Callable[[Iterable[Any]], None] | None = None,
         writers: OwnerWriters | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Nothing is read or written yet. measure: sets the service's own gauges from the owned partitions' states.
 
-        writers: made before, and ours from now on.
+        writers: made before, and ours from now on. patience_s: how long inputs wait that may; 0 for not at all.
         """
         self._broker = broker
         self.machine = machine
         self._instance_id = instance_id
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
+        self._patience_s = patience_s
         self._log_writer, self._tell_writer = writers or owner_writers(broker)
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
@@ -148,13 +151,13 @@ class OwnerLoop:
     def run_once(self, timeout_s: float = 0.2) -> int:
         """Run one turn; returns how many entries it logged. Blocks up to `timeout_s` when nothing happens.
 
-        1. Poll inputs, learn of gained and lost partitions. 2. Decide on each input, in order; the events of one input become
-        one entry. 3. Take over what was gained. 4. Log the entries and wait until all are acknowledged at the offsets that
-        follow our last one. 5. Tell. Raises EventLogError on any doubt that concerns more than one partition; the process
-        exits then and takes over afresh.
+        1. Poll inputs, learn of gained and lost partitions. 2. Decide on each input, in order; the events of consecutive inputs
+        of one subject become one entry. 3. Take over what was gained. 4. Log the entries and wait until all are acknowledged at
+        the offsets that follow our last one. 5. Tell. Raises EventLogError on any doubt that concerns more than one partition;
+        the process exits then and takes over afresh.
         """
         self.turns += 1
-        messages = self._inbox.poll(MAX_BATCH, self._patience_s(timeout_s))
+        messages = self._inbox.poll(MAX_BATCH, self._longest_poll_s(timeout_s))
         self.meter.polled(messages)
         failpoint("owner.after-poll")
         self._follow_changes()
@@ -163,8 +166,10 @@ class OwnerLoop:
         records = self._read(messages)
         for message in messages:
             self._handle(message, records.popleft())
+        self._take_late()
         self._take_over_gained()
         self._ask_what_is_due()
+        self._seal_drafts()
         failpoint("owner.before-log")
         logged = self._log_and_tell()
         self._tell_writer.poll()
@@ -176,11 +181,13 @@ class OwnerLoop:
         self.meter.turn_done(self._monotonic_s(), self.owned, self._inbox.ends)
         return logged
 
-    def _patience_s(self, timeout_s: float) -> float:
+    def _longest_poll_s(self, timeout_s: float) -> float:
         if self._to_take:
             return 0.0
         if any(checkpointer.is_busy for checkpointer in self._checkpointers.values()):
             timeout_s = min(timeout_s, CHECKPOINT_POLL_S)
+        waiting_since_s = min((part.waiting.since_s() for part in self.owned.values()), default=float("inf"))
+        timeout_s = min(timeout_s, max(0.0, waiting_since_s + self._patience_s - self._monotonic_s()))
         soonest = min(
             (
                 due - self._now_ms(part)
@@ -239,6 +246,7 @@ class OwnerLoop:
 
     def _handle(self, message: Message, record: Any) -> None:
         if message.topic in self.tables.rows:
+            self._seal_drafts()  # what was decided was decided with the tables of before
             if self.tables.take(message):
                 key = (message.key or b"").decode("utf-8", "replace")
                 row = self.tables.rows[message.topic].get(key)
@@ -249,7 +257,40 @@ class OwnerLoop:
             return
         if message.offset < part.inputs.get(message.topic, 0):
             return
-        part.now_ms = self._now_ms(part)
+        part.begin_turn(self.turns, self._clock_ms(), self._monotonic_s())
+        if message.topic == self.machine.patient_topic and self._patience_s > 0:
+            if self._may_wait(part, record):
+                subject = self.machine.subject_of(record)
+                part.waiting.add(Waiting(message, record, subject, self._monotonic_s()))
+                return
+            self._take_waiting(part, len(part.waiting))
+        elif part.waiting and _is_read(record):
+            subject = self.machine.subject_of(record)
+            while part.waiting.is_about(subject):
+                self._take_waiting(part, 1)
+        self._take(part, message, record)
+
+    def _may_wait(self, part: OwnedPartition, record: Any) -> bool:
+        return _is_read(record) and self.machine.may_wait(part.state, record)
+
+    def _take_waiting(self, part: OwnedPartition, count: int) -> None:
+        """Decide on the first so many inputs that wait, or on all of them."""
+        for _ in range(min(count, len(part.waiting))):
+            message, record, _, _ = part.waiting.next()
+            self._take(part, message, record)
+
+    def _take_late(self) -> None:
+        """Decide on inputs that have waited long enough, and on those that are too many."""
+        late_s = self._monotonic_s() - self._patience_s
+        for part in self.owned.values():
+            if part.waiting and not part.doubt:
+                part.begin_turn(self.turns, self._clock_ms(), self._monotonic_s())
+                self._take_waiting(part, len(part.waiting) - MAX_WAITING)
+                while part.waiting.since_s() <= late_s:
+                    self._take_waiting(part, 1)
+
+    def _take(self, part: OwnedPartition, message: Message, record: Any) -> None:
+        """Decide on an input: from here on it counts as read."""
         part.inputs[message.topic] = message.offset + 1
         if message.value is None:
             return
@@ -271,9 +312,7 @@ class OwnerLoop:
             return
         if decision is None:
             return
-        refusal = self._log_this_or_instead(
-            part, decision, f"{message.topic}:{message.partition}:{message.offset}", record
-        )
+        refusal = self._log_this_or_instead(part, decision, message, record)
         if refusal is not None:
             self._bury(message, part.now_ms, "internal_error", str(refusal))
 
@@ -311,25 +350,38 @@ class OwnerLoop:
     # -- 4. log, 5. tell ---------------------------------------------------------------
 
     def _log_this_or_instead(
-        self, part: OwnedPartition, decision: Decision, cause: str, record: Any
+        self, part: OwnedPartition, decision: Decision, cause: Message | str, record: Any
     ) -> EntryRefusedError | None:
         """Log a decision, or what the machine puts in its place if it cannot be written; returns the refusal if that is nothing."""
         try:
-            self._log_entry(part, decision, cause)
+            self._draft(part, decision, cause)
         except EntryRefusedError as error:
-            _log.exception("entry refused", subject=decision.subject, cause=cause)
+            _log.exception("entry refused", subject=decision.subject, cause=str(cause))
             instead = self.machine.instead(part.state, record, decision, error)
             if instead is None:
                 return error
             try:
-                self._log_entry(part, instead, cause)
+                self._draft(part, instead, cause)
             except EntryRefusedError as again:
                 return again
         return None
 
-    def _log_entry(self, part: OwnedPartition, decision: Decision, cause: str) -> None:
+    def _draft(self, part: OwnedPartition, decision: Decision, cause: Message | str) -> None:
         failpoint("owner.before-entry")
-        entry, value = part.make_entry(decision, cause, dict(self.tables.versions))
+        sealed = part.add(decision, cause, self.tables.versions)
+        if sealed is not None:
+            self._log_entry(part, *sealed)
+
+    def _seal_drafts(self) -> None:
+        """Make entries of all that was decided, before anything else is written or changes."""
+        for part in self.owned.values():
+            sealed = part.seal()
+            if sealed is not None:
+                self._log_entry(part, *sealed)
+            if part.since_announcement >= ANNOUNCE_EVERY_ENTRIES:
+                self._announce_again(part)
+
+    def _log_entry(self, part: OwnedPartition, entry: Entry, value: bytes) -> None:
         slot: list[int] = []
         part.unacknowledged.append((entry, slot))
         record = Record(
@@ -341,8 +393,6 @@ class OwnerLoop:
         )
         self._to_log.append((record, partial(part.acknowledged, slot)))
         part.since_announcement += 1
-        if part.since_announcement >= ANNOUNCE_EVERY_ENTRIES:
-            self._announce_again(part)
 
     def _log_and_tell(self) -> int:
         """Wait for the acknowledgements, drop partitions in doubt before anything of theirs is told, tell the others."""
@@ -608,6 +658,11 @@ class OwnerLoop:
             failpoint("owner.before-commit")
             self._inbox.commit({p: part.inputs[lead] for p, part in self.owned.items() if lead in part.inputs})
             failpoint("owner.after-commit")
+
+
+def _is_read(record: Any) -> bool:
+    """Tell whether there is something to decide on: neither a tombstone nor something malformed."""
+    return record is not None and not isinstance(record, Exception)
 
 
 @cache

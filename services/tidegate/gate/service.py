@@ -62,6 +62,8 @@ class GateMachine:
     table_topics: Final = (POLICIES, INSTANCES, CONTROLS)
     marked_topics: Final = {"gate-requests": "run-events", "gate-leases": "gate-ledger"}
 
+    patient_topic: Final = ""
+
     def __init__(self, run_partitions: int, account_partitions: int, executors: Executors) -> None:
         self._run_partitions = run_partitions
         self._account_partitions = account_partitions
@@ -92,6 +94,14 @@ class GateMachine:
     def dropped(self, partition: int) -> None:
         """Forget the ledger: its placements are somebody else's to count now."""
         self._ledgers.pop(partition, None)
+
+    def may_wait(self, state: Ledger, record: Any) -> bool:
+        """Somebody waits for every answer."""
+        return False
+
+    def subject_of(self, record: Any) -> str:
+        """Never called: nothing waits."""
+        raise TypeError("no input of a gate waits for another")
 
     def decide(self, state: Ledger, record: Any, message: Message, now_ms: int, tables: Tables) -> Decision | None:
         """Return what an input causes. Raises MisroutedError for a request of another partition's account."""

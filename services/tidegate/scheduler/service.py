@@ -14,7 +14,7 @@ from tidegate.domain import run_events as ev
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
 from tidegate.domain.identity import partition_of
-from tidegate.domain.messages import GateDecision, RunCommand, StepResult
+from tidegate.domain.messages import Allowed, GateDecision, RunCommand, StepResult
 from tidegate.domain.retry_documents import RetryDocuments
 from tidegate.domain.run import RunState, apply
 from tidegate.eventlog.interface import Message
@@ -126,6 +126,7 @@ class SchedulerMachine:
     snapshot_topic: Final = "run-snapshots"
     table_topics: Final = (CONTROLS, POLICIES)
     marked_topics: Final = {"gate-decisions": "gate-ledger"}
+    patient_topic: Final = "gate-decisions"
 
     def __init__(self, run_partitions: int, account_partitions: int) -> None:
         self._run_partitions = run_partitions
@@ -136,6 +137,26 @@ class SchedulerMachine:
     def new_state(self, partition: int, shelf: Shelf) -> RunsOfPartition:
         """Return a partition without runs."""
         return RunsOfPartition(partition, shelf)
+
+    def may_wait(self, state: RunsOfPartition, record: Any) -> bool:
+        """Allows may: their attempts run already, and a result that comes soon says so too. One entry then holds both.
+
+        Those of outside calls may not: no executor answers for them, and people are told of the wait that begins now.
+        """
+        if not isinstance(record, GateDecision):
+            return False
+        run = state.runs.get(record.run_id)
+        for item in record.items:
+            if not isinstance(item, Allowed):
+                return False
+            step = None if run is None else run.steps.get(item.step_id)
+            if step is not None and step.call.is_outside:
+                return False
+        return True
+
+    def subject_of(self, record: Any) -> str:
+        """Return the run."""
+        return record.run_id if isinstance(record, _INPUTS) else ""
 
     def decide(
         self, state: RunsOfPartition, record: Any, message: Message, now_ms: int, tables: Tables

@@ -343,7 +343,10 @@ def test_all_that_is_carried_counts_not_the_states_alone(monkeypatch: pytest.Mon
     _, part = opened_runs(300)
     event = carrying.carried(part.state, "ledger@1", "ann")
     assert event is not None
-    _, value = part.make_entry(Decision("ledger-0", "", [event], is_complete=True), "c", {})
+    part.add(Decision("ledger-0", "", [event], is_complete=True), "c", {})
+    sealed = part.seal()
+    assert sealed is not None
+    _, value = sealed
     states = sum(len(unit.unit) + len(unit.state) for unit in event.units)
     assert len(value) > 1.5 * states
     _, part = opened_runs(300)
