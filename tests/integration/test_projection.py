@@ -593,7 +593,7 @@ def test_a_second_projection_is_refused_where_clickhouse_is_embedded(
     half = len(story.decided) // 2
     topics.write(log.take(story.decided[:half]))
     projection.start().wait_caught_up()
-    with ProjectionProcess(topics, tmp_path / "other") as second:
+    with ProjectionProcess(topics, tmp_path / "other", TIDEGATE_INSTANCE_ID="projection-other") as second:
         second.start()
         topics.write(log.take(story.decided[half:]))
         assert second.wait_dead() == 1
