@@ -138,6 +138,7 @@ class Projection:
         self._is_shadow = is_shadow
         self._alone = alone
         self._was_whole = False  # we had all partitions once
+        self._counts: dict[str, int] = {}  # of partitions, by topic
         self._subscription = subscription
         self._broker = broker
         self._inserter = inserter
@@ -322,10 +323,11 @@ class Projection:
     def _look_for_company(self) -> None:
         """Refuse to share the group. Who came first goes on, loudly: the other one ends, and its partitions come back."""
         mine = self._subscription.assigned
-        described = self._broker.describe(TOPICS)
-        every = {TopicPartition(topic, n) for topic, found in described.items() for n in range(found.partition_count)}
+        if len(self._counts) < len(TOPICS):  # they never change
+            self._counts = {name: found.partition_count for name, found in self._broker.describe(TOPICS).items()}
+        every = {TopicPartition(topic, number) for topic, count in self._counts.items() for number in range(count)}
         # A whole topic that is missing is one that the group has not heard of yet: who shares has some of each, or none at all.
-        topics = {at.topic for at in mine} or set(described)
+        topics = {at.topic for at in mine} or set(self._counts)
         others = sorted(f"{at.topic}-{at.partition}" for at in every - mine if at.topic in topics)
         if not others:
             self._was_whole = True
