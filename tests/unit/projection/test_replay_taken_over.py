@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,20 +32,29 @@ DATABASE, SHADOW = "tidegate", "tidegate_replay"
 TABLES = ("run_state", "event_facts")
 
 
-@pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Parts]:
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Parts, Store]]:
     """Parts over empty topics and an engine that both projections can open, as a server is."""
+    folder = tmp_path_factory.mktemp("engine")
     broker = MemoryBroker()
     for topic in (*TOPICS, "schemas"):
         broker.create_topic(topic, 1)
 
     def open_store(database: str) -> Store:
-        return Store.open(ProjectionSettings(clickhouse_url=f"chdb://{tmp_path}", clickhouse_database=database))
+        return Store.open(ProjectionSettings(clickhouse_url=f"chdb://{folder}", clickhouse_database=database))
 
     keep = open_store(DATABASE)
     keep.command(shadow.MAKE_REPLAYS)
-    yield Parts(broker, open_store, DATABASE, lambda *_: 0, Limits(0.01, 1000, 10**6))
+    yield Parts(broker, open_store, DATABASE, lambda *_: 0, Limits(0.01, 1000, 10**6)), keep
     keep.close()
+
+
+@pytest.fixture
+def parts(engine: tuple[Parts, Store]) -> Parts:
+    parts, keep = engine
+    keep.command(f"TRUNCATE TABLE {shadow.REPLAYS}")
+    shadow.drop(keep, SHADOW)
+    return parts
 
 
 def stepped(parts: Parts, phase: str) -> Replay:
@@ -143,7 +151,7 @@ def test_any_member_may_be_asked_and_the_one_with_the_first_partition_does_it(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "LOOK_EVERY_S", 0.05)
-    first = ["b"]
+    first: list[str] = []  # while the group gives out its partitions, nobody has the first one
     members = {
         name: Replays(parts, name, is_first=lambda name=name: name in first, has_company=True) for name in ("a", "b")
     }
@@ -153,7 +161,6 @@ def test_any_member_may_be_asked_and_the_one_with_the_first_partition_does_it(
     with pytest.raises(BusyError, match="no replay"):
         members["a"].cancel()
 
-    first.clear()  # while the group gives out its partitions, nobody has the first one
     asked = members["a"].ask(ReplayRequest(tables=TABLES))
     assert members["b"].ask(ReplayRequest(check=True)).replay_id == asked.replay_id, "one at a time, whoever is asked"
     with pytest.raises(BusyError, match="the projection a does the replay"):
