@@ -93,7 +93,8 @@ class Store:
             for statement in migration.statements:
                 if not may_migrate():
                     raise TablesMissingError(
-                        f"migration {migration.version} is left to the projection that makes tables"
+                        f"migration {migration.version} is left to the projection that has partition 0 of run-events; "
+                        "if that is one of an older version, stop it"
                     )
                 self._command(statement)
             self._command(
