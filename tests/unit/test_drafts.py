@@ -70,6 +70,10 @@ def test_a_cause_names_its_inputs_exactly() -> None:
     ]
     for alone in ("gate-requests:3:7", "timer:17:a ..b/1..2:1", "table:policies:17"):
         assert causes_in(alone) == [alone]
+    assert causes_in("a:0:0..999999999999 b:0:1", 2) == [
+        "a:0:0",
+        "a:0:1",
+    ]  # no entry of ours, and more than fits anywhere
 
 
 def test_what_a_turn_of_the_gate_decides_is_one_entry() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -70,15 +72,20 @@ def causes_text(ranges: Iterable[InputRange]) -> str:
     )
 
 
-def causes_in(text: str) -> list[str]:
-    """Return each cause that an entry names, in order: `topic:partition:offset`, or the one timer or table. Raises ValueError."""
+def causes_in(text: str, most: int = sys.maxsize) -> list[str]:
+    """Return each cause that an entry names, in order: `topic:partition:offset`, or the one timer or table. Raises ValueError.
+
+    most: how many are wanted. A few bytes that are no entry of ours may name more than any memory holds.
+    """
     if (".." not in text and " " not in text) or text.startswith(("timer:", "table:")):
         return [text]
-    found = []
+    found: list[str] = []
     for inputs in text.split():
         place, _, offsets = inputs.rpartition(":")
         first, _, last = offsets.partition("..")
-        found += [f"{place}:{offset}" for offset in range(int(first), int(last or first) + 1)]
+        found += [
+            f"{place}:{offset}" for offset in islice(range(int(first), int(last or first) + 1), most - len(found))
+        ]
     return found
 
 
@@ -86,9 +93,9 @@ def parts_of(entry: Entry) -> list[Entry]:
     """Return what each cause of an entry led to, as if it were an entry of its own. Raises ValueError if they do not make it up."""
     if not entry.parts:
         return [entry]
-    causes = causes_in(entry.cause)
+    causes = causes_in(entry.cause, len(entry.parts) + 1)
     if len(causes) != len(entry.parts) or sum(entry.parts) != len(entry.events):
-        raise ValueError(f"{len(entry.parts)} parts of {len(causes)} causes do not make up {len(entry.events)} events")
+        raise ValueError(f"{len(entry.parts)} parts of {entry.cause!r} do not make up {len(entry.events)} events")
     found, end = [], 0
     for cause, count in zip(causes, entry.parts, strict=True):
         begin, end = end, end + count

@@ -188,7 +188,7 @@ def _causes(entry: Fields) -> Iterable[str]:
     parts = entry.get("parts")
     if not parts:
         return repeat(entry["cause"])
-    return chain(chain.from_iterable(map(repeat, causes_in(entry["cause"]), parts)), repeat(entry["cause"]))
+    return chain(chain.from_iterable(map(repeat, causes_in(entry["cause"], len(parts)), parts)), repeat(entry["cause"]))
 
 
 def _shown(name: str, event: Fields) -> Fields:
