@@ -41,6 +41,7 @@ from tidegate.domain.messages import (
 from tidegate.domain.run import RunState
 from tidegate.domain.waits import OUTSIDE
 from tidegate.eventlog.interface import Message, TopicPartition
+from tidegate.eventlog.machine import Tell
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
@@ -410,13 +411,18 @@ class Judge:
     # -- tells (3) -----------------------------------------------------------------------------------
 
     def _expect_tells(self, part: LogOfPartition, entry: Entry, offset: int) -> None:
-        def at(index: int) -> Position:
-            return Position(part.partition, offset, index)
+        """What an entry tells is what each of its parts would tell as an entry of its own, numbered through."""
+        tells: list[Tell] = []
+        for one in parts_of(entry):
+            first = len(tells)
 
-        if part.log == RUN_EVENTS:
-            tells = scheduler_tells(entry, at, self.world.account_partitions, self.world.run_partitions)
-        else:
-            tells = gate_tells(entry, at, self.world.run_partitions)
+            def at(index: int, first: int = first) -> Position:
+                return Position(part.partition, offset, first + index)
+
+            if part.log == RUN_EVENTS:
+                tells += scheduler_tells(one, at, self.world.account_partitions, self.world.run_partitions)
+            else:
+                tells += gate_tells(one, at, self.world.run_partitions)
         missing: set[Any] = set()
         for tell in tells:
             if isinstance(tell.record, DeadLetter):

@@ -264,5 +264,6 @@ MUTANTS: dict[str, Patch] = {
         lambda: mock.patch.dict(gate_decide._ITEMS, {Void: _expired_is_approved}),
     ),
     "draft-positions": _replaced(Draft, "add", _positions_of_the_turn),
+    "parts-tell": _replaced(gate_tells, "tells_of_parts", lambda entry, at, tells: tells(entry, at)),
     "entry-keys": _replaced(owner, "entry_key", lambda subject, first_seq, epoch: f"{subject}:{first_seq}"),
 }

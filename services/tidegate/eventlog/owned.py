@@ -16,9 +16,7 @@ from tidegate.eventlog.patience import WaitingInputs
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.validity import NO_EPOCH
 
-MAX_ENTRY_BYTES: Final = (
-    15 * 1024 * 1024
-)  # of an entry's events: of 16 MiB that a record may have with all that is around them
+MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of its events; a record may have 16 MiB with all that is around them
 MAX_DONE_BYTES: Final = 8 * 1024 * 1024
 MANY_EVENTS: Final = 1_000  # an event has a few tells at the most
 

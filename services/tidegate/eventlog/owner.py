@@ -362,7 +362,8 @@ class OwnerLoop:
         try:
             self._draft(part, decision, cause)
         except EntryRefusedError as error:
-            _log.exception("entry refused", subject=decision.subject, cause=str(cause))
+            place = cause if isinstance(cause, str) else f"{cause.topic}:{cause.partition}:{cause.offset}"
+            _log.exception("entry refused", subject=decision.subject, cause=place)
             instead = self.machine.instead(part.state, record, decision, error)
             if instead is None:
                 return error

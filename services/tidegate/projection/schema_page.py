@@ -114,7 +114,7 @@ MEANINGS: Final = {
     "decision": "allow, deny, require_approval, throttle, pause or lapse",
     "definition_hash": "SHA-256 of the definition that the run carries",
     "detail": "the question, the event and its key, or the reason",
-    "dispatched_at": "when the run learned of its placement; null if the result was faster",
+    "dispatched_at": "when the run learned of its placement, up to 100 ms late or with the result; null if that overtook",
     "due_at": "when it ends by itself, or may go on; null if that depends on others",
     "ended_at": "when the log had its end",
     "entered_at": "when the function was entered, by the executor's clock",

@@ -78,7 +78,8 @@ LIMIT 1000
             """
 SELECT
     step_id, attempt, outcome, late_outcome, instance_id, requested_at,
-    dateDiff('millisecond', requested_at, coalesce(dispatched_at, entered_at)) AS waited,
+    coalesce(dispatched_at, entered_at) AS placed_at,
+    dateDiff('millisecond', requested_at, least(placed_at, coalesce(entered_at, placed_at))) AS waited,
     dateDiff('millisecond', entered_at, left_at) AS ran,
     actual_micros / 1000000 AS spent, usage, error_class, error_message
 FROM ${database}.attempts
