@@ -12,6 +12,7 @@ from typing import Any, Final
 
 REQUEST_TIMEOUT_S: Final = 15.0
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+FORBIDDEN: Final = 403
 NOT_FOUND: Final = 404
 CONFLICT: Final = 409
 MERGE_PATCH: Final = "application/merge-patch+json"

@@ -20,7 +20,7 @@ from tidegate import codec
 Object = dict[str, Any]
 ELEMENTS = re.compile(r"^([Ll]ist|[Dd]ict)[\[\(](?:str, )?(.+)[\]\)]$")
 SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
-FOREIGN = {"KafkaTopic", "KafkaUser", "PodMonitor", "PrometheusRule", "ScaledObject"}
+FOREIGN = {"KafkaTopic", "KafkaUser", "PodMonitor", "PrometheusRule", "ScaledObject", "TriggerAuthentication"}
 
 
 def model_of(document: Object) -> Any:

@@ -18,6 +18,7 @@ from tidegate.eventlog.settings import KafkaSettings
 from tidegate.executor.settings import ExecutorSettings
 from tidegate.gateway.settings import GatewaySettings
 from tidegate.process import ProcessSettings
+from tidegate.projection.service import TOPICS
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.registry.process import STATEFUL_POD_VARIABLE
 from tidegate.topics.settings import TopicsSettings
@@ -48,12 +49,16 @@ JOBS: Object = {
     "envFromSecrets": ["keys"],
     "pod": {"nodeSelector": {"pool": "tools"}},
 }
+SERVER: Object = {"clickhouse": {"url": "http://ch:8123", "existingSecret": "clickhouse"}}
+SCALED: Object = SERVER | {"projection": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 8}}}
 # Every branch of the templates, together with the environments' own values.
 VARIANTS: dict[str, Object] = {
     "minimal": MINIMAL,
     "chdb in an emptyDir": MINIMAL | {"projection": {"persistence": {"enabled": False}}},
     "chdb on a named storage class": MINIMAL | {"projection": {"persistence": {"storageClass": "fast"}}},
     "ClickHouse server": MINIMAL | {"clickhouse": {"url": "http://ch:8123", "existingSecret": "clickhouse"}},
+    "projections on a server": MINIMAL | SERVER | {"projection": {"replicas": 3}},
+    "projections that are scaled": MINIMAL | SCALED | {"cli": {"enabled": True, "mayResetOffsets": True}},
     "topics made otherwise": MINIMAL | {"topics": {"mode": "external"}},
     "functions as Jobs": MINIMAL
     | {
@@ -187,7 +192,13 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "unknown key of a service": (MINIMAL | {"gate": {"replica": 3}}, "replica"),
     "unknown key of the connection": ({"kafka": {"bootstrap": "k:1", "password": "x"}}, "password"),
     "unknown resource": (MINIMAL | {"gate": {"resources": {"limits": {"cpus": 1}}}}, "cpus"),
-    "more than one projection": (MINIMAL | {"projection": {"replicas": 2}}, "replicas"),
+    "more than one projection on chDB": (MINIMAL | {"projection": {"replicas": 2}}, "replicas"),
+    "scaling of a projection on chDB": (MINIMAL | {"projection": SCALED["projection"]}, "autoscaling"),
+    "more projections than partitions": (MINIMAL | SCALED | {"topics": {"partitions": {"run": 6}}}, "more than 6 part"),
+    "fewer projections than fewest": (
+        MINIMAL | SERVER | {"projection": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 2}}},
+        "minReplicas",
+    ),
     "replicas as text": (MINIMAL | {"scheduler": {"replicas": "3"}}, "replicas"),
     "number in the environment": (MINIMAL | {"env": {"TIDEGATE_GATE_LEASE_S": 10}}, "TIDEGATE_GATE_LEASE_S"),
     "a variable that the chart sets": (MINIMAL | {"env": {"TIDEGATE_INSTANCE_ID": "x"}}, "TIDEGATE_INSTANCE_ID"),
@@ -296,6 +307,7 @@ def test_names_are_unique(objects: list[Object]) -> None:
 @pytest.mark.feature("K1")
 def test_every_pod_is_restricted(objects: list[Object]) -> None:
     seen = 0
+    resets = [o["metadata"]["name"] for o in objects if o["kind"] == "Role" and o["metadata"]["name"].endswith("-cli")]
     for name, spec in pod_specs(objects):
         seen += 1
         context = spec["securityContext"]
@@ -303,7 +315,7 @@ def test_every_pod_is_restricted(objects: list[Object]) -> None:
         assert context["runAsUser"] == context["runAsGroup"] == context["fsGroup"] == UID, name
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
         may_ask = any(entry["name"] == "TIDEGATE_EXECUTOR_JOB_NAMESPACE" for entry in spec["containers"][0]["env"])
-        assert spec["automountServiceAccountToken"] is may_ask, name
+        assert spec["automountServiceAccountToken"] is (may_ask or name.partition("/")[2] in resets), name
         assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")), name
         allowed = {"name", "emptyDir", "secret", "persistentVolumeClaim"}
         assert all(set(volume) <= allowed for volume in spec["volumes"]), name
@@ -546,6 +558,132 @@ def test_what_scales_a_pool_is_not_taken_back_by_an_upgrade(render: Render) -> N
         assert spec.get("replicas") == replicas
         found = [o for o in objects if o["kind"] == "PodDisruptionBudget" and "executor" in o["metadata"]["name"]]
         assert len(found) == budgets
+
+
+def test_what_scales_the_projection_is_not_taken_back_by_an_upgrade(render: Render) -> None:
+    for values, replicas, budgets in (
+        (SERVER, 1, 0),
+        (VARIANTS["projections on a server"], 3, 1),
+        (VARIANTS["projections that are scaled"], None, 1),
+    ):
+        objects = render(MINIMAL | values)
+        spec = named(objects, "Deployment", "tidegate-projection")["spec"]
+        assert (spec.get("replicas"), spec["strategy"]) == (replicas, {"type": "Recreate"})
+        found = [o for o in objects if o["kind"] == "PodDisruptionBudget" and "projection" in o["metadata"]["name"]]
+        assert len(found) == budgets
+    assert (
+        named(render(MINIMAL | {"projection": {"replicas": 0}}), "StatefulSet", "tidegate-projection")["spec"][
+            "replicas"
+        ]
+        == 0
+    )
+
+
+SECRET_KEYS = {"SASL_USERNAME": "name", "SASL_PASSWORD": "word", "SSL_CERTIFICATE": "crt", "SSL_KEY": "key"}
+OAUTH = {f"TIDEGATE_KAFKA_SASL_OAUTHBEARER_{what}": what for what in ("CLIENT_ID", "TOKEN_ENDPOINT_URL")}
+# How Kafka is secured -> values besides the address, sasl and tls of the trigger, what KEDA reads from secrets and from the pod.
+SECURED: dict[str, tuple[Object, tuple[str, str], set[str], set[str]]] = {
+    "not": ({}, ("none", "disable"), set(), set()),
+    "by certificates": (
+        {"securityProtocol": "ssl", "existingSecret": "k", "caSecret": "ca"},
+        ("none", "enable"),
+        {"k/crt=cert", "k/key=key", "ca/ca.crt=ca"},
+        set(),
+    ),
+    "by passwords": (
+        {"securityProtocol": "sasl_ssl", "saslMechanism": "SCRAM-SHA-512", "existingSecret": "k", "caSecret": "ca"},
+        ("scram_sha512", "enable"),
+        {"k/name=username", "k/word=password", "k/crt=cert", "k/key=key", "ca/ca.crt=ca"},
+        set(),
+    ),
+    "by a password of its own, in the clear": (
+        {"securityProtocol": "sasl_plaintext", "saslMechanism": "PLAIN", "secrets": {"projection": "own"}},
+        ("plaintext", "disable"),
+        {"own/name=username", "own/word=password"},
+        set(),
+    ),
+    "by tokens": (
+        {"securityProtocol": "sasl_ssl", "saslMechanism": "OAUTHBEARER", "existingSecret": "k"}
+        | {"secretKeys": {"SASL_OAUTHBEARER_CLIENT_SECRET": "secret"}},
+        ("oauthbearer", "enable"),
+        {"k/secret=password"},
+        {"CLIENT_ID=username", "TOKEN_ENDPOINT_URL=oauthTokenEndpointUri"},
+    ),
+    "by Strimzi": (
+        {"securityProtocol": "sasl_ssl", "saslMechanism": "SCRAM-SHA-512", "caSecret": "ca"},
+        ("scram_sha512", "enable"),
+        {"tidegate-projection/password=password", "ca/ca.crt=ca"},
+        {"SASL_USERNAME=username"},
+    ),
+}
+
+
+@pytest.mark.feature("K1")
+@pytest.mark.parametrize("case", SECURED)
+def test_keda_asks_for_the_projections_lag_as_the_projection_does(render: Render, case: str) -> None:
+    kafka, (sasl, tls), from_secrets, from_pod = SECURED[case]
+    if {"existingSecret", "secrets"} & set(kafka):
+        kafka = {"secretKeys": SECRET_KEYS} | kafka
+    objects = render(
+        SCALED
+        | {"kafka": {"bootstrap": "a:1,b:2", "topicPrefix": "Blue_"} | kafka}
+        | {"topics": {"mode": "strimzi" if case == "by Strimzi" else "job"}}
+        | {"env": OAUTH if case == "by tokens" else {}}
+    )
+    scaled = named(objects, "ScaledObject", "tidegate-projection")["spec"]
+    assert scaled["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "tidegate-projection"}
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (2, 8)
+    assert [trigger["metadata"]["topic"] for trigger in scaled["triggers"]] == ["Blue_run-events", "Blue_gate-ledger"]
+    assert {"Blue_" + topic for topic in TOPICS} >= {trigger["metadata"]["topic"] for trigger in scaled["triggers"]}
+    for trigger in scaled["triggers"]:
+        asked = trigger["metadata"]
+        assert asked["bootstrapServers"] == "a:1,b:2"
+        assert asked["consumerGroup"] == "Blue_" + ProjectionSettings.model_fields["projection_group"].default
+        assert (asked["sasl"], asked["tls"], asked["lagThreshold"]) == (sasl, tls, "50000")
+        assert all(isinstance(value, str) for value in asked.values())
+        assert ("authenticationRef" in trigger) == bool(from_secrets)
+    if not from_secrets:
+        assert not [o for o in objects if o["kind"] == "TriggerAuthentication"]
+        return
+    told = named(objects, "TriggerAuthentication", "tidegate-projection")["spec"]
+    assert {f"{one['name']}/{one['key']}={one['parameter']}" for one in told["secretTargetRef"]} == from_secrets
+    assert {f"{one['name'].split('_KAFKA_')[1]}={one['parameter']}" for one in told.get("env", [])} == {
+        f"SASL_OAUTHBEARER_{one}" if case == "by tokens" else one for one in from_pod
+    }
+    pod = named(objects, "Deployment", "tidegate-projection")["spec"]["template"]["spec"]
+    assert {one["name"] for one in told.get("env", [])} <= set(environment(pod))
+    mounted = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert {one["name"] for one in told["secretTargetRef"]} <= mounted, "it has none but the projection's own"
+
+
+def test_keda_follows_the_group_that_the_projection_reads_in(render: Render) -> None:
+    for where in ({"env": {"TIDEGATE_PROJECTION_GROUP": "mine"}}, {}):
+        own = {"projection": SCALED["projection"] | ({} if where else {"env": {"TIDEGATE_PROJECTION_GROUP": "mine"}})}
+        scaled = named(render(MINIMAL | SCALED | own | where), "ScaledObject", "tidegate-projection")["spec"]
+        assert {trigger["metadata"]["consumerGroup"] for trigger in scaled["triggers"]} == {"mine"}
+
+
+@pytest.mark.feature("L4")
+@pytest.mark.parametrize("account", ["", "ours"])
+def test_the_pod_for_commands_may_scale_the_projection_and_nothing_else(render: Render, account: str) -> None:
+    values = VARIANTS["projections that are scaled"] | {"serviceAccountName": account}
+    objects = render(values)
+    assert len([o for o in objects if o["kind"] == "ServiceAccount"]) == (0 if account else 1)
+    (role,) = (o for o in objects if o["kind"] == "Role")
+    (binding,) = (o for o in objects if o["kind"] == "RoleBinding")
+    assert [
+        (*rule["apiGroups"], set(rule["resources"]), rule["resourceNames"], rule["verbs"]) for rule in role["rules"]
+    ] == [
+        ("apps", {"deployments", "statefulsets"}, ["tidegate-projection"], ["get", "patch"]),
+        ("keda.sh", {"scaledobjects"}, ["tidegate-projection"], ["get", "patch"]),
+    ]
+    assert role["metadata"]["namespace"] == binding["subjects"][0]["namespace"] == "default"
+    named_account = binding["subjects"][0]["name"]
+    assert named_account == (account or "tidegate-cli")
+    for name, spec in pod_specs(objects):
+        assert spec["automountServiceAccountToken"] == name.endswith("-cli")
+        assert (spec.get("serviceAccountName") == named_account) == (name.endswith("-cli") or bool(account))
+    assert not [o for o in render(MINIMAL | {"cli": {"enabled": True}}) if o["kind"] in ("Role", "ServiceAccount")]
 
 
 def test_gateways_find_each_other(render: Render) -> None:

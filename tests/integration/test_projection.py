@@ -29,6 +29,7 @@ from support.stack import eventually
 from tidegate.domain.states import ABSENT
 from tidegate.eventlog.interface import Record, TopicPartition
 from tidegate.eventlog.kafka.subscription import KafkaSubscription
+from tidegate.projection.migrations import migrations
 from tidegate.projection.service import TOPICS
 from tidegate.projection.tables import REBUILT_VIEWS as VIEWS
 
@@ -142,10 +143,11 @@ def check_money(valid: list[Decided], projection: ProjectionProcess) -> None:
     reserved: dict[str, int] = defaultdict(int)
     settled: dict[str, int] = defaultdict(int)
     decisions: list[str] = []
-    names = {"AttemptPlaced": "allow", "AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
+    names = dict.fromkeys(("AttemptGranted", "AttemptPlaced"), "allow")
+    names |= {"AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
     for event in (e for d in valid if d.log == "gate-ledger" for e in d.events):
         name = type(event).__name__
-        if name == "AttemptReserved":
+        if name in ("AttemptGranted", "AttemptReserved"):
             reserved[event.run_id] += event.reserved_micros
         elif name in ("AttemptSettled", "AttemptReleased"):
             reserved[event.run_id] -= event.reserved_micros
@@ -372,7 +374,7 @@ def test_a_group_reset_to_the_middle_changes_nothing(topics: Topics, projection:
 
 # --- crashes -------------------------------------------------------------------------------------------------------------
 
-RUN_COUNT = 18  # of all that `support.logs` plays
+RUN_COUNT = 20  # of all that `support.logs` plays
 EDGES = ("before-insert", "after-insert", "before-commit", "after-commit")
 
 
@@ -511,31 +513,99 @@ def test_while_the_server_is_away_memory_is_bounded_and_the_group_is_kept(
 
 
 @pytest.mark.feature("L4")
+@pytest.mark.feature("K1")
 def test_two_members_share_the_work_and_one_takes_over_from_the_other(
     topics: Topics, tmp_path: Path, server: StandIn
 ) -> None:
     story, log = long_story(60), LogWriter(3, 2)
     url = {"TIDEGATE_CLICKHOUSE_URL": server.url, "TIDEGATE_PROJECTION_BATCH_ROWS": "100"}
-    first = ProjectionProcess(topics, tmp_path / "a", **url, TIDEGATE_INSTANCE_ID="projection-a")
-    second = ProjectionProcess(topics, tmp_path / "b", **url, TIDEGATE_INSTANCE_ID="projection-b")
+    members = [
+        ProjectionProcess(topics, tmp_path / name, **url, TIDEGATE_INSTANCE_ID=f"projection-{name}") for name in "ab"
+    ]
     chunk = len(story.decided) // 6 + 1
     chunks = [story.decided[i : i + chunk] for i in range(0, len(story.decided), chunk)]
-    with first, second:
-        first.start()
+    with members[0], members[1]:
         topics.write(log.take(chunks[0], trouble=0.3))
+        for member in members:  # at once, on a server that has no tables
+            member.start()
         wait_for_rows(server, "SELECT count() FROM events", event_count(log.valid))
-        second.start()
+        eventually(lambda: all(shares(member) for member in members), "each to have some of the partitions")
         for part in chunks[1:4]:
             topics.write(log.take(part, trouble=0.3))
-            time.sleep(0.5)
         wait_for_rows(server, "SELECT count() FROM events", event_count(log.valid))
+        assert sum(member.log.read_text().count('"migration applied"') for member in members) == len(migrations())
+        eventually(
+            lambda: server.rows("SELECT sum(missing) AS n FROM freshness") == [{"n": 0}], "nothing to be missing"
+        )
+
+        # Who is asked is not who does it; a replay of one is seen by both, and there is one at a time.
+        first, second = sorted(members, key=lambda member: "run-events-0" not in shares(member))
+        begun = second.replay("--detach", "--json")
+        assert begun.returncode == 0, begun
+        for member in members:
+            ended = member.replay("--follow", "--json")
+            assert ended.returncode == 0, (ended, member.log.read_text()[-2000:])
+            assert json.loads(ended.stdout)["replay_id"] == json.loads(begun.stdout)["replay_id"]
+            assert all(one["equal"] for one in json.loads(ended.stdout)["comparisons"])
+        (done,) = server.rows("SELECT instance_id, phase FROM replays FINAL")
+        assert done == {"instance_id": f"projection-{first.data_dir.name}", "phase": "done"}
+
         first.kill()
         for part in chunks[4:]:
             topics.write(log.take(part, trouble=0.3))
         wait_for_rows(server, "SELECT count() FROM events", event_count(log.valid))
+        assert shares(second) >= {"run-events-0", "run-events-2", "gate-ledger-0", "gate-ledger-1"}
         second.stop()
     statuses = {row["run_id"]: row["status"] for row in server.rows("SELECT run_id, status FROM runs")}
     assert statuses == {run_id: run.status for run_id, run in story.runs.runs.items() if run.status != ABSENT}
+
+    # One alone, of a group of its own, makes the same tables.
+    other = {"TIDEGATE_CLICKHOUSE_DATABASE": "one", "TIDEGATE_PROJECTION_GROUP": "one"}
+    with ProjectionProcess(topics, tmp_path / "c", **url, **other) as alone:
+        alone.start()
+        events = event_count(log.valid)
+        eventually(
+            (lambda: bool(server.rows("SELECT 1 FROM system.tables WHERE name = 'freshness' AND database = 'one'"))),
+            "tables",
+        )
+        wait_for_rows(server, "SELECT count() FROM one.events", events)
+        wanted = server.rows("SELECT count() AS n FROM ledger")
+        eventually(lambda: server.rows("SELECT count() AS n FROM one.ledger") == wanted, "the ledger")
+        alone.stop()
+    for view in VIEWS:
+        where = "WHERE service = 'executor'" if view == "instances" else ""
+        shown = [
+            server.rows(f"SELECT * FROM {database}.{view} {where} ORDER BY ALL") for database in ("tidegate", "one")
+        ]
+        assert shown[0] == shown[1], view
+
+
+def shares(member: ProjectionProcess) -> set[str]:
+    """Return the partitions that a member was given last."""
+    lines = [json.loads(line) for line in member.log.read_text().splitlines() if '"partitions assigned"' in line]
+    return set(lines[-1]["partitions"]) if lines else set()
+
+
+@pytest.mark.feature("K1")
+def test_a_second_projection_is_refused_where_clickhouse_is_embedded(
+    topics: Topics, projection: ProjectionProcess, tmp_path: Path
+) -> None:
+    story, log = long_story(3), LogWriter(3, 2)
+    half = len(story.decided) // 2
+    topics.write(log.take(story.decided[:half]))
+    projection.start().wait_caught_up()
+    with ProjectionProcess(topics, tmp_path / "other", TIDEGATE_INSTANCE_ID="projection-other") as second:
+        second.start()
+        topics.write(log.take(story.decided[half:]))
+        assert second.wait_dead() == 1
+        assert "another projection is in the group" in second.log.read_text()
+        assert "TIDEGATE_PROJECTION_GROUP" in second.log.read_text()
+
+    projection.wait_caught_up()
+    check_runs(story, projection)
+    check_events(log.valid, projection)
+    assert projection.value("SELECT sum(missing) FROM freshness") == 0
+    assert "another projection has joined the group" in projection.log.read_text()
 
 
 def test_a_database_of_a_newer_version_is_left_alone(topics: Topics, tmp_path: Path, server: StandIn) -> None:

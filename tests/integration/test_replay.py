@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,7 @@ from support.fake_cluster import FakeCluster, serving
 from support.logs import LogWriter, dead_letter_record, instance_record
 from support.projections import ProjectionProcess, Topics
 from support.stack import eventually
+from tidegate.cli.replay_offsets import PAUSED, PAUSED_BEFORE
 from tidegate.eventlog.interface import Record
 from tidegate.projection.tables import REBUILT_VIEWS as VIEWS
 
@@ -233,7 +235,8 @@ def test_a_reset_by_command_scales_down_and_up_and_goes_on_when_it_was_killed(
         refused = replay_offsets(topics, "--wait-s", "1")
         assert (refused.returncode, "has members" in refused.stderr) == (1, True), refused
         workload = {"metadata": {"name": "tidegate-projection"}, "spec": {"replicas": 1}}
-        cluster.workloads[name] = workload
+        scaler: dict[str, Any] = {"metadata": {"name": "tidegate-projection"}}
+        cluster.workloads |= {name: workload, "scaledobjects/tidegate-projection": scaler}
         scaled: list[int] = []
 
         def scale(_: str, replicas: int) -> None:
@@ -246,9 +249,11 @@ def test_a_reset_by_command_scales_down_and_up_and_goes_on_when_it_was_killed(
             killed = replay_offsets(topics, *asked, TIDEGATE_FAILPOINTS=edge)
             assert killed.returncode == -signal.SIGKILL, killed
             assert workload["spec"] == {"replicas": 0}
+            assert scaler["metadata"]["annotations"] == {PAUSED: "0", PAUSED_BEFORE: ""}
         done = replay_offsets(topics, *asked)
         assert done.returncode == 0, done
         assert workload == {"metadata": {"name": "tidegate-projection", "annotations": {}}, "spec": {"replicas": 1}}
+        assert scaler["metadata"]["annotations"] == {}
         assert scaled == [0, 0, 0, 1]
         assert "run-events:2  to 0 of " in done.stdout
         assert "caught up" in done.stdout

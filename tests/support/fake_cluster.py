@@ -23,7 +23,9 @@ import yaml
 
 JOBS: Final = re.compile(r"/apis/batch/v1/namespaces/([^/]+)/jobs(?:/([^/]+))?")
 PODS: Final = re.compile(r"/api/v1/namespaces/([^/]+)/pods(?:/([^/]+)/log)?")
-WORKLOADS: Final = re.compile(r"/apis/apps/v1/namespaces/([^/]+)/(statefulsets|deployments)/([^/]+)")
+WORKLOADS: Final = re.compile(
+    r"/apis/(?:apps/v1|keda.sh/v1alpha1)/namespaces/([^/]+)/(statefulsets|deployments|scaledobjects)/([^/]+)"
+)
 TOKEN: Final = "fake-token"  # noqa: S105 - of a server of our own
 
 Answer = tuple[int, Any]
@@ -115,7 +117,7 @@ class FakeCluster:
             return refused(404, f"{name} not found")
         workload = self.workloads[name]
         if method == "PATCH":
-            for key, value in body["metadata"].get("annotations", {}).items():
+            for key, value in body.get("metadata", {}).get("annotations", {}).items():
                 workload["metadata"].setdefault("annotations", {})[key] = value
                 if value is None:
                     del workload["metadata"]["annotations"][key]

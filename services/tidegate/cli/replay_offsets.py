@@ -1,8 +1,9 @@
 """`tidegate replay offsets`: have the projection read some of the log again, by resetting its consumer group in safety.
 
-1. On Kubernetes the projection's workload is scaled to 0. How many replicas it had stands in an annotation of it by then.
+1. On Kubernetes the projection's workload is scaled to 0, after KEDA, if that scales it, was paused at 0. How many replicas it had,
+   and whether KEDA was paused before, stands in annotations of them by then.
 2. Kafka takes the new offsets as soon as the group has no members, and refuses them before: there is no race to lose.
-3. The workload gets its replicas back, and loses the annotation, in one step.
+3. The workload gets its replicas back, and loses the annotation, in one step; then KEDA goes on.
 4. What the group has committed is followed until it has read all that was there when it was reset.
 
 Every step can be done again. A command that was killed is given again, and finds the annotation: the replicas come back.
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tidegate.cli.wording import moment_ms
-from tidegate.cluster_api import ClusterApi, ClusterApiError, own_namespace
+from tidegate.cluster_api import FORBIDDEN, NOT_FOUND, ClusterApi, ClusterApiError, own_namespace
 from tidegate.eventlog.interface import EventLogError, GroupInUseError, TopicPartition
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
@@ -28,6 +29,9 @@ from tidegate.projection.service import GATE_LEDGER, RUN_EVENTS, TOPICS
 from tidegate.projection.settings import ProjectionSettings
 
 ANNOTATION: Final = "tidegate.dev/replicas-before-reset"
+# KEDA takes a ScaledObject with this annotation to so many replicas, and leaves it there.
+PAUSED: Final = "autoscaling.keda.sh/paused-replicas"
+PAUSED_BEFORE: Final = "tidegate.dev/paused-before-reset"
 LOGS: Final = (RUN_EVENTS, GATE_LEDGER)
 KINDS: Final = {"statefulset": "statefulsets", "deployment": "deployments"}
 POLL_S: Final = 0.5
@@ -50,8 +54,8 @@ def offsets(
         str,
         typer.Option(
             metavar="statefulset/NAME|deployment/NAME",
-            help="The projection's workload on Kubernetes, to be scaled down and up again. Without it the projection must be "
-            "stopped by hand.",
+            help="The projection's workload on Kubernetes, to be scaled down and up again; a ScaledObject of its name is paused "
+            "meanwhile. Without it the projection must be stopped by hand.",
         ),
     ] = "",
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Its namespace.")] = "",
@@ -97,16 +101,20 @@ def offsets(
 
 
 class _Workload:
-    """A StatefulSet or a Deployment, and how many replicas it is to have."""
+    """A StatefulSet or a Deployment, how many replicas it is to have, and what scales it."""
 
     def __init__(self, reference: str, namespace: str) -> None:
         kind, _, name = reference.partition("/")
         if kind not in KINDS or not name:
             _fail(f"--workload: {reference!r} is neither statefulset/NAME nor deployment/NAME", EXIT_USAGE)
         self._path = f"/apis/apps/v1/namespaces/{namespace}/{KINDS[kind]}/{name}"
+        self._scaler_path = f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects/{name}"
         self._reference = reference
         self._api = ClusterApi()
         self._replicas: int | None = None  # while they are taken
+        self._paused: str | None = (
+            None  # while KEDA is paused by us: at how many replicas it was before; empty if it was not
+        )
 
     def down(self) -> None:
         """Scale to 0; what was scaled to 0 by one of us who was killed stays so, and its replicas are remembered."""
@@ -114,7 +122,9 @@ class _Workload:
         noted = found["metadata"].get("annotations", {}).get(ANNOTATION)
         self._replicas = int(noted) if noted else int(found["spec"].get("replicas", 1))
         note = {"annotations": {ANNOTATION: str(self._replicas)}}
-        self._api.request("PATCH", self._path, body={"metadata": note, "spec": {"replicas": 0}})
+        self._api.request("PATCH", self._path, body={"metadata": note})
+        self._pause()
+        self._api.request("PATCH", self._path, body={"spec": {"replicas": 0}})
         _notes.print(f"{self._reference} is scaled to 0, from {self._replicas}")
 
     def up(self) -> None:
@@ -127,6 +137,28 @@ class _Workload:
             self._api.request("PATCH", self._path, body=body)
             _notes.print(f"{self._reference} is scaled to {self._replicas}")
             self._replicas = None
+        if self._paused is not None:
+            self._annotate_scaler({PAUSED: self._paused or None, PAUSED_BEFORE: None})
+            self._paused = None
+
+    def _pause(self) -> None:
+        """Pause the ScaledObject of the workload's name at 0, if there is one: it would give the replicas back at once."""
+        try:
+            found = self._api.request("GET", self._scaler_path)
+        except ClusterApiError as error:
+            if error.status == FORBIDDEN:
+                _notes.print(f"not known whether KEDA scales {self._reference}, which would disturb: {error}")
+            elif error.status != NOT_FOUND:  # neither there, nor KEDA
+                raise
+            return
+        annotations = found["metadata"].get("annotations", {})
+        paused = annotations.get(PAUSED_BEFORE, annotations.get(PAUSED, ""))
+        self._annotate_scaler({PAUSED: "0", PAUSED_BEFORE: paused})
+        self._paused = paused
+        _notes.print(f"KEDA is paused for {self._reference}")
+
+    def _annotate_scaler(self, annotations: dict[str, str | None]) -> None:
+        self._api.request("PATCH", self._scaler_path, body={"metadata": {"annotations": annotations}})
 
 
 def _positions(broker: KafkaBroker, start: str) -> tuple[dict[TopicPartition, int], dict[TopicPartition, int]]:

@@ -198,6 +198,10 @@ class Attempt:
         return self._result(ending)
 
     def _log_failure(self, ending: Ending, error: BaseException | None = None) -> None:
+        shown: Any = error
+        if error is not None and len(ending.error_message) >= results.MAX_MESSAGE_CHARACTERS:
+            # What lays out tracebacks for a terminal may take minutes for one long message, and the attempt's time with them.
+            shown = (type(error), Exception(ending.error_message), error.__traceback__)
         _log.warning(
             "attempt failed",
             run_id=self.task.run_id,
@@ -206,7 +210,7 @@ class Attempt:
             function=self._call.function,
             error_class=ending.error_class or ending.outcome,
             error=ending.error_message,
-            exc_info=error,
+            exc_info=shown,
         )
 
     def _result(self, ending: Ending) -> StepResult:

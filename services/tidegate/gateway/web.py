@@ -91,7 +91,10 @@ class Api:
         after_seq = _whole(query, "after_seq", 0, 0, 2**62)
         wait_s = _whole(query, "wait_ms", 0, 0, int(MAX_WAIT_S * 1000)) / 1000
         if wait_s:
+            was_ours = self._is_ours(run_id)
             await self._gateway.changed(run_id, after_seq, wait_s)
+            if was_ours and not self._is_ours(run_id):
+                return _restoring(view)
         row = self._gateway.view.rows.get(run_id)
         if row is None or row.status == "absent":
             return _unknown_run(view, run_id)
@@ -171,19 +174,21 @@ class Api:
 
         async def answer(view: View, request: Request, **path: str) -> Response:
             if not self._gateway.is_ready:
-                return _error(view, 503, "restoring", "the live view is being restored; ask again in a moment")
+                return _restoring(view)
             return await handler(view, request, **path)
 
         return answer
 
     # -- other gateways ---------------------------------------------------------------
 
+    def _is_ours(self, run_id: str) -> bool:
+        return self._gateway.partition_of(run_id) in self._gateway.owned
+
     def _peer_of(self, run_id: str, query: Mapping[str, str]) -> str | None:
         """Return the address of the gateway that owns the run, None if that is us (or nobody else is known)."""
-        partition = self._gateway.partition_of(run_id)
-        if partition in self._gateway.owned or "scope" in query:
+        if self._is_ours(run_id) or "scope" in query:
             return None
-        url = self._gateway.peers().get(partition)
+        url = self._gateway.peers().get(self._gateway.partition_of(run_id))
         return None if url == self._own_url else url
 
     async def _forwarded(self, view: View, peer: str, path: str, query: Mapping[str, str]) -> Response:
@@ -251,6 +256,11 @@ def _handler(name: str, method: _Handler) -> Any:
 
 def _json(view: View, status: int, body: Any) -> Response:
     return view.bytes(_encoder.encode(body), content_type="application/json", status=status)
+
+
+def _restoring(view: View) -> Response:
+    """Return the answer while nobody can say: the view is being restored, or the group has just given the partition away."""
+    return _error(view, 503, "restoring", "the live view is being restored; ask again in a moment")
 
 
 def _error(view: View, status: int, code: str, message: str) -> Response:

@@ -32,7 +32,7 @@ from tidegate.projection.control import Control, Replays
 from tidegate.projection.inserter import Inserter
 from tidegate.projection.migrations import MigrationError
 from tidegate.projection.replay import Parts
-from tidegate.projection.service import TOPICS, Limits, Projection
+from tidegate.projection.service import FIRST, TOPICS, Limits, Projection
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.projection.sql_engine import QueryError, SqlEngine
 from tidegate.projection.sql_server import SqlServer, write_address
@@ -67,46 +67,81 @@ def _run(process: ProcessSettings, instance_id: str, stop: threading.Event, heal
     broker = KafkaBroker(kafka)
     prepare(broker, SERVICE, process.broker_wait_s, stop)
     with ExitStack() as stack:
-        inserter = Inserter(lambda: _open_store(settings, stack))
-        inserter.start()
-        while not inserter.wait_opened(OPEN_POLL_S):
-            PULSE.beat()
-            if stop.is_set():
-                inserter.stop(OPEN_POLL_S)
-                return
+        path = settings.embedded_path
+        made = _on_a_server(settings, kafka) if path is None else _embedded(settings, path, kafka, stop, stack)
+        if made is None:
+            return
+        subscription, inserter = made
         registration = Registration(broker, service=SERVICE, instance_id=instance_id)
         registration.start()
         stack.callback(registration.stop)
-        projection = Projection(
-            KafkaSubscription(kafka, settings.projection_group, TOPICS, with_headers=False, gather_ms=GATHER_MS),
-            broker,
-            inserter,
-            Limits(
-                settings.projection_flush_ms / 1000, settings.projection_batch_rows, settings.projection_batch_bytes
-            ),
-        )
+        projection = Projection(subscription, broker, inserter, _limits(settings), alone=path is not None)
         stack.callback(projection.close)
-        _serve_replays(settings, broker, instance_id, stack)
-        health.ready_when(projection.why_not_ready)
+        _serve_replays(settings, broker, instance_id, stack, subscription)
+        health.ready_when(lambda: projection.why_not_ready() or inserter.why_not_open())
         spare_the_collector()
         _log.info("ready")
         run_until_stopped(projection.run_once, stop)
     _log.info("ended", events=projection.counters.events, rows=projection.counters.rows)
 
 
-def _serve_replays(settings: ProjectionSettings, broker: KafkaBroker, instance_id: str, stack: ExitStack) -> None:
-    """Take requests for replays, and go on with one that this instance had begun."""
+def _on_a_server(settings: ProjectionSettings, kafka: KafkaSettings) -> tuple[KafkaSubscription, Inserter]:
+    """Join the group at once: the member that has its first partition makes the tables, and the others wait for them."""
+    subscription = _subscription(settings, kafka)
+    inserter = Inserter(lambda: Store.open(settings, may_migrate=lambda: FIRST in subscription.assigned))
+    inserter.start()
+    return subscription, inserter
+
+
+def _embedded(
+    settings: ProjectionSettings, path: Path, kafka: KafkaSettings, stop: threading.Event, stack: ExitStack
+) -> tuple[KafkaSubscription, Inserter] | None:
+    """Open the engine, which nobody else can have, before the group is joined; None if we are told to stop meanwhile."""
+    inserter = Inserter(lambda: _open_embedded(settings, path, stack))
+    inserter.start()
+    while not inserter.wait_opened(OPEN_POLL_S):
+        PULSE.beat()
+        if stop.is_set():
+            inserter.stop(OPEN_POLL_S)
+            return None
+    return _subscription(settings, kafka), inserter
+
+
+def _subscription(settings: ProjectionSettings, kafka: KafkaSettings) -> KafkaSubscription:
+    return KafkaSubscription(kafka, settings.projection_group, TOPICS, with_headers=False, gather_ms=GATHER_MS)
+
+
+def _limits(settings: ProjectionSettings) -> Limits:
+    return Limits(settings.projection_flush_ms / 1000, settings.projection_batch_rows, settings.projection_batch_bytes)
+
+
+def _serve_replays(
+    settings: ProjectionSettings,
+    broker: KafkaBroker,
+    instance_id: str,
+    stack: ExitStack,
+    subscription: KafkaSubscription,
+) -> None:
+    """Take requests for replays, and go on with one that was begun, if replays are ours to do."""
+
+    def open_store(database: str) -> Store:
+        # The tables in place are the inserter's to make; those of a shadow, which nobody else has, are made here.
+        in_place = database == settings.clickhouse_database
+        return Store.open(
+            settings.model_copy(update={"clickhouse_database": database}), may_migrate=lambda: not in_place
+        )
+
     replays = Replays(
         Parts(
             broker,
-            lambda database: Store.open(settings.model_copy(update={"clickhouse_database": database})),
+            open_store,
             settings.clickhouse_database,
             lambda at, time_ms: broker.offset_at(at.topic, at.partition, time_ms),
-            Limits(
-                settings.projection_flush_ms / 1000, settings.projection_batch_rows, settings.projection_batch_bytes
-            ),
+            _limits(settings),
         ),
         instance_id,
+        is_first=lambda: FIRST in subscription.assigned,
+        has_company=settings.embedded_path is None,
     )
     stack.callback(replays.close)
     replays.resume()
@@ -118,12 +153,9 @@ def _serve_replays(settings: ProjectionSettings, broker: KafkaBroker, instance_i
         stack.callback(control.close)
 
 
-def _open_store(settings: ProjectionSettings, stack: ExitStack) -> Store:
-    """Open ClickHouse; the embedded one is also served for reading, since no other process can open it."""
+def _open_embedded(settings: ProjectionSettings, path: Path, stack: ExitStack) -> Store:
+    """Open the embedded ClickHouse, and serve it for reading, since no other process can open it."""
     store = Store.open(settings)
-    path = settings.embedded_path
-    if path is None:
-        return store
     try:
         server = _serve_sql(settings, path)
     except OSError as error:

@@ -26,7 +26,6 @@ from tidegate import metrics
 from tidegate.eventlog.interface import EventLogError
 from tidegate.projection import shadow
 from tidegate.projection.replay import (
-    FAILED,
     GivenUp,
     Parts,
     Progress,
@@ -36,12 +35,16 @@ from tidegate.projection.replay import (
     load_all,
     save,
 )
-from tidegate.projection.store import StoreError
+from tidegate.projection.store import Store, StoreError
 
 MAX_BODY_BYTES: Final = 64 * 1024
 HOST: Final = "127.0.0.1"
 STOP_TIMEOUT_S: Final = 10.0
 AGAIN_AFTER_S: Final = 2.0
+# How often it is looked whether another member of the group was asked for a replay, and whether it is ours to do.
+LOOK_EVERY_S: Final = 2.0
+# Who takes a replay over writes rows that win over those which whoever had it before may still write.
+TAKEN_OVER: Final = 1_000_000
 PATH: Final = "/replay"
 TOKEN_HEADER: Final = "X-Tidegate-Token"  # noqa: S105 - a name
 
@@ -53,50 +56,62 @@ class BusyError(RuntimeError):
 
 
 class Replays:
-    """The replays of this process: one at a time. Any thread may ask; one thread of its own works."""
+    """The replays of a group of projections, one at a time, done by the member that has its first partition.
 
-    def __init__(self, parts: Parts, instance_id: str, clock_ms: Callable[[], int] | None = None) -> None:
+    Any member may be asked, by any thread: it writes the request down, as a row of `replays`. One thread of each member looks
+    whether there is something to do, and whether it is this member's to do.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        instance_id: str,
+        clock_ms: Callable[[], int] | None = None,
+        *,
+        is_first: Callable[[], bool] = lambda: True,
+        has_company: bool = False,
+    ) -> None:
+        """is_first: tells whether replays are ours to do, at any time. has_company: others may be asked for them, too."""
         self._parts = parts
         self._instance_id = instance_id
+        self._is_first = is_first
+        self._has_company = has_company
         self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._replay: Replay | None = None
+        self._followed = ""  # the replay that we were asked for, or told somebody of
+        self._hopeless: set[str] = set()
         self._is_looking = False
         self._thread: threading.Thread | None = None
         metrics.projection_replay.set(-1)
 
     def resume(self) -> None:
-        """Go on with what this instance had begun, if anything, once ClickHouse answers. Does not block."""
+        """Begin to look for what is to be done, or to go on with, once ClickHouse answers. Does not block."""
         self._is_looking = True
-        self._begin(self._resumed)
-
-    def _resumed(self) -> Progress | None:
-        store = self._parts.open_store(self._parts.database)
-        try:
-            unfinished = [one for one in load_all(store) if not one.is_over and one.instance_id == self._instance_id]
-        finally:
-            store.close()
-        return unfinished[-1] if unfinished else None
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._work,), name="replay", daemon=True)
+        self._thread.start()
 
     def ask(self, request: ReplayRequest) -> Progress:
-        """Begin a replay, or go on with an unfinished one of an instance that is gone. Raises BusyError, StoreError."""
+        """Have a replay begun, or return the unfinished one, which goes on. Raises BusyError, ReplayError, StoreError."""
+        if self._under_way() is not None:
+            raise BusyError("a replay is under way already; follow it with `tidegate replay projection --follow`")
         with self._lock:
-            if self._thread is not None and self._thread.is_alive():
-                raise BusyError("a replay is under way already; follow it with `tidegate replay projection --follow`")
-        store = self._parts.open_store(self._parts.database)
-        try:
-            unfinished = [one for one in load_all(store) if not one.is_over]
-            progress = unfinished[0] if unfinished and not request.dry_run else self._new(request)
-            if request.dry_run:
-                return Replay(self._parts, progress, self._stop).plan()
-            progress.instance_id = self._instance_id
-            progress.saved += 1
-            store.command(shadow.MAKE_REPLAYS)
-            save(store, progress)
-        finally:
-            store.close()
-        self._begin(lambda: progress)
+            store = self._parts.open_store(self._parts.database)
+            try:
+                if request.dry_run:
+                    return Replay(self._parts, self._new(request), self._stop).plan()
+                progress = self._unfinished(store)
+                if progress is None:
+                    progress = self._new(request)
+                    store.command(shadow.MAKE_REPLAYS)
+                    save(store, progress)
+            finally:
+                store.close()
+            self._followed = progress.replay_id
+        self._wake.set()
         return progress
 
     def _new(self, request: ReplayRequest) -> Progress:
@@ -109,50 +124,109 @@ class Replays:
             updated_ms=now_ms,
         )
 
+    def _unfinished(self, store: Store) -> Progress | None:
+        """Return the replay that is to go on, the oldest if there are several."""
+        return next((one for one in load_all(store) if not one.is_over and one.replay_id not in self._hopeless), None)
+
+    def _under_way(self) -> Progress | None:
+        """Return the replay that this process is at."""
+        replay = self._replay
+        return None if replay is None or replay.progress.is_over else replay.progress
+
     def current(self) -> Progress | None:
-        """Return the replay under way, or the last one of this process. Raises StoreError while one of before is looked for."""
+        """Return the replay under way, whichever member does it, or the last one that this process has to do with.
+
+        Blocks while ClickHouse is asked. Raises StoreError, also while it is not known yet whether one of before is to go on.
+        """
+        replay = self._replay
+        if replay is not None and self._followed in ("", replay.progress.replay_id):
+            return replay.progress
         if self._is_looking:
             raise StoreError("whether a replay is to go on is not known yet")
-        return None if self._replay is None else self._replay.progress
+        if not self._followed and self._thread is None:
+            return None
+        store = self._parts.open_store(self._parts.database)
+        try:
+            known = {one.replay_id: one for one in load_all(store)}
+        finally:
+            store.close()
+        unfinished = next((one for one in known.values() if not one.is_over), None)
+        found = known.get(self._followed) or unfinished
+        self._followed = found.replay_id if found is not None else ""
+        return found
 
     def cancel(self) -> None:
-        """Give up the replay under way, unless tables are being exchanged already. Raises BusyError if there is none."""
-        if self._replay is None or self._replay.progress.is_over:
+        """Give up the replay under way, unless tables are being exchanged already. Blocks while ClickHouse is asked.
+
+        Raises StoreError, or BusyError if there is none, or if another member has to be asked.
+        """
+        replay = self._replay
+        if replay is not None and not replay.progress.is_over:
+            replay.cancel_wanted = True
+            return
+        found = self.current()
+        if found is None or found.is_over:
             raise BusyError("no replay is under way")
-        self._replay.cancel_wanted = True
+        if self._is_first():
+            raise StoreError("the replay is about to begin")
+        raise BusyError(f"the projection {found.instance_id} does the replay: give the command there")
 
     def close(self) -> None:
         """Stop working; what is under way goes on at the next start. Blocks for some seconds at the most."""
         self._stop.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT_S)
 
-    def _begin(self, find: Callable[[], Progress | None]) -> None:
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._work, find), name="replay", daemon=True)
-        self._thread.start()
-
-    def _work(self, find: Callable[[], Progress | None]) -> None:
+    def _work(self) -> None:
+        was_first = False
         while not self._stop.is_set():
-            try:
-                progress = find()
-                break
-            except StoreError as error:
-                _log.warning("replays are not known yet", error=str(error))
-                self._stop.wait(AGAIN_AFTER_S)
-        else:
-            return
-        self._replay = None if progress is None else Replay(self._parts, progress, self._stop)
-        self._is_looking = False
-        if self._replay is None or progress is None:
-            return
+            asked, is_first = self._wake.is_set(), self._is_first()
+            self._wake.clear()
+            # Who has no company hears of everything; each look opens a connection.
+            if is_first and (asked or self._has_company or not was_first):
+                try:
+                    progress = self._taken_over()
+                except StoreError as error:
+                    _log.warning("replays are not known yet", error=str(error))
+                    self._stop.wait(AGAIN_AFTER_S)
+                    continue
+                if progress is not None:
+                    self._do(progress)
+                    was_first = False  # there may be another one to do
+                    continue
+                self._is_looking = False
+            elif self._has_company:
+                self._is_looking = False
+            was_first = is_first
+            self._wake.wait(LOOK_EVERY_S)
+
+    def _taken_over(self) -> Progress | None:
+        """Return what is to be done, noted as ours."""
+        store = self._parts.open_store(self._parts.database)
         try:
-            self._replay.run()
+            progress = self._unfinished(store)
+            if progress is not None:
+                progress.instance_id = self._instance_id
+                progress.saved += TAKEN_OVER
+                save(store, progress)
+            return progress
+        finally:
+            store.close()
+
+    def _do(self, progress: Progress) -> None:
+        replay = self._replay = Replay(self._parts, progress, self._stop, ours=self._is_first)
+        self._followed = progress.replay_id
+        self._is_looking = False
+        try:
+            replay.run()
         except GivenUp:
-            _log.info("replay stops here and goes on at the next start", step=progress.phase)
+            _log.info("replay stops here and goes on where the first partition is", step=progress.phase)
+            self._replay = None
         except Exception as error:  # whatever it is, the projection goes on
             _log.exception("replay failed")
-            progress.phase, progress.reason = FAILED, f"{type(error).__name__}: {error}"
+            self._hopeless.add(progress.replay_id)
+            replay.fail(f"{type(error).__name__}: {error}")
 
 
 class Control:

@@ -16,7 +16,7 @@ import structlog
 from tidegate.eventlog.interface import TopicPartition
 from tidegate.failpoints import failpoint
 from tidegate.projection.rows import Reach, Row
-from tidegate.projection.store import Store, StoreError
+from tidegate.projection.store import Store, StoreError, TablesMissingError
 
 FIRST_RETRY_S: Final = 0.1
 LONGEST_RETRY_S: Final = 5.0
@@ -89,6 +89,10 @@ class Inserter:
         if self._error is not None:
             raise self._error
         return self._is_open
+
+    def why_not_open(self) -> str:
+        """Return why there are no tables to insert into yet; empty if there are. Any thread may ask."""
+        return "" if self._is_open else self.failing or "ClickHouse is being opened"
 
     @property
     def is_idle(self) -> bool:
@@ -168,7 +172,8 @@ class Inserter:
                 action()
             except StoreError as error:
                 self.failing = str(error)
-                _log.error("ClickHouse: trying again", error=self.failing, retry_s=retry_s)
+                level = _log.info if isinstance(error, TablesMissingError) else _log.error
+                level("ClickHouse: trying again", error=self.failing, retry_s=retry_s)
             else:
                 if self.failing:
                     _log.info("ClickHouse works again", after_s=round(time.monotonic() - began_s, 1))

@@ -96,6 +96,7 @@ class Progress(msgspec.Struct, kw_only=True):
     positions: dict[str, int] = {}
     ends: dict[str, int] = {}
     in_place: dict[str, str] = {}  # table -> UUID that it had before the exchange
+    rebuilt: dict[str, str] = {}  # table -> UUID of what is filled to take its place; empty if an earlier version began
     comparisons: list[Comparison] = []
     records_done: int = 0
     records_left: int = 0
@@ -126,26 +127,36 @@ class GivenUp(Exception):  # noqa: N818 - no error: somebody asked for it
 
 
 class Replay:
-    """One replay, in one thread. `run` returns when it is over, or raises GivenUp when `stop` is set: it can go on later."""
+    """One replay, in one thread. `run` returns when it is over, or raises GivenUp when `stop` is set or it is not `ours` any more:
+    it can go on later, or elsewhere. Who goes on knows by the tables' UUIDs what whoever had it before has done, or still does."""
 
     def __init__(
-        self, parts: Parts, progress: Progress, stop: threading.Event, clock_ms: Callable[[], int] | None = None
+        self,
+        parts: Parts,
+        progress: Progress,
+        stop: threading.Event,
+        clock_ms: Callable[[], int] | None = None,
+        ours: Callable[[], bool] = lambda: True,
     ) -> None:
         self.progress = progress
         self.cancel_wanted = False
         self._parts = parts
         self._stop = stop
+        self._ours = ours
         self._clock_ms = clock_ms or (lambda: time.time_ns() // 1_000_000)
         self._shadow = shadow.name_of(parts.database)
         self._store: Store | None = None
 
     def run(self) -> None:
         """Do what is left of it. Kafka or ClickHouse away: waits and goes on from what was saved."""
+        if self.progress.phase in BEFORE_EXCHANGE and not self.progress.rebuilt:
+            self.progress.phase = PREPARE  # an earlier version began it, and did not note what it filled
         while not self.progress.is_over:
             try:
                 self._step()
             except GivenUp:
-                if self._stop.is_set():
+                if self._is_leaving:
+                    self._close_store()
                     raise
             except (EventLogError, StoreError) as error:
                 _log.warning("replay: trying again", step=self.progress.phase, error=str(error))
@@ -157,8 +168,12 @@ class Replay:
         metrics.projection_replay.set(-1)
         self._close_store()
 
+    @property
+    def _is_leaving(self) -> bool:
+        return self._stop.is_set() or not self._ours()
+
     def _step(self) -> None:
-        if self._stop.is_set():
+        if self._is_leaving:
             raise GivenUp
         if self.cancel_wanted and self.progress.phase in BEFORE_EXCHANGE:
             self._drop_shadow()
@@ -182,7 +197,9 @@ class Replay:
         self._parts.open_store(self._shadow).close()
         sources = self._choose(shadow.lineage(store, self._shadow))
         there = shadow.uuids(store, database)
+        made = shadow.uuids(store, self._shadow)
         progress.in_place = {table: there[table] for table in progress.tables}
+        progress.rebuilt = {table: made[table] for table in progress.tables}
         if progress.request.start != EARLIEST:
             for source in sorted(sources & {rows.EVENTS, rows.LEDGER}):
                 shadow.seed(store, database, self._shadow, source, self._log_positions(TOPIC_OF[source]))
@@ -275,7 +292,7 @@ class Replay:
             projection.close()
 
     def _look_up(self) -> None:
-        if self._stop.is_set() or (self.cancel_wanted and self.progress.phase in BEFORE_EXCHANGE):
+        if self._is_leaving or (self.cancel_wanted and self.progress.phase in BEFORE_EXCHANGE):
             raise GivenUp
 
     def _note(self, reader: _LogReader) -> None:
@@ -325,10 +342,16 @@ class Replay:
     # -- 4. exchange, 5. catch up, 6. clean ---------------------------------------------------------------
 
     def _exchange(self) -> None:
-        """Exchange the tables that still have the UUID which they had before."""
-        store, database = self._live(), self._parts.database
-        for table in self.progress.tables:
-            if shadow.uuids(store, database)[table] == self.progress.in_place[table]:
+        """Exchange the tables that still have the UUID which they had before, for those that were filled to replace them."""
+        store, database, progress = self._live(), self._parts.database, self.progress
+        for table in progress.tables:
+            self._look_up()
+            if shadow.uuids(store, database)[table] == progress.in_place[table]:
+                made = shadow.uuids(store, self._shadow).get(table)
+                if progress.rebuilt and made != progress.rebuilt[table]:
+                    _log.warning("replay: the shadow is another one than was filled, beginning again", table=table)
+                    self._go_on(PREPARE)
+                    return
                 shadow.exchange(store, database, self._shadow, table)
                 failpoint("replay.between-exchanges")
         self._go_on(CATCH_UP)
@@ -352,6 +375,12 @@ class Replay:
         store.note_whole(found)
 
     def _clean(self) -> None:
+        """Drop the shadow, once it holds no table that belongs into place: somebody may have exchanged one back."""
+        if not self.progress.request.check:
+            there = shadow.uuids(self._live(), self._parts.database)
+            if any(there[table] == uuid for table, uuid in self.progress.in_place.items()):
+                self._go_on(EXCHANGE)
+                return
         self._drop_shadow()
         self._end(DONE, "")
 
@@ -378,6 +407,14 @@ class Replay:
     def _end(self, phase: str, reason: str) -> None:
         self.progress.reason = reason
         self._go_on(phase)
+
+    def fail(self, reason: str) -> None:
+        """End it, and write that down if that is still possible. Blocks while ClickHouse is asked. Does not raise."""
+        try:
+            self._end(FAILED, reason)
+        except StoreError as error:
+            _log.warning("replay: how it ended is not written down", error=str(error))
+        self._close_store()
 
     def _save(self) -> None:
         self.progress.updated_ms = self._clock_ms()

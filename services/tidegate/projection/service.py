@@ -24,6 +24,8 @@ GATE_LEDGER: Final = "gate-ledger"
 INSTANCES: Final = "instances"
 DEAD_LETTERS: Final = "dead-letters"
 TOPICS: Final = (RUN_EVENTS, GATE_LEDGER, INSTANCES, DEAD_LETTERS)
+# What has one place among the members of the group (migrations, replays) is done by the member that has this partition.
+FIRST: Final = TopicPartition(RUN_EVENTS, 0)
 SCHEMAS: Final = "schemas"
 FILL_UP: Final = "tidegate replay projection --from earliest"
 
@@ -75,6 +77,10 @@ class Subscription(Protocol):
     def close(self) -> None: ...
 
 
+class CompanyError(EventLogError):
+    """Another projection shares our group, and the tables of neither would be whole."""
+
+
 class Limits(NamedTuple):
     """When a batch is inserted: after so long, or sooner when it has so many rows or bytes."""
 
@@ -120,12 +126,19 @@ class Projection:
         limits: Limits,
         *,
         is_shadow: bool = False,
+        alone: bool = False,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         monotonic_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """is_shadow: it fills tables beside another one, which alone writes `freshness` and is measured."""
+        """is_shadow: it fills tables beside another one, which alone writes `freshness` and is measured.
+
+        alone: nobody else can write to its tables, so it must have all partitions of its topics; see `run_once`.
+        """
         self._is_shadow = is_shadow
+        self._alone = alone
+        self._was_whole = False  # we had all partitions once
+        self._counts: dict[str, int] = {}  # of partitions, by topic
         self._subscription = subscription
         self._broker = broker
         self._inserter = inserter
@@ -156,6 +169,8 @@ class Projection:
 
     def run_once(self) -> None:
         """Run one turn. Blocks up to IDLE_POLL_S when nothing happens. Raises EventLogError, MigrationError.
+
+        Raises CompanyError if it must be alone and joins a group that others are in already, before it has read anything.
 
         1. Commit what was inserted since. 2. Poll, unless two batches are full. 3. Turn messages into rows. 4. Hand the
         batch over if it is due.
@@ -268,7 +283,10 @@ class Projection:
 
     def _take_all(self, messages: list[Message]) -> None:
         changes = self._subscription.take_changes()
-        if changes.gained or changes.lost:
+        is_new = bool(changes.gained or changes.lost)
+        if self._alone and self._subscription.has_share and (is_new or not self._was_whole):
+            self._look_for_company()
+        if is_new:
             self._follow(changes)
         if not messages:
             return
@@ -301,6 +319,26 @@ class Projection:
             "partitions assigned",
             partitions=[f"{at.topic}-{at.partition}" for at in sorted(self._subscription.assigned)],
         )
+
+    def _look_for_company(self) -> None:
+        """Refuse to share the group. Who came first goes on, loudly: the other one ends, and its partitions come back."""
+        mine = self._subscription.assigned
+        if len(self._counts) < len(TOPICS):  # they never change
+            self._counts = {name: found.partition_count for name, found in self._broker.describe(TOPICS).items()}
+        every = {TopicPartition(topic, number) for topic, count in self._counts.items() for number in range(count)}
+        # A whole topic that is missing is one that the group has not heard of yet: who shares has some of each, or none at all.
+        topics = {at.topic for at in mine} or set(self._counts)
+        others = sorted(f"{at.topic}-{at.partition}" for at in every - mine if at.topic in topics)
+        if not others:
+            self._was_whole = True
+        elif self._was_whole:
+            _log.error("another projection has joined the group: these tables miss what it reads", partitions=others)
+        else:
+            raise CompanyError(
+                f"another projection is in the group and has {', '.join(others)}: an embedded ClickHouse belongs to one process, "
+                "so the tables of both would have gaps. Stop one of them, give this one a group of its own "
+                "(TIDEGATE_PROJECTION_GROUP), or use a ClickHouse server (TIDEGATE_CLICKHOUSE_URL), which several may fill"
+            )
 
     def _reach_of(self, at: TopicPartition, committed: Mapping[TopicPartition, int]) -> rows.Reach:
         """Return from where on we read a partition: where the group says, else where its log begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Self
 
 import clickhouse_connect
@@ -36,6 +36,10 @@ class StoreError(RuntimeError):
     """ClickHouse cannot be reached or did not do what it was asked: trying again later may help."""
 
 
+class TablesMissingError(StoreError):
+    """Tables are not there yet, and somebody else makes them."""
+
+
 class Known(NamedTuple):
     """What the database says of a partition: up to where the tables lack nothing, when its freshness was written (0 if it is not
     there), and when the newest event was decided that it tells of, if it does."""
@@ -58,22 +62,27 @@ class Store:
         self._since: dict[TopicPartition, int] = {}  # where the tables begin again, of partitions whose row was lost
 
     @classmethod
-    def open(cls, settings: ProjectionSettings) -> Self:
-        """Connect, make the database and apply pending migrations. Blocks. Raises StoreError, or MigrationError for good."""
+    def open(cls, settings: ProjectionSettings, may_migrate: Callable[[], bool] = lambda: True) -> Self:
+        """Connect, make the database and apply pending migrations. Blocks. Raises StoreError, or MigrationError for good.
+
+        may_migrate: asked before each change of the tables; of several projections one may. Where something is pending and we may
+        not, raises TablesMissingError.
+        """
         try:
             client = _connect(settings)
         except Exception as error:  # the client raises its own, urllib3's and the engine's exceptions
-            raise StoreError(f"cannot open {settings.effective_url}: {_first_line(error)}") from error
+            hint = "; one process can have it open, and another may still have it" if settings.embedded_path else ""
+            raise StoreError(f"cannot open {settings.effective_url}: {_first_line(error)}{hint}") from error
         store = cls(client, _ONE_THREAD if settings.embedded_path else None)
         try:
-            store._migrate(settings.clickhouse_database)
+            store._migrate(settings.clickhouse_database, may_migrate)
             store._age(settings.projection_ttl_days)
         except BaseException:
             store.close()
             raise
         return store
 
-    def _migrate(self, database: str) -> None:
+    def _migrate(self, database: str, may_migrate: Callable[[], bool]) -> None:
         self._command(f"CREATE DATABASE IF NOT EXISTS `{database}`", use_database=False)
         self._client.database = database
         self._command(_MIGRATIONS_TABLE)
@@ -82,6 +91,11 @@ class Store:
         }
         for migration in pending(applied):
             for statement in migration.statements:
+                if not may_migrate():
+                    raise TablesMissingError(
+                        f"migration {migration.version} is left to the projection that has partition 0 of run-events; "
+                        "if that is one of an older version, stop it"
+                    )
                 self._command(statement)
             self._command(
                 "INSERT INTO schema_migrations SELECT "
@@ -114,6 +128,7 @@ class Store:
         Whatever fails in between, inserting all of it again is right: rows are idempotent. Raises StoreError.
         """
         whole_to: dict[TopicPartition, int] = {}
+        written_ms: dict[TopicPartition, int] = {}
         for table in sorted(tables, key=lambda name: name == FRESHNESS):
             rows = tables[table]
             if not rows:
@@ -122,6 +137,7 @@ class Store:
                 known = self._known()
                 whole_to = self._extended(rows, reach or {}, known)
                 rows = [_completed(row, whole_to, known) for row in rows]
+                written_ms = {_place(row): row[5] for row in rows}
             try:
                 self._client.raw_insert(
                     table, COLUMNS[table], encode(rows), fmt=INSERT_FORMAT, settings=self._insert_settings
@@ -129,7 +145,7 @@ class Store:
             except Exception as error:
                 raise StoreError(f"insert into {table}: {_first_line(error)}") from error
             failpoint("projection.between-tables")
-        self._written_ms |= {_place(row): row[5] for row in tables.get(FRESHNESS, ())}
+        self._written_ms |= written_ms
         return whole_to
 
     def _extended(
@@ -200,10 +216,14 @@ class Store:
 
 
 def _completed(row: Row, whole_to: Mapping[TopicPartition, int], known: Mapping[TopicPartition, Known]) -> Row:
-    """Return a row of freshness with what only the database tells. Who has just begun to read knows of no event before."""
+    """Return a row of freshness with what only the database tells. Who has just begun to read knows of no event before.
+
+    It replaces the row that is there, also one of another member whose clock is ahead of ours.
+    """
     at = _place(row)
-    last_event_ms = row[4] if row[4] is not None else known.get(at, NOTHING_KNOWN).last_event_ms
-    return (*row[:4], last_event_ms, row[5], whole_to[at])
+    there = known.get(at, NOTHING_KNOWN)
+    last_event_ms = row[4] if row[4] is not None else there.last_event_ms
+    return (*row[:4], last_event_ms, max(row[5], there.written_ms + 1), whole_to[at])
 
 
 def _place(row: Row) -> TopicPartition:

@@ -10,7 +10,7 @@ from tidegate.projection import migrations as module
 from tidegate.projection.migrations import MigrationError, migrations, pending
 from tidegate.projection.rows import FRESHNESS, Reach
 from tidegate.projection.settings import ProjectionSettings
-from tidegate.projection.store import MIGRATIONS, Store
+from tidegate.projection.store import MIGRATIONS, Store, TablesMissingError
 from tidegate.projection.tables import AGED_BY, FACTS, MERGED, TABLES, VIEWS
 
 
@@ -113,6 +113,25 @@ def test_an_older_installation_is_brought_up_to_date_and_keeps_its_rows(
             migration.version for migration in everything
         ]
         assert {*FACTS, *VIEWS} <= made(store).keys()
+    finally:
+        store.close()
+
+
+def test_of_several_projections_one_makes_the_tables_and_the_others_wait_for_it(tmp_path: Path) -> None:
+    settings = ProjectionSettings(clickhouse_url=f"chdb://{tmp_path}")
+    left = iter([True] * 5)
+    with pytest.raises(TablesMissingError, match="migration 1 "):
+        Store.open(settings, may_migrate=lambda: False)
+    with pytest.raises(TablesMissingError):  # it may no more in the middle of a file
+        Store.open(settings, may_migrate=lambda: next(left, False))
+    with pytest.raises(TablesMissingError):
+        Store.open(settings, may_migrate=lambda: False)
+    open_store(tmp_path).close()
+
+    store = Store.open(settings, may_migrate=lambda: False)
+    try:
+        assert {*FACTS, *VIEWS} <= made(store).keys()
+        assert len(store.rows("SELECT version FROM schema_migrations FINAL")) == len(migrations())
     finally:
         store.close()
 
@@ -236,5 +255,6 @@ def test_a_row_that_hides_ours_because_its_writer_s_clock_is_ahead_is_no_loss(tm
         for next_offset in (20, 30):
             row = ("run-events", 3, next_offset, next_offset, None, next_offset, 0)
             assert store.insert({FRESHNESS: [row]}, {at: Reach(5, 0)}) == {at: next_offset}
+            assert store.rows("SELECT next_offset FROM freshness") == [(next_offset,)], "who wrote last is shown"
     finally:
         store.close()

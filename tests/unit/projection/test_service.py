@@ -16,7 +16,7 @@ from tidegate.eventlog.kafka.subscription import AssignmentChange
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.projection import rows, service
 from tidegate.projection.inserter import Batch
-from tidegate.projection.service import TOPICS, Limits, Projection
+from tidegate.projection.service import TOPICS, CompanyError, Limits, Projection
 
 COUNTS = {"run-events": 3, "gate-ledger": 2}
 Key = tuple[object, ...]
@@ -173,12 +173,13 @@ class World:
         self.naps: list[float] = []
         self.projection = self.new_projection()
 
-    def new_projection(self) -> Projection:
+    def new_projection(self, *, alone: bool = False) -> Projection:
         return Projection(
             self.group,
             self.broker,
             self.tables,  # type: ignore[arg-type] # stands in for the thread
             self.limits,
+            alone=alone,
             clock_ms=lambda: int(self.now_s * 1000),
             monotonic_s=lambda: self.now_s,
             sleep=self.naps.append,
@@ -389,6 +390,40 @@ def test_who_lost_its_share_of_the_group_is_not_ready_until_it_has_one_again() -
     world.group.has_share = False
     world.turn()
     assert world.projection.why_not_ready()
+
+
+@pytest.mark.parametrize("taken", [{"run-events"}, set(TOPICS)], ids=["some", "all"])
+def test_tables_that_nobody_else_can_fill_are_not_filled_by_one_of_several(
+    taken: set[str],
+) -> None:
+    world, log = World(), LogWriter(3, 2)
+    world.write(log.take(story().decided))
+    everything = world.group.all
+    others = {at for at in everything if at.topic in taken and (at.partition or taken == set(TOPICS))}
+    world.group.all -= others
+    newcomer = world.new_projection(alone=True)
+    with pytest.raises(CompanyError, match="a group of its own"):
+        newcomer.run_once()
+    assert (newcomer.counters.messages, world.tables.batches) == (0, [])
+
+    # Who was there first goes on, with what it has, and gets the rest when the newcomer is gone.
+    world.group.all = everything
+    world.group.rebalance()
+    world.projection = world.new_projection(alone=True)
+    for group in (everything, everything - others, everything):
+        world.group.all = group
+        world.group.rebalance()
+        world.turn()
+    world.finish()
+    assert world.tables.kept[rows.EVENTS].keys() == expected_keys(log.valid)[0]
+
+
+def test_a_topic_that_the_group_has_not_heard_of_yet_is_no_company() -> None:
+    world = World()
+    world.group.all = frozenset(at for at in world.group.all if at.topic != "dead-letters")
+    newcomer = world.new_projection(alone=True)
+    newcomer.run_once()
+    assert newcomer.why_not_ready() == ""
 
 
 def test_heartbeats_alone_wait_longer_than_events_do() -> None:
