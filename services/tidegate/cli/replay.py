@@ -231,9 +231,14 @@ def _show_end(replay: dict[str, Any], as_json: bool) -> None:
         for one in replay["comparisons"]:
             sign = "equal" if one["equal"] else "DIFFERS"
             print(f"  {one['table']:<22} {one['rows_in_place']:>10} rows, rebuilt {one['rows_rebuilt']:>10}  {sign}")
-        what = "compared" if replay["request"]["check"] else "replaced"
         if replay["phase"] == "done":
-            print(f"{counted(len(replay['tables']), 'table')} {what}, {counted(replay['records_done'], 'record')} read")
+            compared = {one["table"] for one in replay["comparisons"]}
+            for table in replay["tables"]:
+                if table not in compared:
+                    print(f"  {table:<22} not compared: it changes with every heartbeat")
+            is_check = replay["request"]["check"]
+            what = f"{counted(len(compared if is_check else replay['tables']), 'table')} {'compared' if is_check else 'replaced'}"
+            print(f"{what}, {counted(replay['records_done'], 'record')} read")
         else:
             print(f"replay {replay['phase']}: {replay['reason']}", file=sys.stderr)
     if replay["phase"] != "done" or (replay["request"]["check"] and differing):
