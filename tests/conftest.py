@@ -1,5 +1,6 @@
 """What all tests share: one broker per session, started when the first test asks for it."""
 
+import gc
 import os
 import re
 import uuid
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if KAFKA_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("kafka")
+
+
+def pytest_runtest_logfinish() -> None:
+    """Have the garbage collector on, whatever a test has loaded: services switch it off while they import (`quick_start`).
+
+    Else the help of one of them leaves its worker without, and all that tests make in cycles stays until the end: gigabytes.
+    """
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

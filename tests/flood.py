@@ -183,8 +183,11 @@ def where_steps_wait(stack: Stack, began_ms: float, took_s: float) -> dict[str, 
             SELECT step_id, 'gate', type, toUnixTimestamp64Milli(at) FROM ledger WHERE run_id = '{LONG_RUN}'
         ) GROUP BY step_id, source, type"""
     moments: dict[str, dict[str, int]] = {}
+    at_once = "gate:AttemptGranted"
     for row in sql.query(stack.data_dir, text):
-        moments.setdefault(row["step_id"], {})[f"{row['source']}:{row['type']}"] = int(row["ms"])
+        name = f"{row['source']}:{row['type']}"
+        for moment in ("gate:AttemptReserved", "gate:AttemptPlaced") if name == at_once else (name,):
+            moments.setdefault(row["step_id"], {})[moment] = int(row["ms"])
     way = ["run:StepReady", "gate:AttemptReserved", "gate:AttemptPlaced", "run:StepSucceeded"]
     names = ["to_be_decided_by_the_gate", "for_a_slot", "to_run_and_be_noted"]
     whole = [

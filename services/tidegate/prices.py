@@ -33,14 +33,19 @@ def price(provider: str, model: str, input_tokens: int, output_tokens: int, now_
     """
     if not model or not (0 <= input_tokens <= MAX_TOKENS and 0 <= output_tokens <= MAX_TOKENS):
         return None
-    found = _model(provider, model, now_ms // MS_PER_DAY)
+    return _price(provider, model, input_tokens, output_tokens, now_ms // MS_PER_DAY)
+
+
+@lru_cache(maxsize=8192)  # what attempts may use is the same again and again
+def _price(provider: str, model: str, input_tokens: int, output_tokens: int, day: int) -> Price | None:
+    found = _model(provider, model, day)
     if found is None:
         return None
     if found.per_million is not None:
         per_input, per_output = found.per_million
         micros = per_input * input_tokens + per_output * output_tokens  # dollars a million tokens are micros a token
     else:
-        micros = _graded(provider, model, input_tokens, output_tokens, now_ms // MS_PER_DAY)
+        micros = _graded(found, input_tokens, output_tokens)
     return Price(min(int(micros.to_integral_value(ROUND_CEILING)), MAX_MICROS), found.basis)
 
 
@@ -73,12 +78,8 @@ def _model(provider: str, model: str, day: int) -> _Model | None:
     return _Model(prices, (per_million[0], per_million[1]) if len(per_million) == 2 else None, basis)
 
 
-@lru_cache(maxsize=4096)
-def _graded(provider: str, model: str, input_tokens: int, output_tokens: int, day: int) -> Decimal:
+def _graded(found: _Model, input_tokens: int, output_tokens: int) -> Decimal:
     from genai_prices import Usage  # noqa: PLC0415 - as above
 
-    found = _model(provider, model, day)
-    if found is None:
-        return Decimal(0)
     dollars = found.prices.calc_price(Usage(input_tokens=input_tokens, output_tokens=output_tokens))["total_price"]
     return Decimal(dollars) * 1_000_000

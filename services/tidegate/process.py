@@ -26,7 +26,7 @@ from tidegate.eventlog.schemas import exchange_schemas
 from tidegate.health import MAIN_LOOP, PULSE, Health, served
 from tidegate.topics.access import used_by
 from tidegate.topics.administration import AdministeredBroker
-from tidegate.topics.apply import TopicsError, check_at_start
+from tidegate.topics.apply import TopicsError, apply_command, check_at_start
 from tidegate.topics.continuity import check_logs
 from tidegate.topics.declaration import read_topic_files
 from tidegate.topics.settings import TopicsSettings
@@ -226,7 +226,7 @@ def wait_for_topics(
         try:
             found = broker.describe(topics)
             missing = [topic for topic in topics if topic not in found]
-            reason = f"topics missing: {', '.join(missing)}; create them with `tidegate topics apply`"
+            reason = f"topics missing: {', '.join(missing)}; create them with `{apply_command(missing)}`"
         except EventLogError as error:
             missing, reason = list(topics), f"the broker does not answer: {error}"
         if not missing:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.scheduler.service import SchedulerMachine
+from tidegate.sdk.client import Client
 from tidegate.topics.apply import apply
 from tidegate.topics.continuity import OWNED_LOGS, committed
 from tidegate.topics.declaration import load_topics
@@ -110,10 +111,19 @@ def test_the_broker_is_killed_under_load(stack: WholeStack) -> None:
         assert len(client_lines) <= FEW_LINES, "\n".join(client_lines[-FEW_LINES:])
 
 
-def test_a_wrong_address_is_said_at_once_and_with_the_reason() -> None:
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda broker: broker.describe(["run-events"]),
+        lambda broker: broker.offsets("run-events", 0),
+        lambda broker: Client(broker).pause_queue("default"),
+    ],
+    ids=["topics", "offsets", "a row to be written"],
+)
+def test_a_wrong_address_is_said_at_once_and_with_the_reason(ask: Callable[[KafkaBroker], object]) -> None:
     broker = KafkaBroker(KafkaSettings(bootstrap="127.0.0.1:1"))
     with pytest.raises(EventLogError, match=r"no broker answers at 127\.0\.0\.1:1 .*Connection refused.*BOOTSTRAP"):
-        broker.describe(["run-events"])
+        ask(broker)
 
 
 def test_offsets_are_not_waited_for_for_ever(stack: WholeStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -395,9 +395,27 @@ def test_a_stop_is_clean_and_quick_to_come_back_from(whole: WholeStack, view: Vi
     assert view.pid == whole.pids[GATEWAY]
 
 
+# Dots would lead elsewhere on the other gateway, slashes and signs mean something there.
+NOBODYS_NAMES = {
+    f"/v1/{what}/{name}": code
+    for what, code in (("runs", "unknown_run"), ("accounts", "nothing_counted"), ("functions", "nothing_counted"))
+    for name in (
+        "..",
+        ".",
+        "%2e%2e",
+        "..%2f..%2fhealth",
+        "x%2f..%2f..%2f..%2fhealth",
+        "a%2fb",
+        "%3fx=1%23%25",
+        "%ff",
+        "%00",
+    )
+} | {"/v1/accounts/../runs": "nothing_counted", "/v1/accounts/a/../../../health": "nothing_counted"}
+
+
 @pytest.mark.feature("O4")
 def test_two_gateways_share_the_runs_and_each_answers_for_both(whole: WholeStack, view: View, tmp_path: Path) -> None:
-    ids = [whole.client.start("chain", n, account="shared") for n in range(8)]
+    ids = [whole.client.start("chain", n, account="shared/team") for n in range(8)]
     seqs = {run_id: whole.wait(run_id).seq for run_id in ids}
     with second_gateway(whole, tmp_path) as second:
         other = View(tmp_path / "gateway.json")
@@ -414,6 +432,12 @@ def test_two_gateways_share_the_runs_and_each_answers_for_both(whole: WholeStack
             eventually(lambda one=one: spend_of(one) == spend_of(view) != {}, "the same spend from either")
             for run_id, seq in seqs.items():
                 assert one.get(f"/v1/runs/{run_id}")["seq"] == seq
+            assert [row["name"] for row in one.get("/v1/accounts/shared/team")["accounts"]] == ["shared/team"]
+            wrong = {path: one.ask(path) for path in NOBODYS_NAMES}
+            assert {
+                path: (status, body["code"] if isinstance(body, dict) else body)
+                for path, (status, body) in wrong.items()
+            } == {path: (404, code) for path, code in NOBODYS_NAMES.items()}
         second.terminate()
         assert second.wait(WAIT_S) == 0
     # The one that is left takes over what the other had.

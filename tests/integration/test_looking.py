@@ -43,6 +43,7 @@ HOUR_S = 3600
 Rows = list[dict[str, Any]]
 Check = Callable[[Rows, Day], bool]
 OVER = ("succeeded", "failed", "cancelled")
+PLACING = ("AttemptGranted", "AttemptPlaced")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def ended(day: Day, status: str) -> int:
 
 
 def placed(day: Day) -> int:
-    return len(day.of("AttemptPlaced"))
+    return len(day.of(*PLACING))
 
 
 def micros_by(rows: Rows, name: str) -> dict[str, int]:
@@ -201,7 +202,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ),
     ("spend", "Set aside now"): lambda rows, day: near(
         rows[0]["set aside"],
-        sum(f.event.reserved_micros for f in day.of("AttemptReserved"))
+        sum(f.event.reserved_micros for f in day.of("AttemptGranted", "AttemptReserved"))
         - sum(f.event.reserved_micros for f in day.of("AttemptSettled", "AttemptReleased")),
     ),
     ("spend", "Spend by account"): lambda rows, day: (
@@ -293,7 +294,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("executors", "Slots"): lambda rows, _: (rows[0]["slots"], rows[0]["busy"]) == (12, 0),
     ("executors", "Waiting for an executor"): lambda rows, day: (
         rows[0]["attempts"]
-        == len({f.run_id for f in day.of("AttemptQueued")} - {f.run_id for f in day.of("AttemptPlaced")})
+        == len({f.run_id for f in day.of("AttemptQueued")} - {f.run_id for f in day.of(*PLACING)})
         == 1
     ),
     ("executors", "Queues"): lambda rows, _: (
@@ -304,9 +305,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ),
     ("executors", "Attempts placed"): lambda rows, day: total(rows, "attempts") == placed(day),
     ("executors", "Wait for a slot"): lambda rows, day: (
-        0
-        <= max(row["longest"] for row in rows)
-        == max(fact.at_ms - _asked_ms(day, fact) for fact in day.of("AttemptPlaced"))
+        0 <= max(row["longest"] for row in rows) == max(fact.at_ms - _asked_ms(day, fact) for fact in day.of(*PLACING))
     ),
     ("executors", "Work by executor"): lambda rows, day: (
         the(rows, instance_id="executor-default-0")["succeeded"] == len(by_attempts(day))
@@ -463,7 +462,7 @@ ANSWERS: dict[str, Check] = {
     "What did a policy deny": lambda rows, _: [row["run_id"] for row in rows] == [workload.DENIED],
     "How often does each rule decide": lambda rows, day: (
         total(rows, "decisions")
-        == len(day.of("AttemptPlaced", "AttemptRefused", "ApprovalHeld", "AttemptThrottled", "AttemptPaused"))
+        == len(day.of(*PLACING, "AttemptRefused", "ApprovalHeld", "AttemptThrottled", "AttemptPaused"))
     ),
     "How many slots are free now": lambda rows, _: [(row["queue"], row["free"]) for row in rows] == [("default", 12)],
     "Which queues does nobody serve": lambda rows, _: [(r["queue"], r["waiting"]) for r in rows] == [("nobody", 1)],

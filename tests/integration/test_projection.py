@@ -143,10 +143,11 @@ def check_money(valid: list[Decided], projection: ProjectionProcess) -> None:
     reserved: dict[str, int] = defaultdict(int)
     settled: dict[str, int] = defaultdict(int)
     decisions: list[str] = []
-    names = {"AttemptPlaced": "allow", "AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
+    names = dict.fromkeys(("AttemptGranted", "AttemptPlaced"), "allow")
+    names |= {"AttemptRefused": "deny", "ApprovalHeld": "require_approval"}
     for event in (e for d in valid if d.log == "gate-ledger" for e in d.events):
         name = type(event).__name__
-        if name == "AttemptReserved":
+        if name in ("AttemptGranted", "AttemptReserved"):
             reserved[event.run_id] += event.reserved_micros
         elif name in ("AttemptSettled", "AttemptReleased"):
             reserved[event.run_id] -= event.reserved_micros
@@ -373,7 +374,7 @@ def test_a_group_reset_to_the_middle_changes_nothing(topics: Topics, projection:
 
 # --- crashes -------------------------------------------------------------------------------------------------------------
 
-RUN_COUNT = 18  # of all that `support.logs` plays
+RUN_COUNT = 20  # of all that `support.logs` plays
 EDGES = ("before-insert", "after-insert", "before-commit", "after-commit")
 
 

@@ -215,7 +215,7 @@ class BudgetJudge:
         if not hasattr(event, "attempt"):
             return
         key = (event.run_id, event.step_id, event.attempt)
-        if isinstance(event, le.AttemptReserved):
+        if isinstance(event, le.Reserving):
             self._has_answers(key)
             self._is_counted(entry, event)
             if event.exceeds:
@@ -253,7 +253,7 @@ class BudgetJudge:
                 document and document["on_exceed"] == what, f"(5) {event.rule} made somebody {what}: {document}"
             )
 
-    def _is_counted(self, entry: Entry, event: le.AttemptReserved) -> None:
+    def _is_counted(self, entry: Entry, event: le.Reserving) -> None:
         expected: dict[str, dict[str, int | None]] = {}
         for name, document in self._in_force(entry, "budget").items():
             pattern, path = document["account"].split("/"), event.account.split("/")

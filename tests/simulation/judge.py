@@ -26,7 +26,7 @@ from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain import states
-from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, inputs_of
+from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, parts_of
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import (
     Call,
@@ -377,27 +377,27 @@ class Judge:
 
     def _decided_on_inputs(self, state: RunsOfPartition, entry: Entry, where: str) -> list[Any]:
         """Decide on each input in turn, on what the ones before it made of the run."""
-        messages = []
-        for topic, partition, first, last in inputs_of(entry.cause):
-            for offset in range(first, last + 1):
-                message = self.mail.get((topic, partition, offset))
-                if message is None:
-                    self.fail(f"{where}: {topic}:{partition}:{offset}, of {entry.cause}, was never written")
-                messages.append(message)
-        if len(messages) > 1:
+        if entry.parts:
             found = state.find(entry.subject)
             state = RunsOfPartition(state.partition, Shelf())
             if found is not None:
                 state.runs[entry.subject] = copy.deepcopy(found, {id(found.workflow): found.workflow})
         events: list[Any] = []
-        for message in messages:
+        for one in parts_of(entry):
+            topic, partition, offset = one.cause.rsplit(":", 2)
+            message = self.mail.get((topic, int(partition), int(offset)))
+            if message is None:
+                self.fail(f"{where}: {one.cause} was never written")
             decision = self.scheduler.decide(state, codec.decode(message.value), message, entry.now_ms, self._tables)
-            self.require(decision is not None, f"(1) {where}: {entry.cause}: one of these causes nothing")
-            assert decision is not None
-            if len(messages) > 1:
-                for event in decision.events:
+            decided = () if decision is None else tuple(decision.events)
+            self.require(
+                decided == one.events,
+                f"(1) {where}: deciding on {one.cause} gives {_names(decided)}, the log has {_names(one.events)}",
+            )
+            if entry.parts:
+                for event in decided:
                     self.scheduler.apply(state, entry.subject, entry.account, event, 0, entry.now_ms)
-            events += decision.events
+            events += decided
         return events
 
     def _note_head(self, part: LogOfPartition, subject: str) -> None:
@@ -586,10 +586,10 @@ class Judge:
         if not hasattr(event, "attempt"):
             return
         key = (event.run_id, event.step_id, event.attempt)
-        if isinstance(event, le.AttemptReserved):
+        if isinstance(event, le.Reserving):
             self.reserved.add(key)
             self._policy_allows(entry, event, key)
-        elif isinstance(event, le.AttemptPlaced):
+        if isinstance(event, le.Placing):
             self.require(key in self.reserved, f"(2) {key} placed, but nothing is reserved for it")
             self.require(key not in self.placed, f"(3) {key} placed twice")
             self.placed[key] = (event.instance_id, event.incarnation)
@@ -620,7 +620,7 @@ class Judge:
         assert self._next_policy is not None
         self._policies.append((message.offset, *self._next_policy))
 
-    def _policy_allows(self, entry: Entry, event: le.AttemptReserved, key: AttemptKey) -> None:
+    def _policy_allows(self, entry: Entry, event: le.Reserving, key: AttemptKey) -> None:
         """What the policies said at the version that the entry names; a broken one leaves the one of before in force."""
         in_force: dict[str, tuple[str, ...]] = {}
         for offset, name, rules in self._policies:
@@ -832,11 +832,9 @@ def _causes(part: LogOfPartition, entry: Entry) -> list[str]:
     """
     if entry.cause.startswith("timer:") and part.log == RUN_EVENTS:
         return [f"{entry.subject} {entry.cause}"]
-    return [
-        f"{topic}:{partition}:{offset}"
-        for topic, partition, first, last in inputs_of(entry.cause)
-        for offset in range(first, last + 1)
-    ]
+    if entry.cause.startswith(("timer:", "table:")):
+        return []
+    return [one.cause for one in parts_of(entry)]
 
 
 def _names(events: Any) -> list[str]:

@@ -72,7 +72,7 @@ class WaitBooks:
 
     def ledger_event(self, entry: Entry, event: Any) -> None:
         """Nothing of a paused queue is placed."""
-        if isinstance(event, le.AttemptPlaced):
+        if isinstance(event, le.Placing):
             self._may_begin(entry, f"{event.run_id} {event.step_id} attempt {event.attempt} placed", event.call.queue)
 
     def run_event(self, entry: Entry, seq: int, event: Any) -> None:

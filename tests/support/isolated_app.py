@@ -42,6 +42,19 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+@app.tool(isolation="subprocess")
+def fork(way: str) -> dict[str, Any]:
+    """Fork, and have the child come back as a child must not; return which process this is, and how the child ended."""
+    pid = os.fork()
+    if pid:
+        return {"pid": os.getpid(), "status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
+    if way == "raises":
+        raise OSError("I am the child")
+    if way == "exits":
+        sys.exit(7)
+    return {"pid": os.getpid(), "status": "I am the child"}
+
+
 @app.step(isolation="subprocess")
 async def doubled(text: str) -> str:
     await asyncio.sleep(0)

@@ -45,10 +45,11 @@ class Decided(NamedTuple):
 class Story(Pair):
     """Runs of every kind, played to the end or left open. `decided` has everything in order; `runs` the folded truth."""
 
-    def __init__(self, name: str = "s") -> None:
+    def __init__(self, name: str = "s", slots: int = 1000) -> None:
         self.decided: list[Decided] = []
         self.name = name
-        super().__init__(slots=1000, functions=FUNCTIONS)
+        self.slots = slots
+        super().__init__(slots=slots, functions=FUNCTIONS)
         self.life = 1
         self.pass_time(START_MS - self.now_ms)
         self.policy(POLICY)
@@ -64,7 +65,7 @@ class Story(Pair):
     def pass_time(self, ms: int) -> None:
         """Let time go by, with a heartbeat of the executor at the end, so that it is not taken for dead."""
         self.now_ms += ms
-        self.register("worker-0", self.life, 1000, FUNCTIONS)
+        self.register("worker-0", self.life, self.slots, FUNCTIONS)
 
     def task(self, run_id: str) -> StepTask:
         """Take the oldest task of a run out of the executor's hands."""
@@ -104,7 +105,7 @@ class Story(Pair):
         """The executor dies; its successor proves it."""
         ended = (EndedIncarnation(incarnation=self.life, evidence="pid gone"),)
         self.life += 1
-        self.register("worker-0", self.life, 1000, FUNCTIONS, ended=ended)
+        self.register("worker-0", self.life, self.slots, FUNCTIONS, ended=ended)
 
     def play_all(self) -> None:
         """Play one run of every kind."""
@@ -114,6 +115,16 @@ class Story(Pair):
         self.play_humans()
         self.play_ends()
         self.play_changes()
+        self.play_queue()
+
+    def play_queue(self) -> None:
+        """Play a run that waits until another one gives the last slot back."""
+        slots, self.slots = self.slots, 1 + sum(len(keys) for keys in self.ledger.held_by.values())
+        self.pass_time(0)
+        for run_id in (self.begin("in-time", "a"), self.begin("in-line", "a")):
+            self.do(run_id)
+        self.slots = slots
+        self.pass_time(0)
 
     def play_changes(self) -> None:
         """Play a step that adds a node to its run's graph, where it may and where it may not."""

@@ -207,7 +207,7 @@ class Pair:
         reserved = settled = 0
         for event in self.ledger_events:
             name = type(event).__name__
-            if name == "AttemptReserved":
+            if name in ("AttemptGranted", "AttemptReserved"):
                 reserved += event.reserved_micros
             elif name in ("AttemptSettled", "AttemptReleased"):
                 reserved -= event.reserved_micros

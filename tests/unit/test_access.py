@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, KafkaException
 from pydantic import SecretStr, ValidationError
 from typer.testing import CliRunner
 
 from tidegate.cli.__main__ import app as cli
+from tidegate.eventlog.kafka import renewal
 from tidegate.eventlog.kafka.renewal import is_refusal
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
 from tidegate.topics.access import GROUPS, ROLES, FoundGrant, Grant, Principals, compare, grants, used_by
@@ -214,6 +215,51 @@ def test_a_replaced_certificate_or_key_is_noticed_and_never_shown(tmp_path: Path
 )
 def test_a_refusal_is_told_from_a_broker_that_is_away(code: int, said: str, refused: bool) -> None:
     assert is_refusal(KafkaError(code, said)) is refused
+
+
+REFUSAL = KafkaError(KafkaError._AUTHENTICATION, "Authentication failed")
+
+
+def test_a_refusal_counts_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a certificate that is renewed in time would end every process that was ever refused, and what executors run."""
+    clock = [1000.0]
+    monkeypatch.setattr(renewal.time, "monotonic", lambda: clock[0])
+    password = tmp_path / "password"
+    password.write_text("old")
+    told: list[KafkaError] = []
+    client = renewal.Renewal(scram(sasl_password_file=password), told.append)
+    client(REFUSAL)  # as by brokers that have just begun and know nobody yet
+    client.check()
+    for _ in range(100):
+        clock[0] += 10
+        client.check()
+    password.write_text("new")  # in time: nobody refuses the old one
+    clock[0] += 10
+    client(KafkaError(KafkaError._TRANSPORT, "Connection refused"))
+    client.check()
+    clock[0] += 10
+    client(REFUSAL)
+    with pytest.raises(KafkaException, match="the files hold others by now"):
+        client.check()
+    assert len(told) == 3
+
+
+def test_who_is_refused_again_and_again_sees_the_file_that_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(renewal.time, "monotonic", lambda: clock[0])
+    password = tmp_path / "password"
+    password.write_text("old")
+    client = renewal.Renewal(scram(sasl_password_file=password), lambda _: None)
+    for _ in range(1000):
+        clock[0] += 5
+        client(REFUSAL)
+        client.check()
+    password.write_text("new")
+    clock[0] += 5
+    with pytest.raises(KafkaException, match="the files hold others by now"):
+        client.check()
 
 
 def test_a_file_without_a_secret_is_named_and_its_content_is_not(tmp_path: Path) -> None:

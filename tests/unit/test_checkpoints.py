@@ -374,6 +374,59 @@ def test_a_doubtful_snapshot_is_thrown_away_and_the_log_folded(service: str, dam
     assert_restores(cluster)
 
 
+# From the key of a snapshot that the checkpoint needs.
+ALTERED: list[Callable[[bytes], bytes]] = [
+    lambda key: b"garbage",
+    lambda key: b"",
+    lambda key: b"\xff\xfe",
+    lambda key: key[:5],
+    lambda key: key.replace(b":", b":+", 1),  # a number to Python, and another key to Kafka
+    lambda key: key.replace(b":", b":0", 1),
+    lambda key: key.replace(b":", b": ", 1),
+    lambda key: key.rpartition(b":")[0],
+    lambda key: key.rpartition(b":")[0] + b":\xff",
+    lambda key: key.replace(b":", b":" + b"9" * 5000, 1),
+    lambda key: b"part:1",
+    lambda key: b"done:x:1",
+    lambda key: b"done:1:1:1",
+]
+
+
+@pytest.mark.parametrize("service", ["scheduler", "gate"])
+def test_what_stands_under_a_key_that_no_owner_writes_is_passed_over(service: str) -> None:
+    """It certifies nothing and took nobody's place; else one such record would make every restart fold the whole log."""
+    cluster = doubtful_cluster()
+    partition, key, _ = live_key(cluster, service)
+    for alter in ALTERED:
+        for value in (b"garbage", None):
+            cluster.writer.send(Record(SNAPSHOTS[service], partition, alter(key), value))
+            cluster.writer.flush(1.0)
+            by_snapshots, by_log = restored_and_folded(cluster, service, partition)
+            assert by_snapshots.checkpoint is not None, (alter(key), value)
+            assert state_of(by_snapshots) == state_of(by_log)
+
+
+def test_garbage_under_an_owners_key_is_not_passed_over() -> None:
+    cluster = doubtful_cluster()
+    partition, key, _ = live_key(cluster, "scheduler")
+    cluster.writer.send(Record("run-snapshots", partition, key, b"garbage"))
+    cluster.writer.flush(1.0)
+    assert restored_and_folded(cluster, "scheduler", partition)[0].checkpoint is None
+
+
+def test_the_next_owner_removes_what_no_owner_wrote() -> None:
+    cluster = doubtful_cluster()
+    cluster.writer.send(Record("run-snapshots", 0, b"garbage", b"garbage"))
+    cluster.writer.flush(1.0)
+    cluster.crash("scheduler")
+    cluster.start("scheduler")
+    some_work(cluster, 0, steps=5)
+    cluster.now_ms += 10_000
+    cluster.settle()
+    last = [m.value for m in cluster.messages("run-snapshots", 0) if m.key == b"garbage"][-1:]
+    assert last in ([None], [])
+
+
 @pytest.mark.parametrize("service", ["scheduler", "gate"])
 def test_a_snapshot_topic_that_lost_its_tail_is_noticed(service: str) -> None:
     """What is lost may leave an older snapshot under the same key, which nothing else would tell from the true one."""

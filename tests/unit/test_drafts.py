@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.cluster import ACCOUNT_PARTITIONS, RUN_PARTITIONS, Cluster
 from tidegate import codec
 from tidegate.domain import run_events as re
-from tidegate.domain.entry import Entry, InputRange, causes_text, decisions_in, inputs_of
+from tidegate.domain.entry import Entry, InputRange, Position, causes_in, causes_text, parts_of
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog import draft, owned
 
@@ -58,15 +59,21 @@ def asked(cluster: Cluster, *run_ids: str) -> None:
 def test_a_cause_names_its_inputs_exactly() -> None:
     ranges = [
         InputRange("gate-requests", 3, 7, 7),
-        InputRange("gate-leases", 3, 1, 4),
+        InputRange("gate-leases", 3, 1, 3),
         InputRange("gate-requests", 3, 9, 10),
     ]
     text = causes_text(ranges)
-    assert text == "gate-requests:3:7 gate-leases:3:1-4 gate-requests:3:9-10"
-    assert inputs_of(text) == ranges
-    assert decisions_in(text) == 7
-    for alone in ("gate-requests:3:7", "timer:17:triage/1-2:1", "table:policies:17"):
-        assert decisions_in(alone) == 1
+    assert text == "gate-requests:3:7 gate-leases:3:1..3 gate-requests:3:9..10"
+    assert causes_in(text) == [
+        *("gate-requests:3:7", "gate-leases:3:1", "gate-leases:3:2", "gate-leases:3:3"),
+        *("gate-requests:3:9", "gate-requests:3:10"),
+    ]
+    for alone in ("gate-requests:3:7", "timer:17:a ..b/1..2:1", "table:policies:17"):
+        assert causes_in(alone) == [alone]
+    assert causes_in("a:0:0..999999999999 b:0:1", 2) == [
+        "a:0:0",
+        "a:0:1",
+    ]  # no entry of ours, and more than fits anywhere
 
 
 def test_what_a_turn_of_the_gate_decides_is_one_entry() -> None:
@@ -76,19 +83,51 @@ def test_what_a_turn_of_the_gate_decides_is_one_entry() -> None:
     (entry,) = ledger(cluster)
     opened = [event.run_id for event in entry.events if type(event).__name__ == "RunOpened"]
     assert sorted(opened) == list(RUNS)
-    assert decisions_in(entry.cause) == len(RUNS)
-    assert entry.inputs["gate-requests"] == inputs_of(entry.cause)[-1].last + 1
+    assert len(entry.parts) == len(RUNS)
+    assert f"gate-requests:0:{entry.inputs['gate-requests'] - 1}" == causes_in(entry.cause)[-1]
     cluster.settle()
     report, runs = cluster.verified()
     assert report.problems == []
     assert {run.status for run in runs.values()} == {"succeeded"}
 
 
+def test_what_an_entry_tells_is_what_each_of_its_inputs_would_have_told() -> None:
+    """Receivers judge a message as what one input caused: two of its items never concern the same thing in turn."""
+    cluster = Cluster()
+    asked(cluster, *RUNS)
+    until(cluster, "gate", lambda: ledger(cluster))
+    (entry,) = ledger(cluster)
+    machine = cluster.owners["gate"].machine
+    together = machine.tells(entry, lambda index: Position(0, 5, index))
+    assert [tell.record.source.index for tell in together] == list(range(len(together)))
+    alone = [tell for part in parts_of(entry) for tell in machine.tells(part, lambda index: Position(0, 5, index))]
+
+    def unplaced(record: Any) -> Any:
+        return msgspec.structs.replace(record, source=Position(0, 0, 0))
+
+    assert [(t.topic, t.key, unplaced(t.record)) for t in together] == [
+        (t.topic, t.key, unplaced(t.record)) for t in alone
+    ]
+    assert len({(tell.topic, tell.key) for tell in together}) == len(together), (
+        "compaction would take one for the other"
+    )
+
+
+def test_parts_that_do_not_make_up_their_entry_are_noticed() -> None:
+    cluster = Cluster()
+    asked(cluster, *RUNS)
+    until(cluster, "gate", lambda: ledger(cluster))
+    (entry,) = ledger(cluster)
+    for parts in (entry.parts[1:], (*entry.parts[:-1], entry.parts[-1] + 1)):
+        with pytest.raises(ValueError, match="do not make up"):
+            parts_of(msgspec.structs.replace(entry, parts=parts))
+
+
 def test_an_entry_of_many_inputs_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft, "MAX_EVENTS", 7)
     cluster = Cluster()
     asked(cluster, *RUNS)
-    until(cluster, "gate", lambda: sum(decisions_in(entry.cause) for entry in ledger(cluster)) == len(RUNS))
+    until(cluster, "gate", lambda: sum(len(entry.parts) or 1 for entry in ledger(cluster)) == len(RUNS))
     assert all(len(entry.events) <= 7 for entry in ledger(cluster))
     assert len(ledger(cluster)) > 2
     monkeypatch.setattr(draft, "MAX_BYTES", 1)
@@ -112,7 +151,7 @@ def test_a_decision_that_cannot_be_written_leaves_the_others_in_the_draft(monkey
     until(cluster, "gate", lambda: ledger(cluster))
     (entry,) = ledger(cluster)
     assert {event.run_id for event in entry.events} == set(RUNS) - {"r3"}
-    offsets = [offset for _, _, first, last in inputs_of(entry.cause) for offset in range(first, last + 1)]
+    offsets = [int(cause.rpartition(":")[2]) for cause in causes_in(entry.cause)]
     assert offsets == [offset for offset, run_id in enumerate(requests) if run_id != "r3"]
     (letter,) = [codec.decode(message.value) for message in cluster.messages("dead-letters", 0)]
     assert (letter.topic, letter.offset) == ("gate-requests", requests.index("r3"))
@@ -156,7 +195,8 @@ def test_an_allow_and_a_result_that_comes_soon_are_one_entry() -> None:
     until(cluster, "scheduler", lambda: len(run_entries(cluster, "r0")) > before)
     entry = run_entries(cluster, "r0")[before]
     assert names(entry)[:2] == ["AttemptDispatched", "StepSucceeded"]
-    assert [one.topic for one in inputs_of(entry.cause)] == ["gate-decisions", "step-results"]
+    assert [cause.partition(":")[0] for cause in causes_in(entry.cause)] == ["gate-decisions", "step-results"]
+    assert [names(part)[0] for part in parts_of(entry)] == ["AttemptDispatched", "StepSucceeded"]
 
 
 def test_without_a_result_an_allow_waits_no_longer_than_it_may() -> None:

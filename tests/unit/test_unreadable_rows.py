@@ -160,6 +160,22 @@ def test_when_the_latest_version_is_removed_the_one_before_it_is_the_latest(is_k
     assert published.find("w") is None
 
 
+@pytest.mark.feature("G1")
+def test_a_name_means_what_was_published_before_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the consumer has not fetched it yet, which takes a few milliseconds."""
+    cluster = Cluster()
+    rows = [
+        WorkflowPublished(name="w", version=version, definition_hash="", definition="{}", by="", at_ms=0)
+        for version in "12"
+    ]
+    write(cluster, "workflows", "w@1", codec.encode(rows[0]))
+    published = PublishedWorkflows(cluster.broker)
+    monkeypatch.setattr(published._inbox, "poll", lambda *_: [])
+    write(cluster, "workflows", "w@2", codec.encode(rows[1]))
+    published.follow(Message("run-requests", 0, 1, b"k", b"", (), 0))
+    assert published.find("w") == rows[1]
+
+
 def test_the_next_heartbeat_mends_an_instance_so_garbage_is_passed_over() -> None:
     cluster = Cluster()
     write(cluster, "instances", "ex-9", GARBAGE)

@@ -218,7 +218,7 @@ def assert_nothing_paused_is_asked(storm: Storm, entry: Entry) -> None:
 
 def assert_nothing_paused_is_placed(storm: Storm, entry: Entry) -> None:
     controls = controls_at(storm, entry.tables["controls"])
-    placed = [event for event in entry.events if isinstance(event, le.AttemptPlaced)]
+    placed = [event for event in entry.events if isinstance(event, le.Placing)]
     assert not any(controls.is_paused(event.call.queue) for event in placed)
 
 

@@ -55,7 +55,7 @@ class BudgetBooks:
         """Take what an attempt's event changes in buckets into the books. Those of earlier versions change nothing there: events
         of the buckets do, one for each.
         """
-        if kind == "AttemptReserved" and event.get("counts"):
+        if kind == "AttemptGranted" or (kind == "AttemptReserved" and event.get("counts")):
             exceeds = set(event["exceeds"])
             if exceeds - set(event["buckets"]):
                 yield f"{_said(_name(event))}: exceeds {sorted(exceeds)}, and is set aside in {event['buckets']}"

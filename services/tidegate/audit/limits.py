@@ -69,7 +69,7 @@ class LimitBooks:
 
     def _event(self, where: str, partition: int, now_ms: int, kind: str, event: dict[str, Any]) -> None:
         self.throttled += kind == "AttemptThrottled"
-        if kind in ("AttemptPlaced", "LeaseGiven"):
+        if kind in ("AttemptGranted", "AttemptPlaced", "LeaseGiven"):
             self._begin(where, partition, kind == "LeaseGiven", event)
         elif kind in ENDS:
             self._end(partition, kind == "LeaseEnded", event)

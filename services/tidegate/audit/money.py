@@ -33,20 +33,24 @@ ENDED: Final = frozenset({REFUSED, SETTLED, RELEASED, LAPSED})
 
 # (what became of an attempt so far, event) -> what becomes of it. What is not here breaks the rules of the ledger.
 ATTEMPTS: Final[dict[tuple[str, str], str]] = {
+    ("", "AttemptGranted"): PLACED,
     ("", "AttemptReserved"): RESERVED,
     ("", "AttemptRefused"): REFUSED,
     ("", "ApprovalHeld"): HELD,
     ("", "AttemptPaused"): PAUSED,
+    (HELD, "AttemptGranted"): PLACED,
     (HELD, "AttemptReserved"): RESERVED,
     (HELD, "ApprovalHeld"): HELD,  # a rule's question was answered, now a budget has one
     (HELD, "AttemptPaused"): PAUSED,
     (HELD, "ApprovalLapsed"): LAPSED,
     (HELD, "QuestionAnswered"): ANSWERED,  # by the gate: how it goes on stands in the same entry
+    (ANSWERED, "AttemptGranted"): PLACED,
     (ANSWERED, "AttemptReserved"): RESERVED,
     (ANSWERED, "AttemptRefused"): REFUSED,
     (ANSWERED, "AttemptPaused"): PAUSED,
     (PAUSED, "AttemptPaused"): PAUSED,
     (PAUSED, "ApprovalHeld"): HELD,
+    (PAUSED, "AttemptGranted"): PLACED,
     (PAUSED, "AttemptReserved"): RESERVED,
     (PAUSED, "AttemptRefused"): REFUSED,
     (PAUSED, "AttemptReleased"): RELEASED,
@@ -473,12 +477,12 @@ class _Page:
             for problem in post(run, attempt, event):
                 self._note(name.run_id, f"{_said(name)}: {problem}")
             self._bill_above(run, run.reserved_micros + run.settled_micros - before_micros)
-            if kind == "AttemptReserved":
+            if kind in _RESERVING:
                 self._may_spend(name, run)
         attempt.status = becomes
         self._books.attempts[name] = attempt
         self._books._names.setdefault(name.run_id, {})[name] = None
-        if kind == "AttemptReserved":
+        if kind in _RESERVING:
             for problem in self._books.budgets.reserved_for(name, event):
                 self._note(name.run_id, f"{_said(name)}: {problem}")
         elif becomes in ENDED:
@@ -501,6 +505,7 @@ _RUNS: Final[dict[str, Callable[[_Page, str, dict[str, Any]], None]]] = {
     "FamilyOver": _Page._over,
 }
 _KINDS: Final = frozenset(kind for _, kind in ATTEMPTS)
+_RESERVING: Final = frozenset({"AttemptGranted", "AttemptReserved"})
 
 
 # --- posting: what an event does to its attempt and to its run; returns what is wrong with it -------------------------
@@ -546,6 +551,11 @@ def _placed(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iter
     attempt.placement = Placement(event["instance_id"], event["incarnation"])
 
 
+def _granted(run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
+    yield from _reserved(run, attempt, event)
+    yield from _placed(run, attempt, event)
+
+
 def _lost(_run: RunBooks, attempt: AttemptBooks, event: dict[str, Any]) -> Iterable[str]:
     if attempt.placement not in (ANYBODY, (event["instance_id"], event["incarnation"])):
         yield f"lost by {event['instance_id']} of incarnation {event['incarnation']}, which never had it"
@@ -588,6 +598,7 @@ def _take_back(run: RunBooks, attempt: AttemptBooks) -> int:
 
 _POSTINGS: Final[dict[str, Callable[[RunBooks, AttemptBooks, dict[str, Any]], Iterable[str]]]] = {
     "ApprovalHeld": _held,
+    "AttemptGranted": _granted,
     "AttemptReserved": _reserved,
     "AttemptQueued": _queued,
     "AttemptPlaced": _placed,

@@ -17,6 +17,7 @@ from tidegate.cli.endings import EXIT_REFUSED, explained
 from tidegate.cli.options import By, Json, Reason
 from tidegate.cli.terminal import Console
 from tidegate.cli.wording import plain_table
+from tidegate.domain.identity import MAX_MICROS
 from tidegate.eventlog.interface import Broker
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 Name = Annotated[str, typer.Argument(metavar="BUDGET", help="The budget's name.")]
 PER_DOLLAR: Final = 1_000_000
+MAX_DOLLARS: Final = MAX_MICROS / PER_DOLLAR  # without a bound infinity is a number here, too
 MAX_LISTED: Final = 10
 
 
@@ -58,7 +60,7 @@ def show(name: Name, as_json: Json = False) -> None:
 def topup(
     name: Name,
     account: Annotated[str, typer.Option("--account", help="The account that is counted, as `budget show` names it.")],
-    dollars: Annotated[float | None, typer.Option("--dollars", min=0.0, help="More money.")] = None,
+    dollars: Annotated[float | None, typer.Option("--dollars", min=0.0, max=MAX_DOLLARS, help="More money.")] = None,
     input_tokens: Annotated[int | None, typer.Option("--input-tokens", min=0)] = None,
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", min=0)] = None,
     calls: Annotated[int | None, typer.Option("--calls", min=0)] = None,

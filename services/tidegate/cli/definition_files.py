@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from tidegate.cli.endings import usage
 from tidegate.domain.canonical import NotJsonError
 from tidegate.domain.definition_damage import places_of, written
 from tidegate.domain.requests import parse_json
+from tidegate.sdk.judging import label_of
 from tidegate.yaml_lines import TextError, parts_of, values_of
 
 YAML_SUFFIXES: Final = frozenset({".yaml", ".yml"})
@@ -78,11 +79,6 @@ def read_definitions(command: str, file: Path) -> tuple[list[dict[str, Any]], Li
         if node is not None:
             lines.add(number, label_of(definition), node)
     return [definition for definition, _ in parts], lines
-
-
-def label_of(definition: Mapping[str, Any]) -> str:
-    """Return `name@version` of a definition, right or wrong."""
-    return f"{definition.get('name')}@{definition.get('version')}"
 
 
 def _yaml(data: bytes) -> list[tuple[Any, yaml.Node | None]]:

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from tidegate.cli.addresses import DATA_DIR_VARIABLE, DEFAULT_DATA_DIR, AddressError, read_address
+from tidegate.cli.options import port_option
 from tidegate.cli.wording import counted
 from tidegate.domain.workflow import AGENT_PREFIX
 from tidegate.embedded.data_folder import DataFolder, DataFolderError
 from tidegate.embedded.errors import EmbeddedKafkaError
+from tidegate.embedded.ports import PortTakenError, check_ports
 from tidegate.embedded.stack import ExecutorPool, Stack, StackError
 from tidegate.embedded.supervisor import ProcessStatus
 from tidegate.eventlog.interface import EventLogError
@@ -42,11 +44,9 @@ def dev(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Empty the data folder first, if `tidegate dev` made it.")
     ] = False,
-    kafka_port: Annotated[
-        int, typer.Option(min=0, max=65_535, help="Port of Kafka; a free one if it is taken, or 0.")
-    ] = 9092,
-    sql_port: Annotated[int, typer.Option(help="Port of the SQL endpoint; 0 for a free one.")] = 0,
-    gateway_port: Annotated[int, typer.Option(help="Port of the live view; 0 for a free one.")] = 0,
+    kafka_port: Annotated[int, port_option("Port of Kafka; a free one if it is taken, or 0.")] = 9092,
+    sql_port: Annotated[int, port_option("Port of the SQL endpoint; 0 for a free one.")] = 0,
+    gateway_port: Annotated[int, port_option("Port of the live view; 0 for a free one.")] = 0,
 ) -> None:
     """Start Kafka, ClickHouse, all services and one executor of your app; Ctrl-C stops them, the data stays.
 
@@ -55,21 +55,26 @@ def dev(
     A line is printed for every part, and whenever one changes its state.
 
     Exit codes: 1 something does not start; 2 wrong usage, an app that cannot
-    be loaded, or a data folder that must not be emptied.
+    be loaded, a port that is taken, or a data folder that must not be emptied.
     """
     stop = stop_on_signals()
+    kafka = KafkaSettings() if os.environ.get("TIDEGATE_KAFKA_BOOTSTRAP") else None
     try:
         loaded = load_app(app_name)
+        check_ports(
+            {"--sql-port": sql_port, "--gateway-port": gateway_port},
+            wished={} if kafka else {"--kafka-port": kafka_port},
+        )
         if fresh:
             DataFolder(data_dir).empty()
-    except (AppError, DataFolderError) as error:
+    except (AppError, PortTakenError, DataFolderError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     console = Console(soft_wrap=True)  # lines are read by programs, too, and hold paths: never broken
     stack = Stack(
         data_dir,
         pools=[ExecutorPool(app_name, slots=slots)],
-        kafka=KafkaSettings() if os.environ.get("TIDEGATE_KAFKA_BOOTSTRAP") else None,
+        kafka=kafka,
         kafka_port=kafka_port,
         sql_port=sql_port,
         gateway_port=gateway_port,

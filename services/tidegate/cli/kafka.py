@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tidegate.cli.options import port_option
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.kafka import EmbeddedKafka, default_cache_dir
 from tidegate.embedded.ports import LOOPBACK
@@ -20,9 +21,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def kafka(
     data_dir: Annotated[Path, typer.Option(help="Where its data is kept.")] = Path(".tidegate/kafka"),
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65_535, help="Port to listen on; a free one if taken or not given.")
-    ] = None,
+    port: Annotated[int | None, port_option("Port to listen on; a free one if taken or not given.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for everywhere, which is for containers of its own.")
     ] = LOOPBACK,

@@ -52,7 +52,7 @@ QUERIES: Final = {
             account,
             sumIf(actual_micros, type = 'AttemptSettled' AND at > now() - INTERVAL {window} SECOND) AS window_micros,
             sumIf(actual_micros, type = 'AttemptSettled') AS total_micros,
-            sumIf(reserved_micros, type = 'AttemptReserved')
+            sumIf(reserved_micros, type IN ('AttemptGranted', 'AttemptReserved'))
                 - sumIf(reserved_micros, type IN ('AttemptSettled', 'AttemptReleased')) AS reserved_micros
         FROM ledger
         GROUP BY account
@@ -102,7 +102,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 def top(
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object per look instead, one a line.")] = False,
-    interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between two looks.")] = 2.0,
+    interval_s: Annotated[
+        float, typer.Option("--interval", min=0.2, max=86_400, help="Seconds between two looks.")
+    ] = 2.0,
     window_s: Annotated[
         int,
         typer.Option("--window", min=1, max=31 * 86_400, help="Seconds over which throughput and spend are counted."),

@@ -171,7 +171,8 @@ def shown(line: Line) -> str:
     at = datetime.datetime.fromtimestamp(line.at_ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
     by = f" by {line.policy}/{line.rule}" if line.policy else f" by {line.rule}" if line.rule else ""
     looked = f"\n    it looked at {line.values}" if line.values else ""
-    return f"{at}  {line.step_id}#{line.attempt}  {line.said}{by}{looked}"
+    attempt = f"#{line.attempt}" if line.attempt else ""  # what became of a change is about none
+    return f"{at}  {line.step_id}{attempt}  {line.said}{by}{looked}"
 
 
 def shown_input(part: BoundInput) -> str:
@@ -188,7 +189,7 @@ def _time(at_ms: int) -> str:
     return datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC).isoformat(timespec="seconds")
 
 
-def _reserved(event: ev.AttemptReserved) -> str:
+def _reserved(event: ev.Reserving) -> str:
     basis = f" ({event.basis})" if event.basis else ""
     counted = f", counted in {', '.join(event.buckets)}" if event.buckets else ""
     approved = f", approved by {event.approved_by}" if event.approved_by else ""
@@ -227,7 +228,7 @@ def _queued(event: ev.AttemptQueued) -> str:
     return f"waits for a free slot of an executor of queue {event.call.queue}"
 
 
-def _placed(event: ev.AttemptPlaced) -> str:
+def _placed(event: ev.Placing) -> str:
     if event.call.is_outside:
         return "let through: it waits for whoever does it outside"
     preferred = event.call.preferred
@@ -238,7 +239,12 @@ def _placed(event: ev.AttemptPlaced) -> str:
     return f"placed on {event.instance_id} (incarnation {event.incarnation}){wish}"
 
 
+def _granted(event: ev.AttemptGranted) -> str:
+    return f"{_reserved(event)}; {_placed(event)}"
+
+
 _SAYINGS: Final[dict[type, Callable[[Any], str]]] = {
+    ev.AttemptGranted: _granted,
     ev.AttemptReserved: _reserved,
     ev.AttemptRefused: lambda event: f"denied: {event.reason};",
     ev.ApprovalHeld: _held,

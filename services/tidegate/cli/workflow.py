@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import drawing
-from tidegate.cli.definition_files import YAML_SUFFIXES, Lines, label_of, read_definitions
+from tidegate.cli.definition_files import YAML_SUFFIXES, read_definitions
 from tidegate.cli.endings import EXIT_REFUSED, EXIT_USAGE, WORKFLOW_EXIT_CODES, explained, usage
 from tidegate.cli.options import Json
 from tidegate.cli.run_output import moment
 from tidegate.cli.terminal import Console
 from tidegate.domain import canonical
 from tidegate.domain.messages import WorkflowPublished
-from tidegate.domain.workflow import AGENT_PREFIX, validate_definition, with_children
+from tidegate.domain.workflow import AGENT_PREFIX, with_children
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables, readable
-from tidegate.sdk.app import App
 from tidegate.sdk.client import WORKFLOWS, Client
-from tidegate.sdk.errors import GraphError
+from tidegate.sdk.judging import Judged, judged
 from tidegate.sdk.loading import load_app
 
 app = typer.Typer(
@@ -60,7 +59,7 @@ AppOption = Annotated[
 def validate(source: Source, functions_of: AppOption = "", as_json: Json = False) -> None:
     """Check definitions without publishing them: says everything that is wrong, each with its place."""
     with explained("workflow validate"):
-        _, found = _judged(_load("workflow validate", source, functions_of))
+        found = _load("workflow validate", source, functions_of).problems
     if as_json:
         print(json.dumps(found))
     else:
@@ -78,11 +77,10 @@ def publish(source: Source, functions_of: AppOption = "", as_json: Json = False)
     """
     with explained("workflow publish"):
         loaded = _load("workflow publish", source, functions_of)
-        _, found = _judged(loaded)
-        if wrong := [str(GraphError(label, problems)) for label, problems in found.items() if problems]:
-            usage("workflow publish", "\n".join(wrong))
+        if wrong := loaded.wrong():
+            usage("workflow publish", "\n".join(map(str, wrong)))
         with Client() as client:
-            labels = client.publish(loaded.what)
+            labels = client.publish(loaded)
     print(json.dumps(labels) if as_json else "\n".join(labels))
 
 
@@ -145,12 +143,12 @@ def graph(
         usage("workflow graph", "name a workflow, a file or an app, or a run with --run")
     if run_id:
         with explained("workflow graph"), Client() as client:
-            definitions: list[Mapping[str, Any]] = [client.graph(run_id, calls=True)]
+            definitions: Sequence[Mapping[str, Any]] = [client.graph(run_id, calls=True)]
     elif _is_published_name(name):
         definitions = [_find("workflow graph", name)]
     else:
         with explained("workflow graph"):
-            definitions, found = _judged(_load("workflow graph", name, functions_of))
+            definitions, found = _load("workflow graph", name, functions_of)
         if wrong := [f"{label}: {problem}" for label, problems in found.items() for problem in problems]:
             usage("workflow graph", "\n".join(wrong))
     sys.stdout.write("\n".join(drawing.FORMATS[picture](definition) for definition in definitions))
@@ -171,49 +169,16 @@ def _find(command: str, name: str) -> Any:
     return canonical.loads(rows[label].definition)
 
 
-class _Loaded(NamedTuple):
-    """What a user means, and where its parts stand if that is a file."""
-
-    what: App | list[dict[str, Any]]
-    lines: Lines
-
-
-def _judged(loaded: _Loaded) -> tuple[list[Mapping[str, Any]], dict[str, list[str]]]:
-    """Return the single definitions, and by label all that is wrong with each."""
-    found: dict[str, list[str]] = {}
-    definitions: list[Mapping[str, Any]] = (
-        _of_app(loaded.what, found) if isinstance(loaded.what, App) else [*loaded.what]
-    )
-    for number, definition in enumerate(definitions):
-        label = label_of(definition)
-        problems = [loaded.lines.located(number, problem) for problem in validate_definition(definition)]
-        if label in found:
-            problems = [*found[label], *problems, f"definition: {label} is there twice"]
-        found[label] = problems
-    return definitions, found
-
-
-def _of_app(what: App, found: dict[str, list[str]]) -> list[Mapping[str, Any]]:
-    """Return the definitions of an app; of graphs that cannot even be written down, `found` gets the problems."""
-    definitions: list[Mapping[str, Any]] = []
-    for each in what.graphs:
-        try:
-            definitions.append(what.definition(each))
-        except GraphError as error:
-            found[error.label] = error.problems
-    return [*definitions, *what.alone()]
-
-
-def _load(command: str, source: str, functions_of: str) -> _Loaded:
-    """Return the app or the definitions that a user means, completed. Raises AppError."""
+def _load(command: str, source: str, functions_of: str) -> Judged:
+    """Return the definitions that a user means, completed, and all that is wrong with each. Raises AppError."""
     file = Path(source)
     if file.suffix not in {*YAML_SUFFIXES, ".json"}:
-        return _Loaded(load_app(source), Lines())
+        return judged(load_app(source))
     definitions, lines = read_definitions(command, file)
     if functions_of:
         known = load_app(functions_of)
         definitions = [known.completed(definition) for definition in definitions]
-    return _Loaded(with_children(definitions), lines)
+    return judged(with_children(definitions), lines.located)
 
 
 def _published(command: str) -> dict[str, WorkflowPublished]:

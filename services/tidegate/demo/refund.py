@@ -99,7 +99,7 @@ class RefundDemo:
             f"WHERE run_id = '{run_id}' AND type = 'AttemptDispatched' AND endsWith(step_id, 'tool:issue_refund')"
         )[0]["n"]
         money = self._sql(
-            "SELECT sumIf(reserved_micros, type = 'AttemptReserved') AS reserved, "
+            "SELECT sumIf(reserved_micros, type IN ('AttemptGranted', 'AttemptReserved')) AS reserved, "
             "sumIf(reserved_micros, type IN ('AttemptSettled', 'AttemptReleased')) AS ended, "
             f"sumIf(actual_micros, type = 'AttemptSettled') AS settled FROM ledger WHERE run_id = '{run_id}'"
         )[0]

@@ -6,7 +6,8 @@ import os
 
 from tidegate import App
 
-app = App("smoke", queue=os.environ.get("TIDEGATE_SMOKE_QUEUE", "smoke"))
+_queue = os.environ.get("TIDEGATE_SMOKE_QUEUE", "smoke")
+app = App("smoke", queue=_queue)
 
 
 @app.step(cost_micros=1)
@@ -15,4 +16,5 @@ def double(number: int) -> int:
     return 2 * number
 
 
-app.graph("tidegate-smoke").node("double", double)
+# A version for each queue: what a name and version mean never changes, and the queue is part of it.
+app.graph("tidegate-smoke", version=_queue).node("double", double)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 TAG_FIELD = "-type"  # the key by which fastavro picks the branch of a union
 POSITION_INDEX_BITS = 12
@@ -27,8 +30,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     marks: highest position consumed per source (`gate-ledger-3`), only those that changed since the last entry.
     told: own offset up to and including which all tells are acknowledged; -1 for none.
     tables: next offset of every global table at the decision.
-    cause: `topic:partition:offset` of the input, or `topic:partition:first-last` of inputs that follow each other, several of
+    cause: `topic:partition:offset` of the input, or `topic:partition:first..last` of inputs that follow each other, several of
     them in the order in which they were decided on, a blank between; or `timer:…`, `table:…`.
+    parts: how many of the events each of these inputs caused, in order; empty if all follow from one cause. What is told follows
+    from each part, as if it were an entry of its own.
     """
 
     subject: str
@@ -42,10 +47,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     told: int
     tables: dict[str, int]
     cause: str
+    parts: tuple[int, ...] = ()
     events: tuple[Any, ...]
 
 
-class InputRange(NamedTuple):
+class InputRange(msgspec.Struct, gc=False):
     """Inputs that follow each other in a partition: the offsets of the first and of the last."""
 
     topic: str
@@ -57,28 +63,45 @@ class InputRange(NamedTuple):
 def causes_text(ranges: Iterable[InputRange]) -> str:
     """Return how an entry names the inputs that caused it."""
     return " ".join(
-        f"{topic}:{partition}:{first}" if first == last else f"{topic}:{partition}:{first}-{last}"
-        for topic, partition, first, last in ranges
+        [
+            f"{one.topic}:{one.partition}:{one.first}"
+            if one.first == one.last
+            else f"{one.topic}:{one.partition}:{one.first}..{one.last}"
+            for one in ranges
+        ]
     )
 
 
-def inputs_of(cause: str) -> list[InputRange]:
-    """Return the inputs that an entry names as its cause, in order; none if it was a timer or a table. Raises ValueError."""
-    if cause.startswith(("timer:", "table:")):
-        return []
-    found = []
-    for text in cause.split():
-        topic, partition, offsets = text.rsplit(":", 2)
-        first, _, last = offsets.partition("-")
-        found.append(InputRange(topic, int(partition), int(first), int(last or first)))
+def causes_in(text: str, most: int = sys.maxsize) -> list[str]:
+    """Return each cause that an entry names, in order: `topic:partition:offset`, or the one timer or table. Raises ValueError.
+
+    most: how many are wanted. A few bytes that are no entry of ours may name more than any memory holds.
+    """
+    if (".." not in text and " " not in text) or text.startswith(("timer:", "table:")):
+        return [text]
+    found: list[str] = []
+    for inputs in text.split():
+        place, _, offsets = inputs.rpartition(":")
+        first, _, last = offsets.partition("..")
+        found += [
+            f"{place}:{offset}" for offset in islice(range(int(first), int(last or first) + 1), most - len(found))
+        ]
     return found
 
 
-def decisions_in(cause: str) -> int:
-    """Return how many decisions an entry holds: one for each input that it names, one for a timer or a table."""
-    if " " not in cause and "-" not in cause.rpartition(":")[2]:
-        return 1  # as it is where little is under way
-    return sum(last - first + 1 for _, _, first, last in inputs_of(cause)) or 1
+def parts_of(entry: Entry) -> list[Entry]:
+    """Return what each cause of an entry led to, as if it were an entry of its own. Raises ValueError if they do not make it up."""
+    if not entry.parts:
+        return [entry]
+    causes = causes_in(entry.cause, len(entry.parts) + 1)
+    if len(causes) != len(entry.parts) or sum(entry.parts) != len(entry.events):
+        raise ValueError(f"{len(entry.parts)} parts of {entry.cause!r} do not make up {len(entry.events)} events")
+    found, end = [], 0
+    for cause, count in zip(causes, entry.parts, strict=True):
+        begin, end = end, end + count
+        part = replace(entry, first_seq=entry.first_seq + begin, cause=cause, parts=(), events=entry.events[begin:end])
+        found.append(part)
+    return found
 
 
 class DoneSegments(msgspec.Struct, frozen=True, gc=False):

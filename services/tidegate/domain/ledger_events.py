@@ -140,6 +140,39 @@ class AttemptPlaced(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="At
     isolation: str = ""
 
 
+class AttemptGranted(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptGranted", tag_field=TAG_FIELD):
+    """The attempt is reserved and placed at once (the decision `allow`): AttemptReserved and AttemptPlaced in one.
+
+    Whatever waits between the two has both instead. The fields are theirs; what is set aside is set aside in all `buckets`.
+    """
+
+    account: str
+    run_id: str
+    step_id: str
+    attempt: int
+    reserved_micros: int
+    rule: str
+    policy: str
+    approved_by: str
+    instance_id: str
+    incarnation: int
+    task_partition: int
+    call: Call
+    amounts: Amounts = NOTHING
+    basis: str = ""
+    buckets: tuple[str, ...] = ()
+    exceeds: tuple[str, ...] = ()
+    leases: tuple[Lease, ...] = ()
+    redact: tuple[str, ...] = ()
+    isolation: str = ""
+    values: str = ""
+
+
+# What sets aside for an attempt, and what places it: one event does both where nothing is waited for in between.
+Reserving = AttemptReserved | AttemptGranted
+Placing = AttemptPlaced | AttemptGranted
+
+
 class AttemptSettled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="AttemptSettled", tag_field=TAG_FIELD):
     """The reservation ended with what was spent. overshoot_micros: what it cost beyond the reservation.
 
@@ -626,6 +659,7 @@ LedgerEvent = (
     | FamilyOver
     | QuestionAnswered
     | BudgetsReleased
+    | AttemptGranted
 )
 
 

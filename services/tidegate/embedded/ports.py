@@ -2,6 +2,7 @@
 
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -16,17 +17,42 @@ class NoFreePortError(OSError):
     """No port could be bound in many tries."""
 
 
+class PortTakenError(OSError):
+    """A port that was asked for cannot be listened on; the message says which, why, and what to do."""
+
+
 def is_free(port: int) -> bool:
     """Say whether a server could listen on this loopback port right now. Blocks not."""
+    return not _obstacle(port)
+
+
+def check_ports(asked: Mapping[str, int], *, wished: Mapping[str, int]) -> None:
+    """Raise PortTakenError unless servers could listen on all of these ports right now, one each. 0 is any free one.
+
+    Both are options and their ports. wished: gives way to a free one if it is taken, but not to another option.
+    """
+    options: dict[int, str] = {}
+    for option, port in (*wished.items(), *asked.items()):
+        if port and (other := options.setdefault(port, option)) != option:
+            raise PortTakenError(
+                f"{other} and {option} are both {port}: give one of them another port, or 0 for a free one"
+            )
+    for option, port in asked.items():
+        if port and (obstacle := _obstacle(port)):
+            raise PortTakenError(f"{option} {port}: {obstacle} on {LOOPBACK}; choose another port, or 0 for a free one")
+
+
+def _obstacle(port: int) -> str:
+    """Return why no server can listen on a loopback port right now; empty if one can. Blocks not."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As the servers do it: connections of a predecessor in TIME_WAIT are no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
             probe.listen(1)
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
 
 
 def choose_port(asked: int | None = None, *, avoid: frozenset[int] = frozenset()) -> int:

@@ -26,6 +26,7 @@ class Draft:
         "_due",
         "_inputs",
         "_marks",
+        "_parts",
         "_ranges",
         "_size",
         "account",
@@ -48,6 +49,7 @@ class Draft:
         self.events: list[Any] = []
         self._blocks: list[bytes] = []
         self._size = 0
+        self._parts: list[int] = []
         self._ranges: list[InputRange] = []
         self._due = ""
         self._inputs: dict[str, int] = {}
@@ -59,7 +61,8 @@ class Draft:
             return False
         if len(self.events) + events > MAX_EVENTS or self._size + size > MAX_BYTES:
             return False
-        return len(self._ranges) < MAX_RANGES or _follows(self._ranges[-1], cause)
+        ranges = self._ranges
+        return len(ranges) < MAX_RANGES or (cause.topic == ranges[-1].topic and cause.offset == ranges[-1].last + 1)
 
     def add(
         self,
@@ -71,6 +74,7 @@ class Draft:
     ) -> None:
         """Add what one cause led to. block: the events' bytes; inputs, marks: the positions after it, and which marks changed."""
         self.events += events
+        self._parts.append(len(events))
         self._blocks.append(block)
         self._size += len(block)
         self._inputs = dict(inputs)
@@ -78,10 +82,12 @@ class Draft:
             self._marks.update(marks)
         if isinstance(cause, str):
             self._due = cause
-        elif self._ranges and _follows(self._ranges[-1], cause):
-            self._ranges[-1] = self._ranges[-1]._replace(last=cause.offset)
+            return
+        ranges, offset = self._ranges, cause.offset
+        if ranges and offset == ranges[-1].last + 1 and cause.topic == ranges[-1].topic:
+            ranges[-1].last = offset
         else:
-            self._ranges.append(InputRange(cause.topic, cause.partition, cause.offset, cause.offset))
+            ranges.append(InputRange(cause.topic, cause.partition, offset, offset))
 
     def entry(self, epoch: int, told: int, events: Sequence[Any]) -> Entry:
         """Return the entry that this is with these events."""
@@ -97,14 +103,11 @@ class Draft:
             told=told,
             tables=self.tables,
             cause=self._due or causes_text(self._ranges),
+            parts=tuple(self._parts) if len(self._parts) > 1 else (),
             events=tuple(events),
         )
 
-    def sealed(self, kind: str, epoch: int, told: int) -> tuple[Entry, bytes]:
-        """Return the entry and its bytes. Raises ValueError if it cannot be written, which its owner has ruled out."""
-        entry = self.entry(epoch, told, self.events)
-        return entry, codec.encode_entry(kind, entry, b"".join(self._blocks))
-
-
-def _follows(last: InputRange, cause: Message) -> bool:
-    return cause.topic == last.topic and cause.offset == last.last + 1
+    def bytes_of(self, kind: str, entry: Entry) -> bytes:
+        """Return the bytes of the entry that this is. Raises ValueError if it cannot be written, which its owner has ruled out."""
+        blocks = self._blocks
+        return codec.encode_entry(kind, entry, blocks[0] if len(blocks) == 1 else b"".join(blocks))

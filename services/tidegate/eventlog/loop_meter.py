@@ -116,6 +116,7 @@ _BY_PARTITION: Final = (
     metrics.since_checkpoint,
 )
 _DECISIONS: Final = {
+    "AttemptGranted": "allow",
     "AttemptPlaced": "allow",
     "AttemptRefused": "deny",
     "AttemptThrottled": "throttle",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from tidegate.domain.entry import Entry, Position
+from tidegate.domain.entry import Entry, Position, parts_of
 from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
@@ -48,6 +48,22 @@ class Tell(msgspec.Struct, frozen=True, gc=False):
     partition: int
     key: str
     record: Any
+
+
+def tells_of_parts(
+    entry: Entry, at: Callable[[int], Position], tells: Callable[[Entry, Callable[[int], Position]], list[Tell]]
+) -> list[Tell]:
+    """Return what each part of an entry tells, numbered through. Receivers see what one input caused, however it was logged.
+
+    tells: says what an entry of one part tells.
+    """
+    if not entry.parts:
+        return tells(entry, at)
+    found: list[Tell] = []
+    for part in parts_of(entry):
+        first = len(found)
+        found += tells(part, lambda index, first=first: at(first + index))  # type: ignore[misc]  # a default that is bound
+    return found
 
 
 class Machine(Protocol):

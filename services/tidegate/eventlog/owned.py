@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Final
 
 from tidegate import codec
-from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position, decisions_in
+from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, Position
 from tidegate.eventlog.draft import Draft
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import CorruptLogError, Decision, EntryRefusedError, Machine, Standing
@@ -54,7 +54,8 @@ class OwnedPartition:
     as_of: own offset of the last entry of every unit in memory. dirty: units whose latest state no snapshot of this epoch
     holds. unconfirmed: units whose snapshot is newer than the place where folding began, until the entry that it ends with is
     met (a snapshot that the log does not bear out is none). draft: what this turn decided last; sealed before the turn ends.
-    waiting: inputs that were read and do not count as read yet. torn: what is missing between the entries that were folded, until
+    waiting: inputs that were read and do not count as read yet. turn: the owner's turn of which `now_ms` is the time, if it
+    decided on an input in it. torn: what is missing between the entries that were folded, until
     one comes that carries everything forward; begun_at: the offset of that one, -1 if the log was folded from its beginning.
     """
 
@@ -81,7 +82,7 @@ class OwnedPartition:
         self.draft: Draft | None = None
         self.unacknowledged: list[tuple[Entry, list[int]]] = []
         self.waiting = WaitingInputs()
-        self._turn = -1
+        self.turn = -1
         self.as_of: dict[str, int] = {}
         self.dirty: set[str] = set()
         self.unconfirmed: dict[str, int] = {}
@@ -166,7 +167,7 @@ class OwnedPartition:
 
     def logged(self, entry: Entry, offset: int, covered: Container[str] = ()) -> None:
         """Note that the log holds an entry at `offset`, and whose state it changed."""
-        self.since_checkpoint += decisions_in(entry.cause)
+        self.since_checkpoint += len(entry.parts) or 1
         for unit in (entry.subject,) if self._is_chained_by_unit else self._units(entry):
             if unit not in covered:
                 self.as_of[unit] = offset
@@ -218,12 +219,6 @@ class OwnedPartition:
         self.marks[name] = self.changed_marks[name] = rank
         return False
 
-    def begin_turn(self, turn: int, clock_ms: int, monotonic_s: float) -> None:
-        """Read the clock, once for all inputs of a turn: an entry has one time, however many of them it holds."""
-        if turn != self._turn:
-            self._turn = turn
-            self.now_ms = self.time_ms(clock_ms, monotonic_s)
-
     def add(self, decision: Decision, cause: Message | str, tables: Mapping[str, int]) -> tuple[Entry, bytes] | None:
         """Apply a decision and put it into the draft; returns what the draft before became, if this one had no room there.
 
@@ -254,7 +249,8 @@ class OwnedPartition:
         draft, self.draft = self.draft, None
         if draft is None:
             return None
-        entry, value = draft.sealed(self.machine.entry_kind, self.epoch, self.told.told)
+        entry = draft.entry(self.epoch, self.told.told, draft.events)
+        value = draft.bytes_of(self.machine.entry_kind, entry)
         last_seq = entry.first_seq + len(entry.events) - 1
         self.machine.set_head(self.state, entry.subject, last_seq, hashlib.sha256(value).digest())
         return entry, value

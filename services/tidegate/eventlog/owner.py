@@ -257,7 +257,8 @@ class OwnerLoop:
             return
         if message.offset < part.inputs.get(message.topic, 0):
             return
-        part.begin_turn(self.turns, self._clock_ms(), self._monotonic_s())
+        if part.turn != self.turns:
+            self._begin_turn(part)
         if message.topic == self.machine.patient_topic and self._patience_s > 0:
             if self._may_wait(part, record):
                 subject = self.machine.subject_of(record)
@@ -269,6 +270,11 @@ class OwnerLoop:
             while part.waiting.is_about(subject):
                 self._take_waiting(part, 1)
         self._take(part, message, record)
+
+    def _begin_turn(self, part: OwnedPartition) -> None:
+        """Read the clock, once for all inputs of a turn: an entry has one time, however many of them it holds."""
+        if part.turn != self.turns:
+            part.turn, part.now_ms = self.turns, self._now_ms(part)
 
     def _may_wait(self, part: OwnedPartition, record: Any) -> bool:
         return _is_read(record) and self.machine.may_wait(part.state, record)
@@ -284,7 +290,7 @@ class OwnerLoop:
         late_s = self._monotonic_s() - self._patience_s
         for part in self.owned.values():
             if part.waiting and not part.doubt:
-                part.begin_turn(self.turns, self._clock_ms(), self._monotonic_s())
+                self._begin_turn(part)
                 self._take_waiting(part, len(part.waiting) - MAX_WAITING)
                 while part.waiting.since_s() <= late_s:
                     self._take_waiting(part, 1)

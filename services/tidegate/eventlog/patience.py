@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from typing import Any, Final, NamedTuple
 
 from tidegate.eventlog.interface import Message
@@ -25,7 +25,7 @@ class WaitingInputs:
 
     def __init__(self) -> None:
         self._inputs: deque[Waiting] = deque()
-        self._about: Counter[str] = Counter()
+        self._about: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -33,15 +33,14 @@ class WaitingInputs:
     def add(self, waiting: Waiting) -> None:
         """Let an input wait, behind all that do."""
         self._inputs.append(waiting)
-        self._about[waiting.subject] += 1
+        self._about[waiting.subject] = self._about.get(waiting.subject, 0) + 1
 
     def next(self) -> Waiting:
         """Return the input that waits longest, which waits no longer. Raises IndexError if none does."""
         waiting = self._inputs.popleft()
-        if self._about[waiting.subject] == 1:
-            del self._about[waiting.subject]
-        else:
-            self._about[waiting.subject] -= 1
+        left = self._about.pop(waiting.subject) - 1
+        if left:
+            self._about[waiting.subject] = left
         return waiting
 
     def is_about(self, subject: str) -> bool:

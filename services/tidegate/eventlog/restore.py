@@ -5,6 +5,7 @@ A snapshot is a shortcut, never a source: what is doubtful about one makes us th
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,13 @@ from tidegate.health import PULSE
 
 PROGRESS_EVERY: Final = 20_000
 LIVE, DONE, PART = "live", "done", "part"
+
+_NUMBER: Final = rb"0|[1-9][0-9]*"
+_KEY: Final = re.compile(
+    rb"(?=(?P<kind>live|done|part):(?P<epoch>%(n)s):)"
+    rb"(?:live:\d+:(?P<piece>%(n)s):(?P<unit>.+)|done:\d+:(?P<segment>%(n)s)|part:\d+:(?P<part>.+))" % {b"n": _NUMBER},
+    re.DOTALL,
+)
 
 Alive = Callable[[], None]
 T = TypeVar("T")
@@ -173,7 +181,10 @@ def _read_snapshots(
     keys: list[bytes],
     alive: Alive = PULSE.beat,
 ) -> _Snapshots:
-    """Read the snapshot topic's partition whole; adds to `keys` every key that still has a value."""
+    """Read the snapshot topic's partition whole; adds to `keys` every key that still has a value.
+
+    What stands under a key that no owner writes is passed over: no checkpoint refers to it, and it took no snapshot's place.
+    """
     found = _Snapshots()
     start, end = broker.offsets(topic, partition)
     certified = {} if checkpoint is None else {segment.epoch: segment.count for segment in checkpoint.segments}
@@ -181,6 +192,7 @@ def _read_snapshots(
         # A broker that lost its tail may still hold older snapshots under the same keys.
         found.broken = f"{topic}-{partition} ends at offset {end}, and was written up to {checkpoint.snapshots_end}"
     present: dict[bytes, None] = {}
+    foreign: list[int] = []
     for count, message in enumerate(broker.read(topic, partition, start, end), 1):
         if count % PROGRESS_EVERY == 0:
             _log.info("reading snapshots", topic=topic, partition=partition, at=message.offset, of=end)
@@ -190,32 +202,58 @@ def _read_snapshots(
             present.pop(key, None)
         else:
             present[key] = None
-        if checkpoint is not None and not found.broken:
+        place = _place(key)
+        if place is None:
+            foreign.append(message.offset)
+        elif checkpoint is not None and not found.broken:
             try:
-                _take_snapshot(found, key, message.value, checkpoint, certified)
+                _take_snapshot(found, place, message.value, checkpoint, certified)
             except (ValueError, IndexError, AttributeError) as error:
                 found.broken = f"{topic}-{partition} at offset {message.offset}: {error}"
     keys += present
+    if foreign:
+        where = {"topic": topic, "partition": partition, "offset": foreign[0], "count": len(foreign)}
+        _log.warning("records passed over that no owner writes: let Kafka's ACLs keep others out", **where)
     return found
 
 
+class _Place(NamedTuple):
+    """What a key of the snapshot topic names. number: of a piece or a segment. name: of a unit or a part."""
+
+    kind: str
+    epoch: int
+    number: int
+    name: str
+
+
+def _place(key: bytes) -> _Place | None:
+    """Return what a key names; None if it is not as owners write it, to the letter: two keys never name the same."""
+    found = _KEY.fullmatch(key)
+    if found is None:
+        return None
+    try:
+        name = (found["unit"] or found["part"] or b"").decode()
+        return _Place(found["kind"].decode(), int(found["epoch"]), int(found["piece"] or found["segment"] or 0), name)
+    except ValueError:  # no text, or a number of thousands of digits
+        return None
+
+
 def _take_snapshot(
-    found: _Snapshots, key: bytes, value: bytes | None, checkpoint: Checkpoint, certified: dict[int, int]
+    found: _Snapshots, place: _Place, value: bytes | None, checkpoint: Checkpoint, certified: dict[int, int]
 ) -> None:
-    """Take a record if the checkpoint can refer to it. Keys: `live:EPOCH:PIECE:UNIT`, `done:EPOCH:N`, `part:EPOCH:NAME`."""
-    kind, epoch, rest = key.decode().split(":", 2)
-    if kind == LIVE and int(epoch) == checkpoint.epoch:
-        piece, unit = rest.split(":", 1)
+    """Take a record if the checkpoint can refer to it."""
+    if place.kind == LIVE and place.epoch == checkpoint.epoch:
+        unit = place.name
         if value is not None:
             found.live.setdefault(unit, _Live()).take(codec.decode(value))
         elif unit in found.live:
-            found.live[unit].pieces.pop(int(piece), None)
+            found.live[unit].pieces.pop(place.number, None)
             if not found.live[unit].pieces:
                 del found.live[unit]
-    elif kind == DONE and int(rest) <= certified.get(int(epoch), 0):
-        found.done[f"{epoch}:{rest}"] = None if value is None else codec.decode(value).units
-    elif kind == PART and value is not None and int(epoch) == checkpoint.epoch:
-        found.parts[rest] = codec.decode(value).units[0].state.decode()
+    elif place.kind == DONE and place.number <= certified.get(place.epoch, 0):
+        found.done[f"{place.epoch}:{place.number}"] = None if value is None else codec.decode(value).units
+    elif place.kind == PART and value is not None and place.epoch == checkpoint.epoch:
+        found.parts[place.name] = codec.decode(value).units[0].state.decode()
 
 
 # --- restoring from them ---------------------------------------------------------------

@@ -97,6 +97,8 @@ def _verify_entry(entry: Entry, value: bytes, subject: _Subject, report: Report,
         problem = f"starts at seq {entry.first_seq} after {subject.seq}"
     elif entry.prev_hash != subject.head:
         problem = "its previous hash is not that of the entry before"
+    elif entry.parts and sum(entry.parts) != len(entry.events):
+        problem = f"its parts have {sum(entry.parts)} events, and it has {len(entry.events)}"
     elif folds:
         problem = _fold(entry, subject)
     if not folds and (problem or subject.torn):

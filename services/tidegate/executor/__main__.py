@@ -20,6 +20,7 @@ from tidegate.domain.isolation import JOB, SUBPROCESS
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.settings import KafkaSettings
+from tidegate.executor.forks import ChildrenEndHere, children_do_not_run
 from tidegate.executor.isolation import Apart, Isolation
 from tidegate.executor.isolation.job_manifest import Owner
 from tidegate.executor.isolation.jobs import Jobs
@@ -80,14 +81,16 @@ def run_to_its_end(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on an event loop of its own, and return what it returns. Blocks. Raises what it raises.
 
     SystemExit and KeyboardInterrupt of any other task of the loop do not end it: an event loop passes them on to whoever runs it,
-    so a function whose own task calls `sys.exit` would end the process and everything else that runs in it.
+    so a function whose own task calls `sys.exit` would end the process and everything else that runs in it. Children that
+    functions fork run nothing of the loop.
     """
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, children_do_not_run(runner.get_loop()):
         loop = runner.get_loop()
         task = loop.create_task(main)
         while True:
             try:
-                return loop.run_until_complete(task)
+                with ChildrenEndHere():
+                    return loop.run_until_complete(task)
             except (SystemExit, KeyboardInterrupt) as error:
                 if task.done() or (isinstance(error, KeyboardInterrupt) and _is_ctrl_c()):
                     raise

@@ -15,6 +15,7 @@ import structlog
 from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import endings, results
 from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionError
+from tidegate.executor.forks import ChildrenEndHere
 from tidegate.executor.isolation import NOWHERE, Apart, Isolation
 from tidegate.executor.isolation.errand import Ended, context_of, errand_of
 from tidegate.failpoints import failpoint
@@ -139,7 +140,9 @@ class Attempt:
         try:
             self._introduce()
             self._enter()
-            return self._success(await function.call(*bound.args, **bound.kwargs))
+            with ChildrenEndHere():
+                value = await function.call(*bound.args, **bound.kwargs)
+            return self._success(value)
         except asyncio.CancelledError:
             if self._expired or self._cancel_wanted or self._aborted:
                 raise
@@ -151,7 +154,9 @@ class Attempt:
         try:
             self._introduce()
             self._enter()
-            return self._success(function.call(*bound.args, **bound.kwargs))
+            with ChildrenEndHere():
+                value = function.call(*bound.args, **bound.kwargs)
+            return self._success(value)
         except BaseException as error:
             return self._from_error(error)
 
@@ -193,6 +198,10 @@ class Attempt:
         return self._result(ending)
 
     def _log_failure(self, ending: Ending, error: BaseException | None = None) -> None:
+        shown: Any = error
+        if error is not None and len(ending.error_message) >= results.MAX_MESSAGE_CHARACTERS:
+            # What lays out tracebacks for a terminal may take minutes for one long message, and the attempt's time with them.
+            shown = (type(error), Exception(ending.error_message), error.__traceback__)
         _log.warning(
             "attempt failed",
             run_id=self.task.run_id,
@@ -201,7 +210,7 @@ class Attempt:
             function=self._call.function,
             error_class=ending.error_class or ending.outcome,
             error=ending.error_message,
-            exc_info=error,
+            exc_info=shown,
         )
 
     def _result(self, ending: Ending) -> StepResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -67,7 +68,15 @@ class Watchdog:
 
 
 def _stack_of(thread_id: int) -> str:
-    frame = sys._current_frames().get(thread_id)
+    # A collection that begins inside of this call may wait for ever for a lock that the call holds (CPython gh-106883), and then
+    # the process that is to be ended could not even end itself.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        frame = sys._current_frames().get(thread_id)
+    finally:
+        if was_enabled:
+            gc.enable()
     return "" if frame is None else "".join(traceback.format_stack(frame))
 
 

@@ -54,11 +54,12 @@ from tidegate.gate.state import (
     AttemptKey,
     Bucket,
     Incarnation,
+    Leases,
     RunMoney,
     meters_of,
 )
 from tidegate.gate.variables import Subject, Variables
-from tidegate.gate.waiting import MAX_CALLS_BYTES, place_waiting, placed, position, slot_for
+from tidegate.gate.waiting import MAX_CALLS_BYTES, Place, place_waiting, position, slot_for
 from tidegate.prices import price
 
 BUDGET_RULE: Final = "budget"
@@ -367,39 +368,32 @@ def _reserve_and_place(
     buckets = tuple([key for key, _, _ in opened])
     amounts = amounts_of(wanted.amounts) if opened else NOTHING
     draft.tally.reserve(buckets, amounts)
-    draft.events.append(
-        ev.AttemptReserved(
-            account=account,
-            run_id=run_id,
-            step_id=item.step_id,
-            attempt=item.attempt,
-            reserved_micros=micros,
-            rule=verdict.rule,
-            policy=verdict.policy,
-            approved_by=approved_by,
-            amounts=amounts,
-            basis=wanted.basis,
-            buckets=buckets,
-            redact=verdict.redact,
-            isolation=verdict.isolation,
-            values=verdict.values,
-            counts=bool(buckets),
-            exceeds=tuple([lack.key for lack in lacks]),
-        )
-    )
-    waiting = Attempt(
-        account,
-        call,
-        RESERVED,
-        micros,
-        verdict.rule,
-        verdict.policy,
-        leases=entrance.leases,
-        redact=verdict.redact,
-        isolation=verdict.isolation,
-    )
-    if entrance.is_limited or not _place_at_once(draft, draft.key(item), waiting):
+    reserved = {
+        "account": account,
+        "run_id": run_id,
+        "step_id": item.step_id,
+        "attempt": item.attempt,
+        "reserved_micros": micros,
+        "rule": verdict.rule,
+        "policy": verdict.policy,
+        "approved_by": approved_by,
+        "amounts": amounts,
+        "basis": wanted.basis,
+        "buckets": buckets,
+        "redact": verdict.redact,
+        "isolation": verdict.isolation,
+        "values": verdict.values,
+        "exceeds": tuple([lack.key for lack in lacks]),
+    }
+    waiting = Attempt(account, call, RESERVED, leases=entrance.leases)
+    found = None if entrance.is_limited else _place_at_once(draft, waiting)
+    if found is None:
+        draft.events.append(ev.AttemptReserved(**reserved, counts=bool(buckets)))
         _stand_in_line(draft, item, call, waiting, entrance)
+        return
+    place, leases = found
+    draft.events += draft.desk.take(leases)
+    draft.events.append(ev.AttemptGranted(**reserved, **place.fields(), call=call, leases=leases))
 
 
 def _stand_in_line(draft: Draft, item: Any, call: Call, waiting: Attempt, entrance: _Entrance) -> None:
@@ -522,20 +516,14 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
     return _Entrance(leases, obstacle, is_limited)
 
 
-def _place_at_once(draft: Draft, key: AttemptKey, attempt: Attempt) -> bool:
-    """Place a newcomer that no limit holds up, if nobody waits for the same function and nothing of what it needs is decided
-    elsewhere."""
+def _place_at_once(draft: Draft, attempt: Attempt) -> tuple[Place, Leases] | None:
+    """Take a slot for a newcomer that no limit holds up, if nobody waits for the same function and nothing of what it needs is
+    decided elsewhere; return where, and its leases there."""
     ledger, desk = draft.ledger, draft.desk
     name = attempt.line
     if name in ledger.waiting or name in ledger.limited or not desk.has_all_here(attempt.leases):
-        return False
-    found = slot_for(desk, draft.slots, attempt)
-    if found is None:
-        return False
-    place, leases = found
-    draft.events += desk.take(leases)
-    draft.events.append(placed(key, attempt, place, leases))
-    return True
+        return None
+    return slot_for(desk, draft.slots, attempt)
 
 
 def _approve(draft: Draft, item: Approve) -> None:

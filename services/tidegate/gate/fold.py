@@ -175,15 +175,27 @@ def _new_attempt(ledger: Ledger, key: AttemptKey, account: str, call: Call | Non
 
 def _reserved(ledger: Ledger, event: ev.AttemptReserved, covered: Container[str]) -> None:
     if event.counts:
-        for name in event.buckets:
-            if name not in covered:
-                ledger.buckets[name].reserve(event.amounts)
+        _set_aside(ledger, event, covered)
     if event.run_id not in covered:
-        _reserved_for_run(ledger, event)
+        _reserved_for_run(ledger, _key(event), event)
 
 
-def _reserved_for_run(ledger: Ledger, event: ev.AttemptReserved) -> None:
-    key = _key(event)
+def _granted(ledger: Ledger, event: ev.AttemptGranted, covered: Container[str]) -> None:
+    _set_aside(ledger, event, covered)
+    if event.run_id not in covered:
+        key = _key(event)
+        attempt = _reserved_for_run(ledger, key, event)
+        attempt.leases = event.leases
+        _place(ledger, key, attempt, event)
+
+
+def _set_aside(ledger: Ledger, event: ev.Reserving, covered: Container[str]) -> None:
+    for name in event.buckets:
+        if name not in covered:
+            ledger.buckets[name].reserve(event.amounts)
+
+
+def _reserved_for_run(ledger: Ledger, key: AttemptKey, event: ev.Reserving) -> Attempt:
     attempt = ledger.attempts.get(key) or _new_attempt(ledger, key, event.account, None, RESERVED)
     ledger.lacking.discard(key)
     attempt.status = RESERVED
@@ -198,6 +210,7 @@ def _reserved_for_run(ledger: Ledger, event: ev.AttemptReserved) -> None:
     if event.approved_by and attempt.call is not None and not attempt.exceeds:
         run.approved[event.step_id] = (attempt.call.arguments, event.approved_by)
     _forget_answered(ledger)
+    return attempt
 
 
 def _refused(ledger: Ledger, event: ev.AttemptRefused) -> None:
@@ -289,11 +302,15 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
     attempt = ledger.attempts[key]
     if attempt.status == QUEUED:
         _leave_queue(ledger, key, attempt)
-    attempt.status = PLACED
     attempt.leases, attempt.pinned = event.leases, ""
     if ledger.partition not in attempt.granted:
         attempt.needs = ()
     attempt.asked, attempt.granted_ms = -1, 0
+    _place(ledger, key, attempt, event)
+
+
+def _place(ledger: Ledger, key: AttemptKey, attempt: Attempt, event: ev.Placing) -> None:
+    attempt.status = PLACED
     attempt.call = event.call
     attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
     attempt.task_partition = event.task_partition
@@ -617,6 +634,7 @@ _HANDLERS: dict[type, Any] = {
 # Those that change several units, each by itself.
 _SHARED_HANDLERS: dict[type, Any] = {
     ev.AttemptReserved: _reserved,
+    ev.AttemptGranted: _granted,
     ev.AttemptSettled: _settled,
     ev.BudgetsReleased: _budgets_released,
 }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
 
 from tidegate import metrics
-from tidegate.domain import canonical
 from tidegate.domain.controls import Controls
 from tidegate.domain.entry import Entry, Position
-from tidegate.domain.identity import NAME_PATTERN, account_root, partition_of
+from tidegate.domain.identity import account_root, partition_of
 from tidegate.domain.ledger_events import carried_by
 from tidegate.domain.messages import GateLeases, GateRequest, PolicyPublished
 from tidegate.eventlog.interface import Message
@@ -20,30 +18,21 @@ from tidegate.eventlog.machine import CorruptLogError, Decision, Retirement, Sta
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.gate import carrying, decide, leasing, snapshots, waiting
-from tidegate.gate.budgets import Budget, Budgets, TopUp
-from tidegate.gate.carrying import Retention
 from tidegate.gate.fold import apply, derive
-from tidegate.gate.kinds import Document, DocumentError, Retry, parse
+from tidegate.gate.in_force import POLICIES, DocumentsInForce
 from tidegate.gate.ledger import Ledger
-from tidegate.gate.limits import Desk, Limit, LimitSet, Queue
+from tidegate.gate.limits import Desk
 from tidegate.gate.placement import Executors
-from tidegate.gate.policy import MAX_REASON, Policy, PolicySet, Rule
 from tidegate.gate.tells import tells
 
 _log = structlog.get_logger()
-_is_name: Final = re.compile(NAME_PATTERN).fullmatch
 
 INSTANCES: Final = "instances"
-POLICIES: Final = "policies"
 CONTROLS: Final = "controls"
 QUEUES_EVERY_MS: Final = 500
 WINDOWS_EVERY_MS: Final = 1_000
 CARRY_AGAIN_MS: Final = 60_000
 LOOK_AGAIN_MS: Final = 10_000
-
-
-# A top-up could only have allowed more; retries are no matter of the gate's, and what is retired none of a decision's.
-_DENIES_NOTHING: Final = (TopUp.KIND, Retry.KIND, Retention.KIND)
 
 
 class MisroutedError(ValueError):
@@ -69,18 +58,11 @@ class GateMachine:
         self._account_partitions = account_partitions
         self.executors = executors
         self._controls = Controls()
-        self._documents: dict[str, Document] = {}
-        self._document_offsets: dict[str, int] = {}
-        self._documents_end = 0  # up to where they were read
-        self._documents_gap = 0  # the record after the last one that was missing when its turn came
-        self._policies = PolicySet({})
-        self._budgets = Budgets(())
-        self._limits = LimitSet(partitions=account_partitions)
+        self.documents = DocumentsInForce(account_partitions)
+        self._is_loaded = False
         self._soonest_ms: dict[int, int] = {}
         self._look_at_queues_ms: dict[int, int] = {}
         self._ledgers: dict[int, Ledger] = {}
-        self._retention: Retention | None = None
-        self._retention_by = ""
         self._carry_not_before_ms: dict[int, int] = {}
         self._may_hold_orphans: set[int] = set()  # partitions that were not looked through since they are ours
         self._look_not_before_ms: dict[tuple[int, str], int] = {}
@@ -105,16 +87,16 @@ class GateMachine:
 
     def decide(self, state: Ledger, record: Any, message: Message, now_ms: int, tables: Tables) -> Decision | None:
         """Return what an input causes. Raises MisroutedError for a request of another partition's account."""
-        desk = Desk(state, self._limits, now_ms)
+        desk = Desk(state, self.documents.limits, now_ms)
         if isinstance(record, GateLeases):
-            answers = decide.with_budgets_freed(state, leasing.on_leases(desk, record), self._budgets, now_ms)
+            answers = decide.with_budgets_freed(state, leasing.on_leases(desk, record), self.documents.budgets, now_ms)
             return Decision(state.subject, "", answers) if answers else None
         if not isinstance(record, GateRequest):
             raise TypeError(f"a {type(record).__name__} has no business in {message.topic}")
         if partition_of(account_root(record.account), self._account_partitions) != state.partition:
             raise MisroutedError(f"account {record.account} belongs to another partition than {state.partition}")
         slots = self.executors.free_slots(self._ledgers)
-        draft = decide.Draft(state, record, self._policies, slots, desk, self._budgets)
+        draft = decide.Draft(state, record, self.documents.policies, slots, desk, self.documents.budgets)
         events = decide.on_request(draft)
         return Decision(state.subject, "", events) if events else None
 
@@ -154,7 +136,7 @@ class GateMachine:
     def _orphaned(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
         if state.partition not in self._may_hold_orphans:
             return None
-        events = leasing.orphaned(Desk(state, self._limits, now_ms))
+        events = leasing.orphaned(Desk(state, self.documents.limits, now_ms))
         if not events:
             self._may_hold_orphans.discard(state.partition)
         return _due(state, tables, INSTANCES, events)
@@ -164,8 +146,8 @@ class GateMachine:
             return None
         self.executors.watch(state.held_by)
         self.executors.expire(tables.versions[INSTANCES], tables.unread[INSTANCES])
-        desk = Desk(state, self._limits, now_ms)
-        lost = decide.losses(state, self.executors.ended, desk, self._budgets)
+        desk = Desk(state, self.documents.limits, now_ms)
+        lost = decide.losses(state, self.executors.ended, desk, self.documents.budgets)
         return _due(state, tables, INSTANCES, lost)
 
     def _timely(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
@@ -184,8 +166,8 @@ class GateMachine:
         if not state.lacking or not state.lacking.wake(now_ms):
             return None
         slots = self.executors.free_slots(self._ledgers)
-        desk = Desk(state, self._limits, now_ms)
-        look = decide.resumption(decide.Turn(state, self._policies, self._budgets, slots, desk))
+        desk = Desk(state, self.documents.limits, now_ms)
+        look = decide.resumption(decide.Turn(state, self.documents.policies, self.documents.budgets, slots, desk))
         state.lacking.looked(look)
         return _due(state, tables, POLICIES, look.events)
 
@@ -194,9 +176,9 @@ class GateMachine:
         if not state.has_waiting():
             return None
         slots = self.executors.free_slots(self._ledgers)
-        desk = Desk(state, self._limits, now_ms)
+        desk = Desk(state, self.documents.limits, now_ms)
         events = waiting.place_waiting(state, slots, desk=desk)
-        events = decide.with_budgets_freed(state, events, self._budgets, now_ms)
+        events = decide.with_budgets_freed(state, events, self.documents.budgets, now_ms)
         if not events:
             if desk.soonest_ms:
                 self._soonest_ms[state.partition] = desk.soonest_ms
@@ -208,17 +190,17 @@ class GateMachine:
             return None
         # All lines are walked for this, so not in every turn.
         self._look_at_queues_ms[state.partition] = now_ms + QUEUES_EVERY_MS
-        desk = Desk(state, self._limits, now_ms)
+        desk = Desk(state, self.documents.limits, now_ms)
         events = waiting.scale_out(state, desk, self.executors.free_slots(self._ledgers))
         return _due(state, tables, INSTANCES, events)
 
     def _carry_forward(self, state: Ledger, now_ms: int, tables: Tables) -> tuple[str, Decision] | None:
-        retention = self._retention
+        retention = self.documents.retention
         if retention is None or now_ms < self._carry_not_before_ms.get(state.partition, 0):
             return None
         if not carrying.is_due(state, retention, now_ms):
             return None
-        event = carrying.carried(state, retention.label, self._retention_by)
+        event = carrying.carried(state, retention.label, self.documents.retention_by)
         if event is None:
             self._carry_not_before_ms[state.partition] = now_ms + CARRY_AGAIN_MS
             _log.warning("too much is open to carry the ledger forward in one entry", partition=state.partition)
@@ -309,9 +291,10 @@ class GateMachine:
 
     def retirement(self, state: Ledger) -> Retirement | None:
         """Return what may be retired, as the document says that is in force."""
-        if self._retention is None or state.carried is None:
+        retention = self.documents.retention
+        if retention is None or state.carried is None:
             return None
-        return Retirement(snapshots.CARRIED, self._retention.keep_s * 1000)
+        return Retirement(snapshots.CARRIED, retention.keep_s * 1000)
 
     def tells(self, entry: Entry, at: Callable[[int], Position]) -> list[Tell]:
         """Return the messages that follow from an entry."""
@@ -330,64 +313,17 @@ class GateMachine:
     def tables_loaded(self) -> None:
         """From here on, what is heard of executors is news."""
         self.executors.listen()
+        self._is_loaded = True
+        _log.info("documents in force", documents=len(self.documents))
 
     def _document_changed(self, key: str, row: PolicyPublished | Unreadable | None, offset: int) -> None:
-        """Put a document in force. A broken one is ignored loudly: the one of before stays, since dropping it would allow more.
-
-        After a restart the one of before is not known any more, nor after a gap in what was read: Kafka may have compacted it
-        away before this gate came to read it. Then what it may have been about is denied, and the reason says which document is
-        broken.
-        """
-        if offset > self._documents_end:
-            self._documents_gap = offset
-        self._documents_end = max(self._documents_end, offset + 1)
-        before = self._documents.pop(key, None)
-        known = before if self._document_offsets.get(key, offset) >= self._documents_gap else None
-        self._document_offsets[key] = offset
-        now = None if row is None else _read(key, row) or known or _unreadable(key, row, offset)
-        if now is not None:
-            self._documents[key] = now
-        documents = self._documents
-        self._policies = PolicySet({k: d for k, d in documents.items() if isinstance(d, Policy)})
-        self._budgets = Budgets(
-            [d for d in documents.values() if isinstance(d, Budget)],
-            [d for d in documents.values() if isinstance(d, TopUp)],
-        )
-        if now is not before and (isinstance(before, Limit | Queue) or isinstance(now, Limit | Queue)):
-            limits = [d for d in documents.values() if isinstance(d, Limit | Queue)]
-            self._limits = LimitSet(limits, self._account_partitions, offset + 1)
-        if now is not before and (isinstance(now, Retention) or isinstance(before, Retention)):
-            self._retention = now if isinstance(now, Retention) else None
-            self._retention_by = row.by if isinstance(row, PolicyPublished) else ""
+        self.documents.take(key, row, offset)
         for ledger in self._ledgers.values():
             ledger.lacking.stir_all()  # there may be room that was not there before
-        _log.info("documents in force", changed=key, documents=len(documents))
+        if self._is_loaded:
+            _log.info("documents in force", changed=key, documents=len(self.documents))
 
 
 def _due(state: Ledger, tables: Tables, topic: str, events: list[Any]) -> tuple[str, Decision] | None:
     """Return a decision that a table's rows led to, with that as its cause; None if there are no events."""
     return (f"table:{topic}:{tables.versions[topic]}", Decision(state.subject, "", events)) if events else None
-
-
-def _read(key: str, row: PolicyPublished | Unreadable) -> Document | None:
-    """Return a published document, or None if this version cannot read it."""
-    if isinstance(row, Unreadable):
-        return None  # the table has said so
-    try:
-        return parse(canonical.loads(row.document))
-    except (DocumentError, canonical.NotJsonError) as error:
-        _log.error("document ignored, the one of before stays in force", document=key, error=str(error))
-        return None
-
-
-def _unreadable(key: str, row: PolicyPublished | Unreadable, offset: int) -> Policy | None:
-    """Return what stands in for a document that this version cannot read and whose earlier text is not known; None if nothing
-    need be denied, because it could only have allowed more."""
-    kind, _, name = key.rpartition(":")
-    if not _is_name(name) or name.endswith("\n") or kind in _DENIES_NOTHING:
-        return None  # nothing can be hidden under a key that no document has
-    about = f'queue == "{name}"' if kind == Queue.KIND else "true"
-    cause = row if isinstance(row, Unreadable) else f"{POLICIES}-0@{offset}"
-    reason = f"document {key!r} cannot be read by this gate; apply it again, or remove it ({cause})"
-    rule = Rule(name="unreadable", when=about, then="deny", reason=reason[:MAX_REASON])
-    return Policy(policy="unreadable", version="0", rules=[rule])

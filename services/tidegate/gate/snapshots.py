@@ -64,7 +64,7 @@ NAMED: Final[dict[type, Callable[[Any], str]]] = {
 def units_of_event(event: Any) -> Sequence[str]:
     """Return the units that an event changes, each by itself."""
     kind = type(event)
-    if kind is ev.AttemptSettled or (kind is ev.AttemptReserved and event.counts):
+    if kind is ev.AttemptGranted or kind is ev.AttemptSettled or (kind is ev.AttemptReserved and event.counts):
         return (event.run_id, *event.buckets)
     if kind is ev.BudgetsReleased:
         return cast("tuple[str, ...]", event.buckets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.entry import Entry, Position
@@ -28,16 +28,21 @@ from tidegate.domain.messages import (
     Throttled,
     Unanswered,
 )
-from tidegate.eventlog.machine import Tell
+from tidegate.eventlog.machine import Tell, tells_of_parts
 
 GATE_DECISIONS: Final = "gate-decisions"
 GATE_LEASES: Final = "gate-leases"
 STEP_TASKS: Final = "step-tasks"
-_TASKS: Final = (ev.AttemptPlaced, ev.AttemptCancelTold)
+_PLACED: Final = get_args(ev.Placing)
+_TASKS: Final = (*_PLACED, ev.AttemptCancelTold)
 
 
 def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `gate-ledger` causes: tasks first, because work should not wait for news of it."""
+    return tells_of_parts(entry, at, lambda part, at: _tells(part, at, run_partitions))
+
+
+def _tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     found: list[Tell] = []
     decisions: dict[str, list[DecisionItem]] = {}
     leases: dict[int, list[LeaseItem]] = {}
@@ -45,7 +50,7 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
         kind = type(event)
         if kind not in _TELLING:
             continue
-        if kind in _TASKS and not (kind is ev.AttemptPlaced and event.call.is_outside):
+        if kind in _TASKS and not (kind in _PLACED and event.call.is_outside):
             found.append(_task(event, at(len(found)), run_partitions))
         make = _DECISIONS.get(kind)
         if make is not None:
@@ -64,12 +69,12 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
     return found
 
 
-def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, run_partitions: int) -> Tell:
-    placed = isinstance(event, ev.AttemptPlaced)
-    kind = "run" if placed else "cancel"
-    call = event.call if isinstance(event, ev.AttemptPlaced) else None
-    queue = event.queue if isinstance(event, ev.AttemptCancelTold) else event.call.queue
-    allowed = event if isinstance(event, ev.AttemptPlaced) else None
+def _task(event: ev.Placing | ev.AttemptCancelTold, position: Position, run_partitions: int) -> Tell:
+    allowed: ev.Placing | None = None
+    if isinstance(event, ev.AttemptCancelTold):
+        kind, queue = "cancel", event.queue
+    else:
+        kind, queue, allowed = "run", event.call.queue, event
     task = StepTask(
         type=kind,
         run_id=event.run_id,
@@ -81,7 +86,7 @@ def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, ru
         source=position,
         result_partition=partition_of(event.run_id, run_partitions),
         idempotency_key=idempotency_key(event.run_id, event.step_id),
-        call=call,
+        call=None if allowed is None else allowed.call,
         isolation="" if allowed is None else allowed.isolation,
         rule="" if allowed is None else allowed.rule,
         policy="" if allowed is None else allowed.policy,
@@ -91,7 +96,7 @@ def _task(event: ev.AttemptPlaced | ev.AttemptCancelTold, position: Position, ru
     return Tell(f"{STEP_TASKS}.{queue}", event.task_partition, key, task)
 
 
-def _allowed(event: ev.AttemptPlaced) -> DecisionItem:
+def _allowed(event: ev.Placing) -> DecisionItem:
     return Allowed(
         step_id=event.step_id,
         attempt=event.attempt,
@@ -175,7 +180,7 @@ def _throttled(event: ev.AttemptThrottled) -> DecisionItem:
 
 
 _DECISIONS: Final[dict[type, Callable[[Any], DecisionItem]]] = {
-    ev.AttemptPlaced: _allowed,
+    **dict.fromkeys(_PLACED, _allowed),
     ev.AttemptRefused: _denied,
     ev.ApprovalHeld: _approval,
     ev.PlacementLost: _lost,

@@ -37,6 +37,14 @@ class Place(NamedTuple):
     life: Incarnation
     task_partition: int
 
+    def fields(self) -> dict[str, Any]:
+        """Return the fields by which events name it."""
+        return {
+            "instance_id": self.life.instance_id,
+            "incarnation": self.life.incarnation,
+            "task_partition": self.task_partition,
+        }
+
 
 def placed(key: AttemptKey, attempt: Attempt, place: Place, leases: Leases) -> ev.AttemptPlaced:
     """Return the placement of an attempt that was reserved."""
@@ -49,9 +57,7 @@ def placed(key: AttemptKey, attempt: Attempt, place: Place, leases: Leases) -> e
         reserved_micros=attempt.reserved_micros,
         rule=attempt.rule,
         policy=attempt.policy,
-        instance_id=place.life.instance_id,
-        incarnation=place.life.incarnation,
-        task_partition=place.task_partition,
+        **place.fields(),
         call=attempt.call,
         leases=leases,
         queued_ms=attempt.queued_ms,

@@ -14,6 +14,7 @@ import msgspec
 from faust.web import Request, Response, View
 
 from tidegate import metrics
+from tidegate.domain.identity import is_run_id
 from tidegate.gateway.figures import ACCOUNT, FIELDS, MINUTE_MS, Figures, Name, Tally, is_at_or_below
 from tidegate.gateway.service import Gateway
 from tidegate.gateway.view import LiveView, Place, RunRow
@@ -82,16 +83,21 @@ class Api:
     async def _run(self, view: View, request: Request, run_id: str) -> Response:
         """One run; with `after_seq` and `wait_ms` only when it is past that seq, or the time is over."""
         query = request.query
+        if not is_run_id(run_id):  # and no path to ask others by
+            return _unknown_run(view, run_id)
         peer = self._peer_of(run_id, query)
         if peer is not None:
             return await self._forwarded(view, peer, f"/v1/runs/{run_id}", query)
         after_seq = _whole(query, "after_seq", 0, 0, 2**62)
         wait_s = _whole(query, "wait_ms", 0, 0, int(MAX_WAIT_S * 1000)) / 1000
         if wait_s:
+            was_ours = self._is_ours(run_id)
             await self._gateway.changed(run_id, after_seq, wait_s)
+            if was_ours and not self._is_ours(run_id):
+                return _restoring(view)
         row = self._gateway.view.rows.get(run_id)
         if row is None or row.status == "absent":
-            return _error(view, 404, "unknown_run", f"the live view has no run {run_id}")
+            return _unknown_run(view, run_id)
         return _json(view, 200, run_body(row))
 
     async def _runs(self, view: View, request: Request) -> Response:
@@ -142,6 +148,8 @@ class Api:
     ) -> Response:
         """Answer with the sums of windows that end with a minute: this one, or that of `until_ms`; of all that is kept at most."""
         query = request.query
+        if name and not may_be_named(name):
+            return _nothing_counted(view, name)
         sizes, until = windows_asked(query, *self._now_and_kept())
         found = self._gateway.view.tallies.windows(fits, sizes, until)
         # Others cut windows where we do, whatever minute it is there.
@@ -153,7 +161,7 @@ class Api:
                 for sum_, window in zip(sums, row["windows"], strict=True):
                     sum_.add(Figures(*(window[field] for field in FIELDS)))
         if name and not found and not missing and query.get("scope") != LOCAL:
-            return _error(view, 404, "nothing_counted", f"the live view has counted nothing of {name} in that time")
+            return _nothing_counted(view, name)
         return _json(view, 200, {**figures_body(what, found, sizes, until), "partitions_missing": missing})
 
     def _now_and_kept(self) -> tuple[int, int]:
@@ -166,19 +174,21 @@ class Api:
 
         async def answer(view: View, request: Request, **path: str) -> Response:
             if not self._gateway.is_ready:
-                return _error(view, 503, "restoring", "the live view is being restored; ask again in a moment")
+                return _restoring(view)
             return await handler(view, request, **path)
 
         return answer
 
     # -- other gateways ---------------------------------------------------------------
 
+    def _is_ours(self, run_id: str) -> bool:
+        return self._gateway.partition_of(run_id) in self._gateway.owned
+
     def _peer_of(self, run_id: str, query: Mapping[str, str]) -> str | None:
         """Return the address of the gateway that owns the run, None if that is us (or nobody else is known)."""
-        partition = self._gateway.partition_of(run_id)
-        if partition in self._gateway.owned or "scope" in query:
+        if self._is_ours(run_id) or "scope" in query:
             return None
-        url = self._gateway.peers().get(partition)
+        url = self._gateway.peers().get(self._gateway.partition_of(run_id))
         return None if url == self._own_url else url
 
     async def _forwarded(self, view: View, peer: str, path: str, query: Mapping[str, str]) -> Response:
@@ -193,7 +203,7 @@ class Api:
     async def _ask_peers(self, path: str, query: Mapping[str, str], name: str = "") -> tuple[list[Any], list[int]]:
         """Return the other gateways' answers about all, or one name, and the partitions that nobody answered for."""
         if name:
-            path = f"{path}/{quote(name)}"
+            path = f"{path}/{quote(name, safe='')}"
         gateway = self._gateway
         if query.get("scope") == LOCAL:
             return [], []
@@ -248,8 +258,26 @@ def _json(view: View, status: int, body: Any) -> Response:
     return view.bytes(_encoder.encode(body), content_type="application/json", status=status)
 
 
+def _restoring(view: View) -> Response:
+    """Return the answer while nobody can say: the view is being restored, or the group has just given the partition away."""
+    return _error(view, 503, "restoring", "the live view is being restored; ask again in a moment")
+
+
 def _error(view: View, status: int, code: str, message: str) -> Response:
     return _json(view, status, {"code": code, "message": message})
+
+
+def _unknown_run(view: View, run_id: str) -> Response:
+    return _error(view, 404, "unknown_run", f"the live view has no run {run_id}")
+
+
+def _nothing_counted(view: View, name: str) -> Response:
+    return _error(view, 404, "nothing_counted", f"the live view has counted nothing of {name} in that time")
+
+
+def may_be_named(name: str) -> bool:
+    """Tell whether an account or a function may have a name. In a path, `..` would lead to another page of the one who is asked."""
+    return not {".", ".."} & set(name.split("/"))
 
 
 def _whole(query: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:

@@ -6,11 +6,13 @@ hot path of a rebuild.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from tidegate.domain.entry import causes_in
 from tidegate.domain.identity import NOWHERE, source_of
 from tidegate.eventlog.interface import Message
 from tidegate.projection.redaction import redact_call
@@ -128,9 +130,9 @@ def encode(rows: list[Row]) -> bytes:
 def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
     """Append one row per event of a valid `RunEntry`. `body` is the event's fields as JSON, bytes in base64."""
     run_id, account, epoch = entry["subject"], entry["account"], entry["epoch"]
-    at_ms, cause = _moment(entry["now_ms"]), entry["cause"]
+    at_ms = _moment(entry["now_ms"])
     seq: int = entry["first_seq"]
-    for name, event in entry["events"]:
+    for (name, event), cause in zip(entry["events"], _causes(entry), strict=False):
         get = event.get
         rows.append(
             (
@@ -154,9 +156,9 @@ def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) 
 
 def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: int) -> None:
     """Append one row per event of a valid `LedgerEntry`, without what a decision wants redacted."""
-    epoch, at_ms, cause = entry["epoch"], _moment(entry["now_ms"]), entry["cause"]
+    epoch, at_ms = entry["epoch"], _moment(entry["now_ms"])
     seq: int = entry["first_seq"]
-    for name, event in entry["events"]:
+    for (name, event), cause in zip(entry["events"], _causes(entry), strict=False):
         get = event.get
         rows.append(
             (
@@ -179,6 +181,14 @@ def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: in
             )
         )
         seq += 1
+
+
+def _causes(entry: Fields) -> Iterable[str]:
+    """Return what each event of an entry follows from."""
+    parts = entry.get("parts")
+    if not parts:
+        return repeat(entry["cause"])
+    return chain(chain.from_iterable(map(repeat, causes_in(entry["cause"], len(parts)), parts)), repeat(entry["cause"]))
 
 
 def _shown(name: str, event: Fields) -> Fields:

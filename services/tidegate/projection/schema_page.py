@@ -104,7 +104,7 @@ MEANINGS: Final = {
     "budget_micros": "the run's own limit; null for none",
     "busy": "how many slots are not free",
     "cancelled_by": "who cancelled it, empty if nobody did",
-    "cause": "the inputs that its entry follows from, `topic:partition:offset` or `topic:partition:first-last`, a blank between",
+    "cause": "the input that it follows from, `topic:partition:offset`",
     "code_version": "of the code that was entered, as its executor says; empty if it has none",
     "change": "what was proposed: nodes, edges and because, JSON; of a plan it stands in the step's output",
     "conflicts_with": "the step whose change it does not go together with; empty if there is none",

@@ -180,14 +180,14 @@ class PublishedWorkflows:
         """Return the definition under `name@version`, or the one published last under `name`; `Unreadable` if nobody can tell
         what that is: an older one must not be taken for it.
 
-        If there is none, the table is read to its end first, once per batch: publishing before asking is always enough.
+        If there is none, or nothing but the name is given, the table is read to its end first, once per batch: publishing before
+        asking is always enough, and what a name means is what was published last.
         """
-        found = self._find(wanted)
+        found = self._find(wanted) if "@" in wanted else None
         if found is None and self._fresh_as_of < self._wanted_since:
             self._fresh_as_of = time.monotonic()
             self._read_to_end()
-            found = self._find(wanted)
-        return found
+        return found or self._find(wanted)
 
     def _find(self, wanted: str) -> WorkflowPublished | Unreadable | None:
         rows: dict[str, WorkflowPublished | Unreadable] = self._tables.rows[WORKFLOWS]

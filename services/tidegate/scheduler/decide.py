@@ -26,6 +26,7 @@ from tidegate.domain.messages import (
     Throttled,
     Unanswered,
 )
+from tidegate.domain.node_state import NodeState
 from tidegate.domain.questions import is_answered_by_room
 from tidegate.domain.retries import OUTCOME_UNKNOWN
 from tidegate.domain.retry_documents import NO_DOCUMENTS, Attempted, RetryDocuments
@@ -434,7 +435,15 @@ def _jitter(run_id: str, step: StepState) -> float:
 def _scratch(run: RunState) -> RunState:
     other = copy.copy(run)
     other.steps = {step_id: copy.copy(step) for step_id, step in run.steps.items()}
-    other.nodes = {node_id: copy.copy(node) for node_id, node in run.nodes.items()}
+    other.nodes = {node_id: _copy_of(node) for node_id, node in run.nodes.items()}
     other.failures = dict(run.failures)
     other.command_ids = set(run.command_ids)
+    return other
+
+
+def _copy_of(node: NodeState) -> NodeState:
+    other = copy.copy(node)
+    if node.map is not None:  # changes in place, as nothing else that a node or a step holds
+        other.map = copy.copy(node.map)
+        other.map.results = dict(node.map.results)
     return other

@@ -27,7 +27,7 @@ from tidegate.domain.messages import (
     Void,
 )
 from tidegate.domain.workflow import pinned_definition
-from tidegate.eventlog.machine import Tell
+from tidegate.eventlog.machine import Tell, tells_of_parts
 
 GATE_REQUESTS: Final = "gate-requests"
 RUN_COMMANDS: Final = "run-commands"
@@ -41,6 +41,10 @@ _NEVER_RESERVED: Final = frozenset({"denied", "expired"})
 
 def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
     """Return the messages that an entry of `run-events` causes, in the order in which they must be sent."""
+    return tells_of_parts(entry, at, lambda part, at: _tells(part, at, account_partitions, run_partitions))
+
+
+def _tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
     items = _without_what_is_taken_back([item for event in entry.events if (item := _gate_item(event)) is not None])
     letters = [event for event in entry.events if isinstance(event, _REFUSALS) and event.original]
     found: list[Tell] = []
@@ -193,7 +197,8 @@ def _pause_child(entry: Entry, event: ev.ChildPaused, at: Position) -> RunComman
     kind = "pause" if event.paused else "resume"
     return RunCommand(
         run_id=event.child_run_id,
-        command_id=f"{kind}:{_source(at)}",
+        command_id=f"{kind}:{_source(at)}"
+        + (f":{at.index}" if at.index else ""),  # one entry may pause, resume and pause
         type=kind,
         source=_source(at),
         content_hash="",

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Literal
 
@@ -17,7 +17,6 @@ from tidegate.domain.controls import is_control_key
 from tidegate.domain.identity import is_run_id, partition_of
 from tidegate.domain.messages import Control, WorkflowPublished
 from tidegate.domain.run import RunState
-from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Broker, Message, Record, UnknownTopicError, WriteFailedError
 from tidegate.eventlog.kafka import KafkaBroker
 from tidegate.eventlog.schemas import looking_up
@@ -25,10 +24,10 @@ from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.sdk import json_form
-from tidegate.sdk.app import App, default_app
-from tidegate.sdk.errors import GraphError, PublishConflictError, RunNotFinishedError, RunNotFoundError
+from tidegate.sdk.errors import PublishConflictError, RunNotFinishedError, RunNotFoundError
 from tidegate.sdk.following import Follower
 from tidegate.sdk.graph import Graph
+from tidegate.sdk.judging import Workflows, judged
 from tidegate.sdk.reading import ANSWERS, RUN_EVENTS, Approval, Event, GapError, Run, RunReader, ValidEntries, Wait
 
 RUN_REQUESTS: Final = "run-requests"
@@ -89,13 +88,16 @@ class Client:
 
     # --- workflows ---
 
-    def publish(self, what: App | Graph | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[str]:
+    def publish(self, what: Workflows) -> list[str]:
         """Publish an app's workflows, a graph or finished definitions; return them as `name@version`.
 
-        Idempotent. Raises GraphError if one cannot run, PublishConflictError if one is there with other content: then
-        nothing is published.
+        Idempotent. Raises GraphError if one cannot run or is there twice, PublishConflictError if one is published with other
+        content: then nothing is published.
         """
-        wanted = [_published(definition, self._by) for definition in _definitions(what)]
+        found = judged(what)
+        for error in found.wrong():
+            raise error
+        wanted = [_published(definition, self._by) for definition in found.definitions]
         table = Tables((WORKFLOWS,))
         table.load(self._broker)
         there, offsets = readable(table.rows[WORKFLOWS]), table.offsets[WORKFLOWS]
@@ -345,6 +347,9 @@ class Client:
                 f"queue {queue!r}: a letter or underscore, then letters, digits, _ . or -, or * for everything"
             )
         row = Control(queue=queue, paused=paused, by=self._by, reason=reason[:4096], at_ms=time.time_ns() // 1_000_000)
+        self._partitions_of(
+            CONTROLS
+        )  # says at once, and why, if Kafka or the topic is not there: a writer waits for half a minute
         self._write(Record(CONTROLS, 0, queue.encode(), codec.encode(row), _headers("Control")))
 
     # --- writing ---
@@ -457,20 +462,6 @@ class Client:
             if left_s <= 0:
                 return
             self._follower.wait(subscription, seen, left_s)
-
-
-def _definitions(what: App | Graph | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    if isinstance(what, App):
-        return what.definitions()
-    if isinstance(what, Graph):
-        home = what.app if isinstance(what.app, App) else default_app
-        return [home.definition(what)]
-    definitions = [what] if isinstance(what, Mapping) else what
-    for definition in definitions:
-        problems = validate_definition(definition)
-        if problems:
-            raise GraphError(f"{definition.get('name')}@{definition.get('version')}", problems)
-    return definitions
 
 
 def _published(definition: Mapping[str, Any], by: str) -> tuple[str, WorkflowPublished]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import itertools
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_READY: Final = 1_000_000  # what one turn may run through: a flow that never waits would never end
+
+TAKEN: Final = (
+    "In a flow, asyncio takes calls, such as `price(item)`, and coroutines: `asyncio.gather(*calls)`, with the star, "
+    "`asyncio.create_task(call)`, and `asyncio.wait([call, other])`"
+)
 
 _playing: contextvars.ContextVar[Player | None] = contextvars.ContextVar("tidegate_flow", default=None)
 
@@ -133,11 +139,11 @@ class Player:
         if is_over:
             raise FlowChangedError(f"flow {self._flow} ends in turn {number}, and the log has another turn after it")
 
-    def _said(self, main: asyncio.Task[Any]) -> dict[str, Any]:
+    def _said(self, main: asyncio.Future[Any]) -> dict[str, Any]:
         if self._loop.refused is not None:
             raise self._loop.refused
         if main.done():
-            returned = main.result()
+            returned = self._returned_by(main)
             if isinstance(returned, Goto | Propose):
                 raise FlowError(
                     f"flow {self._flow} returns {type(returned).__name__}: a flow gives its output and nothing else; "
@@ -145,14 +151,26 @@ class Player:
                 )
             value, _ = self._unwrapped(returned)
             return {"output": json_form.to_json(value)}
-        groups: dict[int, list[str]] = {}
+        groups: dict[Any, list[str]] = {}
         for call in self._calls.values():
             if not call.done():
                 for waiter in call.waiters:
-                    groups.setdefault(id(waiter), []).append(call.name)
+                    groups.setdefault(_identity(waiter), []).append(call.name)
         if not groups:
             raise FlowError(f"flow {self._flow} awaits something that is no call: it would wait for ever")
         return {"calls": self._new, "waits": list(groups.values())}
+
+    def _returned_by(self, main: asyncio.Future[Any]) -> Any:
+        """Return what the flow returned. Raises what it raised; what asyncio itself raised of what it was given, as FlowError."""
+        try:
+            return main.result()
+        except TypeError as error:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("asyncio."):
+                raise
+            raise FlowError(f"flow {self._flow}: {error}. {TAKEN}") from error
 
     def call(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> asyncio.Future[Result[Any]]:
         """Take note that the flow calls a step, an agent or a tool; what that gives can be awaited.
@@ -264,8 +282,16 @@ def _input_of(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     return dict(bound.arguments) or None
 
 
+def _identity(waiter: Any) -> Any:
+    """Return what is the same for a callback wherever it was added. A method is made anew each time that it is asked for."""
+    return (id(waiter.__self__), waiter.__func__) if inspect.ismethod(waiter) else id(waiter)
+
+
 class _Call(asyncio.Future[Result[Any]]):
-    """A call. waiters: what goes on when it is done; what waits for several calls is the same for all of them."""
+    """A call. waiters: what goes on when it is done; what waits for several calls is the same for all of them.
+
+    It is a task of its own as well: `asyncio.create_task(call)` is the call.
+    """
 
     def __init__(self, name: str, node_id: str, producer: str, parents: tuple[str, ...], loop: _Loop) -> None:
         super().__init__(loop=loop)
@@ -274,6 +300,19 @@ class _Call(asyncio.Future[Result[Any]]):
         self._node_id = node_id
         self._producer = producer
         self._parents = tuple(dict.fromkeys(parents))
+        self._task_name = name
+        self._number = loop.next_number()
+
+    def __hash__(self) -> int:
+        return self._number
+
+    def get_name(self) -> str:
+        """Return the name that it has as a task."""
+        return self._task_name
+
+    def set_name(self, value: object) -> None:
+        """Give it another name as a task; the step keeps its own."""
+        self._task_name = str(value)
 
     def add_done_callback(self, function: Any, *, context: contextvars.Context | None = None) -> None:
         self.waiters.append(function)
@@ -291,6 +330,19 @@ class _Call(asyncio.Future[Result[Any]]):
             self.set_exception(CallFailedError(self._node_id, str(result["error"])))
 
 
+class _Task(asyncio.Task[Any]):
+    """A branch. asyncio keeps what it waits for in sets, whose order is that of addresses unless a hash says otherwise: results
+    of `asyncio.wait` would come in another order in the next turn."""
+
+    def __init__(self, coro: Any, *, loop: _Loop, **options: Any) -> None:
+        self._number = loop.next_number()
+        super().__init__(coro, loop=loop, **options)
+        self._log_destroy_pending = False  # what waits when a turn ends is meant to
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 _AnyLoop: Any = asyncio.AbstractEventLoop
 
 
@@ -300,6 +352,7 @@ class _Loop(_AnyLoop):  # type: ignore[misc]  # what it does not have is refused
     def __init__(self) -> None:
         self._ready: list[asyncio.Handle] = []
         self._tasks: list[asyncio.Task[Any]] = []
+        self._numbers = itertools.count()
         self._is_closed = False
         self.refused: FlowError | None = None
 
@@ -322,9 +375,19 @@ class _Loop(_AnyLoop):  # type: ignore[misc]  # what it does not have is refused
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
 
-    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, **options)
-        task._log_destroy_pending = False  # type: ignore[attr-defined]  # what waits when a turn ends is meant to
+    def next_number(self) -> int:
+        """Return the number of the next call or task: the same in every turn."""
+        return next(self._numbers)
+
+    def create_task(self, coro: Any, *, name: str | None = None, **options: Any) -> asyncio.Future[Any]:
+        """Return a task for a coroutine. A call is one already. Raises FlowError for what is neither."""
+        if isinstance(coro, _Call):
+            if name is not None:
+                coro.set_name(name)
+            return coro
+        if not inspect.iscoroutine(coro):
+            raise FlowError(f"a task of a flow cannot be made of {type(coro).__name__}. {TAKEN}")
+        task = _Task(coro, loop=self, name=name, **options)
         self._tasks.append(task)
         return task
 

@@ -84,7 +84,7 @@ class Outcome:
         return [event.data for event in self.events if not types or event.type in types]
 
     def decided(self, *types: str) -> list[Any]:
-        """Return the gate's events of these types (names such as `AttemptReserved`), all if none is named."""
+        """Return the gate's events of these types (names such as `AttemptGranted`), all if none is named."""
         return [event for event in self.ledger if not types or type(event).__name__ in types]
 
 

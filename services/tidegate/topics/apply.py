@@ -5,7 +5,7 @@ Nothing that exists is ever altered, unless the entry was named by who asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -89,6 +89,16 @@ def _may_alter(difference: Difference, named: Collection[str]) -> bool:
     return is_config and (difference.what in named or f"{difference.topic}:{difference.what}" in named)
 
 
+def apply_command(names: Iterable[str]) -> str:
+    """Return the command that makes topics: those of a queue only if it is named."""
+    return " ".join(["tidegate topics apply", *(f"--queue {queue}" for queue in _queues_of(names))])
+
+
+def _queues_of(names: Iterable[str]) -> list[str]:
+    """Return the queues that have their tasks in some of the topics."""
+    return [name.partition(".")[2] for name in names if name.startswith("step-tasks.")]
+
+
 def check_at_start(
     broker: Broker, names: Sequence[str], *, production: bool, found: Mapping[str, TopicDescription] | None = None
 ) -> None:
@@ -99,7 +109,7 @@ def check_at_start(
     """
     wanted = set(names)
     # A service may use topics of queues that the settings do not name, so theirs are taken from the names.
-    queues = [name.partition(".")[2] for name in names if name.startswith("step-tasks.")]
+    queues = _queues_of(names)
     settings = TopicsSettings(production=production)
     declared = [topic for topic in load_topics(queues, settings) if topic.name in wanted]
     if unknown := wanted - {topic.name for topic in declared}:

@@ -174,7 +174,7 @@ def played() -> BudgetPlayer:
 
 PLAYED = played()
 EVENTS = [event for one in PLAYED.story.decided if one.log == "gate-ledger" for event in one.events]
-OF_BUDGETS = (ev.AttemptReserved, ev.AttemptSettled, ev.BudgetsReleased, ev.BudgetClosed)
+OF_BUDGETS = (ev.AttemptGranted, ev.AttemptReserved, ev.AttemptSettled, ev.BudgetsReleased, ev.BudgetClosed)
 PLACES = [
     number
     for number, event in enumerate(EVENTS)
@@ -191,7 +191,7 @@ def touched(change: Callable[[int, Any], Iterable[Any]]) -> Books:
 def test_the_ledger_that_is_touched_below_is_right() -> None:
     assert touched(lambda _, event: [event]).problems == []
     assert {type(event) for event in EVENTS} >= {*OF_BUDGETS, ev.BudgetSet}
-    assert any(event.exceeds for event in EVENTS if isinstance(event, ev.AttemptReserved))
+    assert any(event.exceeds for event in EVENTS if isinstance(event, ev.AttemptGranted))
 
 
 @pytest.mark.feature("P2")
@@ -281,7 +281,15 @@ def problems_of(*entries: Any) -> list[str]:
     return [problem.text for problem in books_of(ledger(decided)).problems]
 
 
-@pytest.mark.parametrize("bought", [bought, bought_before])
+def bought_at_once(micros: int, attempt: int = 1, *, exceeds: bool = False, approved_by: str = "") -> tuple[Any, ...]:
+    """Return the same of an attempt that is placed with it."""
+    (reserved,) = bought(micros, attempt, exceeds=exceeds, approved_by=approved_by)
+    fields = msgspec.structs.asdict(reserved)
+    del fields["counts"]
+    return (ev.AttemptGranted(**fields, instance_id="x", incarnation=3, task_partition=0, call=_call()),)
+
+
+@pytest.mark.parametrize("bought", [bought, bought_before, bought_at_once])
 def test_more_than_the_limit_is_noticed_unless_somebody_approved_it(bought: Callable[..., tuple[Any, ...]]) -> None:
     assert problems_of(OPEN, SET, bought(60), bought(40, 2)) == []
     assert "with that it exceeds" in problems_of(OPEN, SET, bought(60), bought(41, 2))[0]

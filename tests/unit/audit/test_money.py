@@ -55,7 +55,7 @@ class Player:
     """Plays a story by moves that a test chooses; each makes sense of its two numbers as it can, or does nothing."""
 
     def __init__(self) -> None:
-        self.story = Story()
+        self.story = Story(slots=3)
         self.story.decided.clear()
         self.begun: list[str] = []
         self.forgotten: list[Any] = []  # tasks of executors that died: their results may still come
@@ -228,7 +228,7 @@ def numbered(story: Story, *kinds: type) -> list[int]:
 
 
 STORY = played()
-MONEY = (ev.RunOpened, ev.AttemptReserved, ev.AttemptPlaced, ev.AttemptReleased, ev.RunClosed)
+MONEY = (ev.RunOpened, ev.AttemptGranted, ev.AttemptReserved, ev.AttemptPlaced, ev.AttemptReleased, ev.RunClosed)
 
 
 def in_time(story: Story) -> list[int]:
@@ -247,6 +247,7 @@ TOUCHABLE = sorted(numbered(STORY, *MONEY) + in_time(STORY))
 
 def test_the_ledger_that_is_touched_below_is_right() -> None:
     assert rewritten(STORY, lambda _, event: [event]).problems == []
+    assert all(numbered(STORY, kind) for kind in MONEY)
 
 
 @pytest.mark.feature("P2")
@@ -301,11 +302,20 @@ def reserve(micros: int, attempt: int = 1, approved_by: str = "") -> ev.AttemptR
     )
 
 
+def grant(micros: int, attempt: int = 1, approved_by: str = "") -> ev.AttemptGranted:
+    """Return what reserves and places at once."""
+    reserved = msgspec.structs.asdict(reserve(micros, attempt, approved_by))
+    del reserved["counts"]
+    call = msgspec.structs.replace(_call(), reserve_micros=micros)
+    return ev.AttemptGranted(**reserved, instance_id="x", incarnation=3, task_partition=0, call=call)
+
+
 def problems_of(*events: Any) -> list[str]:
     return [problem.text for problem in books_of(events_of(*events)).problems]
 
 
-def test_more_set_aside_than_the_budget_allows_is_noticed() -> None:
+@pytest.mark.parametrize("reserve", [reserve, grant])
+def test_more_set_aside_than_the_budget_allows_is_noticed(reserve: Callable[..., Any]) -> None:
     assert problems_of(OPEN, reserve(60), reserve(40, 2)) == []
     assert problems_of(OPEN, reserve(60), reserve(41, 2)) == [
         "r s#2: 41 reserved; with that 101 are set aside and 0 spent of 100"
@@ -318,7 +328,8 @@ def test_spending_by_what_was_never_placed_is_noticed() -> None:
     assert problems_of(OPEN, held, settled) == ["r s#1: 5 spent by what was never placed"]
 
 
-def test_an_approval_that_nobody_gave_is_noticed() -> None:
+@pytest.mark.parametrize("reserve", [reserve, grant])
+def test_an_approval_that_nobody_gave_is_noticed(reserve: Callable[..., Any]) -> None:
     held = ev.ApprovalHeld(**NAME, rule="", policy="", reason="", arguments_hash="", call=_call())
     assert problems_of(OPEN, held, reserve(0, approved_by="ann")) == []
     assert problems_of(OPEN, held, reserve(0)) == ["r s#1: reserved although nobody approved it"]
@@ -329,7 +340,19 @@ def test_a_loss_by_somebody_who_never_had_it_is_noticed() -> None:
         **NAME, reserved_micros=0, rule="", policy="", instance_id="x", incarnation=3, task_partition=0, call=_call()
     )
     lost = ev.PlacementLost(**NAME, instance_id="x", incarnation=4, reason="")
-    assert problems_of(OPEN, reserve(0), placed, lost) == ["r s#1: lost by x of incarnation 4, which never had it"]
+    said = ["r s#1: lost by x of incarnation 4, which never had it"]
+    assert problems_of(OPEN, reserve(0), placed, lost) == problems_of(OPEN, grant(0), lost) == said
+
+
+def test_a_grant_of_what_was_reserved_or_placed_already_is_noticed() -> None:
+    for before in (reserve(0), grant(0)):
+        assert len(problems_of(OPEN, before, grant(0))) == 1
+    assert len(problems_of(OPEN, grant(0), reserve(0))) == 1
+
+
+def test_a_grant_of_another_amount_than_its_call_asks_for_is_noticed() -> None:
+    granted = msgspec.structs.replace(grant(60), reserved_micros=50)
+    assert problems_of(OPEN, granted) == ["r s#1: 50 reserved, its call asks for 60"]
 
 
 def test_what_the_auditor_cannot_read_is_a_problem() -> None:

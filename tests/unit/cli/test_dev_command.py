@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from tidegate.cli import dev
 from tidegate.embedded.data_folder import MARKER, DataFolder, DataFolderError
+from tidegate.embedded.ports import choose_port
 from tidegate.embedded.stack import Stack, StackError
 from tidegate.embedded.supervisor import ProcessStatus
 from tidegate.eventlog.interface import EventLogError
@@ -198,3 +201,45 @@ def test_a_kafka_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyte
     result = run_dev(monkeypatch, "--data-dir", str(tmp_path / "new"), failure=EventLogError("no answer"))
     assert result.exit_code == 1
     assert "error: Kafka at 127.0.0.1:7: no answer" in result.stderr
+
+
+@pytest.mark.feature("K4")
+@pytest.mark.parametrize("option", ["--kafka-port", "--sql-port", "--gateway-port"])
+@pytest.mark.parametrize("port", ["-1", "70000", "http"])
+def test_what_is_no_port_is_refused_before_anything_starts(
+    option: str, port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used(tmp_path)
+    result = run_dev(monkeypatch, option, port, "--fresh", "--data-dir", str(tmp_path), failure=StackError("started"))
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert "logs" in names(tmp_path)
+
+
+@pytest.mark.feature("K4")
+@pytest.mark.parametrize("option", ["--sql-port", "--gateway-port"])
+def test_a_port_that_is_taken_is_refused_before_anything_starts(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        words = (option, port, "--fresh", "--data-dir", str(tmp_path))
+        result = run_dev(monkeypatch, *words, failure=StackError("started"))
+    assert result.exit_code == 2
+    assert f"error: {option} {port}: Address already in use on 127.0.0.1; choose another port" in result.stderr
+    assert "logs" in names(tmp_path)
+
+
+@pytest.mark.feature("K4")
+def test_two_parts_do_not_get_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(choose_port())
+    monkeypatch.delenv("TIDEGATE_KAFKA_BOOTSTRAP", raising=False)
+    for options in itertools.combinations(["--kafka-port", "--sql-port", "--gateway-port"], 2):
+        words = [word for option in options for word in (option, port)]
+        result = run_dev(monkeypatch, *words, "--data-dir", str(tmp_path / "new"), failure=StackError("started"))
+        assert result.exit_code == 2
+        assert f"{options[0]} and {options[1]} are both {port}" in result.stderr
+    monkeypatch.setenv("TIDEGATE_KAFKA_BOOTSTRAP", "127.0.0.1:7")  # then none is started here
+    words = ["--kafka-port", port, "--sql-port", port, "--data-dir", str(tmp_path / "new")]
+    assert run_dev(monkeypatch, *words, failure=StackError("started")).exit_code == 1

@@ -120,6 +120,7 @@ def test_a_top_up_is_a_command_and_lets_what_is_paused_go_on(shell: Shell) -> No
     [
         (("topup", "weekly", "--account", "acme", "--calls", "1"), 4, "there are: daily"),
         (("topup", "daily", "--account", "acme"), 2, "say how much"),
+        (("topup", "daily", "--account", "acme", "--dollars", "inf"), 2, "less than or equal to"),
         (("topup", "daily", "--account", "*", "--calls", "1"), 2, "account"),
         (("topup", "daily", "--account", "acme", "--calls", "1", "--run", "r"), 2, "not counted per run"),
         (("show", "weekly"), 4, "there is no budget 'weekly'"),

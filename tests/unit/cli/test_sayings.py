@@ -61,7 +61,11 @@ def test_why_says_what_became_of_the_wish_for_an_executor(prefer: str, said: str
     names: dict[str, Any] = {"account": "a", "run_id": "r", "step_id": "s", "attempt": 1, "rule": "", "policy": ""}
     life: dict[str, Any] = {"instance_id": "worker-1", "incarnation": 7, "task_partition": 0, "reserved_micros": 0}
     event = ev.AttemptPlaced(**names, **life, call=call)
-    assert why._SAYINGS[ev.AttemptPlaced](event) == f"placed on worker-1 (incarnation 7){said}"
+    placed = f"placed on worker-1 (incarnation 7){said}"
+    assert why._SAYINGS[ev.AttemptPlaced](event) == placed
+    granted = ev.AttemptGranted(**names, **life, call=call, approved_by="ann", buckets=("b|a|total",))
+    allowed = "allowed: 0 micro-dollars set aside, counted in b|a|total, approved by ann"
+    assert why._SAYINGS[ev.AttemptGranted](granted) == f"{allowed}; {placed}"
 
 
 def test_why_has_a_saying_for_every_reason_to_refuse_hold_or_wait() -> None:

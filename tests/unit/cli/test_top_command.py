@@ -121,3 +121,7 @@ def test_tables_that_lack_something_say_what_to_do() -> None:
     assert "70" in text
     assert "tidegate replay projection --from earliest" in " ".join(text.split())
     assert "replay" not in shown(freshness=[freshness(0)])
+
+
+def test_an_interval_is_a_time_that_ends() -> None:
+    assert CliRunner().invoke(app, ["--interval", "inf"]).exit_code == 2

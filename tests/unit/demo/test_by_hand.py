@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from tidegate.demo.by_hand import ByHand
+from tidegate.demo.by_hand import CANCELLED, PAUSED, RESUMED, ByHand
 from tidegate.sdk.client import Client
 
 
@@ -22,23 +22,26 @@ class Noted:
 
 @pytest.mark.feature("K3")
 @pytest.mark.parametrize(
-    ("typed", "calls", "is_paused"),
+    ("typed", "calls", "said", "is_paused"),
     [
-        ([""], [], False),
-        (["p"], [("pause_queue", "q")], True),
-        (["pr"], [("resume_queue", "q")], False),
-        (["p", "x", "r"], [("pause_queue", "q"), ("resume_queue", "q")], False),
+        ([""], [], [[]], False),
+        (["p"], [("pause_queue", "q")], [[PAUSED]], True),
+        (["pr"], [("resume_queue", "q")], [[RESUMED]], False),
+        (["rp"], [("pause_queue", "q")], [[PAUSED]], True),
+        (["p", "x", "r"], [("pause_queue", "q"), ("resume_queue", "q")], [[PAUSED], [], [RESUMED]], False),
         (
             ["p", "c", "c"],
             [("pause_queue", "q"), ("resume_queue", "q"), ("cancel", "a"), ("cancel", "b")],
+            [[PAUSED], [CANCELLED], []],
             False,
         ),
     ],
 )
-def test_what_is_typed_is_done_once(typed: list[str], calls: list[tuple[str, str]], is_paused: bool) -> None:
+def test_what_is_typed_is_done_once_and_said(
+    typed: list[str], calls: list[tuple[str, str]], said: list[list[str]], is_paused: bool
+) -> None:
     client, keys = Noted(), iter(typed)
     by_hand = ByHand(lambda: next(keys), "q")
-    for expected in typed:
-        assert by_hand.obey(cast("Client", client), ["a", "b"]) == expected
+    assert [by_hand.obey(cast("Client", client), ["a", "b"]) for _ in typed] == said
     assert client.calls == calls
     assert (by_hand.is_paused, by_hand.was_cancelled) == (is_paused, "c" in "".join(typed))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
 
 from support.graphs import NAMES, STEPS, events, graph
 from support.pure import Pair, agent, tool
+from tidegate.domain import run_events as ev
+from tidegate.domain.entry import Position
+from tidegate.domain.messages import Denied, GateDecision
 from tidegate.domain.workflow import validate_definition
+from tidegate.scheduler import decide, snapshots
 
 
 def play(definition: dict[str, Any], value: Any = None, **functions: Any) -> Any:
@@ -284,6 +289,23 @@ def test_failed_items_are_left_out_or_null_if_the_map_goes_on(results: str, outp
 
     _, run = play(mapped(on_item_failure="continue", results=results), a=lambda _: [1, 2, 3], b=no_two, c=lambda x: x)
     assert (run.status, run.output) == ("succeeded", output)
+
+
+@pytest.mark.feature("G5")
+def test_a_message_about_several_items_is_decided_without_changing_the_map() -> None:
+    """Only what is logged changes a run: an entry may be refused, and its partition given away."""
+    p = Pair(functions=STEPS)
+    p.start("r", mapped(at_once=2, on_item_failure="continue"))
+    p.unheard = deque()
+    p.answer(p.tasks.popleft(), value=[1, 2, 3, 4])
+    run = p.run("r")
+    denied = [
+        Denied(step_id=f"m/#{number}", attempt=1, rule="no", policy="p@1", reason="no", values="") for number in (0, 1)
+    ]
+    before = snapshots.dump(run)
+    decided = decide.on_decision(run, GateDecision(run_id="r", source=Position(0, 1, 0), items=tuple(denied)))
+    assert [event.step_id for event in decided if isinstance(event, ev.StepReady)] == ["m/#2", "m/#3"]
+    assert snapshots.dump(run) == before
 
 
 @pytest.mark.feature("G5")

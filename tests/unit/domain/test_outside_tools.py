@@ -79,13 +79,13 @@ def test_a_call_waits_and_its_answer_is_recorded() -> None:
     assert (p.run("r").status, len(p.tasks)) == ("waiting", 0)
     kept = snapshots.load(snapshots.dump(p.run("r")), p.runs.definitions)
     assert kept.steps == p.run("r").steps
-    assert ledger_of(p) == ["AttemptReserved", "AttemptPlaced"]
+    assert ledger_of(p) == ["AttemptGranted"]
     p.command("r", "respond", step_id=wait.step_id, value='{"cents":5}', by="erp")
     done = p.run("r").steps[wait.step_id]
     assert (done.status, done.output) == ("succeeded", '{"cents":5}')
     (given,) = [event for _, event in p.events if isinstance(event, ev.StepSucceeded) and event.step_id == wait.step_id]
     assert (given.given_by, given.attempt) == ("erp", 1)
-    assert ledger_of(p)[2:] == ["AttemptSettled"]
+    assert ledger_of(p)[1:] == ["AttemptSettled"]
     assert observed(p) == [(True, {"cents": 5})]
 
 
@@ -317,4 +317,4 @@ def test_calls_that_began_to_wait_before_the_gate_was_asked_go_on() -> None:
     assert (old.steps[CALL].attempt, old.steps[CALL].status) == (0, "waiting")
     p.command("r", "respond", step_id=CALL, value='{"cents":5}', by="erp")
     assert observed(p) == [(True, {"cents": 5})]
-    assert ledger_of(p) == ["AttemptReserved", "AttemptPlaced"], "nothing is settled that was not asked for"
+    assert ledger_of(p) == ["AttemptGranted"], "nothing is settled that was not asked for"

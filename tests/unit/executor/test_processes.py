@@ -84,6 +84,13 @@ def test_what_it_costs_and_when_it_ran_comes_back() -> None:
     assert run("doubled", "ab").output == '"abab"'
 
 
+@pytest.mark.parametrize(("way", "status"), [("returns", 1), ("raises", 1), ("exits", 7)])
+def test_a_child_that_a_function_forks_does_not_answer_for_it(way: str, status: int) -> None:
+    result = run("fork", {"way": way})
+    assert result.outcome == "succeeded"
+    assert json.loads(result.output)["status"] == status
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "error_class", "retryable"),
     [

@@ -1,5 +1,7 @@
 """The watchdog barks at a loop that hangs beyond a deadline, and at nothing else."""
 
+import gc
+import sys
 import threading
 import time
 
@@ -42,6 +44,24 @@ def test_barks_once_with_the_stack_of_the_loop():
     watchdog.stop()
     assert len(barks) == 1
     assert "test_barks_once_with_the_stack_of_the_loop" in barks[0]
+
+
+def test_nothing_is_collected_while_it_looks(monkeypatch):
+    """Collecting in there can wait for a lock that is held there: the whole process stood still, watchdog and all."""
+    seen, look = [], sys._current_frames
+
+    def looked():
+        seen.append(gc.isenabled())
+        return look()
+
+    monkeypatch.setattr(sys, "_current_frames", looked)
+    loop, barks = Loop(), []
+    loop.hangs = True
+    watchdog = watch(loop, 5.0, barks)
+    wait_for(lambda: barks)
+    watchdog.stop()
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_is_silent_while_the_loop_answers_or_no_deadline_has_passed():

@@ -165,7 +165,7 @@ def test_tokens_calls_and_time_are_settled_as_they_were_used() -> None:
 def test_the_price_table_says_what_is_set_aside_and_what_reported_tokens_cost() -> None:
     pair = pair_with(budget(limits={"money_micros": 10_000_000}))
     pair.start("r", one(provider="openai", model="gpt-4o", max_input_tokens=1000, max_output_tokens=100))
-    reserved = events(pair, ev.AttemptReserved)[0]
+    reserved = events(pair, ev.Reserving)[0]
     assert reserved.reserved_micros == 3500
     assert reserved.basis.startswith("price:openai:gpt-4o@")
     pair.answer(pair.tasks.popleft(), value=1, usage={"input_tokens": 100, "output_tokens": 10})
@@ -236,7 +236,7 @@ def test_without_a_declaration_the_average_so_far_is_set_aside() -> None:
         pair.start(f"r{number}", one())
         pair.answer(pair.tasks.popleft(), value=1, actual_micros=cost)
     pair.start("r2", one())
-    last = events(pair, ev.AttemptReserved)[-1]
+    last = events(pair, ev.Reserving)[-1]
     assert (last.reserved_micros, last.basis) == (200, "history")
 
 
@@ -458,7 +458,7 @@ def test_ask_lets_one_attempt_exceed_once() -> None:
     held = events(pair, ev.ApprovalHeld)[0]
     assert (held.rule, held.policy, held.exceeds) == ("budget:daily", "daily@1", tuple(pair.ledger.buckets))
     pair.command("r", "approve", by="ada")
-    reserved = events(pair, ev.AttemptReserved)[-1]
+    reserved = events(pair, ev.Reserving)[-1]
     assert (reserved.exceeds, reserved.approved_by) == (held.exceeds, "ada")
     pair.answer(pair.tasks.popleft(), "failed", error_class="E", error_message="m", actual_micros=50)
     pair.pass_time(1000)  # the second attempt is another one: it asks anew
@@ -520,7 +520,7 @@ def test_runs_that_no_budget_counts_leave_no_trace_of_budgets() -> None:
     pair.work({"a": lambda _: 1})
     assert pair.run("r").status == "succeeded"
     kinds = {type(event).__name__ for event in pair.ledger_events}
-    assert kinds == {"RunOpened", "AttemptReserved", "AttemptPlaced", "AttemptSettled", "RunClosed"}
+    assert kinds == {"RunOpened", "AttemptGranted", "AttemptSettled", "RunClosed"}
 
 
 def test_a_cancelled_run_leaves_no_paused_attempt() -> None:
@@ -565,7 +565,7 @@ def test_the_ledger_comes_back_from_its_units() -> None:
 
 def test_every_event_changes_the_unit_that_it_names_and_no_other() -> None:
     """Snapshots of units are taken at different times, so an event must not reach into another unit."""
-    pair = pair_with(budget("org", limits={"money_micros": 100}, on_exceed="pause", alerts=[10]))
+    pair = pair_with(budget("org", limits={"money_micros": 100}, on_exceed="pause", alerts=[10]), slots=1)
     ledger = Ledger(0)
     recorded: list[Any] = []
     pair.start("r0", one(reserve_micros=40))
@@ -581,7 +581,8 @@ def test_every_event_changes_the_unit_that_it_names_and_no_other() -> None:
         after = {unit: dump(ledger, unit) for unit in {*ledger.runs, *ledger.buckets, *ledger.learned}}
         changed = {unit for unit in before.keys() | after.keys() if before.get(unit) != after.get(unit)}
         assert changed <= set(own), (event, changed)
-    assert {type(event) for event in recorded} >= {ev.BudgetSet, ev.AttemptReserved, ev.AttemptSettled, ev.UsageLearned}
+    kinds = {ev.BudgetSet, ev.AttemptGranted, ev.AttemptReserved, ev.AttemptPlaced, ev.AttemptSettled, ev.UsageLearned}
+    assert {type(event) for event in recorded} >= kinds
 
 
 def test_what_is_asked_for_is_in_the_events_as_canonical_json() -> None:
@@ -632,8 +633,8 @@ def test_a_question_for_which_there_is_room_now_is_answered_by_the_document_that
     assert pair.run("r").status == "running"
     resolved = next(event for _, event in pair.events if type(event).__name__ == "ApprovalResolved")
     assert (resolved.approved, resolved.by, resolved.command_id) == (True, answered[0].by, "")
-    assert not any(event.exceeds for event in events(pair, ev.AttemptReserved))
-    assert events(pair, ev.AttemptReserved)[-1].approved_by == ""
+    assert not any(event.exceeds for event in events(pair, ev.Reserving))
+    assert events(pair, ev.Reserving)[-1].approved_by == ""
     later(pair, 120_000)
     assert events(pair, ev.ApprovalLapsed) == []
     pair.answer(pair.tasks.popleft(), value=1)
@@ -699,7 +700,7 @@ def test_a_question_for_which_there_is_no_room_stays_open(document: dict[str, An
     assert events(pair, ev.QuestionAnswered) == []
     assert pair.run("r").status == "waiting"
     pair.command("r", "approve", by="ada")
-    assert events(pair, ev.AttemptReserved)[-1].approved_by == "ada"
+    assert events(pair, ev.Reserving)[-1].approved_by == "ada"
 
 
 @pytest.mark.feature("P4")

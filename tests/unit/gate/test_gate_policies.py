@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from support.pure import Pair, chain, step
+from tidegate.domain import ledger_events as ev
 from tidegate.domain.expressions import unknown_variables
 from tidegate.gate.kinds import parse
 from tidegate.gate.policy import Policy, PolicySet, Rule, Verdict
@@ -316,7 +317,8 @@ def test_obligations_go_with_the_decision_and_the_task() -> None:
     pair.work({"a": lambda _: 1})
     dispatched = [event for _, event in pair.events if type(event).__name__ == "AttemptDispatched"]
     assert [(event.redact, event.isolation) for event in dispatched] == [(("secret",), "job")] * 2
-    placed = [event for event in pair.ledger_events if type(event).__name__ == "AttemptPlaced"]
+    placed = [event for event in pair.ledger_events if isinstance(event, ev.Placing)]
+    assert [type(event) for event in placed] == [ev.AttemptGranted, ev.AttemptPlaced]
     assert [(event.redact, event.isolation) for event in placed] == [(("secret",), "job")] * 2
 
 

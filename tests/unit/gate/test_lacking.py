@@ -229,8 +229,10 @@ def test_whoever_has_room_goes_on_whatever_happens_to_budgets(seed: int) -> None
 
 def _could_go_on(pair: Pair) -> list[AttemptKey]:
     gate: Any = pair.gate
-    desk = decide.Desk(pair.ledger, gate._limits, pair.now_ms)
-    turn = decide.Turn(pair.ledger, gate._policies, gate._budgets, pair.executors.free_slots({}), desk)
+    desk = decide.Desk(pair.ledger, gate.documents.limits, pair.now_ms)
+    turn = decide.Turn(
+        pair.ledger, gate.documents.policies, gate.documents.budgets, pair.executors.free_slots({}), desk
+    )
     return [
         key
         for key, attempt in pair.ledger.attempts.items()

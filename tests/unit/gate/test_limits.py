@@ -444,7 +444,7 @@ def test_further_attempts_and_all_steps_of_a_run_have_its_wish() -> None:
     p.pass_time_with_heartbeats(5_000)
     p.answer(p.tasks.popleft(), value=1)
     p.answer(p.tasks.popleft(), value=1)
-    assert [event.instance_id for event in ledger_events(p, "AttemptPlaced")] == ["worker-1"] * 3
+    assert [event.instance_id for event in ledger_events(p, "AttemptGranted")] == ["worker-1"] * 3
 
 
 @pytest.mark.feature("P6", "P7")
@@ -498,5 +498,6 @@ def test_the_ledger_tells_a_requests_life_in_the_queue() -> None:
     p.pass_time(700)
     p.answer(p.tasks.popleft(), value=1)
     opened = next(e for e in ledger_events(p, "RunOpened") if e.run_id == "r1")
-    first, second = ledger_events(p, "AttemptPlaced")
-    assert (opened.request_id, first.queued_ms, second.queued_ms) == ("order-7", 0, p.now_ms - 700)
+    assert [event.run_id for event in ledger_events(p, "AttemptGranted")] == ["r0"], "it did not wait"
+    (placed,) = ledger_events(p, "AttemptPlaced")
+    assert (opened.request_id, placed.run_id, placed.queued_ms) == ("order-7", "r1", p.now_ms - 700)

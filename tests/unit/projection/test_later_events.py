@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,9 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
         ("AttemptSettled", {**attempt, "attempt": 1, "actual_micros": 210}),
         ("AttemptSettled", {**attempt, "attempt": 3, "actual_micros": 60, **settled, "set_aside": money(70)}),
         ("BudgetsReleased", {**attempt, "attempt": 4, **settled, "amounts": money(40)}),
+        ("AttemptGranted", {**attempt, "attempt": 6, "buckets": [bucket["bucket"]], "amounts": money(9)}),
+        ("AttemptGranted", {**attempt, "attempt": 7, "buckets": [bucket["bucket"]], "amounts": money(5)}),
+        ("AttemptSettled", {**attempt, "attempt": 7, "actual_micros": 4, **settled, "set_aside": money(5)}),
     ]
     found: list[rows.Row] = []
     rows.add_ledger_events(found, {"epoch": 0, "now_ms": 5, "cause": "", "first_seq": 1, "events": events}, 3, 0)
@@ -276,7 +280,7 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
         "SELECT bucket, account, version, limit_micros, reserved_micros, spent_micros, is_closed FROM account_budgets"
     )
     assert store.rows(f"{query} WHERE bucket = '{bucket['bucket']}'") == [
-        (bucket["bucket"], "acme", "2", 2_000, 501, 270, 0)
+        (bucket["bucket"], "acme", "2", 2_000, 510, 274, 0)
     ]
     assert store.rows(f"{query} WHERE bucket != '{bucket['bucket']}'") == [("other|acme|total", "", "", None, 1, 0, 0)]
     assert (
@@ -286,7 +290,38 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
         == 300
     )
     spent = store.rows("SELECT settled_micros, reserved_micros FROM budgets WHERE run_id = 'r'")
-    assert spent == [(270, 0)], "what buckets hold is not counted for the run once more"
+    assert spent == [(274, 0)], "what buckets hold is not counted for the run once more"
+
+
+def test_a_grant_counts_as_the_reservation_and_the_placement_that_it_is(store: Store) -> None:
+    """Also beside those of attempts that waited in between, and of ledgers of before."""
+    names = {"run_id": "granted", "step_id": "s", "account": "acme"}
+    placed = {"rule": "default", "instance_id": "worker-1", "incarnation": 7, "call": {"queue": "granted-queue"}}
+    events: list[Event] = [
+        ("RunOpened", {"run_id": "granted", "account": "acme", "budget_micros": 100}),
+        ("AttemptGranted", {**names, "attempt": 1, "reserved_micros": 30, **placed}),
+        ("AttemptReserved", {**names, "attempt": 2, "reserved_micros": 20}),
+        ("AttemptQueued", {**names, "attempt": 2, "call": placed["call"]}),
+        ("AttemptPlaced", {**names, "attempt": 2, "reserved_micros": 20, **placed}),
+        ("AttemptGranted", {**names, "attempt": 3, "reserved_micros": 7, **placed}),
+        ("AttemptSettled", {**names, "attempt": 3, "reserved_micros": 7, "actual_micros": 5}),
+    ]
+    found: list[rows.Row] = []
+    now_ms = time.time_ns() // 1_000_000
+    rows.add_ledger_events(found, {"epoch": 0, "now_ms": now_ms, "cause": "", "first_seq": 1, "events": events}, 9, 0)
+    for _ in range(2):  # doubled
+        store.insert({rows.LEDGER: found})
+
+    columns = "budget_micros, reserved_micros, settled_micros"
+    assert store.rows(f"SELECT {columns} FROM budgets WHERE run_id = 'granted'") == [(100, 50, 5)]
+    columns = "attempt, decision, rule, instance_id, incarnation, reserved_micros"
+    assert store.rows(f"SELECT {columns} FROM decisions WHERE run_id = 'granted' ORDER BY attempt") == [
+        (number, "allow", "default", "worker-1", 7, micros) for number, micros in ((1, 30), (2, 20), (3, 7))
+    ]
+    ((queued, placed_now),) = store.rows(
+        "SELECT round(queued_per_s * 60), round(placed_per_s * 60) FROM queues WHERE queue = 'granted-queue'"
+    )
+    assert (queued, placed_now) == (1, 3)
 
 
 def test_what_only_the_gate_can_price_is_what_runs_steps_and_attempts_cost(store: Store) -> None:

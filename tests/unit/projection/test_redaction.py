@@ -46,10 +46,11 @@ def entry(*events: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     return {"subject": "r", "account": "acme", "epoch": 0, "now_ms": 1, "cause": "", "first_seq": 1, "events": events}
 
 
-def test_the_ledgers_row_comes_without_what_its_decision_redacts() -> None:
+@pytest.mark.parametrize("placing", ["AttemptGranted", "AttemptPlaced"])
+def test_the_ledgers_row_comes_without_what_its_decision_redacts(placing: str) -> None:
     found: list[rows.Row] = []
 
-    rows.add_ledger_events(found, entry(("AttemptPlaced", call(redact=["card.number", "lines.*.to"]))), 0, 7)
+    rows.add_ledger_events(found, entry((placing, call(redact=["card.number", "lines.*.to"]))), 0, 7)
 
     body = json.loads(found[0][rows.COLUMNS[rows.LEDGER].index("body")])
     shown = json.loads(body["call"]["arguments"])

@@ -151,6 +151,105 @@ def test_a_gather_is_played_once_for_all_of_its_calls() -> None:
     assert run.flow_turns == 2
 
 
+async def by_tasks(w: World, n: int) -> list[int]:
+    tasks = [asyncio.create_task(w.double(i), name=f"double {i}") for i in range(n)]
+    return [result.value for result in await asyncio.gather(*tasks)]
+
+
+async def by_task_group(w: World, n: int) -> list[int]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(w.double(i)) for i in range(n)]
+    return [task.result().value for task in tasks]
+
+
+async def by_ensured_futures(w: World, n: int) -> list[int]:
+    return [result.value for result in await asyncio.gather(*[asyncio.ensure_future(w.double(i)) for i in range(n)])]
+
+
+@pytest.mark.parametrize("flow", [by_tasks, by_task_group, by_ensured_futures])
+def test_a_call_is_a_task_already(flow: Any) -> None:
+    w = World(flow)
+    w.begin(5)
+    run = w.finish()
+    assert (run.status, run.output) == ("succeeded", "[0,2,4,6,8]"), run.reason
+    assert run.flow_turns == 2
+
+
+def test_a_task_of_a_call_is_a_branch_like_any_other() -> None:
+    async def started(w: World, n: int) -> list[Any]:
+        slow = asyncio.create_task(w.double(n), name="slow")
+        fast = await w.double(n + 10)
+        slow.cancel()
+        try:
+            await slow
+        except asyncio.CancelledError:
+            return [fast.value, slow.cancelled(), slow.get_name()]
+        return []
+
+    w = World(started)
+    w.begin(1)
+    w.next("f/1")
+    w.next("f/double#2")
+    w.next("f/2")
+    assert (w.run.status, w.run.output) == ("succeeded", '[22,true,"slow"]'), w.run.reason
+    assert w.run.steps["f/double"].status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda w: asyncio.gather([w.double(1), w.double(2)]), "asyncio.gather(*calls)"),
+        (lambda w: asyncio.gather(w.double(i) for i in range(2)), "asyncio.gather(*calls)"),
+        (lambda w: asyncio.gather(w.double), "asyncio.gather(*calls)"),
+        (lambda w: asyncio.wait(w.double(1)), "asyncio.gather(*calls)"),
+        (lambda w: asyncio.create_task(w.double), "asyncio.create_task(call)"),
+        (lambda w: asyncio.create_task([w.double(1)]), "asyncio.create_task(call)"),
+    ],
+)
+def test_what_asyncio_does_not_take_is_refused_with_what_to_write_instead(wrong: Any, says: str) -> None:
+    async def odd(w: World, n: int) -> None:
+        await wrong(w)
+
+    w = World(odd)
+    w.begin(1)
+    run = w.finish()
+    assert run.status == "failed"
+    assert says in run.reason
+
+
+def test_an_error_of_the_flow_itself_stays_what_it_is() -> None:
+    async def wrong(w: World, n: int) -> None:
+        await asyncio.gather(w.double(n))
+        n + "1"  # type: ignore[operator] # that is the point
+
+    w = World(wrong)
+    w.begin(1)
+    run = w.finish()
+    assert "unsupported operand" in run.reason
+    assert "gather" not in run.reason
+
+
+def test_what_is_waited_for_together_comes_in_the_same_order_in_each_turn() -> None:
+    """Sets of futures are in the order of their addresses otherwise: another one in the next turn."""
+
+    async def together(w: World, n: int) -> list[int]:
+        calls = [w.double(i) for i in range(n)]
+        done, _ = await asyncio.wait(calls)
+        firsts = [(await w.double(call.result())).value for call in done]
+        done, _ = await asyncio.wait([asyncio.create_task(branch(w, first)) for first in firsts])
+        seconds = [(await w.double(task.result())).value for task in done]
+        return seconds + [(await w.double(await future)).value for future in asyncio.as_completed(calls)]
+
+    async def branch(w: World, value: int) -> int:
+        return (await w.double(value)).value
+
+    w = World(together)
+    w.begin(8)
+    run = w.finish()
+    assert run.status == "succeeded", run.reason
+    assert sorted(canonical.loads(run.output)) == sorted([16 * n for n in range(8)] + [4 * n for n in range(8)])
+
+
 def test_a_call_that_fails_raises_where_it_is_awaited() -> None:
     async def careful(w: World, n: int) -> str:
         try:
@@ -355,7 +454,7 @@ def test_a_flow_whose_turns_would_be_told_too_much_together_fails_and_says_what_
     w.begin(3)
     assert w.finish().status == "succeeded"
     w = World(some)
-    w.begin(20)
+    w.begin(8)
     run = w.finish()
     assert (run.status, run.code) == ("failed", "too_large")
     assert "characters, at most 2000 in all: each is told what all calls before it gave" in run.reason

@@ -15,8 +15,10 @@ from tidegate.domain.entry import Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key, partition_of
 from tidegate.domain.messages import Call, WorkflowPublished
 from tidegate.domain.requests import StartRequest, parse_request
+from tidegate.domain.workflow import validate_definition
 from tidegate.eventlog.interface import Record, TopicPartition, WriteFailedError
 from tidegate.eventlog.memory import MemoryBroker, MemoryInbox
+from tidegate.sdk import judging
 from tidegate.sdk.errors import NotJsonError
 from tidegate.sdk.reading import GapError
 
@@ -235,7 +237,29 @@ def test_what_cannot_run_is_not_published(broker, client):
         client.publish([DEFINITION, {**DEFINITION, "name": "x", "functions": {}}])
     with pytest.raises(GraphError, match="unknown function 'nobody'"):
         client.publish(Graph("y").node("a", "nobody"))
+    with pytest.raises(GraphError, match=f"{DEFINITION['name']}@1 is there twice"):
+        client.publish([DEFINITION, {**DEFINITION, "max_steps": 7}])  # either would do: no telling which was meant
+    app = App("twice")
+    for step in ("a", "b"):
+        app.step(name=step)(lambda: None)
+        app.graph("w").node(step, step)
+    with pytest.raises(GraphError, match="w@1 is there twice"):
+        client.publish(app)
     assert rows(broker) == []
+
+
+@pytest.mark.feature("G1")
+def test_what_was_judged_already_is_not_judged_again(broker, client, monkeypatch):
+    asked = []
+
+    def counting(definition, *more, **options):
+        asked.append(definition["name"])
+        return validate_definition(definition, *more, **options)
+
+    monkeypatch.setattr(judging, "validate_definition", counting)
+    found = judging.judged([DEFINITION])
+    assert client.publish(found) == ["shop@1"]
+    assert asked == ["shop"]
 
 
 def test_a_graph_knows_its_app(broker, client):

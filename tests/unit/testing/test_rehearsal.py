@@ -252,7 +252,7 @@ def test_what_a_model_may_use_at_most_is_set_aside_by_the_price_table() -> None:
 
     with Rehearsal(priced) as stage:
         outcome = stage.run(agent="thinker", input="x")
-    reserved = next(event for event in outcome.ledger if type(event).__name__ == "AttemptReserved")
+    reserved = next(event for event in outcome.ledger if type(event).__name__ == "AttemptGranted")
     assert (outcome.run.status, reserved.reserved_micros) == ("succeeded", 3500)
 
 
@@ -306,3 +306,18 @@ def test_an_event_with_an_empty_key_is_for_the_wait_without_one() -> None:
             rehearsal.signal("paid", 1)
         rehearsal.signal("paid", 2, key="")
         assert rehearsal.signal("paid", 3, key="A-1").output == {"keyed": 3, "plain": 2}
+
+
+def test_an_error_with_a_long_message_is_that_error() -> None:
+    """A body in base64, say. Shown on a terminal with its traceback it would take longer than the attempt may."""
+    shop = App("long")
+
+    @shop.step(retries=0, timeout_s=10)
+    def ask(value: Any) -> Any:
+        raise ConnectionError("é" * 100_000)
+
+    shop.graph("long").node("ask", ask)
+    with Rehearsal(shop) as rehearsal:
+        outcome = rehearsal.run("long")
+    (ended,) = outcome.seen("AttemptEnded")
+    assert (ended.error_class, len(ended.error_message)) == ("ConnectionError", 4000)

@@ -29,11 +29,6 @@ TEAM_MICROS: Final = 30_000
 TIMEOUT_S: Final = 60.0
 LOOK_S: Final = 0.1
 QUEUE: Final = "default"
-SAID: Final = {
-    "p": "PAUSED    the queue, by hand: nothing new starts until r",
-    "r": "RESUMED   the queue, by hand",
-    "c": "CANCELLED by hand: what is set aside comes back",
-}
 
 
 class _CancelledError(Exception):
@@ -135,10 +130,8 @@ class BudgetDemo:
         def obey() -> None:
             with Client(self._stack.settings, by="demo") as client:
                 while not is_over.wait(LOOK_S):
-                    typed = self._by_hand.obey(client, run_ids)
-                    for key, said in SAID.items():
-                        if key in typed:
-                            self._say(said)
+                    for line in self._by_hand.obey(client, run_ids):
+                        self._say(line)
 
         thread = threading.Thread(target=obey, daemon=True)
         thread.start()

@@ -115,12 +115,16 @@ class ThrottlingDemo:
         """Show how things stand until all runs are over. Raises DemoError."""
         run_ids = [run_id for run_id, _ in self._wanted]
         deadline_s = time.monotonic() + TIMEOUT_S
+        said: list[str] = []
         while True:
-            self._show(observer.look(self._picture))
+            picture = observer.look(self._picture)
+            picture.said += said
+            self._show(picture)
             left = observer.unfinished(run_ids)
             if not left:
                 return
-            if self._by_hand.obey(client, left) or self._by_hand.is_paused:
+            said = self._by_hand.obey(client, left)
+            if said or self._by_hand.is_paused:
                 deadline_s = time.monotonic() + TIMEOUT_S
             if observer.failure or time.monotonic() > deadline_s:
                 raise DemoError(

@@ -102,7 +102,7 @@ class KafkaBroker:
             yield from reader.until(stop)
 
     def offsets(self, topic: str, partition: int) -> Offsets:
-        """Return the partition's first and next offset. Blocks for a round trip. Raises UnknownTopicError.
+        """Return the partition's first and next offset. Blocks for a round trip. Raises UnknownTopicError, and as `describe` does.
 
         The end is that of readers: while a transaction of somebody else's is open, where it began.
         """
@@ -125,8 +125,8 @@ class KafkaBroker:
         """
         if not topics:
             return {}
+        self._make_contact()
         admin = self.admin_client()
-        self._make_contact(admin)
         found = _existing(admin, {self.physical_name(topic): topic for topic in topics})
         try:
             configs = _configs(admin, [self.physical_name(topic) for topic in found])
@@ -179,7 +179,7 @@ class KafkaBroker:
             "on_commit": lambda error, partitions: answers.append((error, partitions)),
         }
         wanted = [KafkaPartition(self.physical_name(at.topic), at.partition, to) for at, to in positions.items()]
-        self._make_contact(self.admin_client())
+        self._make_contact()
         deadline = time.monotonic() + clients.REQUEST_TIMEOUT_S
         consumer = make_consumer(self._settings, config)
         try:
@@ -214,10 +214,11 @@ class KafkaBroker:
         for reader in readers:
             reader.close()
 
-    def _make_contact(self, admin: AdminClient) -> None:
+    def _make_contact(self) -> None:
         """Raise EventLogError unless a broker answers shortly, or did before. Requests themselves wait for much longer."""
         if self._was_reached:
             return
+        admin = self.admin_client()
         try:
             admin.describe_cluster(request_timeout=CONTACT_TIMEOUT_S).result()
         except KafkaException as error:
@@ -234,6 +235,7 @@ class KafkaBroker:
 
     @contextmanager
     def _borrowed_reader(self) -> Iterator[Reader]:
+        self._make_contact()
         with self._lock:
             reader = self._idle_readers.pop() if self._idle_readers else None
         if reader is not None and reader.is_outdated:

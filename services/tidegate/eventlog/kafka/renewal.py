@@ -2,7 +2,9 @@
 
 Connections that exist stay, so a change is noticed at the next one that is made. Refusals alone change nothing: the
 client asks again, with a growing pause, because the files may change after the brokers did. Nor do files alone: a certificate
-that is renewed in time is as good as the new one until it expires, and an executor that ends loses what it runs.
+that is renewed in time is as good as the new one until it expires, and an executor that ends loses what it runs. So a refusal is
+forgotten when none follows: brokers that do not know a password yet, right after their start, must not make a later change of files
+the end of all.
 
 A process that ends finds its partitions again at once, as after any other doubt. Handing the new password to the running client
 (`set_sasl_credentials`) was tried: now and then that call never returns.
@@ -21,6 +23,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
 
 LOOK_EVERY_S: Final = 1.0
+# Who is refused asks again within seconds and is told of every refusal: silence for so long means that it was let in since, or
+# wants nothing of whoever refused it.
+REFUSED_FOR_S: Final = 60.0
 REPLACED: Final = "the brokers refuse our credentials, and the files hold others by now: beginning again takes those"
 _REFUSED: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED})
 # Either side may refuse the other's certificate. Ours is refused by an alert on a connection that exists by then, which the
@@ -39,19 +44,26 @@ class Renewal:
         self._settings = settings
         self._then = then
         self._in_use = settings.proofs()
-        self._refused = False
+        self._refused_s: float | None = None  # when last
         self._look_at_s = 0.0
 
     def __call__(self, error: KafkaError) -> None:
-        """Take note of an error that the client tells of, of some of those that are alike only once. Does not raise."""
-        self._refused |= is_refusal(error)
+        """Take note of an error that the client tells of. Does not raise."""
+        if is_refusal(error):
+            self._refused_s = time.monotonic()
         self._then(error)
 
     def check(self) -> None:
         """Raise KafkaException if the client was refused and can be of no use any more."""
-        if not self._refused or time.monotonic() < self._look_at_s:
+        if self._refused_s is None:
             return
-        self._look_at_s = time.monotonic() + LOOK_EVERY_S
+        now_s = time.monotonic()
+        if now_s - self._refused_s > REFUSED_FOR_S:
+            self._refused_s = None
+            return
+        if now_s < self._look_at_s:
+            return
+        self._look_at_s = now_s + LOOK_EVERY_S
         if self.is_outdated():
             raise KafkaException(KafkaError(KafkaError._AUTHENTICATION, REPLACED))
 

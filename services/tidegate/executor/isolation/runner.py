@@ -22,6 +22,7 @@ import structlog
 
 from tidegate.executor import endings
 from tidegate.executor.endings import UnknownFunctionError
+from tidegate.executor.forks import ChildrenEndHere
 from tidegate.executor.isolation import job_log
 from tidegate.executor.isolation.errand import (
     Ended,
@@ -87,7 +88,8 @@ def run_errand(errand: Errand, say: Say, may_enter: Callable[[], bool]) -> None:
     has_returned = False
     try:
         with running(context, meter), structlog.contextvars.bound_contextvars(**named):
-            value = _called(function, bound)
+            with ChildrenEndHere():
+                value = _called(function, bound)
             has_returned = True
             ending = endings.returned(errand.kind, value, meter, errand.output_max_bytes)
     except BaseException as error:  # whatever it raises, SystemExit included, is its failure
