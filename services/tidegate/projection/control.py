@@ -42,7 +42,7 @@ HOST: Final = "127.0.0.1"
 STOP_TIMEOUT_S: Final = 10.0
 AGAIN_AFTER_S: Final = 2.0
 # How often it is looked whether another member of the group was asked for a replay, and whether it is ours to do.
-LOOK_EVERY_S: Final = 2.0
+LOOK_EVERY_S: Final = 5.0
 # Who takes a replay over writes rows that win over those which whoever had it before may still write.
 TAKEN_OVER: Final = 1_000_000
 PATH: Final = "/replay"
@@ -189,6 +189,7 @@ class Replays:
                     progress = self._taken_over()
                 except StoreError as error:
                     _log.warning("replays are not known yet", error=str(error))
+                    was_first = False  # what woke us is still to be looked for
                     self._stop.wait(AGAIN_AFTER_S)
                     continue
                 if progress is not None:

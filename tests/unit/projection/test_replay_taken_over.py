@@ -25,7 +25,7 @@ from tidegate.projection.replay import (
 )
 from tidegate.projection.service import TOPICS, Limits
 from tidegate.projection.settings import ProjectionSettings
-from tidegate.projection.store import Store
+from tidegate.projection.store import Store, StoreError
 
 pytestmark = [pytest.mark.feature("L4"), pytest.mark.timeout(120)]
 DATABASE, SHADOW = "tidegate", "tidegate_replay"
@@ -145,6 +145,28 @@ def test_a_replay_of_a_version_that_did_not_note_what_it_filled_fills_anew(parts
     assert replay.progress.phase == "done"
     assert shadow.uuids(store, DATABASE)["event_facts"] not in before.values()
     store.close()
+
+
+def test_what_was_asked_for_while_clickhouse_was_away_is_done_when_it_is_back(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(control, "AGAIN_AFTER_S", 0.05)
+    opened: list[str] = []
+
+    def open_store(database: str) -> Store:
+        opened.append(threading.current_thread().name)
+        if opened[-1] == "replay" and opened.count("replay") == 2:
+            raise StoreError("away")
+        return parts.open_store(database)
+
+    alone = Replays(parts._replace(open_store=open_store), "a")
+    alone.resume()
+    eventually(lambda: alone._is_looking is False, "it to look around")
+    alone.ask(ReplayRequest(tables=TABLES, check=True))
+    eventually(lambda: (found := alone.current()) is not None and found.is_over, "it to be done")
+    assert opened.count("replay") > 2
+    alone.close()
 
 
 def test_any_member_may_be_asked_and_the_one_with_the_first_partition_does_it(
