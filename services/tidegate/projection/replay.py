@@ -151,22 +151,26 @@ class Replay:
         """Do what is left of it. Kafka or ClickHouse away: waits and goes on from what was saved."""
         if self.progress.phase in BEFORE_EXCHANGE and not self.progress.rebuilt:
             self.progress.phase = PREPARE  # an earlier version began it, and did not note what it filled
-        while not self.progress.is_over:
-            try:
-                self._step()
-            except GivenUp:
-                if self._is_leaving:
-                    self._close_store()
-                    raise
-            except (EventLogError, StoreError) as error:
-                _log.warning("replay: trying again", step=self.progress.phase, error=str(error))
-                self._close_store()
-                if self._stop.wait(AGAIN_AFTER_S):
-                    raise GivenUp from error
-            except ReplayError as error:
-                self._end(FAILED, str(error))
-        metrics.projection_replay.set(-1)
-        self._close_store()
+        try:
+            while not self.progress.is_over:
+                self._try_step()
+        finally:
+            metrics.projection_replay.set(-1)
+            self._close_store()
+
+    def _try_step(self) -> None:
+        try:
+            self._step()
+        except GivenUp:
+            if self._is_leaving:
+                raise
+        except (EventLogError, StoreError) as error:
+            _log.warning("replay: trying again", step=self.progress.phase, error=str(error))
+            self._close_store()
+            if self._stop.wait(AGAIN_AFTER_S):
+                raise GivenUp from error
+        except ReplayError as error:
+            self._end(FAILED, str(error))
 
     @property
     def _is_leaving(self) -> bool:

@@ -247,6 +247,8 @@ class Projection:
         """Say it, once, if the tables lack records that the group has passed: nothing will bring them by itself."""
         for row in done.tables.get(rows.FRESHNESS, ()):
             at, next_offset = TopicPartition(row[0], row[1]), row[2]
+            if at not in done.positions:
+                continue  # it was lost meanwhile: whoever has it says what is missing of it
             missing = max(0, next_offset - done.whole_to.get(at, next_offset))
             if missing and not self._missing.get(at):
                 _log.error(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from support.stack import eventually
+from tidegate import metrics
 from tidegate.eventlog.memory import MemoryBroker
 from tidegate.projection import control, shadow
 from tidegate.projection.control import BusyError, Replays
@@ -17,6 +18,7 @@ from tidegate.projection.replay import (
     COMPARE,
     EXCHANGE,
     PREPARE,
+    GivenUp,
     Parts,
     Progress,
     Replay,
@@ -134,6 +136,27 @@ def test_who_loses_the_first_partition_leaves_the_rest_to_who_has_it(
         assert current is not None
         assert current.phase == "done"
         member.close()
+
+
+def test_who_leaves_a_replay_to_somebody_else_does_not_go_on_saying_how_far_it_is(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[float] = []
+    monkeypatch.setattr(metrics.projection_replay, "set", said.append)
+    ours = [True]
+    replay = Replay(
+        parts,
+        Progress(replay_id="r", instance_id="a", request=ReplayRequest(tables=TABLES)),
+        threading.Event(),
+        ours=lambda: ours[0],
+    )
+    while replay.progress.phase != COMPARE:
+        replay._step()
+    assert said == [1.0]
+    ours[0] = False
+    with pytest.raises(GivenUp):
+        replay.run()
+    assert said[-1] == -1
 
 
 def test_a_replay_of_a_version_that_did_not_note_what_it_filled_fills_anew(parts: Parts) -> None:

@@ -504,6 +504,28 @@ def test_freshness_tells_how_far_each_partition_is_and_is_renewed_while_nothing_
     assert all(later[at][5] > first[at][5] for at in first)
 
 
+def test_what_is_missing_of_a_partition_is_said_by_who_has_it_and_by_nobody_who_had_it() -> None:
+    """Alerts add up what the members say: one that goes on saying what it knew of a lost partition is never silent again."""
+    world, log = World(), LogWriter(3, 2)
+    world.write(log.take(story().decided))
+    world.tables.lasting = 3
+    while world.tables._batch is None:
+        world.turn()
+    batch = world.tables._batch
+    assert batch is not None
+    lost = min(batch.positions)
+    kept = max(batch.positions)
+    assert lost != kept
+    batch.whole_to = {at: 0 for at in batch.positions}  # an empty database, say
+    world.group.assigned -= {lost}
+    world.group._change = AssignmentChange(frozenset(), frozenset({lost}))
+    while world.tables._batch is batch or world.tables._done is batch:
+        world.turn()
+
+    assert world.projection._missing.get(kept, 0) > 0
+    assert lost not in world.projection._missing
+
+
 @pytest.mark.feature("L4")
 def test_a_commit_that_the_broker_did_not_hear_is_made_good_while_nothing_happens(
     monkeypatch: pytest.MonkeyPatch,
