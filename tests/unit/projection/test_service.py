@@ -516,7 +516,7 @@ def test_what_is_missing_of_a_partition_is_said_by_who_has_it_and_by_nobody_who_
     lost = min(batch.positions)
     kept = max(batch.positions)
     assert lost != kept
-    batch.whole_to = {at: 0 for at in batch.positions}  # an empty database, say
+    batch.whole_to = dict.fromkeys(batch.positions, 0)  # an empty database, say
     world.group.assigned -= {lost}
     world.group._change = AssignmentChange(frozenset(), frozenset({lost}))
     while world.tables._batch is batch or world.tables._done is batch:
