@@ -42,8 +42,11 @@ class Patience:
         self._send(fields)
 
     def respond(self) -> None:
-        """Answer an open wait, mostly; rightly, mostly."""
+        """Answer an open wait, mostly; rightly, mostly; one for an outside tool rather than others, for there are few."""
         found = self._open()
+        outside = [(run_id, step) for run_id, step in found if step.wait is not None and step.wait.kind == OUTSIDE]
+        if outside and self.rng.random() < 0.7:
+            found = outside
         run_id, step = self.rng.choice(found) if found and self.rng.random() < 0.9 else (self._some_run(), None)
         self._respond(run_id, step, is_right=self.rng.random() < 0.7)
 

@@ -25,6 +25,7 @@ class Draft:
         "_blocks",
         "_due",
         "_inputs",
+        "_is_open",
         "_marks",
         "_parts",
         "_ranges",
@@ -52,12 +53,13 @@ class Draft:
         self._parts: list[int] = []
         self._ranges: list[InputRange] = []
         self._due = ""
+        self._is_open = True
         self._inputs: dict[str, int] = {}
         self._marks: dict[str, int] = {}
 
     def has_room(self, subject: str, account: str, cause: Message | str, events: int, size: int) -> bool:
         """Tell whether so many events more, of so many bytes, may go into the same entry. What no input caused stands alone."""
-        if subject != self.subject or account != self.account or self._due or isinstance(cause, str):
+        if subject != self.subject or account != self.account or not self._is_open or isinstance(cause, str):
             return False
         if len(self.events) + events > MAX_EVENTS or self._size + size > MAX_BYTES:
             return False
@@ -81,13 +83,17 @@ class Draft:
         if marks:
             self._marks.update(marks)
         if isinstance(cause, str):
-            self._due = cause
+            self._due, self._is_open = cause, False
             return
         ranges, offset = self._ranges, cause.offset
         if ranges and offset == ranges[-1].last + 1 and cause.topic == ranges[-1].topic:
             ranges[-1].last = offset
         else:
             ranges.append(InputRange(cause.topic, cause.partition, offset, offset))
+
+    def close(self) -> None:
+        """Take nothing more."""
+        self._is_open = False
 
     def entry(self, epoch: int, told: int, events: Sequence[Any]) -> Entry:
         """Return the entry that this is with these events."""

@@ -117,6 +117,9 @@ class Machine(Protocol):
     def decide(self, state: Any, record: Any, message: Message, now_ms: int, tables: Tables) -> Decision | None:
         """Return the events that an input causes; None if it changes nothing."""
 
+    def may_be_followed(self, events: Sequence[Any]) -> bool:
+        """Tell whether an entry that ends with these events may go on with what the next input causes."""
+
     def instead(self, state: Any, record: Any, refused: Decision, error: Exception) -> Decision | None:
         """Return what is logged in place of a decision that cannot be: what it was about must not wait for it for ever.
 

@@ -237,6 +237,8 @@ class OwnedPartition:
         seq = draft.first_seq + len(draft.events)
         draft.add(events, block, cause, self.inputs, self.marks if decision.is_complete else self.changed_marks)
         self.changed_marks = {}
+        if not machine.may_be_followed(events):
+            draft.close()
         for event in events:
             machine.apply(self.state, decision.subject, decision.account, event, seq, self.now_ms)
             seq += 1

@@ -675,7 +675,8 @@ def lapses(ledger: Ledger, now_ms: int) -> list[Any]:
     """Return the ends of questions that nobody answered in time, as many as an entry may hold."""
     if not ledger.questions or ledger.questions[0][0] > now_ms:
         return []
-    due = sorted(question for question in ledger.questions if question[0] <= now_ms)
+    # A set: who is asked again in the same millisecond is noted twice, and lapses once.
+    due = sorted({question for question in ledger.questions if question[0] <= now_ms})
     events: list[Any] = []
     for expires_at_ms, key in due[:MAX_LAPSES_PER_ENTRY]:
         attempt = ledger.attempts.get(key)

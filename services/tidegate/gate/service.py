@@ -100,6 +100,10 @@ class GateMachine:
         events = decide.on_request(draft)
         return Decision(state.subject, "", events) if events else None
 
+    def may_be_followed(self, events: Sequence[Any]) -> bool:
+        """An entry holds what a turn decides."""
+        return True
+
     def instead(self, state: Ledger, record: Any, refused: Decision, error: Exception) -> Decision | None:
         """Return None: what is asked of the gate was written by a scheduler before, in an entry that was larger."""
         return None

@@ -22,7 +22,7 @@ from tidegate.eventlog.machine import Decision, Retirement, Standing, Tell
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.scheduler import commands, decide, holding, snapshots, waits
-from tidegate.scheduler.tells import tells
+from tidegate.scheduler.tells import TELLING, tells
 
 _log = structlog.get_logger()
 
@@ -178,6 +178,11 @@ class SchedulerMachine:
                 raise
         account = record.account if isinstance(record, RunCommand) and not run.account else run.account
         return Decision(run.run_id, account, events) if events else None
+
+    def may_be_followed(self, events: Sequence[Any]) -> bool:
+        """What tells somebody ends its entry: a scheduler of before, which knows no parts, makes one message of all of them. With
+        one part that tells it is the same message, so it may take over from us."""
+        return TELLING.isdisjoint(map(type, events))
 
     def instead(self, state: RunsOfPartition, record: Any, refused: Decision, error: Exception) -> Decision | None:
         """Return the end of a run that cannot go on, since what it should go on with is too large. A command is a dead letter."""

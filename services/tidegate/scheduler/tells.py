@@ -252,6 +252,9 @@ _COMMANDS: Final[dict[type, Callable[[Entry, Any, Position], RunCommand]]] = {
 }
 
 
+TELLING: Final = frozenset((*_GATE_ITEMS, *_COMMANDS, *_REFUSALS))
+
+
 def _dead_letter(entry: Entry, event: ev.CommandRefused | ev.RunRefused) -> DeadLetter:
     source = source_of(event.source)
     return DeadLetter(

@@ -10,6 +10,7 @@ from support.pure import Pair, chain
 from tidegate.domain import ledger_events as ev
 from tidegate.domain.entry import Position
 from tidegate.domain.messages import Approve, GateDecision, GateRequest, Unanswered
+from tidegate.eventlog.machine import Decision
 
 RULE = {"name": "ask", "when": "true", "then": "require_approval", "expires_s": 60}
 
@@ -28,6 +29,17 @@ def gate_alone(pair: Pair, ms: int) -> None:
     assert answer is not None
     assert answer[0].startswith("timer:")
     pair._take(pair.gate, pair.ledger, answer[1])
+
+
+@pytest.mark.feature("P4")
+def test_who_is_asked_twice_in_one_millisecond_lapses_once() -> None:
+    """A question that another takes the place of, for another budget, ends at the same time if it was asked in the same turn."""
+    pair = asking()
+    held = next(event for event in pair.ledger_events if isinstance(event, ev.ApprovalHeld))
+    pair._take(pair.gate, pair.ledger, Decision(pair.ledger.subject, "", [held]))
+    gate_alone(pair, 60_000)
+    assert [type(e).__name__ for e in pair.ledger_events].count("ApprovalLapsed") == 1
+    assert (pair.ledger.attempts, pair.ledger.questions) == ({}, [])
 
 
 @pytest.mark.feature("P4")
