@@ -168,7 +168,7 @@ def _settings(rng: Random, function: str, kind: str) -> dict[str, Any]:
         "reserve_micros": rng.choice((0, 5, 20, 50)),
         "idempotent": function not in ONCE,
     }
-    if rng.random() < 0.3:
+    if rng.random() < 0.7:
         rule = {"on": ["Flaky"], "max_attempts": rng.randint(1, 6), "backoff_ms": rng.choice((20, 200))}
         settings["retry_rules"] = [rule]
     if kind == "agent":
