@@ -36,11 +36,20 @@ _log = structlog.get_logger()
 
 
 class Pulse:
-    """When each loop of this process last advanced. Any thread may beat; a beat costs as much as reading a clock."""
+    """When each loop of this process last advanced. Any thread may beat; a beat costs as much as reading a clock.
+
+    reasons_to_end: what some thread found that concerns all of the process.
+    """
 
     def __init__(self, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self._monotonic_s = monotonic_s
         self._beats: dict[str, float] = {}
+        self.reasons_to_end: list[str] = []
+
+    def end(self, reason: str) -> None:
+        """Say that this process can be of no use any more: its loops end with that reason (`process.run_until_stopped`)."""
+        if reason not in self.reasons_to_end:  # it may be found again and again
+            self.reasons_to_end.append(reason)
 
     def beat(self, loop: str = MAIN_LOOP) -> None:
         """Say that a loop advances. Whatever takes long without an end of its own (a restore, say) beats too."""

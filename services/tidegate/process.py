@@ -275,8 +275,12 @@ def observed(process: ProcessSettings, service: str, instance_id: str) -> Iterat
 def run_until_stopped(turn: Callable[[], object], stop: threading.Event, loop: str = MAIN_LOOP) -> None:
     """Call `turn` until the event is set. What it raises ends the process: state in memory is never repaired.
 
-    loop: under which name `/health/live` watches whether it advances.
+    loop: under which name `/health/live` watches whether it advances. Raises EventLogError if another thread finds a reason to
+    end.
     """
+    known = len(PULSE.reasons_to_end)
     while not stop.is_set():
         PULSE.beat(loop)
+        if len(PULSE.reasons_to_end) > known:
+            raise EventLogError(PULSE.reasons_to_end[-1])
         turn()

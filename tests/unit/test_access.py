@@ -15,6 +15,7 @@ from tidegate.cli.__main__ import app as cli
 from tidegate.eventlog.kafka import renewal
 from tidegate.eventlog.kafka.renewal import is_refusal
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
+from tidegate.health import Pulse
 from tidegate.topics.access import GROUPS, ROLES, FoundGrant, Grant, Principals, compare, grants, used_by
 from tidegate.topics.continuity import OWNED_LOGS
 from tidegate.topics.declaration import SERVICES, Topic, load_topics, read_topic_files
@@ -239,8 +240,11 @@ def test_a_refusal_counts_while_it_lasts(tmp_path: Path, monkeypatch: pytest.Mon
     client.check()
     clock[0] += 10
     client(REFUSAL)
+    pulse = Pulse()
+    monkeypatch.setattr(renewal, "PULSE", pulse)
     with pytest.raises(KafkaException, match="the files hold others by now"):
         client.check()
+    assert pulse.reasons_to_end == [renewal.REPLACED], "the other clients of the process are as outdated"
     assert len(told) == 3
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from typing import Final
 
 import pytest
+
+from tidegate import process
+from tidegate.eventlog.interface import EventLogError
+from tidegate.health import Pulse
 
 WAIT_S: Final = 60.0
 # A thread that nobody ends stands for a client that waits for an answer which never comes.
@@ -25,6 +30,25 @@ def test_a_service_that_failed_ends_whatever_its_clients_wait_for() -> None:
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 1
     assert done.stdout == "said before the end\n"
+
+
+def test_a_loop_ends_for_what_another_thread_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consumer without a connection is told of no refusal: it waited for ever beside a heartbeat that was refused."""
+    pulse = Pulse()
+    monkeypatch.setattr(process, "PULSE", pulse)
+    pulse.end("of before")
+    turns: list[int] = []
+
+    def turn() -> None:
+        turns.append(1)
+        if len(turns) == 3:
+            for _ in range(3):
+                pulse.end("the credentials were replaced")
+
+    with pytest.raises(EventLogError, match="the credentials were replaced"):
+        process.run_until_stopped(turn, threading.Event())
+    assert len(turns) == 3
+    assert len(pulse.reasons_to_end) == 2
 
 
 # A mutex that is locked twice stands for a client that waits for Kafka: handlers of signals run when it returns to Python.

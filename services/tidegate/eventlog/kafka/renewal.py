@@ -21,6 +21,7 @@ from typing import Any, Final
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 
 from tidegate.eventlog.settings import KafkaSettings, SecretFileError
+from tidegate.health import PULSE
 
 LOOK_EVERY_S: Final = 1.0
 # Who is refused asks again within seconds and is told of every refusal: silence for so long means that it was let in since, or
@@ -65,6 +66,7 @@ class Renewal:
             return
         self._look_at_s = now_s + LOOK_EVERY_S
         if self.is_outdated():
+            PULSE.end(REPLACED)  # a client beside this one may have no connection to be refused on, and wait for ever
             raise KafkaException(KafkaError(KafkaError._AUTHENTICATION, REPLACED))
 
     def is_outdated(self) -> bool:
