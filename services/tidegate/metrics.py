@@ -133,7 +133,10 @@ told_distance = _gauge(
 )
 units_in_memory = _gauge(OWNERS, "tidegate_units_in_memory", "Runs whose state is in memory.", "partition")
 since_checkpoint = _gauge(
-    OWNERS, "tidegate_entries_since_checkpoint", "Entries logged since the last checkpoint began.", "partition"
+    OWNERS,
+    "tidegate_entries_since_checkpoint",
+    "Entries logged since the last checkpoint began; one of several inputs counts as several.",
+    "partition",
 )
 
 # --- scheduler ----------------------------------------------------------------------------------------------------------

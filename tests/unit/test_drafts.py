@@ -15,6 +15,7 @@ from tidegate.domain.entry import Entry, InputRange, Position, causes_in, causes
 from tidegate.domain.identity import partition_of
 from tidegate.eventlog import draft, owned
 from tidegate.eventlog.interface import Message
+from tidegate.eventlog.verification import Report, verify_partition
 
 pytestmark = pytest.mark.feature("L2")
 
@@ -122,6 +123,23 @@ def test_parts_that_do_not_make_up_their_entry_are_noticed() -> None:
     for parts in (entry.parts[1:], (*entry.parts[:-1], entry.parts[-1] + 1)):
         with pytest.raises(ValueError, match="do not make up"):
             parts_of(msgspec.structs.replace(entry, parts=parts))
+
+
+def test_verify_tells_of_an_entry_that_names_more_inputs_than_it_has_parts() -> None:
+    cluster = Cluster()
+    asked(cluster, *RUNS)
+    until(cluster, "gate", lambda: ledger(cluster))
+    (entry,) = ledger(cluster)
+    forged = msgspec.structs.replace(entry, cause=f"{entry.cause} gate-leases:0:1")
+    for shown, problems in ((entry, 0), (forged, 1)):
+        value = codec.encode_entry("LedgerEntry", shown)
+        log = cluster.messages("gate-ledger", partition_of("acme", ACCOUNT_PARTITIONS))
+        report = Report()
+        verify_partition(
+            [msgspec.structs.replace(one, value=value) if codec.decode(one.value) == entry else one for one in log],
+            report,
+        )
+        assert len(report.problems) == problems, report.problems
 
 
 def test_an_entry_of_many_inputs_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

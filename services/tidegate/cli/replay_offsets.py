@@ -112,9 +112,8 @@ class _Workload:
         self._reference = reference
         self._api = ClusterApi()
         self._replicas: int | None = None  # while they are taken
-        self._paused: str | None = (
-            None  # while KEDA is paused by us: at how many replicas it was before; empty if it was not
-        )
+        # While KEDA is paused by us: at how many replicas it was before; empty if it was not.
+        self._paused: str | None = None
 
     def down(self) -> None:
         """Scale to 0; what was scaled to 0 by one of us who was killed stays so, and its replicas are remembered."""

@@ -89,15 +89,20 @@ def causes_in(text: str, most: int = sys.maxsize) -> list[str]:
     return found
 
 
-def parts_of(entry: Entry) -> list[Entry]:
-    """Return what each cause of an entry led to, as if it were an entry of its own. Raises ValueError if they do not make it up."""
-    if not entry.parts:
-        return [entry]
+def causes_of(entry: Entry) -> list[str]:
+    """Return the cause of each part of an entry of several. Raises ValueError if its parts do not make it up."""
     causes = causes_in(entry.cause, len(entry.parts) + 1)
     if len(causes) != len(entry.parts) or sum(entry.parts) != len(entry.events):
         raise ValueError(f"{len(entry.parts)} parts of {entry.cause!r} do not make up {len(entry.events)} events")
+    return causes
+
+
+def parts_of(entry: Entry) -> list[Entry]:
+    """Return what each cause of an entry led to, as if it were an entry of its own. Raises ValueError as `causes_of` does."""
+    if not entry.parts:
+        return [entry]
     found, end = [], 0
-    for cause, count in zip(causes, entry.parts, strict=True):
+    for cause, count in zip(causes_of(entry), entry.parts, strict=True):
         begin, end = end, end + count
         part = replace(entry, first_seq=entry.first_seq + begin, cause=cause, parts=(), events=entry.events[begin:end])
         found.append(part)

@@ -61,9 +61,13 @@ def tells_of_parts(
         return tells(entry, at)
     found: list[Tell] = []
     for part in parts_of(entry):
-        first = len(found)
-        found += tells(part, lambda index, first=first: at(first + index))  # type: ignore[misc]  # a default that is bound
+        found += tells(part, _from(len(found), at))
     return found
+
+
+def _from(first: int, at: Callable[[int], Position]) -> Callable[[int], Position]:
+    """Return what numbers messages that come behind `first` others."""
+    return lambda index: at(first + index)
 
 
 class Machine(Protocol):

@@ -257,8 +257,7 @@ class OwnerLoop:
             return
         if message.offset < part.inputs.get(message.topic, 0):
             return
-        if part.turn != self.turns:
-            self._begin_turn(part)
+        self._begin_turn(part)
         if message.topic == self.machine.patient_topic and self._patience_s > 0:
             if self._may_wait(part, record):
                 subject = self.machine.subject_of(record)
@@ -345,10 +344,9 @@ class OwnerLoop:
         metrics.dead_letters.labels(message.topic, code).inc()
         _log.warning("dead letter", topic=message.topic, partition=message.partition, offset=message.offset, code=code)
         letter = dead_letter(message, service=self.machine.service, code=code, reason=reason, run_id="", at_ms=now_ms)
-        key = f"{message.topic}:{message.partition}:{message.offset}"
         failpoint("owner.before-dead-letter")
         self._tell_writer.send(
-            Record(DEAD_LETTERS, 0, key.encode(), codec.encode(letter), _headers(type(letter).__name__))
+            Record(DEAD_LETTERS, 0, _place(message).encode(), codec.encode(letter), _headers(type(letter).__name__))
         )
         self._tell_writer.flush(WRITE_DEADLINE_S)
         failpoint("owner.after-dead-letter")
@@ -362,8 +360,8 @@ class OwnerLoop:
         try:
             self._draft(part, decision, cause)
         except EntryRefusedError as error:
-            place = cause if isinstance(cause, str) else f"{cause.topic}:{cause.partition}:{cause.offset}"
-            _log.exception("entry refused", subject=decision.subject, cause=place)
+            named = cause if isinstance(cause, str) else _place(cause)
+            _log.exception("entry refused", subject=decision.subject, cause=named)
             instead = self.machine.instead(part.state, record, decision, error)
             if instead is None:
                 return error
@@ -670,6 +668,10 @@ class OwnerLoop:
 def _is_read(record: Any) -> bool:
     """Tell whether there is something to decide on: neither a tombstone nor something malformed."""
     return record is not None and not isinstance(record, Exception)
+
+
+def _place(message: Message) -> str:
+    return f"{message.topic}:{message.partition}:{message.offset}"
 
 
 @cache

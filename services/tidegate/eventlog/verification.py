@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tidegate import codec
-from tidegate.domain.entry import Entry, OwnerAnnounced
+from tidegate.domain.entry import Entry, OwnerAnnounced, causes_of
 from tidegate.domain.fingerprint import fingerprint
 from tidegate.domain.ledger_events import carried_by
 from tidegate.domain.run import RunState, apply
@@ -97,10 +97,8 @@ def _verify_entry(entry: Entry, value: bytes, subject: _Subject, report: Report,
         problem = f"starts at seq {entry.first_seq} after {subject.seq}"
     elif entry.prev_hash != subject.head:
         problem = "its previous hash is not that of the entry before"
-    elif entry.parts and sum(entry.parts) != len(entry.events):
-        problem = f"its parts have {sum(entry.parts)} events, and it has {len(entry.events)}"
-    elif folds:
-        problem = _fold(entry, subject)
+    else:
+        problem = _damage(entry) or (_fold(entry, subject) if folds else None)
     if not folds and (problem or subject.torn):
         # Entries before one that carries everything forward may have been retired, some of them sooner than others.
         subject.torn = subject.torn or f"{where}: {entry.subject}: {problem}"
@@ -112,6 +110,15 @@ def _verify_entry(entry: Entry, value: bytes, subject: _Subject, report: Report,
         report.note(f"{where}: {entry.subject}: {problem}")
     subject.seq = entry.first_seq + len(entry.events) - 1
     subject.head = hashlib.sha256(value).digest()
+
+
+def _damage(entry: Entry) -> str | None:
+    try:
+        if entry.parts:
+            causes_of(entry)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _fold(entry: Entry, subject: _Subject) -> str | None:

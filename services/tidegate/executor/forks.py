@@ -49,7 +49,7 @@ def _in_child() -> None:
     loop = _loops.get(threading.get_ident())
     if loop is not None:
         # Before what is ready: the parent runs that. There is no public way to be first.
-        ready: Any = loop._ready  # type: ignore[attr-defined]
+        ready: Any = loop._ready  # type: ignore[attr-defined]  # private, as just said
         ready.appendleft(asyncio.Handle(_end, (os.getppid(), None), loop))
 
 

@@ -197,8 +197,7 @@ def _pause_child(entry: Entry, event: ev.ChildPaused, at: Position) -> RunComman
     kind = "pause" if event.paused else "resume"
     return RunCommand(
         run_id=event.child_run_id,
-        command_id=f"{kind}:{_source(at)}"
-        + (f":{at.index}" if at.index else ""),  # one entry may pause, resume and pause
+        command_id=f"{kind}:{_source(at)}",
         type=kind,
         source=_source(at),
         content_hash="",

@@ -347,9 +347,8 @@ class Client:
                 f"queue {queue!r}: a letter or underscore, then letters, digits, _ . or -, or * for everything"
             )
         row = Control(queue=queue, paused=paused, by=self._by, reason=reason[:4096], at_ms=time.time_ns() // 1_000_000)
-        self._partitions_of(
-            CONTROLS
-        )  # says at once, and why, if Kafka or the topic is not there: a writer waits for half a minute
+        # Says at once, and why, if Kafka or the topic is not there: a writer waits for half a minute.
+        self._partitions_of(CONTROLS)
         self._write(Record(CONTROLS, 0, queue.encode(), codec.encode(row), _headers("Control")))
 
     # --- writing ---

@@ -166,6 +166,15 @@ async def by_ensured_futures(w: World, n: int) -> list[int]:
     return [result.value for result in await asyncio.gather(*[asyncio.ensure_future(w.double(i)) for i in range(n)])]
 
 
+def assert_fails(flow: Callable[..., Any], says: str) -> None:
+    """A run of the flow ends at once, for a reason that says this."""
+    w = World(flow)
+    w.begin(1)
+    run = w.finish()
+    assert run.status == "failed"
+    assert says in run.reason
+
+
 @pytest.mark.parametrize("flow", [by_tasks, by_task_group, by_ensured_futures])
 def test_a_call_is_a_task_already(flow: Any) -> None:
     w = World(flow)
@@ -210,11 +219,7 @@ def test_what_asyncio_does_not_take_is_refused_with_what_to_write_instead(wrong:
     async def odd(w: World, n: int) -> None:
         await wrong(w)
 
-    w = World(odd)
-    w.begin(1)
-    run = w.finish()
-    assert run.status == "failed"
-    assert says in run.reason
+    assert_fails(odd, says)
 
 
 def test_an_error_of_the_flow_itself_stays_what_it_is() -> None:
@@ -334,11 +339,7 @@ def test_a_flow_awaits_calls_and_nothing_else(wrong: Any, reason: str) -> None:
     async def odd(w: World, n: int) -> None:
         await wrong()
 
-    w = World(odd)
-    w.begin(1)
-    run = w.finish()
-    assert run.status == "failed"
-    assert reason in run.reason
+    assert_fails(odd, reason)
 
 
 def test_a_step_that_the_flow_does_not_name_is_refused_and_not_run() -> None:
