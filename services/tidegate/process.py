@@ -160,7 +160,7 @@ def _log_libraries(names: Mapping[str, str], level: int) -> None:
 
 
 def spare_the_collector() -> None:
-    """Have the garbage collector look seldom: what services make is in no cycles, and looking through it costs a tenth.
+    """Have the garbage collector look seldom: what owners make is in no cycles (a test), and looking through it costs a tenth.
 
     Called when everything is loaded: that is never looked at again.
     """

@@ -6,7 +6,7 @@ order in which other branches come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -17,7 +17,7 @@ from tidegate.domain.run import RunState
 from tidegate.domain.stop import Stop
 from tidegate.domain.workflow import Workflow
 
-NodeLookup = Callable[[str], NodeState]
+_PENDING: Final = NodeState()
 
 
 class Hop(NamedTuple):
@@ -32,15 +32,19 @@ NO_HOP: Final = Hop("", "null", 1)
 
 
 class Sight:
-    """What can be seen of a run inside one decision. `look` returns a node's state with what the decision has changed."""
+    """What can be seen of a run inside one decision. changed: the nodes that the decision has changed so far; it grows with it."""
 
-    __slots__ = ("_contexts", "_look", "_run", "_workflow")
+    __slots__ = ("_changed", "_contexts", "_run", "_workflow")
 
-    def __init__(self, run: RunState, workflow: Workflow, look: NodeLookup) -> None:
+    def __init__(self, run: RunState, workflow: Workflow, changed: Mapping[str, NodeState]) -> None:
         self._run = run
         self._workflow = workflow
-        self._look = look
+        self._changed = changed
         self._contexts: dict[Any, Any] = {}  # of expressions that look at large values
+
+    def look(self, node_id: str) -> NodeState:
+        """Return a node's state after what was decided so far."""
+        return self._changed.get(node_id) or self._run.nodes.get(node_id) or _PENDING
 
     # -- what is evaluated ---------------------------------------------------------------
 
@@ -61,7 +65,7 @@ class Sight:
         if not before:
             return self._run.input
         if len(before) == 1:
-            return self._look(before[0]).output
+            return self.look(before[0]).output
         return self._object(used)
 
     def wait_of(self, node_id: str, used: Iterable[str], hop: Hop = NO_HOP) -> waits.Bound:
@@ -119,18 +123,18 @@ class Sight:
             names = workflow.output_reads
             every = document.nodes if names is None else names & document.nodes.keys()
             return self._render(document.output, every, "output", {})
-        succeeded = [sink for sink in workflow.sinks if self._look(sink).status == states.SUCCEEDED]
+        succeeded = [sink for sink in workflow.sinks if self.look(sink).status == states.SUCCEEDED]
         if document.aggregate == "all":
             return self._all_results()
         if document.aggregate == "latest" or (not document.aggregate and len(workflow.sinks) == 1):
-            latest = max(succeeded, key=lambda sink: (self._look(sink).wave, sink), default=None)
-            return "null" if latest is None else self._look(latest).output
+            latest = max(succeeded, key=lambda sink: (self.look(sink).wave, sink), default=None)
+            return "null" if latest is None else self.look(latest).output
         return self._object(succeeded)
 
     def _all_results(self) -> str:
         parts = []
         for sink in sorted(self._workflow.sinks):
-            state = self._look(sink)
+            state = self.look(sink)
             output = state.output if state.status == states.SUCCEEDED else "null"
             parts.append(f'{canonical.dumps(sink)}:{{"output":{output},"status":"{state.status}"}}')
         return "{" + ",".join(parts) + "}"
@@ -138,7 +142,7 @@ class Sight:
     # -- how ---------------------------------------------------------------
 
     def _object(self, nodes: Iterable[str]) -> str:
-        return "{" + ",".join(f"{canonical.dumps(node)}:{self._look(node).output}" for node in sorted(nodes)) + "}"
+        return "{" + ",".join(f"{canonical.dumps(node)}:{self.look(node).output}" for node in sorted(nodes)) + "}"
 
     def _evaluated(
         self,
@@ -168,7 +172,7 @@ class Sight:
             raise Stop("binding_failed", f"{where}: {error}") from None
 
     def _values(self, names: Iterable[str], more: Mapping[str, Any], output: str | None = None) -> expressions.Values:
-        found = ((name, self._look(name)) for name in names)
+        found = ((name, self.look(name)) for name in names)
         nodes = {name: state.output for name, state in found if state.status == states.SUCCEEDED}
         texts = {"input": self._run.input} if output is None else {"input": self._run.input, "output": output}
         return expressions.Values(texts, nodes, more, self._contexts)
@@ -189,13 +193,13 @@ class Sight:
             node_id = ahead.pop()
             if node_id not in found:
                 found.add(node_id)
-                state = self._look(node_id)
+                state = self.look(node_id)
                 before = self._workflow.predecessors[node_id] if state.used is None else state.used
                 ahead.extend(other for other in before if self._leads(other, node_id))
         return found
 
     def _leads(self, source: str, target: str) -> bool:
-        state = self._look(source)
+        state = self.look(source)
         return state.status == states.SUCCEEDED and (state.taken is None or target in state.taken)
 
 

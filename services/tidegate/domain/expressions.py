@@ -259,18 +259,14 @@ def sources(template: Any) -> Iterator[str]:
 
 def render(template: Any, value_of: Callable[[str], Any]) -> Any:
     """Return the template with every expression replaced by its value. Raises what `value_of` raises."""
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, str):
-            source = _expression_in(value)
-            return value if source is None else value_of(source)
-        if isinstance(value, dict):
-            return {key: visit(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [visit(item) for item in value]
-        return value
-
-    return visit(template)
+    if isinstance(template, str):
+        source = _expression_in(template)
+        return template if source is None else value_of(source)
+    if isinstance(template, dict):
+        return {key: render(item, value_of) for key, item in template.items()}
+    if isinstance(template, list):
+        return [render(item, value_of) for item in template]
+    return template
 
 
 def _one_line(error: Exception) -> str:

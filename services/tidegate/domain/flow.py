@@ -23,8 +23,6 @@ from tidegate.domain.stop import Stop
 from tidegate.domain.turns import first_turn
 from tidegate.domain.workflow import ALL, CONTINUE, Workflow
 
-_PENDING = NodeState()
-
 
 class Way(Enum):
     """How an edge stands. BROKEN: it will never be taken, because something failed before it."""
@@ -48,7 +46,8 @@ class Flow:
         self._settled = run.settled_nodes
         self._hops = run.hops
         self._to_look_at: deque[str] = deque()
-        self.sight = Sight(run, workflow, self.look)
+        self.sight = Sight(run, workflow, self._changed)
+        self.look = self.sight.look
 
     # -- what a decision brings ---------------------------------------------------------------
 
@@ -78,10 +77,6 @@ class Flow:
     def is_through(self) -> bool:
         """Tell whether every node is settled."""
         return self._settled == len(self.workflow.document.nodes)
-
-    def look(self, node_id: str) -> NodeState:
-        """Return a node's state after what was decided so far."""
-        return self._changed.get(node_id) or self.run.nodes.get(node_id) or _PENDING
 
     def used_by(self, node_id: str) -> Iterable[str]:
         """Return the nodes that led to one that has begun."""

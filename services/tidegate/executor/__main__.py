@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -148,6 +149,9 @@ async def _run(
         loop.add_signal_handler(number, on_signal)
     try:
         await asyncio.to_thread(prepare, broker, SERVICE, wait_s, stop, settings.queue)
+        # What is loaded stays: the collector need not look through it again and again. How often it looks is left as it is,
+        # because what functions make may well be in cycles.
+        gc.freeze()
         code = await service.run()
         beating.cancel()
     except EventLogError as error:
