@@ -32,7 +32,7 @@ MAX_SEGMENT_UNITS: Final = 200
 MAX_TOMBSTONES_PER_TURN: Final = 500
 # Where nothing has come for so long, writing what changed is in nobody's way, and a restart folds less.
 QUIET_S: Final = 0.25
-QUIET_SHARE: Final = 16
+QUIET_SHARE: Final = 32
 
 _log = structlog.get_logger()
 _HEADERS: Final = ((TYPE_HEADER, b"Snapshot"),)

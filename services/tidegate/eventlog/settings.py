@@ -205,11 +205,11 @@ class CheckpointSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TIDEGATE_CHECKPOINT_", extra="ignore")
 
     every_entries: int = Field(
-        default=4_000,
+        default=8_000,
         ge=1,
         description="A partition's checkpoint begins after that many entries, but not after fewer than it has live runs; an entry "
         "of several inputs counts as several. Up to about that many of each partition are folded at a restart; after a quarter "
-        "of a second without any, a sixteenth of that is enough to begin one.",
+        "of a second without any, one in 32 of that is enough to begin one.",
     )
     every_s: float = Field(
         default=60.0, gt=0, description="It begins after that time at the latest if anything changed."
