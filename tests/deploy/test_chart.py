@@ -192,8 +192,8 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "unknown key of a service": (MINIMAL | {"gate": {"replica": 3}}, "replica"),
     "unknown key of the connection": ({"kafka": {"bootstrap": "k:1", "password": "x"}}, "password"),
     "unknown resource": (MINIMAL | {"gate": {"resources": {"limits": {"cpus": 1}}}}, "cpus"),
-    "more than one projection on chDB": (MINIMAL | {"projection": {"replicas": 2}}, "replicas"),
-    "scaling of a projection on chDB": (MINIMAL | {"projection": SCALED["projection"]}, "autoscaling"),
+    "more than one projection on chDB": (MINIMAL | {"projection": {"replicas": 2}}, "Set clickhouse.url"),
+    "scaling of a projection on chDB": (MINIMAL | {"projection": SCALED["projection"]}, "Set clickhouse.url"),
     "more projections than partitions": (MINIMAL | SCALED | {"topics": {"partitions": {"run": 6}}}, "more than 6 part"),
     "fewer projections than fewest": (
         MINIMAL | SERVER | {"projection": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 2}}},
@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Object, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_schema_refuses(render: Render, case: str) -> None:
+def test_bad_values_are_refused(render: Render, case: str) -> None:
     values, offending = REFUSED[case]
     with pytest.raises(helm_python.HelmError, match=offending):
         render(values)
