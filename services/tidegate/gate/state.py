@@ -292,14 +292,19 @@ class Line:
     __slots__ = ("_queues", "_unsorted")
 
     def __init__(self) -> None:
-        self._queues: dict[str, dict[int, OrderedDict[AttemptKey, tuple[int, int]]]] = {}
+        self._queues: dict[str, dict[int, OrderedDict[AttemptKey, tuple[int, int, AttemptKey]]]] = {}
         self._unsorted: set[tuple[str, int]] = set()
 
     def add(self, root: str, key: AttemptKey, turn: int, rank: int = 0, priority: int = 5) -> None:
         """Stand in line. While a log is folded on top of snapshots, who came earlier may be met later: sorted when asked."""
-        queue = self._queues.setdefault(root, {}).setdefault(priority, OrderedDict())
-        place = (rank, turn)
-        if queue and queue[next(reversed(queue))] > place:
+        queues = self._queues.get(root)
+        if queues is None:
+            queues = self._queues[root] = {}
+        place = (rank, turn, key)
+        queue = queues.get(priority)
+        if queue is None:
+            queue = queues[priority] = OrderedDict()
+        elif queue[next(reversed(queue))] > place:
             self._unsorted.add((root, priority))
         queue[key] = place
 
@@ -321,11 +326,12 @@ class Line:
     def of(self, root: str) -> Iterator[tuple[int, int, AttemptKey]]:
         """Return (rank, turn, attempt) of an account root, the first one first."""
         queues = self._queues[root]
-        for priority in queues:
-            if (root, priority) in self._unsorted:
-                queues[priority] = OrderedDict(sorted(queues[priority].items(), key=lambda item: item[1]))
-                self._unsorted.discard((root, priority))
-        parts = [((rank, turn, key) for key, (rank, turn) in queue.items()) for queue in queues.values()]
+        if self._unsorted:
+            for priority in queues:
+                if (root, priority) in self._unsorted:
+                    queues[priority] = OrderedDict(sorted(queues[priority].items(), key=lambda item: item[1]))
+                    self._unsorted.discard((root, priority))
+        parts = [iter(queue.values()) for queue in queues.values()]
         return parts[0] if len(parts) == 1 else heapq.merge(*parts)
 
     def count(self, root: str) -> int:

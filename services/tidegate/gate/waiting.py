@@ -140,15 +140,14 @@ class _Round:
         self.size = 0
         self.asked: Counter[Name] = Counter()
         self.busy = _busy_after(ledger, self.gone)
-        self.is_outside = False
-        self.queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
+        self.lines: dict[_Where, Line] = {}
 
     def play(self) -> list[Any]:
         """Return the events."""
         self._open_lines()
-        self.is_outside = any(where.name == OUTSIDE_LINE for where in self.queues)
-        heads = [(self._held(where), *next(queue), where) for where, queue in self.queues.items()]
+        heads = [(self._held(where), *next(line.of(where.root)), where) for where, line in self.lines.items()]
         heapq.heapify(heads)
+        queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
         while heads and self.count < MAX_PLACEMENTS_PER_ENTRY:
             held, rank, turn, key, where = heapq.heappop(heads)
             if held != self._held(where):  # its root was given a slot in another line meanwhile
@@ -156,19 +155,31 @@ class _Round:
                 continue
             if where.needs and self.desk.obstacle(where.needs) is not None:
                 continue  # nobody in this line can go on now
-            if key not in self.gone and self._is_too_much(key, where):
-                break
-            if key not in self.gone and not self._serve(key, where):
-                if where.name[0] and not self.slots.has_room() and not self.ledger.ask_lines and not self.is_outside:
+            if key not in self.gone:
+                if self._is_too_much(key, where):
                     break
-                continue
-            following = next(self.queues[where], None)
+                is_served = self._serve(key, where)
+                if self._is_at_end(where):
+                    break
+                if not is_served:
+                    continue
+            queue = queues.get(where)
+            if queue is None:  # most rounds place one, who goes before all others
+                queue = queues[where] = self.lines[where].of(where.root)
+                next(queue)
+            following = next(queue, None)
             if following is not None:
                 heapq.heappush(heads, (self._held(where), *following, where))
         return self.events
 
     def _held(self, where: _Where) -> int:
         return self.busy.get(where.root, 0)
+
+    def _is_at_end(self, where: _Where) -> bool:
+        """Tell whether nobody can go on any more, now that somebody from there was looked at: all slots are taken."""
+        if self.ledger.ask_lines or not where.name[0] or self.slots.has_room():
+            return False
+        return not any(other.name == OUTSIDE_LINE for other in self.lines)
 
     def _open_lines(self) -> None:
         for name in self.slots.lines_with_room(self.ledger.waiting):
@@ -195,7 +206,7 @@ class _Round:
 
     def _open(self, name: Name, needs: Leases, line: Line) -> None:
         for root in line.roots():
-            self.queues[_Where(name, needs, root)] = line.of(root)
+            self.lines[_Where(name, needs, root)] = line
 
     def _say_why(self, line: Line, obstacle: Obstacle) -> None:
         """Whoever comes to be the first of a line that stands still learns why, if it was not told when it came."""
@@ -228,12 +239,14 @@ class _Round:
         if found is None:
             return False
         place, leases = found
-        pinned = place.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
-        question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
-        if question is not None:
-            return self._ask(question, attempt)
-        has_asked_here = self.ledger.partition in attempt.granted
-        self.events += self.desk.take(attempt.needs if has_asked_here else leases)
+        has_asked_here = False
+        if attempt.leases:  # as few need
+            pinned = place.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
+            question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
+            if question is not None:
+                return self._ask(question, attempt)
+            has_asked_here = self.ledger.partition in attempt.granted
+            self.events += self.desk.take(attempt.needs if has_asked_here else leases)
         if not has_asked_here and place.life != OUTSIDE:  # else its ask counts for its root, or it has no slot
             self.busy[where.root] = self.busy.get(where.root, 0) + 1
         self.events.append(placed(key, attempt, place, leases))
