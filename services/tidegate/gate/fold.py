@@ -44,13 +44,14 @@ def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0, covered: Contai
     covered: units (see `snapshots.units_of_event`) that the event has changed already.
     """
     ledger.seq = seq
-    handler = _HANDLERS.get(type(event))
+    kind = type(event)
+    handler = _SHARED_HANDLERS.get(kind)  # the commonest
     if handler is not None:
-        handler(ledger, event)
-    elif (timed := _TIMED_HANDLERS.get(type(event))) is not None:
+        handler(ledger, event, covered)
+    elif (timed := _TIMED_HANDLERS.get(kind)) is not None:
         timed(ledger, event, now_ms)
     else:
-        _SHARED_HANDLERS[type(event)](ledger, event, covered)
+        _HANDLERS[kind](ledger, event)
 
 
 def derive(ledger: Ledger) -> None:
@@ -114,7 +115,9 @@ def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
     # Its ask counts for its root already; whoever does outside tools has no slots.
     if ledger.partition not in attempt.granted and attempt.incarnation != OUTSIDE:
         _count(ledger.busy, by, account_root(attempt.account))
-    _count(ledger.held, by, *held_by_itself(attempt, ledger.partition))
+    if attempt.leases or attempt.needs:
+        for lease in held_by_itself(attempt, ledger.partition):
+            _count(ledger.held, by, lease)
 
 
 def held_by_itself(attempt: Attempt, partition: int) -> Leases:
@@ -129,19 +132,18 @@ def leases_of(leases: Leases, partition: int) -> Leases:
     return leases if len(found) == len(leases) else tuple(found)
 
 
-def _count(counts: dict[K, int], by: int, *names: K) -> None:
-    for name in names:
-        count = counts.get(name, 0) + by
-        if count:
-            counts[name] = count
-        else:
-            del counts[name]
+def _count(counts: dict[K, int], by: int, name: K) -> None:
+    count = counts.get(name, 0) + by
+    if count:
+        counts[name] = count
+    else:
+        del counts[name]
 
 
 def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     """The attempt holds a slot no more, if it did."""
-    held = ledger.held_by.get(life, {})
-    if key not in held:
+    held = ledger.held_by.get(life)
+    if held is None or key not in held:
         return
     del held[key]
     if not held:
@@ -282,18 +284,19 @@ def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
         return
     if attempt.granted:
         ledger.granted[key] = attempt.granted_ms
-    _line(ledger, attempt).add(account_root(attempt.account), key, attempt.turn, attempt.rank, attempt.priority)
-
-
-def _line(ledger: Ledger, attempt: Attempt) -> Line:
     needs = attempt.needs if attempt.granted else attempt.leases
-    if not needs:
-        return ledger.waiting.setdefault(attempt.line, Line())
-    lines = ledger.limited.setdefault(attempt.line, {})
+    line = _limited_line(ledger, name, needs) if needs else ledger.waiting.get(name)
+    if line is None:
+        line = ledger.waiting[name] = Line()
+    line.add(account_root(attempt.account), key, attempt.turn, attempt.rank, attempt.priority)
+
+
+def _limited_line(ledger: Ledger, name: Name, needs: Leases) -> Line:
+    lines = ledger.limited.setdefault(name, {})
     if needs not in lines:
         lines[needs] = Line()
         for lease in needs:
-            ledger.lines_of.setdefault(lease, {})[attempt.line, needs] = None
+            ledger.lines_of.setdefault(lease, {})[name, needs] = None
     return lines[needs]
 
 
@@ -329,11 +332,11 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     if attempt.asked >= 0:
         return
     ledger.granted.pop(key, None)
-    line = _line(ledger, attempt)
+    needs = attempt.needs if attempt.granted else attempt.leases
+    line = ledger.limited[name][needs] if needs else ledger.waiting[name]
     line.remove(account_root(attempt.account), key, attempt.priority)
     if line:
         return
-    needs = attempt.needs if attempt.granted else attempt.leases
     if not needs:
         del ledger.waiting[name]
         return
@@ -482,7 +485,8 @@ def _leave_asks(ledger: Ledger, key: AttemptKey, ask: Ask) -> None:
 
 def _count_ask(ledger: Ledger, ask: Ask, by: int) -> None:
     _count(ledger.busy, by, account_root(ask.account))
-    _count(ledger.held, by, *ask.leases)
+    for lease in ask.leases:
+        _count(ledger.held, by, lease)
 
 
 def _lease_given(ledger: Ledger, event: ev.LeaseGiven) -> None:

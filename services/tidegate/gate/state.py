@@ -124,11 +124,14 @@ class Attempt(msgspec.Struct, array_like=True):
 
     @property
     def line(self) -> tuple[str, str]:
-        """Return the queue and function that it waits for. What is done outside waits for neither, but perhaps for limits."""
+        """Return the queue and function that it waits for."""
         assert self.call is not None  # noqa: S101 - what waits has a call
-        if self.call.is_outside:
-            return OUTSIDE_LINE
-        return self.call.queue, self.call.function
+        return line_of(self.call)
+
+
+def line_of(call: Call) -> tuple[str, str]:
+    """Return the queue and function that a call waits for. What is done outside waits for neither, but perhaps for limits."""
+    return OUTSIDE_LINE if call.is_outside else (call.queue, call.function)
 
 
 class Ask(msgspec.Struct, array_like=True):
