@@ -70,6 +70,7 @@ MAX_LAPSES_PER_ENTRY: Final = 100
 MAX_LOOKED_AT: Final = 500  # attempts that wait for a budget, in one decision
 NO_POLICY: Final = Verdict("allow", "default", "", "no policy is in force")
 NO_POSITION: Final = Position(0, 0, 0)
+NO_KEY: Final = AttemptKey("", "", 0)
 
 
 class _Money:
@@ -100,6 +101,26 @@ class _Money:
 class Draft:
     """The events of one decision as they come, and what they change, so that later items see what earlier ones did."""
 
+    __slots__ = (
+        "_item",
+        "_key",
+        "_subject",
+        "approved",
+        "begun",
+        "budgets",
+        "desk",
+        "ended",
+        "events",
+        "joined",
+        "ledger",
+        "money",
+        "now_ms",
+        "policies",
+        "request",
+        "slots",
+        "tally",
+    )
+
     def __init__(
         self,
         ledger: Ledger,
@@ -113,7 +134,7 @@ class Draft:
         self.request = request
         self.policies = policies
         self.slots = slots
-        self.desk = desk or Desk(ledger, LimitSet(), 0)
+        self.desk = Desk(ledger, LimitSet(), 0) if desk is None else desk
         self.budgets = budgets
         self.now_ms = self.desk.now_ms
         self.joined: dict[str, int] = {}  # by queue: who began to wait in this decision
@@ -123,7 +144,7 @@ class Draft:
         self.ended: set[AttemptKey] = set()
         known = ledger.runs.get(request.run_id)
         self._item: Any = None  # whose key was asked for last, and that
-        self._key = AttemptKey("", "", 0)
+        self._key = NO_KEY
         self._subject: Subject | None = None
         self.approved = {} if known is None else known.approved
         self.money = None if known is None else _Money(known)

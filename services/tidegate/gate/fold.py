@@ -315,10 +315,10 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
 def _place(ledger: Ledger, key: AttemptKey, attempt: Attempt, event: ev.Placing) -> None:
     attempt.status = PLACED
     attempt.call = event.call
-    attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
+    life = attempt.incarnation = tuple.__new__(Incarnation, (event.instance_id, event.incarnation))  # as in `_key`
     attempt.task_partition = event.task_partition
     attempt.turn = ledger.seq
-    _hold(ledger, attempt.incarnation, key, attempt)
+    _hold(ledger, life, key, attempt)
 
 
 def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:

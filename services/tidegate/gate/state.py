@@ -131,7 +131,7 @@ class Attempt(msgspec.Struct, array_like=True):
 
 def line_of(call: Call) -> tuple[str, str]:
     """Return the queue and function that a call waits for. What is done outside waits for neither, but perhaps for limits."""
-    return OUTSIDE_LINE if call.is_outside else (call.queue, call.function)
+    return (call.queue, call.function) if call.queue or not call.is_outside else OUTSIDE_LINE
 
 
 class Ask(msgspec.Struct, array_like=True):
@@ -325,6 +325,15 @@ class Line:
     def roots(self) -> list[str]:
         """Return the account roots that somebody waits for."""
         return list(self._queues)
+
+    def heads(self) -> Iterator[tuple[str, tuple[int, int, AttemptKey]]]:
+        """Return each account root with its first (rank, turn, attempt)."""
+        for root, queues in self._queues.items():
+            if len(queues) == 1 and not self._unsorted:  # no iterator over a whole queue for its first one
+                for queue in queues.values():
+                    yield root, next(iter(queue.values()))
+            else:
+                yield root, next(self.of(root))
 
     def of(self, root: str) -> Iterator[tuple[int, int, AttemptKey]]:
         """Return (rank, turn, attempt) of an account root, the first one first."""

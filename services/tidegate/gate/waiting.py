@@ -7,7 +7,6 @@ that holds the least goes first; among the runs of one root, priority and waitin
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -117,17 +116,32 @@ def place_waiting(
     return _Round(ledger, slots, ended, desk or Desk(ledger, LimitSet(), 0)).play()
 
 
-class _Where(NamedTuple):
-    """A queue of attempts that wait for the same, of one account root."""
+class _Queue:
+    """Attempts that wait for the same, of one account root."""
 
-    name: Name
-    needs: Leases
-    root: str
+    __slots__ = ("_following", "_line", "name", "needs", "root")
+
+    def __init__(self, name: Name, needs: Leases, root: str, line: Line) -> None:
+        self.name, self.needs, self.root = name, needs, root
+        self._line = line
+        self._following: Iterator[tuple[int, int, AttemptKey]] | None = None
+
+    def next(self) -> tuple[int, int, AttemptKey] | None:
+        """Return who comes after the first one, then who comes after that."""
+        if self._following is None:  # most rounds place one, who goes before all others
+            self._following = self._line.of(self.root)
+            next(self._following)
+        return next(self._following, None)
+
+
+_Head = tuple[int, int, int, AttemptKey, _Queue]  # how many slots its root holds, its rank, its turn
 
 
 class _Round:
     """One decision about everybody who waits. Only lines that somebody could go on from are looked at: with all slots taken,
     thousands of them cost nothing."""
+
+    __slots__ = ("count", "desk", "events", "gone", "heads", "ledger", "more", "only_freed", "size", "slots")
 
     def __init__(self, ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None, desk: Desk) -> None:
         self.ledger = ledger
@@ -138,48 +152,42 @@ class _Round:
         self.events: list[Any] = []
         self.count = 0
         self.size = 0
-        self.asked: Counter[Name] = Counter()
-        self.busy = _busy_after(ledger, self.gone)
-        self.lines: dict[_Where, Line] = {}
+        self.more = _given_back(ledger, self.gone)  # slots by account root, than before this decision
+        self.heads: list[_Head] = []
 
     def play(self) -> list[Any]:
         """Return the events."""
         self._open_lines()
-        heads = [(self._held(where), *next(line.of(where.root)), where) for where, line in self.lines.items()]
+        heads = self.heads
         heapq.heapify(heads)
-        queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
         while heads and self.count < MAX_PLACEMENTS_PER_ENTRY:
-            held, rank, turn, key, where = heapq.heappop(heads)
-            if held != self._held(where):  # its root was given a slot in another line meanwhile
-                heapq.heappush(heads, (self._held(where), rank, turn, key, where))
+            held, rank, turn, key, queue = heapq.heappop(heads)
+            if held != self._held(queue.root):  # it was given a slot in another line meanwhile
+                heapq.heappush(heads, (self._held(queue.root), rank, turn, key, queue))
                 continue
-            if where.needs and self.desk.obstacle(where.needs) is not None:
+            if queue.needs and self.desk.obstacle(queue.needs) is not None:
                 continue  # nobody in this line can go on now
             if key not in self.gone:
-                if self._is_too_much(key, where):
+                if self._is_too_much(key, queue):
                     break
-                is_served = self._serve(key, where)
-                if self._is_at_end(where):
+                is_served = self._serve(key, queue)
+                if self._is_at_end(queue):
                     break
                 if not is_served:
                     continue
-            queue = queues.get(where)
-            if queue is None:  # most rounds place one, who goes before all others
-                queue = queues[where] = self.lines[where].of(where.root)
-                next(queue)
-            following = next(queue, None)
+            following = queue.next()
             if following is not None:
-                heapq.heappush(heads, (self._held(where), *following, where))
+                heapq.heappush(heads, (self._held(queue.root), *following, queue))
         return self.events
 
-    def _held(self, where: _Where) -> int:
-        return self.busy.get(where.root, 0)
+    def _held(self, root: str) -> int:
+        return self.ledger.busy.get(root, 0) + self.more.get(root, 0)
 
-    def _is_at_end(self, where: _Where) -> bool:
-        """Tell whether nobody can go on any more, now that somebody from there was looked at: all slots are taken."""
-        if self.ledger.ask_lines or not where.name[0] or self.slots.has_room():
+    def _is_at_end(self, queue: _Queue) -> bool:
+        """Tell whether nobody can go on any more, now that somebody of a queue was looked at: all slots are taken."""
+        if self.ledger.ask_lines or not queue.name[0] or self.slots.has_room():
             return False
-        return not any(other.name == OUTSIDE_LINE for other in self.lines)
+        return OUTSIDE_LINE not in self.ledger.waiting and OUTSIDE_LINE not in self.ledger.limited
 
     def _open_lines(self) -> None:
         for name in self.slots.lines_with_room(self.ledger.waiting):
@@ -205,8 +213,8 @@ class _Round:
         return [where for where in found if where[0] in with_room]
 
     def _open(self, name: Name, needs: Leases, line: Line) -> None:
-        for root in line.roots():
-            self.lines[_Where(name, needs, root)] = line
+        for root, head in line.heads():
+            self.heads.append((self._held(root), *head, _Queue(name, needs, root, line)))
 
     def _say_why(self, line: Line, obstacle: Obstacle) -> None:
         """Whoever comes to be the first of a line that stands still learns why, if it was not told when it came."""
@@ -216,17 +224,17 @@ class _Round:
             if not attempt.throttled and key not in self.gone and len(self.events) < MAX_NOTICES_PER_ENTRY:
                 self.events.append(leasing.throttled(key, attempt.account, obstacle, 0))
 
-    def _is_too_much(self, key: AttemptKey, where: _Where) -> bool:
+    def _is_too_much(self, key: AttemptKey, queue: _Queue) -> bool:
         """Count the call, which the entry repeats; tells whether the entry is full without it."""
-        attempt = None if where.name == ASKS else self.ledger.attempts[key]
+        attempt = None if queue.name == ASKS else self.ledger.attempts[key]
         self.size += 0 if attempt is None or attempt.call is None else len(attempt.call.arguments.encode())
         return bool(self.events) and self.size > MAX_CALLS_BYTES
 
-    def _serve(self, key: AttemptKey, where: _Where) -> bool:
-        """Let an attempt go on; tells whether its line may go on too."""
-        if where.name == ASKS:
+    def _serve(self, key: AttemptKey, queue: _Queue) -> bool:
+        """Let an attempt go on; tells whether its queue may go on too."""
+        if queue.name == ASKS:
             self._give(key)
-            self.busy[where.root] = self.busy.get(where.root, 0) + 1
+            self._hold(queue.root)
             return True
         attempt = self.ledger.attempts[key]
         if not attempt.granted and attempt.limits_version != self.desk.limits.version:
@@ -248,10 +256,13 @@ class _Round:
             has_asked_here = self.ledger.partition in attempt.granted
             self.events += self.desk.take(attempt.needs if has_asked_here else leases)
         if not has_asked_here and place.life != OUTSIDE:  # else its ask counts for its root, or it has no slot
-            self.busy[where.root] = self.busy.get(where.root, 0) + 1
+            self._hold(queue.root)
         self.events.append(placed(key, attempt, place, leases))
         self.count += 1
         return True
+
+    def _hold(self, root: str) -> None:
+        self.more[root] = self.more.get(root, 0) + 1
 
     def _ask(self, question: ev.LeasesAsked, attempt: Attempt) -> bool:
         """Ask for leases elsewhere, but for no more attempts than there are slots: what is held without one helps nobody."""
@@ -286,16 +297,16 @@ class _Round:
         self.count += 1
 
 
-def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
-    """Return how many slots each account root holds when the attempts that end in this decision have let go of theirs."""
-    busy = dict(ledger.busy)
+def _given_back(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
+    """Return how many slots more account roots hold when the attempts that end in this decision have let go of theirs: fewer."""
+    more: dict[str, int] = {}
     for key in ended:
         attempt = ledger.attempts.get(key)
         holds_slot = attempt is not None and attempt.incarnation not in (None, OUTSIDE) and not attempt.lost
         if attempt is not None and holds_slot and ledger.partition not in attempt.granted:
             root = account_root(attempt.account)
-            busy[root] = busy.get(root, 0) - 1
-    return busy
+            more[root] = more.get(root, 0) - 1
+    return more
 
 
 def position(ledger: Ledger, name: Name, leases: Leases, root: str) -> int:
