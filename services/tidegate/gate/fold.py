@@ -36,6 +36,7 @@ from tidegate.gate.state import (
 )
 
 K = TypeVar("K")
+_ABSENT = object()
 
 
 def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0, covered: Container[str] = ()) -> None:
@@ -143,9 +144,8 @@ def _count(counts: dict[K, int], by: int, name: K) -> None:
 def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     """The attempt holds a slot no more, if it did."""
     held = ledger.held_by.get(life)
-    if held is None or key not in held:
+    if held is None or held.pop(key, _ABSENT) is _ABSENT:
         return
-    del held[key]
     if not held:
         del ledger.held_by[life]
     _count_placed(ledger, attempt, -1)
@@ -207,7 +207,8 @@ def _reserved_for_run(ledger: Ledger, key: AttemptKey, event: ev.Reserving) -> A
     attempt.redact, attempt.isolation = event.redact, event.isolation
     run = ledger.runs[event.run_id]
     run.reserved_micros += event.reserved_micros
-    family.bill(ledger, event.run_id, reserved_micros=event.reserved_micros)
+    if run.parent_run_id:
+        family.bill(ledger, event.run_id, reserved_micros=event.reserved_micros)
     # What was approved beyond a budget was approved for this attempt; what a rule asked for, for the step.
     if event.approved_by and attempt.call is not None and not attempt.exceeds:
         run.approved[event.step_id] = (attempt.call.arguments, event.approved_by)
@@ -326,12 +327,14 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     name = attempt.line
     ledger.waiting_count -= 1
     _count(ledger.depth, -1, name[0])
-    _notice(ledger, name, key)
+    if not attempt.throttled:
+        _notice(ledger, name, key)
     if attempt.asked >= 0 or attempt.granted:
         _count(ledger.asking, -1, name)
     if attempt.asked >= 0:
         return
-    ledger.granted.pop(key, None)
+    if attempt.granted:
+        ledger.granted.pop(key, None)
     needs = attempt.needs if attempt.granted else attempt.leases
     line = ledger.limited[name][needs] if needs else ledger.waiting[name]
     line.remove(account_root(attempt.account), key, attempt.priority)
@@ -352,8 +355,8 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
 
 def _notice(ledger: Ledger, name: Name, key: AttemptKey) -> None:
     unnoticed = ledger.unnoticed.get(name)
-    if unnoticed is not None and key in unnoticed:
-        del unnoticed[key]
+    if unnoticed is not None:
+        unnoticed.pop(key, None)
         if not unnoticed:
             del ledger.unnoticed[name]
 
@@ -378,7 +381,8 @@ def _settled_for_run(ledger: Ledger, event: ev.AttemptSettled) -> None:
     if run is not None:
         before = run.settled_micros
         run.settled_micros = min(before + event.actual_micros, MAX_SETTLED_MICROS)
-        family.bill(ledger, event.run_id, settled_micros=run.settled_micros - before)
+        if run.parent_run_id:
+            family.bill(ledger, event.run_id, settled_micros=run.settled_micros - before)
     _end(ledger, _key(event))
 
 
@@ -399,9 +403,11 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
-    family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
+    if run.parent_run_id:
+        family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
     del run.open[key]
-    _forget_if_done(ledger, key.run_id)
+    if family.is_done(run):
+        family.done(ledger, key.run_id)
 
 
 def _cancel_told(ledger: Ledger, event: ev.AttemptCancelTold) -> None:
@@ -417,13 +423,10 @@ def _lost(ledger: Ledger, event: ev.PlacementLost) -> None:
 
 
 def _closed(ledger: Ledger, event: ev.RunClosed) -> None:
-    ledger.runs[event.run_id].closed = True
-    _forget_if_done(ledger, event.run_id)
-
-
-def _forget_if_done(ledger: Ledger, run_id: str) -> None:
-    if family.is_done(ledger.runs[run_id]):
-        family.done(ledger, run_id)
+    run = ledger.runs[event.run_id]
+    run.closed = True
+    if family.is_done(run):
+        family.done(ledger, event.run_id)
 
 
 def _family_over(ledger: Ledger, event: ev.FamilyOver) -> None:

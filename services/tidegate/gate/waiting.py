@@ -168,9 +168,10 @@ class _Round:
             if queue.needs and self.desk.obstacle(queue.needs) is not None:
                 continue  # nobody in this line can go on now
             if key not in self.gone:
-                if self._is_too_much(key, queue):
+                attempt = None if queue.name == ASKS else self.ledger.attempts[key]
+                if self._is_too_much(attempt):
                     break
-                is_served = self._serve(key, queue)
+                is_served = self._serve(key, attempt, queue)
                 if self._is_at_end(queue):
                     break
                 if not is_served:
@@ -224,19 +225,17 @@ class _Round:
             if not attempt.throttled and key not in self.gone and len(self.events) < MAX_NOTICES_PER_ENTRY:
                 self.events.append(leasing.throttled(key, attempt.account, obstacle, 0))
 
-    def _is_too_much(self, key: AttemptKey, queue: _Queue) -> bool:
+    def _is_too_much(self, attempt: Attempt | None) -> bool:
         """Count the call, which the entry repeats; tells whether the entry is full without it."""
-        attempt = None if queue.name == ASKS else self.ledger.attempts[key]
         self.size += 0 if attempt is None or attempt.call is None else len(attempt.call.arguments.encode())
         return bool(self.events) and self.size > MAX_CALLS_BYTES
 
-    def _serve(self, key: AttemptKey, queue: _Queue) -> bool:
-        """Let an attempt go on; tells whether its queue may go on too."""
-        if queue.name == ASKS:
+    def _serve(self, key: AttemptKey, attempt: Attempt | None, queue: _Queue) -> bool:
+        """Let an attempt, or (None) one of another partition, go on; tells whether its queue may go on too."""
+        if attempt is None:
             self._give(key)
             self._hold(queue.root)
             return True
-        attempt = self.ledger.attempts[key]
         if not attempt.granted and attempt.limits_version != self.desk.limits.version:
             changed = self._judged_anew(key, attempt)
             if changed is not None:
