@@ -452,13 +452,11 @@ class _Room(NamedTuple):
 
 def _room(draft: Draft, call: Call, money: _Money) -> _Room:
     opened = _opened(draft, money)
-    wanted = _estimate(draft, call, is_counted=bool(opened))
-    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts) if opened else [])
-
-
-def _estimate(draft: Draft, call: Call, *, is_counted: bool) -> Estimate:
-    learned = draft.ledger.learned.get(learned_key(call.kind, call.function)) if is_counted else None
-    return estimate(call, learned, draft.now_ms)
+    if not opened:
+        return _Room(opened, estimate(call, None, draft.now_ms), [])
+    learned = draft.ledger.learned.get(learned_key(call.kind, call.function))
+    wanted = estimate(call, learned, draft.now_ms)
+    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts))
 
 
 def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdict: Verdict, approved_by: str) -> None:
