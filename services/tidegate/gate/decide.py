@@ -427,7 +427,13 @@ def _stand_in_line(draft: Draft, item: Any, call: Call, entrance: _Entrance) -> 
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
         ev.AttemptQueued(
-            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
+            account=draft.request.account,
+            run_id=draft.request.run_id,
+            step_id=item.step_id,
+            attempt=item.attempt,
+            call=call,
+            leases=entrance.leases,
+            limits_version=draft.desk.limits.version,
         )
     )
     if entrance.obstacle is not None:
@@ -507,12 +513,17 @@ class _Entrance(NamedTuple):
     is_limited: bool
 
 
+UNLIMITED: Final = _Entrance((), None, is_limited=False)
+
+
 def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _Entrance | None:
     """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so.
 
     redact: what a refusal says that nobody may see of the arguments.
     """
     desk, money = draft.desk, draft.money
+    if not desk.limits and not desk.limits.queues:
+        return UNLIMITED
     try:
         leases = (
             desk.limits.leases(draft.subject(item, call, money), draft.ledger.partition)
@@ -585,7 +596,7 @@ def _settle(draft: Draft, item: Settle) -> None:
     reserved_micros = 0 if attempt is None else attempt.reserved_micros
     call = None if attempt is None else attempt.call
     actual_micros, basis = _cost(item, call, draft.now_ms)
-    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt)
+    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt) if attempt.buckets else ()
     set_aside = NOTHING if attempt is None else attempt.amounts
     draft.events.append(
         ev.AttemptSettled(

@@ -116,25 +116,9 @@ def place_waiting(
     return _Round(ledger, slots, ended, desk or Desk(ledger, LimitSet(), 0)).play()
 
 
-class _Queue:
-    """Attempts that wait for the same, of one account root."""
-
-    __slots__ = ("_following", "_line", "name", "needs", "root")
-
-    def __init__(self, name: Name, needs: Leases, root: str, line: Line) -> None:
-        self.name, self.needs, self.root = name, needs, root
-        self._line = line
-        self._following: Iterator[tuple[int, int, AttemptKey]] | None = None
-
-    def next(self) -> tuple[int, int, AttemptKey] | None:
-        """Return who comes after the first one, then who comes after that."""
-        if self._following is None:  # most rounds place one, who goes before all others
-            self._following = self._line.of(self.root)
-            next(self._following)
-        return next(self._following, None)
-
-
-_Head = tuple[int, int, int, AttemptKey, _Queue]  # how many slots its root holds, its rank, its turn
+# The first of those of an account root that wait for the same, by how many slots the root holds, by rank and by turn; then the
+# line, what it needs, whose it is, and who comes behind the first, once somebody has asked.
+_Head = tuple[int, int, int, AttemptKey, Name, Leases, str, Line, Iterator[tuple[int, int, AttemptKey]] | None]
 
 
 class _Round:
@@ -161,32 +145,35 @@ class _Round:
         heads = self.heads
         heapq.heapify(heads)
         while heads and self.count < MAX_PLACEMENTS_PER_ENTRY:
-            held, rank, turn, key, queue = heapq.heappop(heads)
-            if held != self._held(queue.root):  # it was given a slot in another line meanwhile
-                heapq.heappush(heads, (self._held(queue.root), rank, turn, key, queue))
+            held, _, _, key, name, needs, root, line, behind = head = heapq.heappop(heads)
+            if held != self._held(root):  # it was given a slot in another line meanwhile
+                heapq.heappush(heads, (self._held(root), *head[1:]))
                 continue
-            if queue.needs and self.desk.obstacle(queue.needs) is not None:
+            if needs and self.desk.obstacle(needs) is not None:
                 continue  # nobody in this line can go on now
             if key not in self.gone:
-                attempt = None if queue.name == ASKS else self.ledger.attempts[key]
+                attempt = None if name == ASKS else self.ledger.attempts[key]
                 if self._is_too_much(attempt):
                     break
-                is_served = self._serve(key, attempt, queue)
-                if self._is_at_end(queue):
+                is_served = self._serve(key, attempt, root)
+                if self._is_at_end(name):
                     break
                 if not is_served:
                     continue
-            following = queue.next()
+            if behind is None:  # most rounds place one, who goes before all others
+                behind = line.of(root)
+                next(behind)
+            following = next(behind, None)
             if following is not None:
-                heapq.heappush(heads, (self._held(queue.root), *following, queue))
+                heapq.heappush(heads, (self._held(root), *following, name, needs, root, line, behind))
         return self.events
 
     def _held(self, root: str) -> int:
         return self.ledger.busy.get(root, 0) + self.more.get(root, 0)
 
-    def _is_at_end(self, queue: _Queue) -> bool:
-        """Tell whether nobody can go on any more, now that somebody of a queue was looked at: all slots are taken."""
-        if self.ledger.ask_lines or not queue.name[0] or self.slots.has_room():
+    def _is_at_end(self, name: Name) -> bool:
+        """Tell whether nobody can go on any more, now that somebody of a line was looked at: all slots are taken."""
+        if self.ledger.ask_lines or not name[0] or self.slots.has_room():
             return False
         return OUTSIDE_LINE not in self.ledger.waiting and OUTSIDE_LINE not in self.ledger.limited
 
@@ -215,7 +202,7 @@ class _Round:
 
     def _open(self, name: Name, needs: Leases, line: Line) -> None:
         for root, head in line.heads():
-            self.heads.append((self._held(root), *head, _Queue(name, needs, root, line)))
+            self.heads.append((self._held(root), *head, name, needs, root, line, None))
 
     def _say_why(self, line: Line, obstacle: Obstacle) -> None:
         """Whoever comes to be the first of a line that stands still learns why, if it was not told when it came."""
@@ -230,11 +217,11 @@ class _Round:
         self.size += 0 if attempt is None or attempt.call is None else len(attempt.call.arguments.encode())
         return bool(self.events) and self.size > MAX_CALLS_BYTES
 
-    def _serve(self, key: AttemptKey, attempt: Attempt | None, queue: _Queue) -> bool:
-        """Let an attempt, or (None) one of another partition, go on; tells whether its queue may go on too."""
+    def _serve(self, key: AttemptKey, attempt: Attempt | None, root: str) -> bool:
+        """Let an attempt, or (None) one of another partition, go on; tells whether those behind it may go on too."""
         if attempt is None:
             self._give(key)
-            self._hold(queue.root)
+            self._hold(root)
             return True
         if not attempt.granted and attempt.limits_version != self.desk.limits.version:
             changed = self._judged_anew(key, attempt)
@@ -255,7 +242,7 @@ class _Round:
             has_asked_here = self.ledger.partition in attempt.granted
             self.events += self.desk.take(attempt.needs if has_asked_here else leases)
         if not has_asked_here and place.life != OUTSIDE:  # else its ask counts for its root, or it has no slot
-            self._hold(queue.root)
+            self._hold(root)
         self.events.append(placed(key, attempt, place, leases))
         self.count += 1
         return True
