@@ -56,6 +56,7 @@ from tidegate.gate.state import (
     Incarnation,
     Leases,
     RunMoney,
+    line_of,
     meters_of,
 )
 from tidegate.gate.variables import Subject, Variables
@@ -69,6 +70,7 @@ MAX_LAPSES_PER_ENTRY: Final = 100
 MAX_LOOKED_AT: Final = 500  # attempts that wait for a budget, in one decision
 NO_POLICY: Final = Verdict("allow", "default", "", "no policy is in force")
 NO_POSITION: Final = Position(0, 0, 0)
+NO_KEY: Final = AttemptKey("", "", 0)
 
 
 class _Money:
@@ -99,6 +101,26 @@ class _Money:
 class Draft:
     """The events of one decision as they come, and what they change, so that later items see what earlier ones did."""
 
+    __slots__ = (
+        "_item",
+        "_key",
+        "_subject",
+        "approved",
+        "begun",
+        "budgets",
+        "desk",
+        "ended",
+        "events",
+        "joined",
+        "ledger",
+        "money",
+        "now_ms",
+        "policies",
+        "request",
+        "slots",
+        "tally",
+    )
+
     def __init__(
         self,
         ledger: Ledger,
@@ -112,7 +134,8 @@ class Draft:
         self.request = request
         self.policies = policies
         self.slots = slots
-        self.desk = desk or Desk(ledger, LimitSet(), 0)
+        self.desk = Desk(ledger, LimitSet(), 0) if desk is None else desk
+        self.budgets = budgets
         self.now_ms = self.desk.now_ms
         self.joined: dict[str, int] = {}  # by queue: who began to wait in this decision
         self.events: list[Any] = []
@@ -121,7 +144,7 @@ class Draft:
         self.ended: set[AttemptKey] = set()
         known = ledger.runs.get(request.run_id)
         self._item: Any = None  # whose key was asked for last, and that
-        self._key = AttemptKey("", "", 0)
+        self._key = NO_KEY
         self._subject: Subject | None = None
         self.approved = {} if known is None else known.approved
         self.money = None if known is None else _Money(known)
@@ -139,7 +162,8 @@ class Draft:
     def key(self, item: Any) -> AttemptKey:
         """Return the key of the attempt that an item of the request names."""
         if item is not self._item:
-            self._item, self._key = item, AttemptKey(self.request.run_id, item.step_id, item.attempt)
+            key: AttemptKey = tuple.__new__(AttemptKey, (self.request.run_id, item.step_id, item.attempt))  # see `fold`
+            self._item, self._key = item, key
         return self._key
 
     def subject(self, item: Any, call: Call, money: _Money) -> Subject:
@@ -156,8 +180,9 @@ class Draft:
 
     def end(self, item: Any, attempt: Attempt, outcome: str = "") -> None:
         """Note that the attempt ends here: its slot and its leases are free for what follows."""
-        self.ended.add(self.key(item))
-        self.events += leasing.given_back(self.desk, self.key(item), attempt, outcome)
+        key = self.key(item)
+        self.ended.add(key)
+        self.events += leasing.given_back(self.desk, key, attempt, outcome)
         if self.money is not None:
             self.money.reserved_micros -= attempt.reserved_micros
         if attempt.incarnation is not None and not attempt.lost:
@@ -254,9 +279,10 @@ def _close_run(draft: Draft, item: CloseRun) -> None:
 
 
 def _authorise(draft: Draft, item: Authorise) -> None:
-    if draft.key(item) in draft.begun or draft.key(item) in draft.ledger.attempts:
+    key = draft.key(item)
+    if key in draft.begun or key in draft.ledger.attempts:
         return  # its place, its money or its question is there already; a second one would be entered twice
-    draft.begun.add(draft.key(item))
+    draft.begun.add(key)
     if draft.money is None or draft.money.closed:
         _refuse(draft, item, "unknown_run", "", "the run is not open at the gate")
         return
@@ -385,32 +411,40 @@ def _reserve_and_place(
         "values": verdict.values,
         "exceeds": tuple([lack.key for lack in lacks]),
     }
-    waiting = Attempt(account, call, RESERVED, leases=entrance.leases)
-    found = None if entrance.is_limited else _place_at_once(draft, waiting)
+    found = None if entrance.is_limited else _place_at_once(draft, account, call, entrance.leases)
     if found is None:
-        draft.events.append(ev.AttemptReserved(**reserved, counts=bool(buckets)))
-        _stand_in_line(draft, item, call, waiting, entrance)
+        reserved["counts"] = bool(buckets)
+        draft.events.append(ev.AttemptReserved(**reserved))
+        _stand_in_line(draft, item, call, entrance)
         return
     place, leases = found
     draft.events += draft.desk.take(leases)
     draft.events.append(ev.AttemptGranted(**reserved, **place.fields(), call=call, leases=leases))
 
 
-def _stand_in_line(draft: Draft, item: Any, call: Call, waiting: Attempt, entrance: _Entrance) -> None:
+def _stand_in_line(draft: Draft, item: Any, call: Call, entrance: _Entrance) -> None:
     """Wait for a slot or a place, with what was reserved."""
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
         ev.AttemptQueued(
-            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
+            account=draft.request.account,
+            run_id=draft.request.run_id,
+            step_id=item.step_id,
+            attempt=item.attempt,
+            call=call,
+            leases=entrance.leases,
+            limits_version=draft.desk.limits.version,
         )
     )
     if entrance.obstacle is not None:
-        ahead = position(draft.ledger, waiting.line, entrance.leases, account_root(draft.request.account))
+        ahead = position(draft.ledger, line_of(call), entrance.leases, account_root(draft.request.account))
         draft.events.append(leasing.throttled(draft.key(item), draft.request.account, entrance.obstacle, ahead))
 
 
 def _opened(draft: Draft, money: _Money) -> list[tuple[str, Bucket, Budget]]:
     """Return the buckets that count the run now, with the limits that are in force."""
+    if not draft.budgets:
+        return []
     return draft.tally.opened(draft.request.account, draft.family, money.workflow.partition("@")[0], money.tags)
 
 
@@ -424,13 +458,11 @@ class _Room(NamedTuple):
 
 def _room(draft: Draft, call: Call, money: _Money) -> _Room:
     opened = _opened(draft, money)
-    wanted = _estimate(draft, call, is_counted=bool(opened))
-    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts) if opened else [])
-
-
-def _estimate(draft: Draft, call: Call, *, is_counted: bool) -> Estimate:
-    learned = draft.ledger.learned.get(learned_key(call.kind, call.function)) if is_counted else None
-    return estimate(call, learned, draft.now_ms)
+    if not opened:
+        return _Room(opened, estimate(call, None, draft.now_ms), [])
+    learned = draft.ledger.learned.get(learned_key(call.kind, call.function))
+    wanted = estimate(call, learned, draft.now_ms)
+    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts))
 
 
 def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdict: Verdict, approved_by: str) -> None:
@@ -481,12 +513,17 @@ class _Entrance(NamedTuple):
     is_limited: bool
 
 
+UNLIMITED: Final = _Entrance((), None, is_limited=False)
+
+
 def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _Entrance | None:
     """Return how the attempt gets in, or None if it was refused: its queue is full, or a limit says so.
 
     redact: what a refusal says that nobody may see of the arguments.
     """
     desk, money = draft.desk, draft.money
+    if not desk.limits and not desk.limits.queues:
+        return UNLIMITED
     try:
         leases = (
             desk.limits.leases(draft.subject(item, call, money), draft.ledger.partition)
@@ -516,14 +553,14 @@ def _entrance(draft: Draft, item: Any, call: Call, redact: tuple[str, ...]) -> _
     return _Entrance(leases, obstacle, is_limited)
 
 
-def _place_at_once(draft: Draft, attempt: Attempt) -> tuple[Place, Leases] | None:
+def _place_at_once(draft: Draft, account: str, call: Call, leases: Leases) -> tuple[Place, Leases] | None:
     """Take a slot for a newcomer that no limit holds up, if nobody waits for the same function and nothing of what it needs is
     decided elsewhere; return where, and its leases there."""
     ledger, desk = draft.ledger, draft.desk
-    name = attempt.line
-    if name in ledger.waiting or name in ledger.limited or not desk.has_all_here(attempt.leases):
+    name = line_of(call)
+    if name in ledger.waiting or name in ledger.limited or not desk.has_all_here(leases):
         return None
-    return slot_for(desk, draft.slots, attempt)
+    return slot_for(desk, draft.slots, Attempt(account, call, RESERVED, leases=leases))
 
 
 def _approve(draft: Draft, item: Approve) -> None:
@@ -559,7 +596,7 @@ def _settle(draft: Draft, item: Settle) -> None:
     reserved_micros = 0 if attempt is None else attempt.reserved_micros
     call = None if attempt is None else attempt.call
     actual_micros, basis = _cost(item, call, draft.now_ms)
-    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt)
+    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt) if attempt.buckets else ()
     set_aside = NOTHING if attempt is None else attempt.amounts
     draft.events.append(
         ev.AttemptSettled(

@@ -176,10 +176,12 @@ def without_room(ledger: Ledger, run_id: str, run: Money, micros: int) -> NoRoom
 
     run: as it stands inside the decision; all others are as in the ledger.
     """
+    if run.budget_micros is None and not run.parent_run_id:
+        return None  # as most
     known = ledger.runs.get(run_id)
     reserved_more = run.reserved_micros - (0 if known is None else known.reserved_micros)
     settled_more = run.settled_micros - (0 if known is None else known.settled_micros)
-    for each_id, each in _upwards(ledger, run_id, run):
+    for each_id, each in _upwards(ledger, run_id, run) if run.parent_run_id else ((run_id, run),):
         if each.budget_micros is None:
             continue
         below = ledger.below.get(each_id)

@@ -36,6 +36,7 @@ from tidegate.gate.state import (
 )
 
 K = TypeVar("K")
+_ABSENT = object()
 
 
 def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0, covered: Container[str] = ()) -> None:
@@ -44,13 +45,14 @@ def apply(ledger: Ledger, event: Any, seq: int, now_ms: int = 0, covered: Contai
     covered: units (see `snapshots.units_of_event`) that the event has changed already.
     """
     ledger.seq = seq
-    handler = _HANDLERS.get(type(event))
+    kind = type(event)
+    handler = _SHARED_HANDLERS.get(kind)  # the commonest
     if handler is not None:
-        handler(ledger, event)
-    elif (timed := _TIMED_HANDLERS.get(type(event))) is not None:
+        handler(ledger, event, covered)
+    elif (timed := _TIMED_HANDLERS.get(kind)) is not None:
         timed(ledger, event, now_ms)
     else:
-        _SHARED_HANDLERS[type(event)](ledger, event, covered)
+        _HANDLERS[kind](ledger, event)
 
 
 def derive(ledger: Ledger) -> None:
@@ -114,7 +116,9 @@ def _count_placed(ledger: Ledger, attempt: Attempt, by: int) -> None:
     # Its ask counts for its root already; whoever does outside tools has no slots.
     if ledger.partition not in attempt.granted and attempt.incarnation != OUTSIDE:
         _count(ledger.busy, by, account_root(attempt.account))
-    _count(ledger.held, by, *held_by_itself(attempt, ledger.partition))
+    if attempt.leases or attempt.needs:
+        for lease in held_by_itself(attempt, ledger.partition):
+            _count(ledger.held, by, lease)
 
 
 def held_by_itself(attempt: Attempt, partition: int) -> Leases:
@@ -129,21 +133,19 @@ def leases_of(leases: Leases, partition: int) -> Leases:
     return leases if len(found) == len(leases) else tuple(found)
 
 
-def _count(counts: dict[K, int], by: int, *names: K) -> None:
-    for name in names:
-        count = counts.get(name, 0) + by
-        if count:
-            counts[name] = count
-        else:
-            del counts[name]
+def _count(counts: dict[K, int], by: int, name: K) -> None:
+    count = counts.get(name, 0) + by
+    if count:
+        counts[name] = count
+    else:
+        del counts[name]
 
 
 def _let_go(ledger: Ledger, life: Incarnation, key: AttemptKey, attempt: Attempt) -> None:
     """The attempt holds a slot no more, if it did."""
-    held = ledger.held_by.get(life, {})
-    if key not in held:
+    held = ledger.held_by.get(life)
+    if held is None or held.pop(key, _ABSENT) is _ABSENT:
         return
-    del held[key]
     if not held:
         del ledger.held_by[life]
     _count_placed(ledger, attempt, -1)
@@ -205,7 +207,8 @@ def _reserved_for_run(ledger: Ledger, key: AttemptKey, event: ev.Reserving) -> A
     attempt.redact, attempt.isolation = event.redact, event.isolation
     run = ledger.runs[event.run_id]
     run.reserved_micros += event.reserved_micros
-    family.bill(ledger, event.run_id, reserved_micros=event.reserved_micros)
+    if run.parent_run_id:
+        family.bill(ledger, event.run_id, reserved_micros=event.reserved_micros)
     # What was approved beyond a budget was approved for this attempt; what a rule asked for, for the step.
     if event.approved_by and attempt.call is not None and not attempt.exceeds:
         run.approved[event.step_id] = (attempt.call.arguments, event.approved_by)
@@ -282,18 +285,19 @@ def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
         return
     if attempt.granted:
         ledger.granted[key] = attempt.granted_ms
-    _line(ledger, attempt).add(account_root(attempt.account), key, attempt.turn, attempt.rank, attempt.priority)
-
-
-def _line(ledger: Ledger, attempt: Attempt) -> Line:
     needs = attempt.needs if attempt.granted else attempt.leases
-    if not needs:
-        return ledger.waiting.setdefault(attempt.line, Line())
-    lines = ledger.limited.setdefault(attempt.line, {})
+    line = _limited_line(ledger, name, needs) if needs else ledger.waiting.get(name)
+    if line is None:
+        line = ledger.waiting[name] = Line()
+    line.add(account_root(attempt.account), key, attempt.turn, attempt.rank, attempt.priority)
+
+
+def _limited_line(ledger: Ledger, name: Name, needs: Leases) -> Line:
+    lines = ledger.limited.setdefault(name, {})
     if needs not in lines:
         lines[needs] = Line()
         for lease in needs:
-            ledger.lines_of.setdefault(lease, {})[attempt.line, needs] = None
+            ledger.lines_of.setdefault(lease, {})[name, needs] = None
     return lines[needs]
 
 
@@ -312,10 +316,10 @@ def _placed(ledger: Ledger, event: ev.AttemptPlaced) -> None:
 def _place(ledger: Ledger, key: AttemptKey, attempt: Attempt, event: ev.Placing) -> None:
     attempt.status = PLACED
     attempt.call = event.call
-    attempt.incarnation = Incarnation(event.instance_id, event.incarnation)
+    life = attempt.incarnation = tuple.__new__(Incarnation, (event.instance_id, event.incarnation))  # as in `_key`
     attempt.task_partition = event.task_partition
     attempt.turn = ledger.seq
-    _hold(ledger, attempt.incarnation, key, attempt)
+    _hold(ledger, life, key, attempt)
 
 
 def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
@@ -323,17 +327,19 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
     name = attempt.line
     ledger.waiting_count -= 1
     _count(ledger.depth, -1, name[0])
-    _notice(ledger, name, key)
+    if not attempt.throttled:
+        _notice(ledger, name, key)
     if attempt.asked >= 0 or attempt.granted:
         _count(ledger.asking, -1, name)
     if attempt.asked >= 0:
         return
-    ledger.granted.pop(key, None)
-    line = _line(ledger, attempt)
+    if attempt.granted:
+        ledger.granted.pop(key, None)
+    needs = attempt.needs if attempt.granted else attempt.leases
+    line = ledger.limited[name][needs] if needs else ledger.waiting[name]
     line.remove(account_root(attempt.account), key, attempt.priority)
     if line:
         return
-    needs = attempt.needs if attempt.granted else attempt.leases
     if not needs:
         del ledger.waiting[name]
         return
@@ -349,8 +355,8 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
 
 def _notice(ledger: Ledger, name: Name, key: AttemptKey) -> None:
     unnoticed = ledger.unnoticed.get(name)
-    if unnoticed is not None and key in unnoticed:
-        del unnoticed[key]
+    if unnoticed is not None:
+        unnoticed.pop(key, None)
         if not unnoticed:
             del ledger.unnoticed[name]
 
@@ -375,7 +381,8 @@ def _settled_for_run(ledger: Ledger, event: ev.AttemptSettled) -> None:
     if run is not None:
         before = run.settled_micros
         run.settled_micros = min(before + event.actual_micros, MAX_SETTLED_MICROS)
-        family.bill(ledger, event.run_id, settled_micros=run.settled_micros - before)
+        if run.parent_run_id:
+            family.bill(ledger, event.run_id, settled_micros=run.settled_micros - before)
     _end(ledger, _key(event))
 
 
@@ -396,9 +403,11 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
-    family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
+    if run.parent_run_id:
+        family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
     del run.open[key]
-    _forget_if_done(ledger, key.run_id)
+    if family.is_done(run):
+        family.done(ledger, key.run_id)
 
 
 def _cancel_told(ledger: Ledger, event: ev.AttemptCancelTold) -> None:
@@ -414,13 +423,10 @@ def _lost(ledger: Ledger, event: ev.PlacementLost) -> None:
 
 
 def _closed(ledger: Ledger, event: ev.RunClosed) -> None:
-    ledger.runs[event.run_id].closed = True
-    _forget_if_done(ledger, event.run_id)
-
-
-def _forget_if_done(ledger: Ledger, run_id: str) -> None:
-    if family.is_done(ledger.runs[run_id]):
-        family.done(ledger, run_id)
+    run = ledger.runs[event.run_id]
+    run.closed = True
+    if family.is_done(run):
+        family.done(ledger, event.run_id)
 
 
 def _family_over(ledger: Ledger, event: ev.FamilyOver) -> None:
@@ -482,7 +488,8 @@ def _leave_asks(ledger: Ledger, key: AttemptKey, ask: Ask) -> None:
 
 def _count_ask(ledger: Ledger, ask: Ask, by: int) -> None:
     _count(ledger.busy, by, account_root(ask.account))
-    _count(ledger.held, by, *ask.leases)
+    for lease in ask.leases:
+        _count(ledger.held, by, lease)
 
 
 def _lease_given(ledger: Ledger, event: ev.LeaseGiven) -> None:

@@ -208,7 +208,7 @@ class Lacking:
 
     def discard(self, key: AttemptKey) -> None:
         """Leave, if it stands anywhere."""
-        spot = self._spots.pop(key, None)
+        spot = self._spots.pop(key, None) if self._spots else None
         if spot is None:
             return
         members = self._members[spot]

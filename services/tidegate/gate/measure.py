@@ -5,28 +5,27 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from operator import attrgetter
 
 from tidegate import metrics
 from tidegate.gate.ledger import Ledger
 from tidegate.gate.placement import Executors
 from tidegate.gate.state import HELD, METERS, PLACED, QUEUED, RESERVED
 
+_status, _reserved = attrgetter("status"), attrgetter("reserved_micros")
+
 
 def measure(executors: Executors, ledgers: Iterable[Ledger]) -> None:
     """Set the gauges from the ledgers that are ours. Looks at every open attempt: for once in a few seconds."""
     by_status: Counter[str] = Counter(dict.fromkeys((HELD, QUEUED, RESERVED, PLACED), 0))
-    waiting: Counter[str] = Counter()
+    waiting: Counter[str] = Counter()  # by queue
     runs = reserved = 0
     ours = list(ledgers)
     for ledger in ours:
-        by_status.update(attempt.status for attempt in ledger.attempts.values())
-        waiting.update(
-            attempt.call.queue
-            for attempt in ledger.attempts.values()
-            if attempt.status == QUEUED and attempt.call is not None
-        )
+        by_status.update(map(_status, ledger.attempts.values()))
+        waiting.update(ledger.depth)
         runs += len(ledger.runs)
-        reserved += sum(run.reserved_micros for run in ledger.runs.values())
+        reserved += sum(map(_reserved, ledger.runs.values()))
     for status, count in by_status.items():
         metrics.gate_attempts.labels(status).set(count)
     metrics.gate_runs.set(runs)

@@ -207,9 +207,11 @@ class FreeSlots:
     def _of(self, executor: Executor) -> int:
         free = self._free.get(executor.life)
         if free is None:
-            free = executor.slots
+            free, life = executor.slots, executor.life
             for ledger in self._ledgers.values():
-                free -= len(ledger.held_by.get(executor.life, ()))
+                held = ledger.held_by.get(life)
+                if held is not None:
+                    free -= len(held)
             for partition, count in executor.running.items():
                 if partition not in self._ledgers:
                     free -= count

@@ -113,21 +113,11 @@ class GateMachine:
 
         What cannot be decided is said loudly and left alone for a while; everything else goes on.
         """
-        for look in (
-            self._orphaned,
-            self._lost,
-            self._timely,
-            self._closed,
-            self._resumed,
-            self._waiting,
-            self._scale_out,
-            self._carry_forward,
-        ):
-            name = look.__name__.lstrip("_")
+        for name, look in _LOOKS:
             if now_ms < self._look_not_before_ms.get((state.partition, name), 0):
                 continue
             try:
-                found = look(state, now_ms, tables)
+                found = look(self, state, now_ms, tables)
             except Exception:
                 self._look_not_before_ms[state.partition, name] = now_ms + LOOK_AGAIN_MS
                 metrics.gate_undecided.labels(name).inc()
@@ -326,6 +316,23 @@ class GateMachine:
             ledger.lacking.stir_all()  # there may be room that was not there before
         if self._is_loaded:
             _log.info("documents in force", changed=key, documents=len(self.documents))
+
+
+_LOOKS: Final = tuple(
+    [
+        (look.__name__.lstrip("_"), look)
+        for look in (
+            GateMachine._orphaned,
+            GateMachine._lost,
+            GateMachine._timely,
+            GateMachine._closed,
+            GateMachine._resumed,
+            GateMachine._waiting,
+            GateMachine._scale_out,
+            GateMachine._carry_forward,
+        )
+    ]
+)
 
 
 def _due(state: Ledger, tables: Tables, topic: str, events: list[Any]) -> tuple[str, Decision] | None:

@@ -86,14 +86,18 @@ def units_of(ledger: Ledger) -> list[str]:
 
 def is_there(ledger: Ledger, unit: str) -> bool:
     """Tell whether the ledger holds anything of a unit."""
+    if _is_run(unit):
+        return unit in ledger.runs
     if unit == CARRIED:
         return ledger.carried is not None
     if _is_of_budgets(unit):
         return unit in ledger.buckets or unit in ledger.learned
     kind, _, name = unit.partition(":")
-    if not name:
-        return unit in ledger.runs
     return name in ledger.scale_out if kind == _SCALE_OUT[:-1] else _named(ledger, unit) is not None
+
+
+def _is_run(unit: str) -> bool:
+    return ":" not in unit and "|" not in unit
 
 
 def _is_of_budgets(unit: str) -> bool:
@@ -115,12 +119,12 @@ def _ask_key(parts: list[str]) -> AttemptKey:
 
 def dump(ledger: Ledger, unit: str) -> bytes:
     """Return a unit's state."""
+    if _is_run(unit):
+        return _dump_run(ledger, unit)
     if unit == CARRIED:
         return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.carried))
     if _is_of_budgets(unit):
         return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.buckets.get(unit) or ledger.learned[unit]))
-    if ":" not in unit:
-        return _dump_run(ledger, unit)
     if unit.startswith(_SCALE_OUT):
         return msgspec.msgpack.encode((SNAPSHOT_FORMAT, ledger.scale_out[unit.removeprefix(_SCALE_OUT)]))
     return msgspec.msgpack.encode((SNAPSHOT_FORMAT, _named(ledger, unit)))
@@ -128,7 +132,7 @@ def dump(ledger: Ledger, unit: str) -> bytes:
 
 def load(ledger: Ledger, unit: str, data: bytes) -> None:
     """Put a unit into a ledger. Raises ValueError on another format, msgspec.DecodeError."""
-    if ":" not in unit and not _is_of_budgets(unit):
+    if _is_run(unit):
         _load_run(ledger, unit, data)
         return
     kind, _, name = unit.partition(":")

@@ -124,11 +124,14 @@ class Attempt(msgspec.Struct, array_like=True):
 
     @property
     def line(self) -> tuple[str, str]:
-        """Return the queue and function that it waits for. What is done outside waits for neither, but perhaps for limits."""
+        """Return the queue and function that it waits for."""
         assert self.call is not None  # noqa: S101 - what waits has a call
-        if self.call.is_outside:
-            return OUTSIDE_LINE
-        return self.call.queue, self.call.function
+        return line_of(self.call)
+
+
+def line_of(call: Call) -> tuple[str, str]:
+    """Return the queue and function that a call waits for. What is done outside waits for neither, but perhaps for limits."""
+    return (call.queue, call.function) if call.queue or not call.is_outside else OUTSIDE_LINE
 
 
 class Ask(msgspec.Struct, array_like=True):
@@ -292,14 +295,19 @@ class Line:
     __slots__ = ("_queues", "_unsorted")
 
     def __init__(self) -> None:
-        self._queues: dict[str, dict[int, OrderedDict[AttemptKey, tuple[int, int]]]] = {}
+        self._queues: dict[str, dict[int, OrderedDict[AttemptKey, tuple[int, int, AttemptKey]]]] = {}
         self._unsorted: set[tuple[str, int]] = set()
 
     def add(self, root: str, key: AttemptKey, turn: int, rank: int = 0, priority: int = 5) -> None:
         """Stand in line. While a log is folded on top of snapshots, who came earlier may be met later: sorted when asked."""
-        queue = self._queues.setdefault(root, {}).setdefault(priority, OrderedDict())
-        place = (rank, turn)
-        if queue and queue[next(reversed(queue))] > place:
+        queues = self._queues.get(root)
+        if queues is None:
+            queues = self._queues[root] = {}
+        place = (rank, turn, key)
+        queue = queues.get(priority)
+        if queue is None:
+            queue = queues[priority] = OrderedDict()
+        elif queue[next(reversed(queue))] > place:
             self._unsorted.add((root, priority))
         queue[key] = place
 
@@ -318,14 +326,24 @@ class Line:
         """Return the account roots that somebody waits for."""
         return list(self._queues)
 
+    def heads(self) -> Iterator[tuple[str, tuple[int, int, AttemptKey]]]:
+        """Return each account root with its first (rank, turn, attempt)."""
+        for root, queues in self._queues.items():
+            if len(queues) == 1 and not self._unsorted:  # no iterator over a whole queue for its first one
+                for queue in queues.values():
+                    yield root, next(iter(queue.values()))
+            else:
+                yield root, next(self.of(root))
+
     def of(self, root: str) -> Iterator[tuple[int, int, AttemptKey]]:
         """Return (rank, turn, attempt) of an account root, the first one first."""
         queues = self._queues[root]
-        for priority in queues:
-            if (root, priority) in self._unsorted:
-                queues[priority] = OrderedDict(sorted(queues[priority].items(), key=lambda item: item[1]))
-                self._unsorted.discard((root, priority))
-        parts = [((rank, turn, key) for key, (rank, turn) in queue.items()) for queue in queues.values()]
+        if self._unsorted:
+            for priority in queues:
+                if (root, priority) in self._unsorted:
+                    queues[priority] = OrderedDict(sorted(queues[priority].items(), key=lambda item: item[1]))
+                    self._unsorted.discard((root, priority))
+        parts = [iter(queue.values()) for queue in queues.values()]
         return parts[0] if len(parts) == 1 else heapq.merge(*parts)
 
     def count(self, root: str) -> int:

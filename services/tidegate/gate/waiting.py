@@ -7,7 +7,6 @@ that holds the least goes first; among the runs of one root, priority and waitin
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -117,17 +116,16 @@ def place_waiting(
     return _Round(ledger, slots, ended, desk or Desk(ledger, LimitSet(), 0)).play()
 
 
-class _Where(NamedTuple):
-    """A queue of attempts that wait for the same, of one account root."""
-
-    name: Name
-    needs: Leases
-    root: str
+# The first of those of an account root that wait for the same, by how many slots the root holds, by rank and by turn; then the
+# line, what it needs, whose it is, and who comes behind the first, once somebody has asked.
+_Head = tuple[int, int, int, AttemptKey, Name, Leases, str, Line, Iterator[tuple[int, int, AttemptKey]] | None]
 
 
 class _Round:
     """One decision about everybody who waits. Only lines that somebody could go on from are looked at: with all slots taken,
     thousands of them cost nothing."""
+
+    __slots__ = ("count", "desk", "events", "gone", "heads", "ledger", "more", "only_freed", "size", "slots")
 
     def __init__(self, ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None, desk: Desk) -> None:
         self.ledger = ledger
@@ -138,37 +136,46 @@ class _Round:
         self.events: list[Any] = []
         self.count = 0
         self.size = 0
-        self.asked: Counter[Name] = Counter()
-        self.busy = _busy_after(ledger, self.gone)
-        self.is_outside = False
-        self.queues: dict[_Where, Iterator[tuple[int, int, AttemptKey]]] = {}
+        self.more = _given_back(ledger, self.gone)  # slots by account root, than before this decision
+        self.heads: list[_Head] = []
 
     def play(self) -> list[Any]:
         """Return the events."""
         self._open_lines()
-        self.is_outside = any(where.name == OUTSIDE_LINE for where in self.queues)
-        heads = [(self._held(where), *next(queue), where) for where, queue in self.queues.items()]
+        heads = self.heads
         heapq.heapify(heads)
         while heads and self.count < MAX_PLACEMENTS_PER_ENTRY:
-            held, rank, turn, key, where = heapq.heappop(heads)
-            if held != self._held(where):  # its root was given a slot in another line meanwhile
-                heapq.heappush(heads, (self._held(where), rank, turn, key, where))
+            held, _, _, key, name, needs, root, line, behind = head = heapq.heappop(heads)
+            if held != self._held(root):  # it was given a slot in another line meanwhile
+                heapq.heappush(heads, (self._held(root), *head[1:]))
                 continue
-            if where.needs and self.desk.obstacle(where.needs) is not None:
+            if needs and self.desk.obstacle(needs) is not None:
                 continue  # nobody in this line can go on now
-            if key not in self.gone and self._is_too_much(key, where):
-                break
-            if key not in self.gone and not self._serve(key, where):
-                if where.name[0] and not self.slots.has_room() and not self.ledger.ask_lines and not self.is_outside:
+            if key not in self.gone:
+                attempt = None if name == ASKS else self.ledger.attempts[key]
+                if self._is_too_much(attempt):
                     break
-                continue
-            following = next(self.queues[where], None)
+                is_served = self._serve(key, attempt, root)
+                if self._is_at_end(name):
+                    break
+                if not is_served:
+                    continue
+            if behind is None:  # most rounds place one, who goes before all others
+                behind = line.of(root)
+                next(behind)
+            following = next(behind, None)
             if following is not None:
-                heapq.heappush(heads, (self._held(where), *following, where))
+                heapq.heappush(heads, (self._held(root), *following, name, needs, root, line, behind))
         return self.events
 
-    def _held(self, where: _Where) -> int:
-        return self.busy.get(where.root, 0)
+    def _held(self, root: str) -> int:
+        return self.ledger.busy.get(root, 0) + self.more.get(root, 0)
+
+    def _is_at_end(self, name: Name) -> bool:
+        """Tell whether nobody can go on any more, now that somebody of a line was looked at: all slots are taken."""
+        if self.ledger.ask_lines or not name[0] or self.slots.has_room():
+            return False
+        return OUTSIDE_LINE not in self.ledger.waiting and OUTSIDE_LINE not in self.ledger.limited
 
     def _open_lines(self) -> None:
         for name in self.slots.lines_with_room(self.ledger.waiting):
@@ -194,8 +201,8 @@ class _Round:
         return [where for where in found if where[0] in with_room]
 
     def _open(self, name: Name, needs: Leases, line: Line) -> None:
-        for root in line.roots():
-            self.queues[_Where(name, needs, root)] = line.of(root)
+        for root, head in line.heads():
+            self.heads.append((self._held(root), *head, name, needs, root, line, None))
 
     def _say_why(self, line: Line, obstacle: Obstacle) -> None:
         """Whoever comes to be the first of a line that stands still learns why, if it was not told when it came."""
@@ -205,19 +212,17 @@ class _Round:
             if not attempt.throttled and key not in self.gone and len(self.events) < MAX_NOTICES_PER_ENTRY:
                 self.events.append(leasing.throttled(key, attempt.account, obstacle, 0))
 
-    def _is_too_much(self, key: AttemptKey, where: _Where) -> bool:
+    def _is_too_much(self, attempt: Attempt | None) -> bool:
         """Count the call, which the entry repeats; tells whether the entry is full without it."""
-        attempt = None if where.name == ASKS else self.ledger.attempts[key]
         self.size += 0 if attempt is None or attempt.call is None else len(attempt.call.arguments.encode())
         return bool(self.events) and self.size > MAX_CALLS_BYTES
 
-    def _serve(self, key: AttemptKey, where: _Where) -> bool:
-        """Let an attempt go on; tells whether its line may go on too."""
-        if where.name == ASKS:
+    def _serve(self, key: AttemptKey, attempt: Attempt | None, root: str) -> bool:
+        """Let an attempt, or (None) one of another partition, go on; tells whether those behind it may go on too."""
+        if attempt is None:
             self._give(key)
-            self.busy[where.root] = self.busy.get(where.root, 0) + 1
+            self._hold(root)
             return True
-        attempt = self.ledger.attempts[key]
         if not attempt.granted and attempt.limits_version != self.desk.limits.version:
             changed = self._judged_anew(key, attempt)
             if changed is not None:
@@ -228,17 +233,22 @@ class _Round:
         if found is None:
             return False
         place, leases = found
-        pinned = place.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
-        question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
-        if question is not None:
-            return self._ask(question, attempt)
-        has_asked_here = self.ledger.partition in attempt.granted
-        self.events += self.desk.take(attempt.needs if has_asked_here else leases)
+        has_asked_here = False
+        if attempt.leases:  # as few need
+            pinned = place.life.instance_id if any(INSTANCE_PLACE in lease.key for lease in attempt.leases) else ""
+            question = leasing.ask(self.desk, key, attempt, leases, pinned, attempt.granted)
+            if question is not None:
+                return self._ask(question, attempt)
+            has_asked_here = self.ledger.partition in attempt.granted
+            self.events += self.desk.take(attempt.needs if has_asked_here else leases)
         if not has_asked_here and place.life != OUTSIDE:  # else its ask counts for its root, or it has no slot
-            self.busy[where.root] = self.busy.get(where.root, 0) + 1
+            self._hold(root)
         self.events.append(placed(key, attempt, place, leases))
         self.count += 1
         return True
+
+    def _hold(self, root: str) -> None:
+        self.more[root] = self.more.get(root, 0) + 1
 
     def _ask(self, question: ev.LeasesAsked, attempt: Attempt) -> bool:
         """Ask for leases elsewhere, but for no more attempts than there are slots: what is held without one helps nobody."""
@@ -273,16 +283,16 @@ class _Round:
         self.count += 1
 
 
-def _busy_after(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
-    """Return how many slots each account root holds when the attempts that end in this decision have let go of theirs."""
-    busy = dict(ledger.busy)
+def _given_back(ledger: Ledger, ended: set[AttemptKey]) -> dict[str, int]:
+    """Return how many slots more account roots hold when the attempts that end in this decision have let go of theirs: fewer."""
+    more: dict[str, int] = {}
     for key in ended:
         attempt = ledger.attempts.get(key)
         holds_slot = attempt is not None and attempt.incarnation not in (None, OUTSIDE) and not attempt.lost
         if attempt is not None and holds_slot and ledger.partition not in attempt.granted:
             root = account_root(attempt.account)
-            busy[root] = busy.get(root, 0) - 1
-    return busy
+            more[root] = more.get(root, 0) - 1
+    return more
 
 
 def position(ledger: Ledger, name: Name, leases: Leases, root: str) -> int:
