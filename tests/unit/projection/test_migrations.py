@@ -23,7 +23,7 @@ def test_they_are_numbered_from_one_without_gaps_and_named() -> None:
 
 AT = TopicPartition("run-events", 3)
 AGAIN = re.compile(
-    r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW "
+    r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW |DROP VIEW IF EXISTS "
     r"|ALTER TABLE \w+ (ADD COLUMN IF NOT EXISTS|MODIFY QUERY) "
     # Facts, into the table that they are in: the same rows, twice.
     r"|INSERT INTO (event|ledger)_facts \((?:.|\n)*\nFROM \3_facts FINAL\n"
