@@ -145,6 +145,21 @@ def test_rows_are_kept_for_as_long_as_the_setting_says_whatever_it_said_before(t
             store.close()
 
 
+def test_the_embedded_engine_gathers_more_parts_before_it_merges_them(tmp_path: Path) -> None:
+    for _ in range(2):
+        store = open_store(tmp_path)
+        try:
+            base = "extract(engine_full, 'merge_selector_base = ([0-9]+)') AS base"
+            found = dict(
+                store.rows(f"SELECT name, {base} FROM system.tables WHERE database = 'tidegate' AND base != ''")
+            )
+            assert found == dict.fromkeys(
+                ("event_facts", "ledger_facts", "run_state", "step_state", "attempt_state"), "10"
+            )
+        finally:
+            store.close()
+
+
 def test_rows_older_than_that_go_and_the_others_stay(tmp_path: Path) -> None:
     store = open_store(tmp_path, projection_ttl_days=30)
     try:
