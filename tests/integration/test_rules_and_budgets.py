@@ -186,8 +186,10 @@ def test_a_top_up_answers_an_open_question(whole: WholeStack) -> None:
     eventually(lambda: open_questions(whole, asks, "two"), "the question about two")
     cli(whole, "budget", "topup", "asking", "--account", "desk", "--run", asks, "--calls", "2")
     assert over(whole, asks).status == "succeeded"
-    resolved = [event.data for event in whole.client.events(asks) if event.type == "ApprovalResolved"]
-    assert [(event.step_id, event.command_id, event.by[:6]) for event in resolved] == [("two", "", "topup:")]
+    (resolved,) = [event.data for event in whole.client.events(asks) if event.type == "ApprovalResolved"]
+    assert (resolved.step_id, resolved.command_id) == ("two", "")
+    # The result of the attempt may overtake the gate's message: then the run says which budget had asked. The ledger tells why.
+    assert resolved.by.startswith(("topup:", "budget:asking")), resolved
     assert "needs no approval any more, because of topup:" in cli(whole, "why", asks, "two")
 
 
