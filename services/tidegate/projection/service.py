@@ -38,6 +38,9 @@ NAP_S: Final = 0.05
 # rows, so a machine that is busy with other things gets fewer and larger ones.
 REST_PER_INSERT: Final = 5.0
 LONGEST_REST_S: Final = 1.0
+# Who inserts so many rows at once is under load: two seconds' worth of them cost a fifth less each than one second's.
+MANY_ROWS: Final = 10_000
+LONGEST_REST_UNDER_LOAD_S: Final = 2.0
 # Heartbeats of instances alone are in no hurry: every insert leaves parts that ClickHouse has to merge.
 HEARTBEATS_WAIT_S: Final = 1.0
 FRESHNESS_EVERY_S: Final = 10.0
@@ -234,7 +237,8 @@ class Projection:
         if done is None:
             return
         now_s = self._monotonic_s()
-        self._rested_s = now_s + min(LONGEST_REST_S, REST_PER_INSERT * (now_s - self._submitted_s))
+        longest_s = LONGEST_REST_UNDER_LOAD_S if done.row_count >= MANY_ROWS else LONGEST_REST_S
+        self._rested_s = now_s + min(longest_s, REST_PER_INSERT * (now_s - self._submitted_s))
         failpoint("projection.before-commit")
         self._subscription.commit(done.positions)
         self._inserted.update(done.positions)

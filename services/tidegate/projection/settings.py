@@ -36,7 +36,7 @@ class ProjectionSettings(BaseSettings):
         default=200, ge=10, le=60_000, description="How long a row may wait for others before it is inserted."
     )
     projection_batch_rows: int = Field(
-        default=40_000,
+        default=80_000,
         ge=1,
         le=1_000_000,
         description="Rows that are inserted together at most, give or take one poll.",

@@ -12,15 +12,26 @@ import structlog
 from tidegate.eventlog.interface import TopicPartition
 from tidegate.failpoints import failpoint
 from tidegate.projection.migrations import pending
-from tidegate.projection.rows import COLUMNS, FRESHNESS, INSERT_FORMAT, WHOLE, Reach, Row, encode
+from tidegate.projection.rows import COLUMNS, EVENTS, FRESHNESS, INSERT_FORMAT, LEDGER, WHOLE, Reach, Row, encode
 from tidegate.projection.settings import ProjectionSettings
 from tidegate.projection.tables import AGED_BY
 
 CONNECT_TIMEOUT_S: Final = 5
 ANSWER_TIMEOUT_S: Final = 120
 
-# The embedded engine shares its cores with everything else here; handing blocks between threads costs it a third more.
-_ONE_THREAD: Final = {"max_threads": 1, "max_insert_threads": 1, "input_format_parallel_parsing": 0}
+# The embedded engine shares its cores with everything else here; handing blocks between threads costs it a third more. And it
+# need not merge what it is about to write: a batch has a fact once, and a view groups what it makes of a batch. What comes twice
+# all the same is merged later, as doubles of two batches are, or by FINAL.
+_CHEAP_INSERT: Final = {
+    "max_threads": 1,
+    "max_insert_threads": 1,
+    "input_format_parallel_parsing": 0,
+    "optimize_on_insert": 0,
+}
+# How many parts of one size it gathers, about, before they become one; its own five means that a row is written once more for
+# every five times that its table grows. A server's merges are its operators' affair.
+_GATHERED_PARTS: Final = 10
+_GATHERING: Final = (EVENTS, LEDGER, "run_state", "step_state", "attempt_state")  # those that every batch adds to
 MIGRATIONS: Final = "schema_migrations"
 _MIGRATIONS_TABLE: Final = """
 CREATE TABLE IF NOT EXISTS schema_migrations
@@ -73,10 +84,12 @@ class Store:
         except Exception as error:  # the client raises its own, urllib3's and the engine's exceptions
             hint = "; one process can have it open, and another may still have it" if settings.embedded_path else ""
             raise StoreError(f"cannot open {settings.effective_url}: {_first_line(error)}{hint}") from error
-        store = cls(client, _ONE_THREAD if settings.embedded_path else None)
+        store = cls(client, _CHEAP_INSERT if settings.embedded_path else None)
         try:
             store._migrate(settings.clickhouse_database, may_migrate)
             store._age(settings.projection_ttl_days)
+            if settings.embedded_path:
+                store._gather()
         except BaseException:
             store.close()
             raise
@@ -117,6 +130,14 @@ class Store:
             ttl = f"MODIFY TTL toDateTime({moment}) + toIntervalDay({days})" if days else "REMOVE TTL"
             self._command(f"ALTER TABLE {table} {ttl}")
             _log.info("rows are kept", table=table, days=days or "for ever")
+
+    def _gather(self) -> None:
+        """Have tables merged less often than is usual."""
+        wanted = f"merge_selector_base = {_GATHERED_PARTS}"
+        now = dict(self.rows("SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()"))
+        for table in _GATHERING:
+            if wanted not in now.get(table, ""):
+                self._command(f"ALTER TABLE {table} MODIFY SETTING {wanted}")
 
     def insert(
         self, tables: Mapping[str, list[Row]], reach: Mapping[TopicPartition, Reach] | None = None

@@ -25,8 +25,6 @@ MERGED: Final = (
     Merged("run_state", EVENTS, "run_state_of_events"),
     Merged("step_state", EVENTS, "step_state_of_events"),
     Merged("attempt_state", EVENTS, "attempt_state_of_events"),
-    Merged("attempt_state", EVENTS, "attempt_retries_of_events"),
-    Merged("attempt_state", EVENTS, "attempt_code_of_events"),
     Merged("approval_state", EVENTS, "approval_state_of_events"),
     Merged("redaction_state", LEDGER, "redaction_state_of_ledger"),
     Merged("run_state", LEDGER, "run_state_of_ledger"),

@@ -212,7 +212,7 @@ def test_what_an_older_projection_stored_of_them_is_merged_when_it_is_upgraded(
     everything = module.migrations()
     monkeypatch.setattr(module, "migrations", lambda: everything[:7])
     older = Store.open(ProjectionSettings(clickhouse_url=f"chdb://{store_path(store)}", clickhouse_database="older"))
-    older.insert({rows.EVENTS: facts()})
+    older.insert({rows.EVENTS: [*facts(), *facts()]})
     older.close()
     monkeypatch.undo()
 
@@ -273,8 +273,8 @@ def test_budgets_of_accounts_are_what_their_buckets_hold(store: Store) -> None:
     ]
     found: list[rows.Row] = []
     rows.add_ledger_events(found, {"epoch": 0, "now_ms": 5, "cause": "", "first_seq": 1, "events": events}, 3, 0)
-    for _ in range(2):  # doubled
-        store.insert({rows.LEDGER: found})
+    for _ in range(2):  # doubled, in a batch and in another one
+        store.insert({rows.LEDGER: [*found, *found]})
 
     query = (
         "SELECT bucket, account, version, limit_micros, reserved_micros, spent_micros, is_closed FROM account_budgets"
@@ -309,8 +309,8 @@ def test_a_grant_counts_as_the_reservation_and_the_placement_that_it_is(store: S
     found: list[rows.Row] = []
     now_ms = time.time_ns() // 1_000_000
     rows.add_ledger_events(found, {"epoch": 0, "now_ms": now_ms, "cause": "", "first_seq": 1, "events": events}, 9, 0)
-    for _ in range(2):  # doubled
-        store.insert({rows.LEDGER: found})
+    for _ in range(2):  # doubled, in a batch and in another one
+        store.insert({rows.LEDGER: [*found, *found]})
 
     columns = "budget_micros, reserved_micros, settled_micros"
     assert store.rows(f"SELECT {columns} FROM budgets WHERE run_id = 'granted'") == [(100, 50, 5)]

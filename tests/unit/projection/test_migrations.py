@@ -23,7 +23,7 @@ def test_they_are_numbered_from_one_without_gaps_and_named() -> None:
 
 AT = TopicPartition("run-events", 3)
 AGAIN = re.compile(
-    r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW "
+    r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW |DROP VIEW IF EXISTS "
     r"|ALTER TABLE \w+ (ADD COLUMN IF NOT EXISTS|MODIFY QUERY) "
     # Facts, into the table that they are in: the same rows, twice.
     r"|INSERT INTO (event|ledger)_facts \((?:.|\n)*\nFROM \3_facts FINAL\n"
@@ -141,6 +141,21 @@ def test_rows_are_kept_for_as_long_as_the_setting_says_whatever_it_said_before(t
         store = open_store(tmp_path, projection_ttl_days=days)
         try:
             assert ttl_days(store) == (dict.fromkeys(AGED_BY, str(days)) if days else {})
+        finally:
+            store.close()
+
+
+def test_the_embedded_engine_gathers_more_parts_before_it_merges_them(tmp_path: Path) -> None:
+    for _ in range(2):
+        store = open_store(tmp_path)
+        try:
+            base = "extract(engine_full, 'merge_selector_base = ([0-9]+)') AS base"
+            found = dict(
+                store.rows(f"SELECT name, {base} FROM system.tables WHERE database = 'tidegate' AND base != ''")
+            )
+            assert found == dict.fromkeys(
+                ("event_facts", "ledger_facts", "run_state", "step_state", "attempt_state"), "10"
+            )
         finally:
             store.close()
 

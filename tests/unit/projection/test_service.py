@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Mapping
@@ -458,6 +459,27 @@ def test_a_slow_stream_is_inserted_by_time_and_the_less_often_the_longer_an_inse
     assert 10 <= len(quick) <= 20
     assert 3 <= len(slow) <= 5
     assert sum(batch.row_count for batch in slow) > 50
+
+
+def test_after_a_batch_of_many_rows_clickhouse_may_rest_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def longest_rest_s() -> float:
+        world, log, told = World(), LogWriter(3, 2), story()
+        world.tables.lasting = 10  # an insert of half a second and more, five times which is beyond any rest
+        seen_s = []
+        for decided in told.decided[:200]:
+            world.write(log.take([decided], trouble=0.0))
+            before = len(world.tables.batches)
+            world.turn(0.05)
+            if len(world.tables.batches) > before:
+                seen_s.append(world.now_s)
+        return max(later - earlier for earlier, later in itertools.pairwise(seen_s))
+
+    few_s = longest_rest_s()
+    monkeypatch.setattr(service, "MANY_ROWS", 1)
+    many_s = longest_rest_s()
+
+    assert service.LONGEST_REST_S < few_s < many_s
+    assert many_s - few_s == pytest.approx(service.LONGEST_REST_UNDER_LOAD_S - service.LONGEST_REST_S, abs=0.2)
 
 
 def test_a_full_batch_waits_for_no_rest() -> None:
