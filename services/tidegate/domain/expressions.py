@@ -163,23 +163,21 @@ def evaluate_in(source: str, context: cel.Context) -> Any:
 
 def problems(template: Any, where: str) -> list[str]:
     """Return what is wrong with the expressions of a template, each with its place."""
-    found: list[str] = []
+    return list(_problems(template, where))
 
-    def visit(value: Any, path: str) -> None:
-        if isinstance(value, str) and (source := _expression_in(value)) is not None:
-            try:
-                compile_expression(source)
-            except ExpressionError as error:
-                found.append(f"{path}: {error}")
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                visit(item, f"{path}.{key}")
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                visit(item, f"{path}[{index}]")
 
-    visit(template, where)
-    return found
+def _problems(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, str) and (source := _expression_in(value)) is not None:
+        try:
+            compile_expression(source)
+        except ExpressionError as error:
+            yield f"{path}: {error}"
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _problems(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _problems(item, f"{path}[{index}]")
 
 
 def source_of(text: str) -> str:

@@ -17,7 +17,7 @@ from tidegate.gate import leasing
 from tidegate.gate.ledger import Ledger
 from tidegate.gate.limits import INSTANCE_PLACE, Desk, LimitError, LimitSet, Obstacle
 from tidegate.gate.placement import Executor, FreeSlots
-from tidegate.gate.state import OUTSIDE, OUTSIDE_LINE, Attempt, AttemptKey, Incarnation, Leases, Line, Name
+from tidegate.gate.state import OUTSIDE, Attempt, AttemptKey, Incarnation, Leases, Line, Name
 from tidegate.gate.variables import Subject
 
 MAX_PLACEMENTS_PER_ENTRY: Final = 200
@@ -125,7 +125,19 @@ class _Round:
     """One decision about everybody who waits. Only lines that somebody could go on from are looked at: with all slots taken,
     thousands of them cost nothing."""
 
-    __slots__ = ("count", "desk", "events", "gone", "heads", "ledger", "more", "only_freed", "size", "slots")
+    __slots__ = (
+        "count",
+        "desk",
+        "events",
+        "gone",
+        "heads",
+        "is_slotless",
+        "ledger",
+        "more",
+        "only_freed",
+        "size",
+        "slots",
+    )
 
     def __init__(self, ledger: Ledger, slots: FreeSlots, ended: set[AttemptKey] | None, desk: Desk) -> None:
         self.ledger = ledger
@@ -138,6 +150,7 @@ class _Round:
         self.size = 0
         self.more = _given_back(ledger, self.gone)  # slots by account root, than before this decision
         self.heads: list[_Head] = []
+        self.is_slotless = False  # whether any of them needs no slot of ours
 
     def play(self) -> list[Any]:
         """Return the events."""
@@ -156,7 +169,7 @@ class _Round:
                 if self._is_too_much(attempt):
                     break
                 is_served = self._serve(key, attempt, root)
-                if self._is_at_end(name):
+                if not self.is_slotless and not self.slots.has_room():
                     break
                 if not is_served:
                     continue
@@ -170,12 +183,6 @@ class _Round:
 
     def _held(self, root: str) -> int:
         return self.ledger.busy.get(root, 0) + self.more.get(root, 0)
-
-    def _is_at_end(self, name: Name) -> bool:
-        """Tell whether nobody can go on any more, now that somebody of a line was looked at: all slots are taken."""
-        if self.ledger.ask_lines or not name[0] or self.slots.has_room():
-            return False
-        return OUTSIDE_LINE not in self.ledger.waiting and OUTSIDE_LINE not in self.ledger.limited
 
     def _open_lines(self) -> None:
         for name in self.slots.lines_with_room(self.ledger.waiting):
@@ -201,6 +208,7 @@ class _Round:
         return [where for where in found if where[0] in with_room]
 
     def _open(self, name: Name, needs: Leases, line: Line) -> None:
+        self.is_slotless = self.is_slotless or not name[0]
         for root, head in line.heads():
             self.heads.append((self._held(root), *head, name, needs, root, line, None))
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from support.pure import Pair
-from tidegate.domain.messages import Call
+from tidegate.domain.messages import Call, Lease
 from tidegate.gate.ledger import Ledger
-from tidegate.gate.state import QUEUED, Attempt, AttemptKey, Line
+from tidegate.gate.limits import Desk, Limit, LimitSet
+from tidegate.gate.state import QUEUED, Ask, Attempt, AttemptKey, Line
 from tidegate.gate.waiting import place_waiting
 
 ROOTS = ("acme", "globex", "initech")
@@ -53,20 +54,46 @@ class Noted(dict[AttemptKey, Attempt]):
         return super().__getitem__(key)
 
 
+def stand(ledger: Ledger, account: str, turn: int, queue: str, needs: tuple[Lease, ...] = ()) -> None:
+    """Have an attempt of a run `r<turn>` wait."""
+    key = AttemptKey(f"r{turn}", "s", 1)
+    call = Call(kind="tool", function="f", queue=queue, arguments="1", timeout_ms=1, reserve_micros=0, idempotent=True)
+    attempt = ledger.attempts[key] = Attempt(account, call, QUEUED, turn=turn, leases=needs)
+    lines: dict[Any, Line] = ledger.limited.setdefault(attempt.line, {}) if needs else ledger.waiting
+    lines.setdefault(needs or attempt.line, Line()).add(account, key, turn)
+    ledger.waiting_count += 1
+
+
 @pytest.mark.parametrize(("slots", "placed"), [(1, ["r0"]), (3, ["r0", "r1", "r2"]), (9, [f"r{n}" for n in range(5)])])
 def test_a_round_looks_at_nobody_behind_the_one_that_takes_the_last_slot(slots: int, placed: list[str]) -> None:
-    call = Call(
-        kind="step", function="f", queue="default", arguments="1", timeout_ms=1, reserve_micros=0, idempotent=True
-    )
     ledger = Ledger(0)
-    line = ledger.waiting["default", "f"] = Line()
     for turn in range(5):
-        key = AttemptKey(f"r{turn}", "s", 1)
-        ledger.attempts[key] = Attempt("acme/x", call, QUEUED, turn=turn)
-        line.add("acme", key, turn)
-        ledger.waiting_count += 1
+        stand(ledger, "acme", turn, "default")
     attempts: Any = Noted(ledger.attempts)
     ledger.attempts = attempts
-    events = place_waiting(ledger, Pair(slots=slots, functions=("step:f",)).executors.free_slots({}))
+    events = place_waiting(ledger, Pair(slots=slots, functions=("tool:f",)).executors.free_slots({}))
     assert [event.run_id for event in events] == placed
     assert attempts.looked_at == placed
+
+
+@pytest.mark.parametrize("slotless", ["nobody", "outside", "asks"])
+def test_a_round_ends_with_the_last_slot_also_where_those_without_one_stand_at_a_full_limit(slotless: str) -> None:
+    """What nobody can go on from in this round keeps it from nothing."""
+    people = Lease(0, "people", "")
+    ledger = Ledger(0)
+    ledger.held[people] = 1
+    for turn in range(5):
+        stand(ledger, f"root{turn}", turn, "default")
+    if slotless == "outside":
+        stand(ledger, "acme", 9, "", (people,))
+    elif slotless == "asks":
+        ledger.asks[AttemptKey("r9", "s", 1)] = ask = Ask("acme/x", 1, 5, (people,), 0, 9)
+        ledger.ask_lines[people,] = line = Line()
+        line.add("acme", AttemptKey("r9", "s", 1), ask.turn, ask.rank, ask.priority)
+    attempts: Any = Noted(ledger.attempts)
+    ledger.attempts = attempts
+    limit = Limit(kind="limit", version="1", limit="people", at_once=1)
+    slots = Pair(slots=1, functions=("tool:f",)).executors.free_slots({})
+    events = place_waiting(ledger, slots, set(), Desk(ledger, LimitSet([limit]), 0))
+    assert [event.run_id for event in events] == ["r0"]
+    assert attempts.looked_at == ["r0"]
