@@ -271,7 +271,8 @@ def _blocks_encoder(maker: _Maker, schema: Schema, end: bytes = b"\0") -> Encode
     made: Encoder = maker.make(
         [
             "def made(x):",
-            " out = [write_long(len(x))]",
+            " n = len(x)",
+            f" out = [SHORT[n] if n < {SHORT} else write_long(n)]",
             f" {loop}",
             *step,
             f" out.append({end!r})",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from operator import attrgetter
+from typing import Final
 
 from tidegate import metrics
 from tidegate.domain import states
 from tidegate.scheduler.service import RunsOfPartition
+
+_status: Final = attrgetter("status")
 
 
 def measure(partitions: Iterable[RunsOfPartition]) -> None:
@@ -15,7 +19,7 @@ def measure(partitions: Iterable[RunsOfPartition]) -> None:
     by_status: Counter[str] = Counter(dict.fromkeys((states.RUNNING, states.WAITING), 0))
     timers = 0
     for partition in partitions:
-        by_status.update(run.status for run in partition.runs.values())
+        by_status.update(map(_status, partition.runs.values()))
         timers += len(partition.timers)
     for status, count in by_status.items():
         metrics.scheduler_runs.labels(status).set(count)

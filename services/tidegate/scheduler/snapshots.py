@@ -36,8 +36,10 @@ class Outlook(msgspec.Struct, frozen=True, array_like=True):
 
 def quiet_since_ms(run: RunState) -> int | None:
     """Return since when nothing of the run is out at the gate or an executor; None if something is."""
-    is_out = any(step.status in (states.REQUESTED, states.DISPATCHED) for step in run.steps.values())
-    return None if is_out else run.changed_ms
+    for step in run.steps.values():
+        if step.status in (states.REQUESTED, states.DISPATCHED):
+            return None
+    return run.changed_ms
 
 
 def _outlook_of(run: RunState) -> Outlook:
