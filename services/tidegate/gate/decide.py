@@ -413,8 +413,7 @@ def _reserve_and_place(
     }
     found = None if entrance.is_limited else _place_at_once(draft, account, call, entrance.leases)
     if found is None:
-        reserved["counts"] = bool(buckets)
-        draft.events.append(ev.AttemptReserved(**reserved))
+        draft.events.append(ev.AttemptReserved(**reserved, counts=bool(buckets)))
         _stand_in_line(draft, item, call, entrance)
         return
     place, leases = found
@@ -427,13 +426,7 @@ def _stand_in_line(draft: Draft, item: Any, call: Call, entrance: _Entrance) -> 
     draft.joined[call.queue] = draft.joined.get(call.queue, 0) + 1
     draft.events.append(
         ev.AttemptQueued(
-            account=draft.request.account,
-            run_id=draft.request.run_id,
-            step_id=item.step_id,
-            attempt=item.attempt,
-            call=call,
-            leases=entrance.leases,
-            limits_version=draft.desk.limits.version,
+            **draft.names(item), call=call, leases=entrance.leases, limits_version=draft.desk.limits.version
         )
     )
     if entrance.obstacle is not None:
@@ -458,11 +451,9 @@ class _Room(NamedTuple):
 
 def _room(draft: Draft, call: Call, money: _Money) -> _Room:
     opened = _opened(draft, money)
-    if not opened:
-        return _Room(opened, estimate(call, None, draft.now_ms), [])
-    learned = draft.ledger.learned.get(learned_key(call.kind, call.function))
+    learned = draft.ledger.learned.get(learned_key(call.kind, call.function)) if opened else None
     wanted = estimate(call, learned, draft.now_ms)
-    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts))
+    return _Room(opened, wanted, draft.tally.lacks(opened, wanted.amounts) if opened else [])
 
 
 def _without_room(draft: Draft, item: Any, call: Call, lacks: list[Lack], verdict: Verdict, approved_by: str) -> None:
@@ -596,7 +587,7 @@ def _settle(draft: Draft, item: Settle) -> None:
     reserved_micros = 0 if attempt is None else attempt.reserved_micros
     call = None if attempt is None else attempt.call
     actual_micros, basis = _cost(item, call, draft.now_ms)
-    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt) if attempt.buckets else ()
+    buckets = _counted_now(draft) if attempt is None else draft.tally.open_of(attempt)
     set_aside = NOTHING if attempt is None else attempt.amounts
     draft.events.append(
         ev.AttemptSettled(

@@ -69,7 +69,7 @@ def opened(ledger: Ledger, run_id: str) -> None:
     join(ledger, run_id)
     below = ledger.below.get(run_id)
     if below is not None:
-        bill(ledger, run_id, below.going, below.reserved_micros, below.settled_micros)
+        bill(ledger, ledger.runs[run_id], below.going, below.reserved_micros, below.settled_micros)
         ledger.lacking.stir(family_wait(run_id))
         for child in below.children:
             ledger.families_over.pop(child, None)
@@ -82,18 +82,18 @@ def join(ledger: Ledger, run_id: str) -> None:
     if not run.parent_run_id:
         return
     ledger.below.setdefault(run.parent_run_id, Below(children={})).children[run_id] = None
-    bill(ledger, run_id, int(not is_done(run)), run.reserved_micros, run.settled_micros)
+    bill(ledger, run, int(not is_done(run)), run.reserved_micros, run.settled_micros)
 
 
-def bill(ledger: Ledger, run_id: str, going: int = 0, reserved_micros: int = 0, settled_micros: int = 0) -> None:
+def bill(ledger: Ledger, run: RunMoney, going: int = 0, reserved_micros: int = 0, settled_micros: int = 0) -> None:
     """Add what changed about a run to all above it, as far up as they are known."""
-    run = ledger.runs.get(run_id)
-    while run is not None and run.parent_run_id:
-        below = ledger.below[run.parent_run_id]
+    each: RunMoney | None = run
+    while each is not None and each.parent_run_id:
+        below = ledger.below[each.parent_run_id]
         below.going += going
         below.reserved_micros += reserved_micros
         below.settled_micros += settled_micros
-        run = ledger.runs.get(run.parent_run_id)
+        each = ledger.runs.get(each.parent_run_id)
 
 
 def done(ledger: Ledger, run_id: str) -> None:
@@ -101,12 +101,13 @@ def done(ledger: Ledger, run_id: str) -> None:
 
     Which of the two was said when it began: it must not depend on other runs, of which a snapshot may be older or newer.
     """
-    if ledger.runs[run_id].is_alone:
+    run = ledger.runs[run_id]
+    if run.is_alone:
         del ledger.runs[run_id]
         for child in ledger.below[run_id].children if run_id in ledger.below else ():
             _note_end(ledger, child)
         return
-    bill(ledger, run_id, going=-1)
+    bill(ledger, run, going=-1)
     _note_end(ledger, run_id)
 
 
@@ -124,7 +125,7 @@ def derive(ledger: Ledger) -> None:
 def forgotten(ledger: Ledger, run_id: str) -> None:
     """Forget a run of a family that is over: those below it went before it."""
     run = ledger.runs[run_id]
-    bill(ledger, run_id, 0, -run.reserved_micros, -run.settled_micros)
+    bill(ledger, run, 0, -run.reserved_micros, -run.settled_micros)
     ledger.families_over.pop(run_id, None)
     del ledger.runs[run_id]
     above = ledger.below.get(run.parent_run_id)
@@ -181,7 +182,7 @@ def without_room(ledger: Ledger, run_id: str, run: Money, micros: int) -> NoRoom
     known = ledger.runs.get(run_id)
     reserved_more = run.reserved_micros - (0 if known is None else known.reserved_micros)
     settled_more = run.settled_micros - (0 if known is None else known.settled_micros)
-    for each_id, each in _upwards(ledger, run_id, run) if run.parent_run_id else ((run_id, run),):
+    for each_id, each in _upwards(ledger, run_id, run):
         if each.budget_micros is None:
             continue
         below = ledger.below.get(each_id)

@@ -207,8 +207,7 @@ def _reserved_for_run(ledger: Ledger, key: AttemptKey, event: ev.Reserving) -> A
     attempt.redact, attempt.isolation = event.redact, event.isolation
     run = ledger.runs[event.run_id]
     run.reserved_micros += event.reserved_micros
-    if run.parent_run_id:
-        family.bill(ledger, event.run_id, reserved_micros=event.reserved_micros)
+    family.bill(ledger, run, reserved_micros=event.reserved_micros)
     # What was approved beyond a budget was approved for this attempt; what a rule asked for, for the step.
     if event.approved_by and attempt.call is not None and not attempt.exceeds:
         run.approved[event.step_id] = (attempt.call.arguments, event.approved_by)
@@ -285,7 +284,7 @@ def _join_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
         return
     if attempt.granted:
         ledger.granted[key] = attempt.granted_ms
-    needs = attempt.needs if attempt.granted else attempt.leases
+    needs = attempt.awaited
     line = _limited_line(ledger, name, needs) if needs else ledger.waiting.get(name)
     if line is None:
         line = ledger.waiting[name] = Line()
@@ -335,7 +334,7 @@ def _leave_queue(ledger: Ledger, key: AttemptKey, attempt: Attempt) -> None:
         return
     if attempt.granted:
         ledger.granted.pop(key, None)
-    needs = attempt.needs if attempt.granted else attempt.leases
+    needs = attempt.awaited
     line = ledger.limited[name][needs] if needs else ledger.waiting[name]
     line.remove(account_root(attempt.account), key, attempt.priority)
     if line:
@@ -381,8 +380,7 @@ def _settled_for_run(ledger: Ledger, event: ev.AttemptSettled) -> None:
     if run is not None:
         before = run.settled_micros
         run.settled_micros = min(before + event.actual_micros, MAX_SETTLED_MICROS)
-        if run.parent_run_id:
-            family.bill(ledger, event.run_id, settled_micros=run.settled_micros - before)
+        family.bill(ledger, run, settled_micros=run.settled_micros - before)
     _end(ledger, _key(event))
 
 
@@ -403,11 +401,9 @@ def _end(ledger: Ledger, key: AttemptKey) -> None:
         _let_go(ledger, attempt.incarnation, key, attempt)
     run = ledger.runs[key.run_id]
     run.reserved_micros -= attempt.reserved_micros
-    if run.parent_run_id:
-        family.bill(ledger, key.run_id, reserved_micros=-attempt.reserved_micros)
+    family.bill(ledger, run, reserved_micros=-attempt.reserved_micros)
     del run.open[key]
-    if family.is_done(run):
-        family.done(ledger, key.run_id)
+    _forget_if_done(ledger, key.run_id, run)
 
 
 def _cancel_told(ledger: Ledger, event: ev.AttemptCancelTold) -> None:
@@ -425,8 +421,12 @@ def _lost(ledger: Ledger, event: ev.PlacementLost) -> None:
 def _closed(ledger: Ledger, event: ev.RunClosed) -> None:
     run = ledger.runs[event.run_id]
     run.closed = True
+    _forget_if_done(ledger, event.run_id, run)
+
+
+def _forget_if_done(ledger: Ledger, run_id: str, run: RunMoney) -> None:
     if family.is_done(run):
-        family.done(ledger, event.run_id)
+        family.done(ledger, run_id)
 
 
 def _family_over(ledger: Ledger, event: ev.FamilyOver) -> None:

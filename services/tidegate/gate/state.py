@@ -128,10 +128,15 @@ class Attempt(msgspec.Struct, array_like=True):
         assert self.call is not None  # noqa: S101 - what waits has a call
         return line_of(self.call)
 
+    @property
+    def awaited(self) -> tuple[Lease, ...]:
+        """Return the leases that it waits for: all of them, or what is left to take here once others have given theirs."""
+        return self.needs if self.granted else self.leases
+
 
 def line_of(call: Call) -> tuple[str, str]:
     """Return the queue and function that a call waits for. What is done outside waits for neither, but perhaps for limits."""
-    return (call.queue, call.function) if call.queue or not call.is_outside else OUTSIDE_LINE
+    return OUTSIDE_LINE if call.is_outside else (call.queue, call.function)
 
 
 class Ask(msgspec.Struct, array_like=True):
