@@ -24,6 +24,7 @@ from tidegate.eventlog.machine import Standing
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.restore import DONE, LIVE, PART
 from tidegate.eventlog.settings import CheckpointSettings
+from tidegate.eventlog.shelf import Shelved
 from tidegate.eventlog.validity import TYPE_HEADER
 from tidegate.failpoints import failpoint
 
@@ -136,18 +137,22 @@ class Checkpointer:
             if name not in self._parts:
                 self._parts.add(name)
                 self._write(f"{PART}:{part.epoch}:{name}", self._snapshot((UnitState(name, -1, text.encode()),)))
-        for _ in range(min(len(self._queue), self._settings.units_per_turn)):
-            self._write_unit(self._queue.popleft())
+        units = [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.units_per_turn))]
+        in_memory = {unit: as_of for unit in units if (as_of := part.as_of.get(unit)) is not None}
+        standings = part.put_away_over(in_memory)
+        for unit in units:
+            if unit in in_memory:
+                self._write_unit(unit, in_memory[unit], standings[unit])
+            else:
+                self._write_resting(unit)
 
-    def _write_unit(self, unit: str) -> None:
+    def _write_resting(self, unit: str) -> None:
+        shelved = self._part.shelf.get(unit)
+        if shelved is not None and not shelved.done:
+            self._write_live(unit, shelved.as_of, shelved.state)
+
+    def _write_unit(self, unit: str, as_of: int, standing: Standing) -> None:
         part = self._part
-        as_of = part.as_of.get(unit)
-        if as_of is None:
-            shelved = part.shelf.get(unit)
-            if shelved is not None and not shelved.done:
-                self._write_live(unit, shelved.as_of, shelved.state)
-            return
-        standing = part.put_away_if_over(unit)
         if standing is Standing.ACTIVE:
             if unit in self._ended_before:  # it is back; the checkpoint that is in force does not count it
                 self._ended_before.discard(unit)
@@ -248,7 +253,7 @@ class Checkpointer:
         for unit in [unit for unit in part.as_of if unit in self._written and unit not in part.dirty]:
             since_ms = machine.quiet_since_ms(part.state, unit)
             if since_ms is not None and now_ms - since_ms >= self._settings.rest_after_s * 1000:
-                part.shelf.put(unit, part.as_of.pop(unit), machine.dump(part.state, unit), done=False)
+                part.shelf.put([Shelved(unit, part.as_of.pop(unit), machine.dump(part.state, unit), done=False)])
                 machine.unload(part.state, unit)
 
     def _bury(self) -> None:

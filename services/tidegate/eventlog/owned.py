@@ -13,7 +13,7 @@ from tidegate.eventlog.draft import Draft
 from tidegate.eventlog.interface import Message
 from tidegate.eventlog.machine import CorruptLogError, Decision, EntryRefusedError, Machine, Standing
 from tidegate.eventlog.patience import WaitingInputs
-from tidegate.eventlog.shelf import Shelf
+from tidegate.eventlog.shelf import Shelf, Shelved
 from tidegate.eventlog.validity import NO_EPOCH
 
 MAX_ENTRY_BYTES: Final = 15 * 1024 * 1024  # of its events; a record may have 16 MiB with all that is around them
@@ -171,25 +171,31 @@ class OwnedPartition:
                 self.as_of[unit] = offset
                 self.dirty.add(unit)
 
-    def put_away_if_over(self, unit: str) -> Standing:
-        """Take a unit that changed out of memory if it is over (onto the shelf) or gone; returns how it stands.
+    def put_away_over(self, units: Iterable[str]) -> dict[str, Standing]:
+        """Take those of the units, which changed, out of memory that are over (onto the shelf) or gone; returns how each stands.
 
         One that is over and too large for a record counts as active: only the state of those is cut into pieces.
         """
-        standing = self.machine.standing(self.state, unit)
-        if standing is Standing.DONE:
-            state = self.machine.dump(self.state, unit)
-            if len(state) > MAX_DONE_BYTES:
-                return Standing.ACTIVE
-            self.shelf.put(unit, self.as_of[unit], state, done=True)
-            self.machine.unload(self.state, unit)
-        if standing is not Standing.ACTIVE:
-            del self.as_of[unit]
-        return standing
+        machine, state = self.machine, self.state
+        standings = {unit: machine.standing(state, unit) for unit in units}
+        over = []
+        for unit, standing in standings.items():
+            if standing is Standing.DONE:
+                dumped = machine.dump(state, unit)
+                if len(dumped) > MAX_DONE_BYTES:
+                    standings[unit] = Standing.ACTIVE
+                    continue
+                over.append(Shelved(unit, self.as_of[unit], dumped, done=True))
+            if standing is not Standing.ACTIVE:
+                del self.as_of[unit]
+        self.shelf.put(over)
+        for shelved in over:
+            machine.unload(state, shelved.unit)
+        return standings
 
     def put_away_all_over(self) -> None:
         """Take every changed unit out of memory that is over: while a long log is folded, they would fill it."""
-        self.dirty = {unit for unit in self.dirty if self.put_away_if_over(unit) is Standing.ACTIVE}
+        self.dirty = {unit for unit, standing in self.put_away_over(self.dirty).items() if standing is Standing.ACTIVE}
 
     # -- deciding ---------------------------------------------------------------
 

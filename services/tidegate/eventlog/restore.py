@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_in
 from tidegate.eventlog.interface import Broker, EventLogError, Message
 from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.shelf import Shelved
 from tidegate.eventlog.tail import Tail
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
 from tidegate.health import PULSE
@@ -297,20 +298,20 @@ def _from_snapshots(
 
 
 def _load_done(part: OwnedPartition, checkpoint: Checkpoint, snapshots: _Snapshots, alive: Alive) -> None:
-    for unit in _heard(_done_units(checkpoint, snapshots), alive):
-        part.shelf.put_known(unit.unit, unit.as_of, unit.state)
-        if unit.as_of >= checkpoint.read_from:
-            part.unconfirmed[unit.unit] = unit.as_of
+    for units in _segments(checkpoint, snapshots):
+        part.shelf.put([Shelved(unit.unit, unit.as_of, unit.state, done=True) for unit in units], are_known=True)
+        part.unconfirmed.update((unit.unit, unit.as_of) for unit in units if unit.as_of >= checkpoint.read_from)
+        alive()
 
 
-def _done_units(checkpoint: Checkpoint, snapshots: _Snapshots) -> Iterator[UnitState]:
-    """Yield the units that are over, of all segments. Raises DoubtfulSnapshotError if one is missing."""
+def _segments(checkpoint: Checkpoint, snapshots: _Snapshots) -> Iterator[Sequence[UnitState]]:
+    """Yield all segments of units that are over. Raises DoubtfulSnapshotError if one is missing."""
     for segment in checkpoint.segments:
         for number in range(1, segment.count + 1):
             units = snapshots.done.get(f"{segment.epoch}:{number}")
             if units is None:
                 raise DoubtfulSnapshotError(f"segment {number} of epoch {segment.epoch} is missing")
-            yield from units
+            yield units
 
 
 def _heard(items: Iterable[T], alive: Alive) -> Iterator[T]:
@@ -350,7 +351,7 @@ def _load_live(
                 f"the snapshot of {unit} cannot be read: {type(error).__name__}: {error}"
             ) from error
         if is_resting:
-            part.shelf.put(unit, live.as_of, state, done=False)
+            part.shelf.put([Shelved(unit, live.as_of, state, done=False)])
         else:
             part.as_of[unit] = live.as_of
     if counted != checkpoint.live:
@@ -453,7 +454,7 @@ def certified(broker: Broker, machine: Machine, partition: int) -> Certified | N
     snapshots = _read_snapshots(broker, machine.snapshot_topic, partition, found.checkpoint, [])
     if snapshots.broken:
         raise DoubtfulSnapshotError(snapshots.broken)
-    states = {unit.unit: unit for unit in _done_units(found.checkpoint, snapshots)}
+    states = {unit.unit: unit for units in _segments(found.checkpoint, snapshots) for unit in units}
     for name, live in snapshots.live.items():
         if name not in states or states[name].as_of < live.as_of:
             states[name] = UnitState(name, live.as_of, live.state())

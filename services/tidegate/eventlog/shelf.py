@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from tidegate.eventlog.interface import EventLogError
@@ -35,17 +35,17 @@ class Shelf:
     def __init__(self) -> None:
         self._database: sqlite3.Connection | None = None  # most partitions of most tests never need one
 
-    def put(self, unit: str, as_of: int, state: bytes, *, done: bool) -> None:
-        """Put a unit away, in place of what lies there under its name."""
-        self._put(unit, as_of, state, done, done)
+    def put(self, units: Sequence[Shelved], *, are_known: bool = False) -> None:
+        """Put units away, each in place of what lies there under its name.
 
-    def put_known(self, unit: str, as_of: int, state: bytes) -> None:
-        """Put a unit away that is over and stands in a certified segment already."""
-        self._put(unit, as_of, state, True, False)
-
-    def _put(self, *row: Any) -> None:
-        self._open()
-        self._ask("INSERT OR REPLACE INTO units (unit, as_of, state, done, fresh) VALUES (?, ?, ?, ?, ?)", *row)
+        Those that are over will be returned by `take_fresh`. are_known: they stand in a certified segment already, and will not.
+        """
+        if units:
+            self._open()
+            rows = [(*unit, unit.done and not are_known) for unit in units]
+            self._ask_of_each(
+                "INSERT OR REPLACE INTO units (unit, as_of, state, done, fresh) VALUES (?, ?, ?, ?, ?)", rows
+            )
 
     def get(self, unit: str) -> Shelved | None:
         """Return what lies under the name, and leave it there."""
@@ -69,7 +69,7 @@ class Shelf:
         """Return units that are over and that no call returned before: up to so many, and so many bytes (but at least one)."""
         if self._database is None:
             return []
-        rows = self._ask("SELECT unit, as_of, state FROM units WHERE fresh = 1 LIMIT ?", most)
+        rows = self._ask("SELECT unit, as_of, state FROM units WHERE fresh = 1 ORDER BY unit LIMIT ?", most)
         taken: list[Shelved] = []
         size = 0
         for unit, as_of, state in rows:
@@ -77,8 +77,8 @@ class Shelf:
             if taken and size > most_bytes:
                 break
             taken.append(Shelved(unit, as_of, state, done=True))
-        for item in taken:
-            self._ask("UPDATE units SET fresh = 0 WHERE unit = ?", item.unit)
+        if taken:
+            self._ask("UPDATE units SET fresh = 0 WHERE fresh = 1 AND unit <= ?", taken[-1].unit)
         return taken
 
     def close(self) -> None:
@@ -104,4 +104,18 @@ class Shelf:
         try:
             return self._database.execute(text, values).fetchall()
         except sqlite3.Error as error:
-            raise ShelfError(f"the temporary file on disk failed (TMPDIR): {error}") from error
+            raise _failure(error) from error
+
+    def _ask_of_each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Do something with the open database for each row of values, in one transaction. Raises ShelfError."""
+        assert self._database is not None  # noqa: S101 - whoever asks has looked
+        try:
+            self._database.execute("BEGIN")
+            self._database.executemany(text, rows)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise _failure(error) from error
+
+
+def _failure(error: sqlite3.Error) -> ShelfError:
+    return ShelfError(f"the temporary file on disk failed (TMPDIR): {error}")
