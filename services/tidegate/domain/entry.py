@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 TAG_FIELD = "-type"  # the key by which fastavro picks the branch of a union
 POSITION_INDEX_BITS = 12
@@ -97,15 +96,28 @@ def causes_of(entry: Entry) -> list[str]:
     return causes
 
 
-def parts_of(entry: Entry) -> list[Entry]:
-    """Return what each cause of an entry led to, as if it were an entry of its own. Raises ValueError as `causes_of` does."""
+class Part(msgspec.Struct, frozen=True, gc=False):
+    """What one of the causes of an entry led to; what is told follows from it. All is as in `Entry`."""
+
+    subject: str
+    account: str
+    first_seq: int
+    epoch: int
+    now_ms: int
+    events: tuple[Any, ...]
+
+
+def parts_of(entry: Entry) -> list[Part]:
+    """Return what each cause of an entry led to, in order. Raises ValueError if its parts do not make it up."""
+    subject, account, epoch, now_ms = entry.subject, entry.account, entry.epoch, entry.now_ms
     if not entry.parts:
-        return [entry]
+        return [Part(subject, account, entry.first_seq, epoch, now_ms, entry.events)]
     found, end = [], 0
-    for cause, count in zip(causes_of(entry), entry.parts, strict=True):
+    for count in entry.parts:
         begin, end = end, end + count
-        part = replace(entry, first_seq=entry.first_seq + begin, cause=cause, parts=(), events=entry.events[begin:end])
-        found.append(part)
+        found.append(Part(subject, account, entry.first_seq + begin, epoch, now_ms, entry.events[begin:end]))
+    if end != len(entry.events):
+        raise ValueError(f"parts of {end} events in all do not make up {len(entry.events)} events")
     return found
 
 

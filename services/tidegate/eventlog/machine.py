@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from tidegate.domain.entry import Entry, Position, parts_of
+from tidegate.domain.entry import Entry, Part, Position, parts_of
 from tidegate.eventlog.interface import EventLogError, Message
 from tidegate.eventlog.shelf import Shelf
 from tidegate.eventlog.tables import Tables
@@ -51,17 +51,15 @@ class Tell(msgspec.Struct, frozen=True, gc=False):
 
 
 def tells_of_parts(
-    entry: Entry, at: Callable[[int], Position], tells: Callable[[Entry, Callable[[int], Position]], list[Tell]]
+    entry: Entry, at: Callable[[int], Position], tells: Callable[[Part, Callable[[int], Position]], list[Tell]]
 ) -> list[Tell]:
     """Return what each part of an entry tells, numbered through. Receivers see what one input caused, however it was logged.
 
-    tells: says what an entry of one part tells.
+    tells: says what a part tells.
     """
-    if not entry.parts:
-        return tells(entry, at)
     found: list[Tell] = []
     for part in parts_of(entry):
-        found += tells(part, _from(len(found), at))
+        found += tells(part, _from(len(found), at) if found else at)
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, get_args
 
 from tidegate.domain import ledger_events as ev
-from tidegate.domain.entry import Entry, Position
+from tidegate.domain.entry import Entry, Part, Position
 from tidegate.domain.identity import entry_key, idempotency_key, partition_of
 from tidegate.domain.messages import (
     Allowed,
@@ -42,11 +42,11 @@ def tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> l
     return tells_of_parts(entry, at, lambda part, at: _tells(part, at, run_partitions))
 
 
-def _tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
+def _tells(part: Part, at: Callable[[int], Position], run_partitions: int) -> list[Tell]:
     found: list[Tell] = []
     decisions: dict[str, list[DecisionItem]] = {}
     leases: dict[int, list[LeaseItem]] = {}
-    for event in entry.events:
+    for event in part.events:
         kind = type(event)
         if kind not in _TELLING:
             continue
@@ -60,11 +60,11 @@ def _tells(entry: Entry, at: Callable[[int], Position], run_partitions: int) -> 
             leases.setdefault(event.partition, []).append(lease)
     for run_id, items in decisions.items():
         message = GateDecision(run_id=run_id, source=at(len(found)), items=tuple(items))
-        key = f"{run_id}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
+        key = f"{run_id}:{entry_key(part.subject, part.first_seq, part.epoch)}"
         found.append(Tell(GATE_DECISIONS, partition_of(run_id, run_partitions), key, message))
     for partition, lease_items in leases.items():
         told = GateLeases(source=at(len(found)), items=tuple(lease_items))
-        key = f"{partition}:{entry_key(entry.subject, entry.first_seq, entry.epoch)}"
+        key = f"{partition}:{entry_key(part.subject, part.first_seq, part.epoch)}"
         found.append(Tell(GATE_LEASES, partition, key, told))
     return found
 

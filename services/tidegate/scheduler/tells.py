@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tidegate.domain import run_events as ev
 from tidegate.domain.canonical import digest
-from tidegate.domain.entry import Entry, Position
+from tidegate.domain.entry import Entry, Part, Position
 from tidegate.domain.identity import account_root, entry_key, partition_of, source_of
 from tidegate.domain.messages import (
     Amounts,
@@ -44,21 +44,32 @@ def tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, 
     return tells_of_parts(entry, at, lambda part, at: _tells(part, at, account_partitions, run_partitions))
 
 
-def _tells(entry: Entry, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
-    items = _without_what_is_taken_back([item for event in entry.events if (item := _gate_item(event)) is not None])
-    letters = [event for event in entry.events if isinstance(event, _REFUSALS) and event.original]
+def _tells(part: Part, at: Callable[[int], Position], account_partitions: int, run_partitions: int) -> list[Tell]:
+    events = part.events
+    if TELLING.isdisjoint(map(type, events)):
+        return []  # as of what allows an attempt
+    items = [
+        item
+        for event in events
+        if (make_item := _GATE_ITEMS.get(type(event))) is not None and (item := make_item(event)) is not None
+    ]
+    items = _without_what_is_taken_back(items)
     found: list[Tell] = []
     if items:
-        request = GateRequest(run_id=entry.subject, account=entry.account, source=at(0), items=tuple(items))
-        partition = partition_of(account_root(entry.account), account_partitions)
-        key = entry_key(entry.subject, entry.first_seq, entry.epoch)
+        request = GateRequest(run_id=part.subject, account=part.account, source=at(0), items=tuple(items))
+        partition = partition_of(account_root(part.account), account_partitions)
+        key = entry_key(part.subject, part.first_seq, part.epoch)
         found.append(Tell(GATE_REQUESTS, partition, key, request))
     found += [
-        _command(make(entry, event, at(0)), run_partitions)
-        for event in entry.events
-        if (make := _COMMANDS.get(type(event)))
+        _command(make(part, event, at(0)), run_partitions)
+        for event in events
+        if (make := _COMMANDS.get(type(event))) is not None
     ]
-    found += [Tell(DEAD_LETTERS, 0, letter.source, _dead_letter(entry, letter)) for letter in letters]
+    found += [
+        Tell(DEAD_LETTERS, 0, event.source, _dead_letter(part, event))
+        for event in events
+        if isinstance(event, _REFUSALS) and event.original
+    ]
     return found
 
 
@@ -71,11 +82,6 @@ def _without_what_is_taken_back(items: list[GateItem]) -> list[GateItem]:
     return [
         item for item in items if not (isinstance(item, (Authorise, Void)) and (item.step_id, item.attempt) in both)
     ]
-
-
-def _gate_item(event: Any) -> GateItem | None:
-    make = _GATE_ITEMS.get(type(event))
-    return None if make is None else make(event)
 
 
 def _open(event: ev.RunStarted) -> GateItem:
@@ -168,32 +174,32 @@ def _command(command: RunCommand, run_partitions: int) -> Tell:
     return Tell(RUN_COMMANDS, partition, f"{command.run_id}:{command.command_id}", command)
 
 
-def _start_child(entry: Entry, event: ev.ChildStarted, at: Position) -> RunCommand:
+def _start_child(part: Part, event: ev.ChildStarted, at: Position) -> RunCommand:
     return RunCommand(
         run_id=event.child_run_id,
         command_id=f"start:{event.child_run_id}",
         type="start",
         source=_source(at),
-        content_hash=digest("\n".join((entry.subject, event.step_id, event.definition_hash, event.input))),
+        content_hash=digest("\n".join((part.subject, event.step_id, event.definition_hash, event.input))),
         original=b"",
-        account=entry.account,
+        account=part.account,
         workflow=event.workflow,
         definition_hash=event.definition_hash,
         definition=event.definition,
         input=event.input,
         budget_micros=event.budget_micros,
         tags=event.tags,
-        at_ms=entry.now_ms,
+        at_ms=part.now_ms,
         failure_mode=event.failure_mode,
         priority=event.priority,
         prefer=event.prefer,
-        parent_run_id=entry.subject,
+        parent_run_id=part.subject,
         parent_step_id=event.step_id,
         paused=event.paused,
     )
 
 
-def _pause_child(entry: Entry, event: ev.ChildPaused, at: Position) -> RunCommand:
+def _pause_child(part: Part, event: ev.ChildPaused, at: Position) -> RunCommand:
     kind = "pause" if event.paused else "resume"
     return RunCommand(
         run_id=event.child_run_id,
@@ -202,12 +208,12 @@ def _pause_child(entry: Entry, event: ev.ChildPaused, at: Position) -> RunComman
         source=_source(at),
         content_hash="",
         original=b"",
-        by=f"run {entry.subject}",
-        at_ms=entry.now_ms,
+        by=f"run {part.subject}",
+        at_ms=part.now_ms,
     )
 
 
-def _cancel_child(entry: Entry, event: ev.ChildCancelled, at: Position) -> RunCommand:
+def _cancel_child(part: Part, event: ev.ChildCancelled, at: Position) -> RunCommand:
     return RunCommand(
         run_id=event.child_run_id,
         command_id=f"cancel:{event.child_run_id}",
@@ -215,17 +221,17 @@ def _cancel_child(entry: Entry, event: ev.ChildCancelled, at: Position) -> RunCo
         source=_source(at),
         content_hash="",
         original=b"",
-        by=f"run {entry.subject}",
+        by=f"run {part.subject}",
         reason=event.reason[:MAX_REASON],
-        at_ms=entry.now_ms,
+        at_ms=part.now_ms,
     )
 
 
-def _tell_parent(entry: Entry, event: ev.EndReported, at: Position) -> RunCommand:
-    output = next((other.output for other in entry.events if isinstance(other, ev.RunFinished)), "")
+def _tell_parent(part: Part, event: ev.EndReported, at: Position) -> RunCommand:
+    output = next((other.output for other in part.events if isinstance(other, ev.RunFinished)), "")
     return RunCommand(
         run_id=event.parent_run_id,
-        command_id=f"ended:{entry.subject}",
+        command_id=f"ended:{part.subject}",
         type="child_ended",
         source=_source(at),
         content_hash="",
@@ -235,7 +241,7 @@ def _tell_parent(entry: Entry, event: ev.EndReported, at: Position) -> RunComman
         output=output,
         code=event.code,
         reason=event.reason[:MAX_REASON],
-        at_ms=entry.now_ms,
+        at_ms=part.now_ms,
     )
 
 
@@ -243,7 +249,7 @@ def _source(at: Position) -> str:
     return f"{RUN_EVENTS}:{at.partition}:{at.offset}"
 
 
-_COMMANDS: Final[dict[type, Callable[[Entry, Any, Position], RunCommand]]] = {
+_COMMANDS: Final[dict[type, Callable[[Part, Any, Position], RunCommand]]] = {
     ev.ChildStarted: _start_child,
     ev.ChildCancelled: _cancel_child,
     ev.ChildPaused: _pause_child,
@@ -254,7 +260,7 @@ _COMMANDS: Final[dict[type, Callable[[Entry, Any, Position], RunCommand]]] = {
 TELLING: Final = frozenset((*_GATE_ITEMS, *_COMMANDS, *_REFUSALS))
 
 
-def _dead_letter(entry: Entry, event: ev.CommandRefused | ev.RunRefused) -> DeadLetter:
+def _dead_letter(part: Part, event: ev.CommandRefused | ev.RunRefused) -> DeadLetter:
     source = source_of(event.source)
     return DeadLetter(
         topic=source.topic,
@@ -263,10 +269,10 @@ def _dead_letter(entry: Entry, event: ev.CommandRefused | ev.RunRefused) -> Dead
         service="scheduler",
         code=event.code,
         reason=event.reason,
-        run_id=entry.subject,
+        run_id=part.subject,
         original=event.original,
         original_size=len(event.original),
         original_key=b"",
         headers={},
-        at_ms=entry.now_ms,
+        at_ms=part.now_ms,
     )
