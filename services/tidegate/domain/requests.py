@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 import msgspec
@@ -126,11 +127,17 @@ class _Request(BaseModel):
         does not make old requests look different.
         """
         fields = {
-            name: value
-            for name, field in type(self).model_fields.items()
-            if name not in ("type", "command_id") and (value := getattr(self, name)) != field.get_default()
+            name: value for name, default in _defaults(type(self)).items() if (value := getattr(self, name)) != default
         }
         return canonical.digest(canonical.dumps({"type": self.type, **fields}))
+
+
+@cache
+def _defaults(model: type[_Request]) -> dict[str, Any]:
+    """Return the fields that make up what is asked for, each with its default, which must not be changed."""
+    return {
+        name: field.get_default() for name, field in model.model_fields.items() if name not in ("type", "command_id")
+    }
 
 
 def _one_target(schema: dict[str, Any]) -> None:
