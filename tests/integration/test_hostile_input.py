@@ -58,7 +58,7 @@ KNOWN = Known(
         "timeout_ms": (100,),
         "functions": ((),),
         "service": ("executor", "gate"),
-        "state": ("ready", "gone"),
+        "Instance.state": ("ready", "gone"),
     }
 )
 

@@ -62,7 +62,7 @@ KNOWN = Known(
         "workflow": ("chain@1",),
         "timeout_ms": (100,),
         "service": ("executor",),
-        "state": ("ready", "ready", "draining", "gone"),
+        "Instance.state": ("ready", "ready", "draining", "gone"),
         "functions": ((), ("step:a", "step:b")),
         "budget_micros": (None, 0, 5, 100),
         **dict.fromkeys(("actual_micros", "reserve_micros", "reserved_micros"), (0, 5, 2**53)),

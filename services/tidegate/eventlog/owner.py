@@ -101,6 +101,7 @@ class OwnerLoop:
         self._patience_s = patience_s
         self._log_writer, self._tell_writer = writers or owner_writers(broker)
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
+        self._to_tell: list[tuple[Record, Callable[[int], None] | None]] = []
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
         self._decoded: Callable[[bytes], Any] = looking_up(broker, codec.decode)
         self.tables = Tables(machine.table_topics, self._decoded)
@@ -174,6 +175,7 @@ class OwnerLoop:
         logged = self._log_and_tell()
         self._tell_writer.poll()
         self._make_checkpoints()
+        self._send_tells()
         self._retire()
         self._commit()
         self._record_positions()
@@ -418,7 +420,8 @@ class OwnerLoop:
             for entry, slot in batch:
                 part.logged(entry, slot[0])
                 self.meter.logged(entry, self._tell(part, entry, slot[0]))
-            failpoint("owner.after-tell")
+        self._send_tells()
+        failpoint("owner.after-tell")
         return logged
 
     def _send_gathered(self) -> None:
@@ -432,13 +435,21 @@ class OwnerLoop:
             send(record, acked)
         self._to_log.clear()
 
+    def _send_tells(self) -> None:
+        """Send what a turn has for others, in order, all at once as `_send_gathered` does. Raises EventLogError."""
+        send = self._tell_writer.send
+        for record, acked in self._to_tell:
+            send(record, acked)
+            failpoint("owner.between-tells")
+        self._to_tell.clear()
+
     def _write_log(self) -> None:
         """Send what was gathered and wait for all acknowledgements. Raises EventLogError."""
         self._send_gathered()
         self._log_writer.flush(WRITE_DEADLINE_S)
 
     def _tell(self, part: OwnedPartition, entry: Entry, offset: int) -> int:
-        """Send what follows from an entry; returns how many messages that were."""
+        """Gather what follows from an entry for `_send_tells`; returns how many messages that are."""
         tells = self.machine.tells(entry, part.position(offset))
         if len(tells) > MAX_TELLS_PER_ENTRY:
             raise EventLogError(f"an entry of {entry.subject} has {len(tells)} tells, more than {MAX_TELLS_PER_ENTRY}")
@@ -450,17 +461,9 @@ class OwnerLoop:
                 part.told.advance()
 
         for tell in tells:
-            self._tell_writer.send(
-                Record(
-                    tell.topic,
-                    tell.partition,
-                    tell.key.encode(),
-                    codec.encode(tell.record),
-                    _headers(type(tell.record).__name__),
-                ),
-                acked,
-            )
-            failpoint("owner.between-tells")
+            headers = _headers(type(tell.record).__name__)
+            record = Record(tell.topic, tell.partition, tell.key.encode(), codec.encode(tell.record), headers)
+            self._to_tell.append((record, acked))
         return len(tells)
 
     # -- 3. take over ---------------------------------------------------------------
@@ -495,11 +498,12 @@ class OwnerLoop:
         for offset, entry in untold:
             failpoint("owner.before-telling-again")
             self._tell(part, entry, offset)
+            self._send_tells()
             failpoint("owner.after-telling-again")
         self._checkpointers[partition] = Checkpointer(
             part,
             self._checkpoint_settings,
-            self._tell_writer.send,
+            lambda record, acked: self._to_tell.append((record, acked)),
             lambda checkpoint: self._certify(part, checkpoint),
             stale_keys,
             self._monotonic_s(),
