@@ -8,6 +8,7 @@ import contextvars
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -17,7 +18,7 @@ from tidegate.executor import endings, results
 from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionError
 from tidegate.executor.forks import ChildrenEndHere
 from tidegate.executor.isolation import NOWHERE, Apart, Isolation
-from tidegate.executor.isolation.errand import Ended, context_of, errand_of
+from tidegate.executor.isolation.errand import Ended, context_of, deadline_after, errand_of
 from tidegate.failpoints import failpoint
 from tidegate.sdk.binding import Bound
 from tidegate.sdk.context import Meter, answer_for
@@ -175,7 +176,8 @@ class Attempt:
         """
         task = self.task
         structlog.contextvars.bind_contextvars(run_id=task.run_id, step_id=task.step_id, attempt=task.attempt)
-        answer_for(context_of(task, self._call), self._meter)
+        # Made when the function asks, which few do; of nothing that refers back to this attempt and its future.
+        answer_for(partial(context_of, task, self._call, deadline_after(self._call.timeout_ms)), self._meter)
 
     def _note_return(self) -> None:
         """The function has had its effect, here or elsewhere, and nobody knows of it yet."""
