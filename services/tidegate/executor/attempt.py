@@ -8,6 +8,7 @@ import contextvars
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -16,8 +17,9 @@ from tidegate.domain.messages import Call, StepResult, StepTask
 from tidegate.executor import endings, results
 from tidegate.executor.endings import Ending, LeaseLapsedError, UnknownFunctionError
 from tidegate.executor.forks import ChildrenEndHere
+from tidegate.executor.holdings import key_of
 from tidegate.executor.isolation import NOWHERE, Apart, Isolation
-from tidegate.executor.isolation.errand import Ended, context_of, errand_of
+from tidegate.executor.isolation.errand import Ended, context_of, deadline_after, errand_of
 from tidegate.failpoints import failpoint
 from tidegate.sdk.binding import Bound
 from tidegate.sdk.context import Meter, answer_for
@@ -46,8 +48,10 @@ class Attempt:
         answer: Callable[[Attempt, StepResult], None],
         release: Callable[[Attempt], None],
         apart: Apart = NOWHERE,
+        code_version: str = "",
     ) -> None:
         self.task = task
+        self.key = key_of(task)
         self.is_stuck = False  # the answer is given, the function goes on
         self.deadline_s = time.monotonic() + call.timeout_ms / 1000
         self._call = call
@@ -56,6 +60,7 @@ class Attempt:
         self._answer = answer
         self._release = release
         self._apart = apart
+        self._code_version = code_version
         self._meter = Meter()
         self._started_ms = 0
         self._finished_ms = 0  # if somebody else knows it
@@ -175,7 +180,8 @@ class Attempt:
         """
         task = self.task
         structlog.contextvars.bind_contextvars(run_id=task.run_id, step_id=task.step_id, attempt=task.attempt)
-        answer_for(context_of(task, self._call), self._meter)
+        # Made when the function asks, which few do; of nothing that refers back to this attempt and its future.
+        answer_for(partial(context_of, task, self._call, deadline_after(self._call.timeout_ms)), self._meter)
 
     def _note_return(self) -> None:
         """The function has had its effect, here or elsewhere, and nobody knows of it yet."""
@@ -230,8 +236,11 @@ class Attempt:
         )
 
     def _spent(self) -> results.Spent:
-        finished_ms = self._finished_ms or (_now_ms() if self._started_ms else 0)
-        return results.Spent(self._meter.cost_micros, self._meter.usage, self._started_ms, finished_ms)
+        meter = self._meter
+        if not self._started_ms:
+            return results.Spent(meter.cost_micros, meter.usage, 0, self._finished_ms)
+        finished_ms = self._finished_ms or _now_ms()
+        return results.Spent(meter.cost_micros, meter.usage, self._started_ms, finished_ms, self._code_version)
 
     def _expire(self) -> None:
         self._expired = True

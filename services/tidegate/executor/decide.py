@@ -25,7 +25,7 @@ class Verdict(enum.Enum):
     ANSWER_RELEASED = "answer_released"
 
 
-IGNORED: Final = frozenset({Verdict.NOT_OURS, Verdict.SEEN_BEFORE})
+IGNORED: Final = (Verdict.NOT_OURS, Verdict.SEEN_BEFORE)
 
 
 def judge_task(

@@ -52,9 +52,10 @@ class Holdings:
                 free_slots=self._slots - self._taken_slots,
                 draining=self._draining,
             )
-            if verdict not in IGNORED:
-                self._marks[mark_name(task.source.partition)] = task.source.rank()
-            if verdict not in IGNORED and verdict is not Verdict.CANCEL:
+            if verdict in IGNORED:
+                return verdict
+            self._marks[mark_name(task.source.partition)] = task.source.rank()
+            if verdict is not Verdict.CANCEL:
                 self._unanswered[key_of(task)] = Running(
                     run_id=task.run_id,
                     step_id=task.step_id,

@@ -22,15 +22,26 @@ BUSY: Final = "busy"
 
 
 class Spent:
-    """What an attempt cost and used, and when it ran (Unix milliseconds). `cost_micros` None: nothing was reported."""
+    """What an attempt cost and used, when it ran (Unix milliseconds), and what the code is called that was entered.
 
-    __slots__ = ("cost_micros", "finished_ms", "started_ms", "usage")
+    `cost_micros` None: nothing was reported.
+    """
 
-    def __init__(self, cost_micros: int | None, usage: dict[str, int], started_ms: int, finished_ms: int) -> None:
+    __slots__ = ("code_version", "cost_micros", "finished_ms", "started_ms", "usage")
+
+    def __init__(
+        self,
+        cost_micros: int | None,
+        usage: dict[str, int],
+        started_ms: int,
+        finished_ms: int,
+        code_version: str = "",
+    ) -> None:
         self.cost_micros = cost_micros
         self.usage = usage
         self.started_ms = started_ms
         self.finished_ms = finished_ms
+        self.code_version = code_version
 
 
 NOTHING_SPENT: Final = Spent(None, {}, 0, 0)
@@ -125,6 +136,7 @@ def _result(task: StepTask, outcome: str, spent: Spent, **fields: object) -> Ste
         usage=spent.usage,
         started_ms=spent.started_ms,
         finished_ms=spent.finished_ms,
+        code_version=spent.code_version,
         **fields,  # type: ignore[arg-type]  # the fields of StepResult that differ between the constructors above
     )
 

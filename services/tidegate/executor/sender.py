@@ -34,12 +34,11 @@ class ResultSender:
     def __init__(self, broker: Broker, on_failure: Callable[[str], None]) -> None:
         self._broker = broker
         self._on_failure = on_failure
-        self._waiting: queue.SimpleQueue[tuple[Record, Acked] | None] = queue.SimpleQueue()
+        # A record, somebody who waits until all before it are acknowledged, or None to wake the thread.
+        self._waiting: queue.SimpleQueue[tuple[Record, Acked] | threading.Event | None] = queue.SimpleQueue()
         self._unacked: dict[int, tuple[Record, Acked]] = {}
         self._count = 0  # of records taken over from the queue
-        self._accepted = 0  # of records given to `send`
-        self._done = 0  # of records acknowledged
-        self._all_done = threading.Condition()
+        self._flushes: list[threading.Event] = []
         self._failures = 0
         self._stopping = False
         in_context = contextvars.copy_context().run
@@ -51,14 +50,13 @@ class ResultSender:
 
     def send(self, record: Record, acked: Acked) -> None:
         """Take a record over. Does not block. Thread-safe."""
-        with self._all_done:
-            self._accepted += 1
         self._waiting.put((record, acked))
 
     def flush(self, timeout_s: float) -> bool:
         """Block until everything taken over is acknowledged; returns False if it is not within `timeout_s`."""
-        with self._all_done:
-            return self._all_done.wait_for(lambda: self._done == self._accepted, timeout_s)
+        flushed = threading.Event()
+        self._waiting.put(flushed)
+        return flushed.wait(timeout_s)
 
     def stop(self) -> None:
         """End the thread and give up what is not acknowledged. Blocks for a moment. Idempotent."""
@@ -78,6 +76,10 @@ class ResultSender:
                 for number in self._take_over():
                     self._write(writer, number)
                 writer.poll()
+                if self._flushes and not self._unacked:
+                    for flushed in self._flushes:
+                        flushed.set()
+                    self._flushes.clear()
             except Exception as error:  # whatever it is: without this thread no attempt would ever be answered
                 self._give_up(writer, error)
                 writer = None
@@ -91,7 +93,9 @@ class ResultSender:
         try:
             item = self._waiting.get(timeout=timeout_s)
             while True:
-                if item is not None:
+                if isinstance(item, threading.Event):
+                    self._flushes.append(item)
+                elif item is not None:
                     self._count += 1
                     self._unacked[self._count] = item
                     taken.append(self._count)
@@ -108,9 +112,6 @@ class ResultSender:
             self._failures = 0
             acked()
             failpoint("executor.after-result-ack")
-            with self._all_done:
-                self._done += 1
-                self._all_done.notify_all()
 
         failpoint("executor.before-result")
         writer.send(record, on_ack)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-import msgspec
 import structlog
 from prometheus_client import Counter, Histogram
 
@@ -168,16 +167,19 @@ class Executor:
             elif verdict is Verdict.CANCEL and (attempt := self._attempts.get(key_of(task))) is not None:
                 attempt.cancel()
             elif verdict is Verdict.ANSWER_BUSY:
-                self._send(task, results.busy(task))
+                self._send(task, key_of(task), results.busy(task))
             elif verdict is Verdict.ANSWER_RELEASED:
-                self._send(task, results.released(task))
+                self._send(task, key_of(task), results.released(task))
 
     def _begin(self, task: StepTask) -> None:
         failpoint("executor.task-taken")
         if task.call is None:
             self._free_slot()
-            self._send(task, results.failed(task, "BadTask", "the task names no function", retryable=False))
+            self._send(
+                task, key_of(task), results.failed(task, "BadTask", "the task names no function", retryable=False)
+            )
             return
+        function = self._app.functions.get(task.call.function)
         attempt = Attempt(
             task,
             task.call,
@@ -186,26 +188,20 @@ class Executor:
             answer=self._answer,
             release=self._release,
             apart=self._apart,
+            code_version=self._settings.code_version or ("" if function is None else function.file_version),
         )
-        self._attempts[key_of(task)] = attempt
+        self._attempts[attempt.key] = attempt
         self._idle.clear()
-        attempt.begin(self._app.functions.get(task.call.function), self._threads)
+        attempt.begin(function, self._threads)
 
     def _answer(self, attempt: Attempt, result: StepResult) -> None:
         if attempt.is_stuck:
             self._holdings.stick()
             self.registration.beat_soon()
-        if result.started_ms:
-            result = msgspec.structs.replace(result, code_version=self._code_version(attempt.task))
-        self._send(attempt.task, result)
-
-    def _code_version(self, task: StepTask) -> str:
-        """Return what the code is called that was entered for a task."""
-        function = None if task.call is None else self._app.functions.get(task.call.function)
-        return self._settings.code_version or ("" if function is None else function.file_version)
+        self._send(attempt.task, attempt.key, result)
 
     def _release(self, attempt: Attempt) -> None:
-        self._attempts.pop(key_of(attempt.task), None)
+        self._attempts.pop(attempt.key, None)
         self._free_slot(stuck=attempt.is_stuck)
         if not self._attempts:
             self._idle.set()
@@ -214,8 +210,7 @@ class Executor:
         if self._holdings.free_slot(stuck=stuck):
             self.registration.beat_soon()
 
-    def _send(self, task: StepTask, result: StepResult) -> None:
-        key = key_of(task)
+    def _send(self, task: StepTask, key: AttemptKey, result: StepResult) -> None:
         answered, seconds = _meters(result.outcome)
         answered.inc()
         if result.started_ms:

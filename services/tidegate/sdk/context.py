@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import datetime
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tidegate.domain.identity import MAX_MICROS
@@ -95,23 +95,24 @@ def _sum(known: int, more: int, what: str) -> int:
     return known + more
 
 
-_current: contextvars.ContextVar[tuple[StepContext, Meter]] = contextvars.ContextVar("tidegate_step")
+_current: contextvars.ContextVar[tuple[Callable[[], StepContext], Meter]] = contextvars.ContextVar("tidegate_step")
 
 
 @contextlib.contextmanager
 def running(context: StepContext, meter: Meter) -> Iterator[None]:
     """Make the functions of this module answer for an attempt inside the `with` block: for executors and tests."""
-    token = _current.set((context, meter))
+    token = _current.set((lambda: context, meter))
     try:
         yield
     finally:
         _current.reset(token)
 
 
-def answer_for(context: StepContext, meter: Meter) -> None:
+def answer_for(context: Callable[[], StepContext], meter: Meter) -> None:
     """Make the functions of this module answer for an attempt from here on, in this task or copied context and what it begins.
 
-    For executors, which give every attempt a context of its own: nothing is there to be put back.
+    context: makes the answer whenever the function asks. For executors, which give every attempt a context of its own: nothing
+    is there to be put back.
     """
     _current.set((context, meter))
 
@@ -121,7 +122,7 @@ def context() -> StepContext:
 
     Works in the function itself and in what it awaits or calls; a thread that the function starts must be given it.
     """
-    return _now("context()")[0]
+    return _now("context()")[0]()
 
 
 def idempotency_key() -> str:
@@ -129,7 +130,7 @@ def idempotency_key() -> str:
 
     Pass it to the system that has the effect, so that a repeated attempt has no second one. Raises OutsideStepError.
     """
-    return _now("idempotency_key()")[0].idempotency_key
+    return _now("idempotency_key()")[0]().idempotency_key
 
 
 def report_cost(micros: int) -> None:
@@ -146,7 +147,7 @@ def report_usage(**counts: int) -> None:
     _now("report_usage()")[1].add_usage(counts)
 
 
-def _now(what: str) -> tuple[StepContext, Meter]:
+def _now(what: str) -> tuple[Callable[[], StepContext], Meter]:
     try:
         return _current.get()
     except LookupError:

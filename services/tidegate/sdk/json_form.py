@@ -52,6 +52,8 @@ def _to_json(value: Any, where: str, depth: int) -> Any:
         raise NotJsonError(f"{where}: nested deeper than {MAX_DEPTH} levels, or contains itself")
     if value is None or value is True or value is False:
         return value
+    if (known := _PLAIN.get(type(value))) is not None:
+        return known(value, where, depth)
     for kinds, convert in _CONVERTERS:
         if isinstance(value, kinds):
             return convert(value, where, depth)
@@ -120,6 +122,15 @@ def _type_name(value: Any) -> str:
     return type(value).__name__
 
 
+# Most values; by their very type, so that no subclass is taken for one of them.
+_PLAIN: Final[dict[type, Any]] = {
+    str: _text,
+    int: lambda value, _where, _depth: value,
+    float: _number,
+    dict: _object,
+    list: _array,
+    tuple: _array,
+}
 # In this order: an Enum may also be a str or an int, a datetime is a date.
 _CONVERTERS: Final[tuple[tuple[Any, Any], ...]] = (
     (enum.Enum, lambda value, where, depth: _to_json(value.value, where, depth + 1)),

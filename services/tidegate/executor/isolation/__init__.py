@@ -41,15 +41,17 @@ class Apart(NamedTuple):
 
         Raises UnsupportedIsolationError.
         """
+        if declared == demanded == IN_PROCESS:
+            return None
         if declared not in ISOLATIONS or demanded not in ISOLATIONS:
             raise UnsupportedIsolationError(f"there is no isolation {demanded!r}: it was not run")
         wanted = strongest(declared, demanded)
-        if wanted != IN_PROCESS and wanted not in self.ways:
+        if wanted not in self.ways:
             who = "a policy demands" if demanded == wanted else "the function declares"
             raise UnsupportedIsolationError(
                 f"{who} isolation {wanted!r}, which this executor does not have: it was not run"
             )
-        return self.ways.get(wanted)
+        return self.ways[wanted]
 
 
 NOWHERE: Final = Apart("", {})

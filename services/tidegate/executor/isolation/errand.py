@@ -17,8 +17,8 @@ CONTROL_BYTES: Final = 128 * 1024  # more than any line holds besides an output 
 MAX_LINE_FACTOR: Final = 2  # JSON text within JSON text at most doubles
 
 
-def context_of(task: StepTask, call: Call) -> StepContext:
-    """Return what a function can ask of its attempt, if it were entered now."""
+def context_of(task: StepTask, call: Call, deadline: datetime.datetime) -> StepContext:
+    """Return what a function can ask of its attempt."""
     return StepContext(
         run_id=task.run_id,
         step_id=task.step_id,
@@ -26,7 +26,7 @@ def context_of(task: StepTask, call: Call) -> StepContext:
         account=task.account,
         function=call.function,
         idempotency_key=task.idempotency_key,
-        deadline=deadline_after(call.timeout_ms),
+        deadline=deadline,
         provider=call.provider,
         model=call.model,
         operation=call.operation,
@@ -77,7 +77,7 @@ def errand_of(task: StepTask, call: Call, settings: Settings, *, app: str, outpu
         arguments=call.arguments,
         timeout_ms=call.timeout_ms,
         idempotent=call.idempotent,
-        context=context_of(task, call),
+        context=context_of(task, call, deadline_after(call.timeout_ms)),
         output_max_bytes=output_max_bytes,
         instance_id=task.instance_id,
         memory_mib=settings.memory_mib,
