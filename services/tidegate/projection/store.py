@@ -33,7 +33,7 @@ ANSWER_TIMEOUT_S: Final = 120
 # The embedded engine shares its cores with everything else here; handing blocks between threads costs it a third more. And it
 # need not merge what it is about to write: a batch has a fact once, and a view groups what it makes of a batch. What comes twice
 # all the same is merged later, as doubles of two batches are, or by FINAL. Nor need what the views compute be compiled: that
-# takes 0.16 s of processor time at the fourth insert after each start, and is no faster.
+# takes 0.15 s of processor time at the fourth insert after each start, and is no faster.
 _CHEAP_INSERT: Final = {
     "max_threads": 1,
     "max_insert_threads": 1,
