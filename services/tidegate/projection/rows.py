@@ -1,7 +1,8 @@
 """Records of the topics -> rows of the fact tables. Pure: a row is a function of its record and nothing else.
 
 A row is a tuple in the order of its table's columns, and whole batches become one text by `encode`, in C: this is the
-hot path of a rebuild.
+hot path of a rebuild. A `body` is JSON already and goes into that text as it is, an object where others have a string: nobody
+has to write its quotes with backslashes, nor to read them, and ClickHouse keeps it letter by letter (see INSERT_SETTINGS).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Reach(NamedTuple):
 
 LATEST_MS: Final = 4_102_444_800_000  # the year 2100
 INSERT_FORMAT: Final = "JSONCompactEachRow"
+# The server's own default, unless its operators want it otherwise.
+INSERT_SETTINGS: Final = {"input_format_json_read_objects_as_strings": 1}
 
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     EVENTS: (
@@ -120,6 +123,7 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {
 
 _encoder: Final = msgspec.json.Encoder()
 _json: Final[Callable[[Any], bytes]] = _encoder.encode
+_raw: Final = msgspec.Raw
 
 
 def encode(rows: list[Row]) -> bytes:
@@ -148,7 +152,7 @@ def add_run_events(rows: list[Row], entry: Fields, partition: int, offset: int) 
                 get("attempt", 0),
                 get("actual_micros", 0),
                 cause,
-                _json(event).decode(),
+                _raw(_json(event)),
             )
         )
         seq += 1
@@ -177,7 +181,7 @@ def add_ledger_events(rows: list[Row], entry: Fields, partition: int, offset: in
                 get("actual_micros", 0),
                 get("overshoot_micros", 0),
                 cause,
-                _json(_shown(name, event)).decode(),
+                _raw(_json(_shown(name, event))),
             )
         )
         seq += 1
@@ -217,7 +221,7 @@ def instance_row(instance: Fields, offset: int) -> Row:
         instance["version"],
         _moment(instance["started_ms"]),
         _moment(instance["at_ms"]),
-        _json(instance).decode(),
+        _raw(_json(instance)),
     )
 
 

@@ -52,7 +52,7 @@ def test_the_ledgers_row_comes_without_what_its_decision_redacts(placing: str) -
 
     rows.add_ledger_events(found, entry((placing, call(redact=["card.number", "lines.*.to"]))), 0, 7)
 
-    body = json.loads(found[0][rows.COLUMNS[rows.LEDGER].index("body")])
+    body = json.loads(bytes(found[0][rows.COLUMNS[rows.LEDGER].index("body")]))
     shown = json.loads(body["call"]["arguments"])
     assert shown == {"card": {"number": MARK, "name": "ann"}, "lines": [{"to": MARK}, {"to": MARK, "n": 1}]}
     assert NUMBER not in rows.encode(found).decode()

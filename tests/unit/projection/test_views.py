@@ -117,6 +117,45 @@ def test_facts_doubled_split_anyhow_and_out_of_order_show_the_same(told: Told, s
         store.close()
 
 
+def test_a_body_is_kept_letter_by_letter_whatever_is_in_it(told: Told) -> None:
+    pieces = (
+        '"',
+        "\\",
+        "\\u0041",
+        "{",
+        "}}",
+        "[",
+        "],",
+        "\n",
+        "\x00",
+        "\x7f",
+        "\u2028",
+        "/",
+        "é",
+        "😀",
+        "\\N",
+        "null",
+        '"}\n["',
+    )
+    rng = random.Random(1)
+    texts = [*pieces, *("".join(rng.choices(pieces, k=rng.randint(2, 30))) for _ in range(300))]
+    events = [
+        ("CommandRefused", {"reason": text, text: [{}, {"a": [text]}, []], "n": -(2**63), "x": 1.5e300, "none": None})
+        for text in texts
+    ]
+    entry = {"subject": "r", "account": "a", "epoch": 0, "now_ms": 5, "first_seq": 1, "cause": "", "events": events}
+    found: list[rows.Row] = []
+    rows.add_run_events(found, entry, 0, 0)
+    store = open_store(told.folder, "letters")
+    try:
+        store.insert({rows.EVENTS: found})
+
+        shown = store.rows("SELECT toString(seq), hex(body) FROM events ORDER BY seq")
+        assert shown == [(str(row[1]), bytes(row[-1]).hex().upper()) for row in found]
+    finally:
+        store.close()
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_column_read_alone_is_what_it_is_among_all(told: Told, view: str) -> None:
     """FINAL merges only what is read: a value in pieces (a tuple, say) could be put together of several rows' pieces."""
