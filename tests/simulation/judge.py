@@ -26,7 +26,7 @@ from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain import states
-from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, parts_of
+from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, causes_of, parts_of
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import (
     Call,
@@ -384,16 +384,16 @@ class Judge:
             if found is not None:
                 state.runs[entry.subject] = copy.deepcopy(found, {id(found.workflow): found.workflow})
         events: list[Any] = []
-        for one in parts_of(entry):
-            topic, partition, offset = one.cause.rsplit(":", 2)
+        for cause, one in zip(causes_of(entry), parts_of(entry), strict=True):
+            topic, partition, offset = cause.rsplit(":", 2)
             message = self.mail.get((topic, int(partition), int(offset)))
             if message is None:
-                self.fail(f"{where}: {one.cause} was never written")
+                self.fail(f"{where}: {cause} was never written")
             decision = self.scheduler.decide(state, codec.decode(message.value), message, entry.now_ms, self._tables)
             decided = () if decision is None else tuple(decision.events)
             self.require(
                 decided == one.events,
-                f"(1) {where}: deciding on {one.cause} gives {_names(decided)}, the log has {_names(one.events)}",
+                f"(1) {where}: deciding on {cause} gives {_names(decided)}, the log has {_names(one.events)}",
             )
             if entry.parts:
                 for event in decided:
@@ -840,7 +840,7 @@ def _causes(part: LogOfPartition, entry: Entry) -> list[str]:
         return [f"{entry.subject} {entry.cause}"]
     if entry.cause.startswith(("timer:", "table:")):
         return []
-    return [one.cause for one in parts_of(entry)]
+    return causes_of(entry)
 
 
 def _names(events: Any) -> list[str]:

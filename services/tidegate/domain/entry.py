@@ -89,7 +89,9 @@ def causes_in(text: str, most: int = sys.maxsize) -> list[str]:
 
 
 def causes_of(entry: Entry) -> list[str]:
-    """Return the cause of each part of an entry of several. Raises ValueError if its parts do not make it up."""
+    """Return the cause of each part of an entry. Raises ValueError if there are not as many, or they do not make it up."""
+    if not entry.parts:
+        return [entry.cause]
     causes = causes_in(entry.cause, len(entry.parts) + 1)
     if len(causes) != len(entry.parts) or sum(entry.parts) != len(entry.events):
         raise ValueError(f"{len(entry.parts)} parts of {entry.cause!r} do not make up {len(entry.events)} events")
