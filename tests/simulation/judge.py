@@ -20,13 +20,14 @@ from simulation.flows import FlowBooks
 from simulation.route_books import RouteBooks
 from simulation.wait_books import WaitBooks
 from simulation.work import BOUNDS, RULES
+from support.pure import entries_of
 from tidegate import codec
 from tidegate.audit.limits import LimitBooks
 from tidegate.audit.money import Books
 from tidegate.domain import ledger_events as le
 from tidegate.domain import run_events as re
 from tidegate.domain import states
-from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, causes_of, parts_of
+from tidegate.domain.entry import Checkpoint, Entry, OwnerAnnounced, Position, causes_of
 from tidegate.domain.identity import partition_of
 from tidegate.domain.messages import (
     Call,
@@ -384,16 +385,16 @@ class Judge:
             if found is not None:
                 state.runs[entry.subject] = copy.deepcopy(found, {id(found.workflow): found.workflow})
         events: list[Any] = []
-        for cause, one in zip(causes_of(entry), parts_of(entry), strict=True):
-            topic, partition, offset = cause.rsplit(":", 2)
+        for one in entries_of(entry):
+            topic, partition, offset = one.cause.rsplit(":", 2)
             message = self.mail.get((topic, int(partition), int(offset)))
             if message is None:
-                self.fail(f"{where}: {cause} was never written")
+                self.fail(f"{where}: {one.cause} was never written")
             decision = self.scheduler.decide(state, codec.decode(message.value), message, entry.now_ms, self._tables)
             decided = () if decision is None else tuple(decision.events)
             self.require(
                 decided == one.events,
-                f"(1) {where}: deciding on {cause} gives {_names(decided)}, the log has {_names(one.events)}",
+                f"(1) {where}: deciding on {one.cause} gives {_names(decided)}, the log has {_names(one.events)}",
             )
             if entry.parts:
                 for event in decided:
@@ -413,7 +414,7 @@ class Judge:
     def _expect_tells(self, part: LogOfPartition, entry: Entry, offset: int) -> None:
         """What an entry tells is what each of its parts would tell as an entry of its own, numbered through."""
         tells: list[Tell] = []
-        for one in parts_of(entry):
+        for one in entries_of(entry):
             first = len(tells)
 
             def at(index: int, first: int = first) -> Position:

@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from tidegate.domain import canonical
-from tidegate.domain.entry import Entry, Position
+from tidegate.domain.entry import Entry, Position, causes_of, parts_of
 from tidegate.domain.messages import Call, Control, Instance, PolicyPublished, RunCommand, StepResult, StepTask
 from tidegate.domain.run import RunState
 from tidegate.eventlog.interface import Message
@@ -275,3 +277,11 @@ class Pair:
 
 
 __all__ = ["Call", "Pair", "agent", "chain", "step", "tool"]
+
+
+def entries_of(entry: Entry) -> list[Entry]:
+    """Return an entry as if what each of its inputs caused were an entry of its own."""
+    return [
+        msgspec.structs.replace(entry, first_seq=part.first_seq, cause=cause, parts=(), events=part.events)
+        for cause, part in zip(causes_of(entry), parts_of(entry), strict=True)
+    ]

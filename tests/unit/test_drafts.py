@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from support.cluster import ACCOUNT_PARTITIONS, RUN_PARTITIONS, Cluster
+from support.pure import entries_of
 from tidegate import codec
 from tidegate.domain import run_events as re
 from tidegate.domain.entry import Entry, InputRange, Position, causes_in, causes_text, parts_of
@@ -102,14 +103,7 @@ def test_what_an_entry_tells_is_what_each_of_its_inputs_would_have_told() -> Non
     machine = cluster.owners["gate"].machine
     together = machine.tells(entry, lambda index: Position(0, 5, index))
     assert [tell.record.source.index for tell in together] == list(range(len(together)))
-    alone = [
-        tell
-        for part in parts_of(entry)
-        for tell in machine.tells(
-            msgspec.structs.replace(entry, first_seq=part.first_seq, parts=(), events=part.events),
-            lambda index: Position(0, 5, index),
-        )
-    ]
+    alone = [tell for one in entries_of(entry) for tell in machine.tells(one, lambda index: Position(0, 5, index))]
 
     def unplaced(record: Any) -> Any:
         return msgspec.structs.replace(record, source=Position(0, 0, 0))
