@@ -10,6 +10,7 @@ from support.cluster import Cluster
 from support.pure import chain, step
 from tidegate import codec
 from tidegate.domain.messages import StepTask
+from tidegate.eventlog import owner
 
 
 def tasks(cluster: Cluster) -> list[tuple[str, str]]:
@@ -58,6 +59,27 @@ def test_a_child_is_paused_as_often_as_its_parent() -> None:
     report, runs = cluster.verified()
     assert report.ok, report.problems
     assert {run_id: run.paused is not None for run_id, run in runs.items()} == dict.fromkeys(runs, True)
+
+
+def test_a_turn_that_tells_much_sends_it_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered is in memory, and only the writer can make a turn wait."""
+    sizes: list[int] = []
+    send = owner.OwnerLoop._send_tells
+
+    def counted(loop: owner.OwnerLoop) -> None:
+        sizes.append(sum(len(record.value or b"") for record, _ in loop._to_tell))
+        send(loop)
+
+    monkeypatch.setattr(owner, "MAX_GATHERED_BYTES", 1_000)
+    monkeypatch.setattr(owner.OwnerLoop, "_send_tells", counted)
+    cluster = Cluster()
+    for number in range(200):
+        cluster.start_run(f"r{number}", "a", "b")
+    cluster.settle()
+    report, runs = cluster.verified()
+    assert report.ok, report.problems
+    assert {run.status for run in runs.values()} == {"succeeded"}
+    assert 1_000 < max(sizes) < 2_000, sorted(sizes)[-5:]
 
 
 LIMIT = {"kind": "limit", "limit": "calls", "version": "1", "per": ["provider"], "at_once": 1}

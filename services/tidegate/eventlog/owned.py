@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from tidegate import codec
@@ -177,21 +177,31 @@ class OwnedPartition:
         One that is over and too large for a record counts as active: only the state of those is cut into pieces.
         """
         machine, state = self.machine, self.state
-        standings = {unit: machine.standing(state, unit) for unit in units}
-        over = []
-        for unit, standing in standings.items():
+        standings: dict[str, Standing] = {}
+        over: list[Shelved] = []
+        size = 0
+        for unit in units:
+            standing = machine.standing(state, unit)
             if standing is Standing.DONE:
                 dumped = machine.dump(state, unit)
                 if len(dumped) > MAX_DONE_BYTES:
-                    standings[unit] = Standing.ACTIVE
-                    continue
-                over.append(Shelved(unit, self.as_of[unit], dumped, done=True))
+                    standing = Standing.ACTIVE
+                else:
+                    over.append(Shelved(unit, self.as_of[unit], dumped, done=True))
+                    size += len(dumped)
+            standings[unit] = standing
             if standing is not Standing.ACTIVE:
                 del self.as_of[unit]
+            if size > MAX_DONE_BYTES:
+                self._put_away(over)
+                over, size = [], 0
+        self._put_away(over)
+        return standings
+
+    def _put_away(self, over: Sequence[Shelved]) -> None:
         self.shelf.put(over)
         for shelved in over:
-            machine.unload(state, shelved.unit)
-        return standings
+            self.machine.unload(self.state, shelved.unit)
 
     def put_away_all_over(self) -> None:
         """Take every changed unit out of memory that is over: while a long log is folded, they would fill it."""

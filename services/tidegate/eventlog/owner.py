@@ -51,6 +51,7 @@ _log = structlog.get_logger()
 DEAD_LETTERS: Final = "dead-letters"
 MAX_BATCH: Final = 500
 MAX_DUE_PER_TURN: Final = 500
+MAX_GATHERED_BYTES: Final = 8 * 1024 * 1024
 ANNOUNCE_EVERY_ENTRIES: Final = 1000
 COMMIT_EVERY_S: Final = 1.0
 RECORD_POSITIONS_EVERY_S: Final = 600.0
@@ -101,7 +102,8 @@ class OwnerLoop:
         self._patience_s = patience_s
         self._log_writer, self._tell_writer = writers or owner_writers(broker)
         self._to_log: list[tuple[Record, Callable[[int], None]]] = []
-        self._to_tell: list[tuple[Record, Callable[[int], None] | None]] = []
+        self._to_tell: list[tuple[Record, Callable[[int], None]]] = []
+        self._to_tell_bytes = 0
         self._inbox: Inbox = broker.inbox(f"tidegate-{machine.service}", instance_id, machine.lead_topic)
         self._decoded: Callable[[bytes], Any] = looking_up(broker, codec.decode)
         self.tables = Tables(machine.table_topics, self._decoded)
@@ -175,7 +177,6 @@ class OwnerLoop:
         logged = self._log_and_tell()
         self._tell_writer.poll()
         self._make_checkpoints()
-        self._send_tells()
         self._retire()
         self._commit()
         self._record_positions()
@@ -436,12 +437,16 @@ class OwnerLoop:
         self._to_log.clear()
 
     def _send_tells(self) -> None:
-        """Send what a turn has for others, in order, all at once as `_send_gathered` does. Raises EventLogError."""
+        """Send what a turn has for others, in order, all at once as `_send_gathered` does. Raises EventLogError.
+
+        If it is much, a part of it before the turn's end: the writer waits while it holds too much, and nobody else does.
+        """
         send = self._tell_writer.send
         for record, acked in self._to_tell:
             send(record, acked)
             failpoint("owner.between-tells")
         self._to_tell.clear()
+        self._to_tell_bytes = 0
 
     def _write_log(self) -> None:
         """Send what was gathered and wait for all acknowledgements. Raises EventLogError."""
@@ -461,9 +466,11 @@ class OwnerLoop:
                 part.told.advance()
 
         for tell in tells:
-            headers = _headers(type(tell.record).__name__)
-            record = Record(tell.topic, tell.partition, tell.key.encode(), codec.encode(tell.record), headers)
-            self._to_tell.append((record, acked))
+            value, headers = codec.encode(tell.record), _headers(type(tell.record).__name__)
+            self._to_tell.append((Record(tell.topic, tell.partition, tell.key.encode(), value, headers), acked))
+            self._to_tell_bytes += len(value)
+            if self._to_tell_bytes > MAX_GATHERED_BYTES:
+                self._send_tells()
         return len(tells)
 
     # -- 3. take over ---------------------------------------------------------------
@@ -503,7 +510,7 @@ class OwnerLoop:
         self._checkpointers[partition] = Checkpointer(
             part,
             self._checkpoint_settings,
-            lambda record, acked: self._to_tell.append((record, acked)),
+            self._tell_writer.send,
             lambda checkpoint: self._certify(part, checkpoint),
             stale_keys,
             self._monotonic_s(),

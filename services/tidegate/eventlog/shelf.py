@@ -110,9 +110,9 @@ class Shelf:
         """Do something with the open database for each row of values, in one transaction. Raises ShelfError."""
         assert self._database is not None  # noqa: S101 - whoever asks has looked
         try:
-            self._database.execute("BEGIN")
-            self._database.executemany(text, rows)
-            self._database.execute("COMMIT")
+            with self._database:  # commits, or rolls back
+                self._database.execute("BEGIN")
+                self._database.executemany(text, rows)
         except sqlite3.Error as error:
             raise _failure(error) from error
 

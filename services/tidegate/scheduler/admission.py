@@ -59,9 +59,9 @@ class Admission:
         failpoint("admission.after-poll")
         self._workflows.follow(messages[-1])
         metrics.admitted.inc(len(messages))
-        # All at once, as owners do: one by one, the first of every partition would go out in requests of their own.
-        for record in [record for message in messages if message.value is not None for record in self._admit(message)]:
-            self._writer.send(record)
+        for message in messages:
+            if message.value is not None:
+                self._admit(message)
         failpoint("admission.before-flush")
         self._writer.flush(WRITE_DEADLINE_S)
         failpoint("admission.before-commit")
@@ -111,13 +111,12 @@ class Admission:
         nothing = Message(RUN_REQUESTS, partition, expected, None, None, (), 0)
         now_ms = time.time_ns() // 1_000_000
         letter = dead_letter(nothing, service="scheduler", code=DELETED_UNREAD, reason=reason, run_id="", at_ms=now_ms)
-        self._writer.send(_record(DEAD_LETTERS, 0, place, letter))
+        self._send(DEAD_LETTERS, 0, place, letter)
         self._writer.flush(WRITE_DEADLINE_S)
         self._requests.commit({TopicPartition(RUN_REQUESTS, partition): start})  # it is said once
         return start
 
-    def _admit(self, message: Message) -> list[Record]:
-        """Return what is to be written because of a request."""
+    def _admit(self, message: Message) -> None:
         command, letter = admit(
             message,
             self._workflows.find,
@@ -125,7 +124,6 @@ class Admission:
             max_bytes=self._settings.max_request_bytes,
             horizon_ms=int(self._settings.request_horizon_s * 1000),
         )
-        records = []
         if letter is not None:
             metrics.admission_refused.labels(letter.code).inc()
             _log.warning(
@@ -134,17 +132,14 @@ class Admission:
                 code=letter.code,
                 run_id=letter.run_id,
             )
-            place = f"{message.topic}:{message.partition}:{message.offset}"
-            records.append(_record(DEAD_LETTERS, 0, place, letter))
+            self._send(DEAD_LETTERS, 0, f"{message.topic}:{message.partition}:{message.offset}", letter)
         if command is not None:
             partition = partition_of(command.run_id, self._run_partitions)
-            records.append(_record(RUN_COMMANDS, partition, f"{command.run_id}:{command.command_id}", command))
-        return records
+            self._send(RUN_COMMANDS, partition, f"{command.run_id}:{command.command_id}", command)
 
-
-def _record(topic: str, partition: int, key: str, value: RunCommand | DeadLetter) -> Record:
-    headers = ((TYPE_HEADER, type(value).__name__.encode()),)
-    return Record(topic, partition, key.encode(), codec.encode(value), headers)
+    def _send(self, topic: str, partition: int, key: str, record: RunCommand | DeadLetter) -> None:
+        headers = ((TYPE_HEADER, type(record).__name__.encode()),)
+        self._writer.send(Record(topic, partition, key.encode(), codec.encode(record), headers))
 
 
 class PublishedWorkflows:
