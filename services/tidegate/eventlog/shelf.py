@@ -40,12 +40,17 @@ class Shelf:
 
         Those that are over will be returned by `take_fresh`. are_known: they stand in a certified segment already, and will not.
         """
-        if units:
-            self._open()
-            rows = [(*unit, unit.done and not are_known) for unit in units]
-            self._ask_of_each(
-                "INSERT OR REPLACE INTO units (unit, as_of, state, done, fresh) VALUES (?, ?, ?, ?, ?)", rows
-            )
+        if not units:
+            return
+        database = self._opened()
+        rows = [(*unit, unit.done and not are_known) for unit in units]
+        text = "INSERT OR REPLACE INTO units (unit, as_of, state, done, fresh) VALUES (?, ?, ?, ?, ?)"
+        try:
+            with database:  # commits, or rolls back
+                database.execute("BEGIN")
+                database.executemany(text, rows)
+        except sqlite3.Error as error:
+            raise _failure(error) from error
 
     def get(self, unit: str) -> Shelved | None:
         """Return what lies under the name, and leave it there."""
@@ -87,9 +92,9 @@ class Shelf:
             self._database.close()
             self._database = None
 
-    def _open(self) -> None:
+    def _opened(self) -> sqlite3.Connection:
         if self._database is not None:
-            return
+            return self._database
         self._database = sqlite3.connect("", isolation_level=None)
         for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIB}"):
             self._ask(f"PRAGMA {pragma}")
@@ -97,22 +102,13 @@ class Shelf:
         self._ask(f"CREATE TABLE units ({columns}) WITHOUT ROWID")
         self._ask("CREATE INDEX fresh ON units (unit) WHERE fresh = 1")
         self._ask("CREATE INDEX resting ON units (unit) WHERE done = 0")
+        return self._database
 
     def _ask(self, text: str, *values: Any) -> list[Any]:
         """Do something with the open database and return all rows. Raises ShelfError."""
         assert self._database is not None  # noqa: S101 - whoever asks has looked
         try:
             return self._database.execute(text, values).fetchall()
-        except sqlite3.Error as error:
-            raise _failure(error) from error
-
-    def _ask_of_each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Do something with the open database for each row of values, in one transaction. Raises ShelfError."""
-        assert self._database is not None  # noqa: S101 - whoever asks has looked
-        try:
-            with self._database:  # commits, or rolls back
-                self._database.execute("BEGIN")
-                self._database.executemany(text, rows)
         except sqlite3.Error as error:
             raise _failure(error) from error
 
