@@ -33,8 +33,9 @@ from tidegate.domain.messages import RunCommand
 from tidegate.embedded.errors import EmbeddedKafkaError
 from tidegate.embedded.kafka import EmbeddedKafka
 from tidegate.eventlog import owner
-from tidegate.eventlog.interface import EventLogError, Record, TopicPartition, WriteFailedError
+from tidegate.eventlog.interface import EventLogError, Message, Record, TopicPartition, WriteFailedError
 from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.owner import OwnerLoop
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.scheduler.service import SchedulerMachine
@@ -289,6 +290,56 @@ def test_an_owner_that_never_hears_of_its_entry_ends_and_the_next_one_finds_it(
     assert [type(record).__name__ for record in records] == ["Entry", "OwnerAnnounced"]
     assert lossy_broker.offsets(RUNS, partition).end == end + 2, "it decided again on what was decided"
     second.close()
+
+
+@pytest.mark.feature("D1")
+def test_a_reader_whose_group_moves_while_it_asks_for_its_offsets_reads_on(
+    lossy: LossyWay, lossy_broker: KafkaBroker, topic_prefix: str
+) -> None:
+    """Kafka's own client asks once (librdkafka issue 5586), and would then read nothing for as long as it lives."""
+    settings = KafkaSettings(bootstrap=lossy.address, topic_prefix=topic_prefix)
+    first = KafkaSubscription(settings, "readers", ["run-requests"], "reader-0")
+    writer = lossy_broker.writer()
+
+    def read(subscription: KafkaSubscription, value: bytes) -> Message:
+        writer.send(Record("run-requests", 1, b"k", value))
+        writer.flush(60.0)
+        found: list[Message] = []
+        eventually(lambda: found.extend(subscription.poll(10, 0.1)) or found, "a message", 60.0)
+        (message,) = found
+        assert message.value == value
+        return message
+
+    def begin(subscription: KafkaSubscription) -> dict[TopicPartition, int | None]:
+        eventually(lambda: subscription.poll(10, 0.1) or subscription.assigned, "partitions", 60.0)
+        return dict(subscription.take_changes().gained)
+
+    at = TopicPartition("run-requests", 1)
+    lossy.deny_offsets = 2
+    gained = begin(first)
+    assert (lossy.deny_offsets, gained.keys(), set(gained.values())) == (0, first.assigned, {None})
+    first.commit({at: read(first, b"one").offset + 1})
+    first.close()
+
+    second = KafkaSubscription(settings, "readers", ["run-requests"], "reader-0")
+    lossy.deny_offsets = 2
+    assert begin(second)[at] == 1
+    assert read(second, b"two").offset == 1, "what was committed is not read again"
+    second.close()
+
+
+def test_a_reader_whose_place_another_process_took_ends(
+    lossy: LossyWay, topic_prefix: str, lossy_broker: KafkaBroker
+) -> None:
+    settings = KafkaSettings(bootstrap=lossy.address, topic_prefix=topic_prefix, heartbeat_interval_ms=200)
+    first = KafkaSubscription(settings, "readers", ["run-requests"], "reader-0")
+    eventually(lambda: first.poll(10, 0.1) or first.assigned, "partitions", 60.0)
+    second = KafkaSubscription(settings, "readers", ["run-requests"], "reader-0")
+    eventually(lambda: second.poll(10, 0.1) or second.assigned, "partitions", 60.0)
+    with pytest.raises(EventLogError, match="fenced by other consumer"):
+        eventually(lambda: first.poll(10, 0.1), "the first one to end", 60.0)
+    second.close()
+    first.close()
 
 
 def command(broker: KafkaBroker, partition: int) -> None:

@@ -170,7 +170,7 @@ class GroupSubscription:
         self._groups = {topic: f"{group}:{topic}" for topic in topics}
         self._inboxes = {topic: broker.inbox(name, instance_id, topic) for topic, name in self._groups.items()}
         self._assigned: set[TopicPartition] = set()
-        self._gained: set[TopicPartition] = set()
+        self._gained: dict[TopicPartition, int | None] = {}
         self._lost: set[TopicPartition] = set()
         self._is_paused = False
 
@@ -184,22 +184,23 @@ class GroupSubscription:
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         messages: list[Message] = []
-        for topic, inbox in self._inboxes.items():
+        for (topic, inbox), group in zip(self._inboxes.items(), self._groups.values(), strict=True):
             found = inbox.poll(0 if self._is_paused else max_messages - len(messages), timeout_s)
             changes = inbox.take_changes()
             lost = {TopicPartition(topic, partition) for partition in changes.lost}
-            gained = {TopicPartition(topic, partition) for partition in sorted(changes.gained)}
+            committed = self._broker.committed(group) if changes.gained else {}
+            gained = {TopicPartition(topic, n): committed.get(n) for n in sorted(changes.gained)}
             if gained:
-                inbox.add({at: self._start(at) for at in sorted(gained)})
-            self._assigned = (self._assigned - lost) | gained
+                inbox.add({at: self._start(at, offset) for at, offset in gained.items()})
+            self._assigned = (self._assigned - lost) | gained.keys()
             self._lost |= lost
             self._gained |= gained
             messages += found
         return messages
 
     def take_changes(self) -> AssignmentChange:
-        change = AssignmentChange(frozenset(self._gained), frozenset(self._lost))
-        self._gained, self._lost = set(), set()
+        change = AssignmentChange(self._gained, frozenset(self._lost))
+        self._gained, self._lost = {}, set()
         return change
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -207,14 +208,6 @@ class GroupSubscription:
             ours = {at.partition: n for at, n in positions.items() if at.topic == topic and at in self._assigned}
             if ours:
                 inbox.commit(ours)
-
-    def committed(self) -> dict[TopicPartition, int]:
-        return {
-            TopicPartition(topic, partition): offset
-            for topic, group in self._groups.items()
-            for partition, offset in self._broker.committed(group).items()
-            if TopicPartition(topic, partition) in self._assigned
-        }
 
     def ends(self) -> dict[TopicPartition, int]:
         return {}
@@ -229,9 +222,8 @@ class GroupSubscription:
         for inbox in self._inboxes.values():
             inbox.close()
 
-    def _start(self, at: TopicPartition) -> int:
-        kept = self._broker.offsets(at.topic, at.partition).start
-        return max(kept, self._broker.committed(self._groups[at.topic]).get(at.partition, kept))
+    def _start(self, at: TopicPartition, committed: int | None) -> int:
+        return max(self._broker.offsets(at.topic, at.partition).start, committed or 0)
 
 
 __all__ = ["GroupSubscription", "ProcessBroker", "SimulatedCrash", "WriteFailedError"]

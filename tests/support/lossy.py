@@ -1,4 +1,4 @@
-"""A way to a broker on which answers get lost."""
+"""A way to a broker on which answers get lost, or are others than the broker gave."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import Self
 from tidegate.embedded.errors import EmbeddedKafkaError
 
 PRODUCE = 0
+OFFSET_FETCH = 9
+OFFSET_FETCH_BY_GROUP = 8  # the version from which on an answer is a list of groups
+NOT_COORDINATOR = 16
 _HEAD = struct.Struct(">ihhi")  # length, api key, api version, correlation id
 _ANSWER = struct.Struct(">ii")  # length, correlation id
 
@@ -22,6 +25,9 @@ class LossyWay:
 
     Every `lose_every`-th answer to a write, over all connections, is not passed on: the broker has done what was asked, and
     the connection ends before its client hears so. 0 (the default) loses nothing; -1 loses all, and keeps connections open.
+
+    The next `deny_offsets` answers to questions for what a group has committed are those of a broker that has just ceased to be
+    the group's coordinator.
     """
 
     def __init__(self) -> None:
@@ -33,6 +39,7 @@ class LossyWay:
         self._sockets: set[socket.socket] = set()
         self.lose_every = 0
         self.lost = 0
+        self.deny_offsets = 0
 
     @property
     def address(self) -> str:
@@ -72,31 +79,35 @@ class LossyWay:
             for end in (client, broker):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets.add(end)
-            writes: set[int] = set()
-            threading.Thread(target=self._pass_requests, args=(client, broker, writes), daemon=True).start()
-            threading.Thread(target=self._pass_answers, args=(client, broker, writes), daemon=True).start()
+            asked: dict[int, tuple[int, int]] = {}
+            threading.Thread(target=self._pass_requests, args=(client, broker, asked), daemon=True).start()
+            threading.Thread(target=self._pass_answers, args=(client, broker, asked), daemon=True).start()
 
-    def _pass_requests(self, client: socket.socket, broker: socket.socket, writes: set[int]) -> None:
+    def _pass_requests(self, client: socket.socket, broker: socket.socket, asked: dict[int, tuple[int, int]]) -> None:
         with suppress(OSError):
             while True:
                 head = _exactly(client, _HEAD.size)
-                length, api_key, _, correlation_id = _HEAD.unpack(head)
-                if api_key == PRODUCE:
-                    writes.add(correlation_id)
+                length, api_key, version, correlation_id = _HEAD.unpack(head)
+                if api_key in {PRODUCE, OFFSET_FETCH}:
+                    asked[correlation_id] = api_key, version
                 broker.sendall(head + _exactly(client, length + 4 - _HEAD.size))
         self._hang_up(client)
         self._hang_up(broker)
 
-    def _pass_answers(self, client: socket.socket, broker: socket.socket, writes: set[int]) -> None:
+    def _pass_answers(self, client: socket.socket, broker: socket.socket, asked: dict[int, tuple[int, int]]) -> None:
         with suppress(OSError):
             while True:
                 head = _exactly(broker, _ANSWER.size)
                 length, correlation_id = _ANSWER.unpack(head)
                 rest = _exactly(broker, length + 4 - _ANSWER.size)
-                if correlation_id in writes and self._is_to_be_lost():
+                api_key, version = asked.pop(correlation_id, (-1, 0))
+                if api_key == PRODUCE and self._is_to_be_lost():
                     if self.lose_every < 0:
                         continue
                     break
+                if api_key == OFFSET_FETCH and self._is_to_be_denied():
+                    rest = _denied(rest, version)
+                    head = _ANSWER.pack(len(rest) + 4, correlation_id)
                 client.sendall(head + rest)
         self._hang_up(client)
         self._hang_up(broker)
@@ -108,11 +119,30 @@ class LossyWay:
             self.lost += lose
             return lose
 
+    def _is_to_be_denied(self) -> bool:
+        with self._lock:
+            deny = self.deny_offsets > 0
+            self.deny_offsets -= deny
+            return deny
+
     def _hang_up(self, end: socket.socket) -> None:
         self._sockets.discard(end)
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
         end.close()
+
+
+def _denied(answer: bytes, version: int) -> bytes:
+    """Return what a broker answers that is not the coordinator, to the question that this is the coordinator's answer to.
+
+    The format is that of OffsetFetch in Kafka's protocol guide: a tag byte, the throttle time, one group by its name, no topics,
+    the error, no tags.
+    """
+    assert version >= OFFSET_FETCH_BY_GROUP, version
+    up_to_name = 1 + 4 + 1  # the count of groups and the name's length are single bytes as long as they are small
+    assert answer[up_to_name - 1] == 2, "one group"
+    up_to_topics = up_to_name + answer[up_to_name]
+    return answer[:up_to_topics] + b"\x01" + struct.pack(">h", NOT_COORDINATOR) + b"\x00\x00"
 
 
 def _exactly(end: socket.socket, size: int) -> bytes:

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import TopicPartition as KafkaPartition
 
 from tidegate.eventlog.interface import EventLogError
 from tidegate.eventlog.kafka import clients, inbox, subscription
@@ -87,6 +89,12 @@ class StuckConsumer:
     def subscribe(self, topics: list[str], on_assign: Callable[..., None], **callbacks: Any) -> None:
         self.assigned = on_assign
 
+    def assign(self, partitions: list[KafkaPartition]) -> None:
+        assert not partitions, "nobody said where to read on"
+
+    def committed(self, partitions: list[KafkaPartition], timeout: float) -> list[KafkaPartition]:
+        raise KafkaException(KafkaError(KafkaError.NOT_COORDINATOR))
+
     def poll(self, timeout_s: float) -> None:
         return None
 
@@ -110,7 +118,7 @@ def poll_for(seconds: int, poll: Callable[[], object], clock: list[float]) -> No
         poll()
 
 
-@pytest.mark.parametrize("client", ["inbox", "subscription"])
+@pytest.mark.parametrize("client", ["inbox", "subscription", "subscription that is not told where to read on"])
 def test_both_kinds_of_members_are_watched(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(clients, "is_answered", lambda _: True)
@@ -123,7 +131,11 @@ def test_both_kinds_of_members_are_watched(client: str, monkeypatch: pytest.Monk
         member = inbox.Member(settings, "g", "i", "run-commands", lambda: pytest.fail("nobody to ask"))
         poll = partial(member.serve, 0.0)
     else:
-        poll = partial(subscription.KafkaSubscription(settings, "g", ["run-requests"]).poll, 1, 0.0)
+        reader = subscription.KafkaSubscription(settings, "g", ["run-requests"])
+        poll = partial(reader.poll, 1, 0.0)
+        if client != "subscription":
+            reader._on_assign(reader._consumer, [KafkaPartition("run-requests", 0)])
+            assert not reader.assigned
 
     with pytest.raises(EventLogError, match="our client is stuck"):
         poll_for(200, poll, clock)

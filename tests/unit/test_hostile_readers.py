@@ -121,18 +121,15 @@ class _Everything:
     def __init__(self, broker: MemoryBroker, topic: str) -> None:
         self.assigned = frozenset([TopicPartition(topic, 0)])
         self._messages = messages_of(broker, topic)
-        self._change = AssignmentChange(self.assigned, frozenset())
+        self._change = AssignmentChange(dict.fromkeys(self.assigned), frozenset())
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
         found, self._messages = self._messages, []
         return found
 
     def take_changes(self) -> AssignmentChange:
-        change, self._change = self._change, AssignmentChange(frozenset(), frozenset())
+        change, self._change = self._change, AssignmentChange({}, frozenset())
         return change
-
-    def committed(self) -> dict[TopicPartition, int]:
-        return {}
 
     def ends(self) -> dict[TopicPartition, int]:
         return {}

@@ -134,6 +134,9 @@ def make(folder: Path, making: Making) -> Note:
     with Lab(folder, say=say_on_stderr, published=day_app.app, pools=POOLS) as lab:
         publish(lab.broker, read(Day(making.seed, making.runs).documents()))
         _Player(lab, making, say_on_stderr).play()
+        # Timers and answers move runs for as long as somebody listens: what is counted must be all there will be.
+        lab.stop_services()
+        lab.start_projection(lab.data_dir)
         sql.wait_caught_up(lab.data_dir, sql.log_ends(lab.broker), STUCK_S)
         events = _event_count(lab)
     for path in folder.iterdir():

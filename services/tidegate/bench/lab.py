@@ -111,9 +111,9 @@ class Lab:
         """Start scheduler, gate, projection and executors, and wait until they are registered. Raises StackError."""
         self._stack = self._start(self.data_dir, SERVICES, self._pools, env or {})
 
-    def start_projection(self, data_dir: Path, group: str) -> None:
-        """Start nothing but a projection, in a folder and a consumer group of its own. Raises StackError."""
-        self._stack = self._start(data_dir, ("projection",), (), {"TIDEGATE_PROJECTION_GROUP": group})
+    def start_projection(self, data_dir: Path, group: str = "") -> None:
+        """Start nothing but a projection: the one there was, or another with a folder and a group of its own. Raises StackError."""
+        self._stack = self._start(data_dir, ("projection",), (), {"TIDEGATE_PROJECTION_GROUP": group} if group else {})
 
     def _start(
         self, data_dir: Path, services: Sequence[str], pools: Sequence[ExecutorPool], env: Mapping[str, str]

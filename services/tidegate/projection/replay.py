@@ -470,7 +470,7 @@ class _LogReader:
         return True
 
     def take_changes(self) -> AssignmentChange:
-        gained, self._is_new = (self.assigned if self._is_new else frozenset()), False
+        gained, self._is_new = (dict(self._positions) if self._is_new else {}), False
         return AssignmentChange(gained, frozenset())
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:

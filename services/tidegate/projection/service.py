@@ -73,8 +73,6 @@ class Subscription(Protocol):
 
     def resume(self) -> None: ...
 
-    def committed(self) -> dict[TopicPartition, int]: ...
-
     def ends(self) -> dict[TopicPartition, int]: ...
 
     def close(self) -> None: ...
@@ -316,9 +314,10 @@ class Projection:
                 metrics.projection_lag.remove(at.topic, str(at.partition))
             if self._missing.pop(at, None) is not None:
                 metrics.projection_missing.remove(at.topic, str(at.partition))
-        committed = self._subscription.committed()
+            self._reach.pop(at, None)
         if not self._is_shadow:
-            self._reach = {at: self._reach_of(at, committed) for at in self._subscription.assigned}
+            self._reach |= {at: self._reach_of(at, offset) for at, offset in changes.gained.items()}
+        committed = {at: offset for at, offset in changes.gained.items() if offset is not None}
         self._positions |= committed
         self._inserted |= committed
         _log.info(
@@ -346,10 +345,10 @@ class Projection:
                 "(TIDEGATE_PROJECTION_GROUP), or use a ClickHouse server (TIDEGATE_CLICKHOUSE_URL), which several may fill"
             )
 
-    def _reach_of(self, at: TopicPartition, committed: Mapping[TopicPartition, int]) -> rows.Reach:
+    def _reach_of(self, at: TopicPartition, committed: int | None) -> rows.Reach:
         """Return from where on we read a partition: where the group says, else where its log begins."""
         start = self._broker.offsets(at.topic, at.partition).start
-        return rows.Reach(committed.get(at, start), start)
+        return rows.Reach(start if committed is None else committed, start)
 
     def _take(self, batch: Batch, message: Message) -> None:
         topic, partition, offset = message.topic, message.partition, message.offset

@@ -82,9 +82,9 @@ class Admission:
         changes = self._requests.take_changes()
         for at in changes.lost:
             self._next.pop(at.partition, None)
-        committed = self._requests.committed() if changes.gained else {}
-        for at in sorted(changes.gained & committed.keys()):
-            self._next[at.partition] = self._report_deleted(at.partition, committed[at])
+        for at, committed in sorted(changes.gained.items()):
+            if committed is not None:
+                self._next[at.partition] = self._report_deleted(at.partition, committed)
         for message in messages:
             expected = self._next.get(message.partition, message.offset)
             if message.offset > expected:

@@ -35,7 +35,7 @@ class Group:
         self.has_share = False
         self.group_offsets: dict[TopicPartition, int] = {}
         self._reading: dict[TopicPartition, int] = {}
-        self._change = AssignmentChange(frozenset(), frozenset())
+        self._change = AssignmentChange({}, frozenset())
         self._outdated: list[Message] = []
         # A client that breaks its promise: messages from before a change come after it, once.
         self.outdated_messages = False
@@ -45,10 +45,11 @@ class Group:
         """Take everything and give it back, to be read from what is committed, or from where another member got to."""
         if self.outdated_messages:
             self._outdated = [m for at in sorted(self.assigned) for m in self._next(at, self._rng.randint(0, 4))]
-        self._change = AssignmentChange(self.all, self.assigned | self._change.lost)
+        self.group_offsets.update(offsets or {})
+        gained = {at: self.group_offsets.get(at) for at in self.all}
+        self._change = AssignmentChange(gained, self.assigned | self._change.lost)
         self.assigned = self.all
         self.has_share = True
-        self.group_offsets.update(offsets or {})
         self._reading = dict(self.group_offsets)
         self.paused = False
 
@@ -70,14 +71,11 @@ class Group:
         return found
 
     def take_changes(self) -> AssignmentChange:
-        change, self._change = self._change, AssignmentChange(frozenset(), frozenset())
+        change, self._change = self._change, AssignmentChange({}, frozenset())
         return change
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
         self.group_offsets.update(positions)
-
-    def committed(self) -> dict[TopicPartition, int]:
-        return dict(self.group_offsets)
 
     def pause(self) -> None:
         self.paused = True
@@ -540,7 +538,7 @@ def test_what_is_missing_of_a_partition_is_said_by_who_has_it_and_by_nobody_who_
     assert lost != kept
     batch.whole_to = dict.fromkeys(batch.positions, 0)  # an empty database, say
     world.group.assigned -= {lost}
-    world.group._change = AssignmentChange(frozenset(), frozenset({lost}))
+    world.group._change = AssignmentChange({}, frozenset({lost}))
     while world.tables._batch is batch or world.tables._done is batch:
         world.turn()
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException
 from confluent_kafka import TopicPartition as KafkaPartition
 
 from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, UnknownTopicError
@@ -20,9 +20,11 @@ from tidegate.eventlog.kafka.clients import (
     MAX_RECORD_BYTES,
     group_contact,
     headers_of,
+    is_fatal,
     known_ends,
     leave,
     make_consumer,
+    said,
 )
 from tidegate.eventlog.settings import KafkaSettings
 
@@ -32,7 +34,7 @@ ANSWER_TIMEOUT_S: Final = 10.0
 GATHER_BYTES: Final = 1024 * 1024  # more than a reader that gathers is likely to be sent at once
 
 _UNKNOWN_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
-# Answers to a commit that pass: the group is giving out its partitions afresh, or its coordinator is away.
+# Answers of a group's that pass: the group is giving out its partitions afresh, or its coordinator is away.
 _PASSING: Final = frozenset(
     {
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
@@ -58,9 +60,12 @@ _client_log.addFilter(Sparing())
 
 
 class AssignmentChange(NamedTuple):
-    """Partitions that the group gave to us and took from us since the last call; a partition may be in both."""
+    """Partitions that the group gave to us and took from us since the last call; a partition may be in both.
 
-    gained: frozenset[TopicPartition]
+    gained: each with the offset that the group had committed of it as the next one to be read, None if it had none.
+    """
+
+    gained: Mapping[TopicPartition, int | None]
     lost: frozenset[TopicPartition]
 
 
@@ -91,8 +96,9 @@ class KafkaSubscription:
         self._prefix = settings.topic_prefix
         self._with_headers = with_headers
         self._names = {settings.topic_prefix + topic: topic for topic in topics}
+        self._given: list[KafkaPartition] = []  # by the group; not ours before we know where to read on
         self._assigned: frozenset[TopicPartition] = frozenset()
-        self._gained: frozenset[TopicPartition] = frozenset()
+        self._gained: dict[TopicPartition, int | None] = {}
         self._lost: frozenset[TopicPartition] = frozenset()
         self._refusal: EventLogError | None = None
         self._contact = group_contact(settings, ", ".join(self._names))
@@ -105,12 +111,12 @@ class KafkaSubscription:
 
     @property
     def assigned(self) -> frozenset[TopicPartition]:
-        """The partitions that are ours right now."""
+        """The partitions that are ours right now, and are being read."""
         return self._assigned
 
     @property
     def has_share(self) -> bool:
-        """Tell whether we have our share of the group's partitions, be it none of them. Any thread may ask."""
+        """Tell whether we read our share of the group's partitions, be it none of them. Any thread may ask."""
         return self._contact.has_share
 
     def poll(self, max_messages: int, timeout_s: float) -> list[Message]:
@@ -122,6 +128,8 @@ class KafkaSubscription:
         commit was refused for good.
         """
         self._contact.check()
+        if self._given:
+            self._begin()
         try:
             batch: list[Any] = self._consumer.consume(1, timeout_s)
             if batch and max_messages > 1:
@@ -149,7 +157,7 @@ class KafkaSubscription:
     def take_changes(self) -> AssignmentChange:
         """Return what changed since the last call."""
         change = AssignmentChange(self._gained, self._lost)
-        self._gained = self._lost = frozenset()
+        self._gained, self._lost = {}, frozenset()
         return change
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -168,7 +176,7 @@ class KafkaSubscription:
             try:
                 self._consumer.commit(offsets=ours, asynchronous=True)
             except KafkaException as error:
-                self._commit_failed(error.args[0])
+                self._not_answered("not committed", error.args[0])
         self._raise_refusal()
 
     def pause(self) -> None:
@@ -181,18 +189,6 @@ class KafkaSubscription:
         with suppress(KafkaException):
             self._consumer.resume(self._physical())
 
-    def committed(self) -> dict[TopicPartition, int]:
-        """Return the next offset that the group committed of each assigned partition that has one.
-
-        Blocks for a round trip, bounded; returns nothing if the broker does not answer.
-        """
-        try:
-            found = self._consumer.committed(self._physical(), timeout=ANSWER_TIMEOUT_S) if self._assigned else []
-        except KafkaException as error:
-            _log.warning("committed offsets not known: %s", error)
-            return {}
-        return {TopicPartition(self._names[p.topic], p.partition): p.offset for p in found if p.offset >= 0}
-
     def ends(self) -> dict[TopicPartition, int]:
         """Return the next offset to be written of each assigned partition, as far as the last fetch told. Does not block."""
         return known_ends(self._consumer, self._prefix, self._assigned)
@@ -204,14 +200,37 @@ class KafkaSubscription:
     def _physical(self) -> list[KafkaPartition]:
         return [KafkaPartition(self._prefix + at.topic, at.partition) for at in self._assigned]
 
-    def _on_assign(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
-        gained = self._logical(partitions)
+    def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        self._given = partitions
+        if not self._begin():
+            consumer.assign([])  # the group waits for an answer, we do not
+
+    def _begin(self) -> bool:
+        """Read on where the group says, if it does say so. Blocks for a round trip, bounded. Does not raise.
+
+        The client would ask by itself, but once: if the coordinator moves just then, it never reads anything again
+        (librdkafka issue 5586).
+        """
+        try:
+            found = self._consumer.committed(self._given, timeout=ANSWER_TIMEOUT_S) if self._given else []
+            failed = next((at.error for at in found if at.error is not None), None)
+            if failed is None:
+                self._consumer.assign([_beginning(at) for at in found])
+        except KafkaException as failure:
+            failed = failure.args[0]
+        if failed is not None:
+            self._not_answered("asked again where to read on", failed)
+            return False
+        gained = {TopicPartition(self._names[at.topic], at.partition): at.offset for at in found}
+        self._given = []
         self._contact.gained()
-        self._assigned |= gained
-        self._gained |= gained
+        self._assigned |= gained.keys()
+        self._gained |= {at: offset if offset >= 0 else None for at, offset in gained.items()}
+        return True
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
-        lost = self._logical(partitions)
+        lost = self._logical(partitions) & self._assigned
+        self._given = []
         self._contact.lost()
         self._assigned -= lost
         self._lost |= lost
@@ -224,25 +243,30 @@ class KafkaSubscription:
     def _note(self, error: KafkaError) -> None:
         if error.code() in _UNKNOWN_TOPIC:
             raise UnknownTopicError(error.str())
-        if error.fatal():
+        if is_fatal(error):
             raise EventLogError(f"{error.name()}: {error.str()}")
         _log.warning("trouble with Kafka: %s", error)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[KafkaPartition]) -> None:
         failed = error or next((at.error for at in partitions if at.error is not None), None)
         if failed is not None:
-            self._commit_failed(failed)
+            self._not_answered("not committed", failed)
 
-    def _commit_failed(self, error: KafkaError) -> None:
+    def _not_answered(self, what: str, error: KafkaError) -> None:
         """Log what passes; remember what does not, for what a callback raises would take a poll's messages with it."""
         if error.code() in _PASSING or error.retriable():
-            _log.warning("not committed: %s", error)
+            _log.warning("%s: %s", what, error)
         else:
-            self._refusal = EventLogError(f"commit failed: {error.name()}: {error.str()}")
+            self._refusal = EventLogError(f"{what}: {said(error)}")
 
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
             raise self._refusal
+
+
+def _beginning(at: KafkaPartition) -> KafkaPartition:
+    """Return where reading begins: at what was committed, or at the first offset kept."""
+    return KafkaPartition(at.topic, at.partition, at.offset if at.offset >= 0 else OFFSET_BEGINNING)
 
 
 def _consumer_config(settings: KafkaSettings, group: str, gather_ms: int, prefetch: tuple[int, int]) -> dict[str, Any]:
