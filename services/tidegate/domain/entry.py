@@ -156,6 +156,8 @@ class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     Repeats (`repeat` > 0) name the epoch, so that a reader who starts in the middle looks back a bounded distance. They also
     record positions and marks as an entry does, for inputs that cause none, and the last checkpoint.
+
+    topic_id is the log's; input_topics are those of its inputs: positions mean nothing in other topics of the same names.
     """
 
     log: str
@@ -169,6 +171,7 @@ class OwnerAnnounced(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     inputs: dict[str, int] = {}
     marks: dict[str, int] = {}
     checkpoint: Checkpoint | None = None
+    input_topics: dict[str, str] = {}
 
 
 class UnitState(msgspec.Struct, frozen=True, gc=False):

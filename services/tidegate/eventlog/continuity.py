@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from tidegate.domain.entry import OwnerAnnounced
 from tidegate.eventlog.interface import Broker, TopicDescription
 from tidegate.eventlog.machine import RefusedToStartError
 
 
-def same_topic(broker: Broker, known: TopicDescription) -> TopicDescription:
-    """Return what Kafka says of a topic now. Blocks for a round trip or two.
+def same_topics(
+    broker: Broker, log: str, inputs: Sequence[str], known: Mapping[str, TopicDescription]
+) -> Mapping[str, TopicDescription]:
+    """Return what Kafka says of a log and its inputs now; an input that does not exist is left out. Blocks for a round trip or two.
 
-    Raises RefusedToStartError if it is another one than the known, or none: an owner that lost its place in its log must not
-    begin anew in an empty one, and decide again on everything that its inputs still hold.
+    Raises RefusedToStartError if there is no log, or another topic than the known one under one of the names: an owner that lost
+    its place in its log must not begin anew in an empty one, and decide again on everything that its inputs still hold.
     """
-    found = broker.describe([known.name]).get(known.name)
-    if found is None:
+    found = broker.describe([log, *inputs])
+    if log not in found:
+        if not known:
+            raise RefusedToStartError(f"topic {log} does not exist: run `tidegate topics apply`")
         raise RefusedToStartError(
-            f"{known.name} was deleted while its owner was at work. Restore it from a backup, with its offsets; an empty topic "
+            f"{log} was deleted while its owner was at work. Restore it from a backup, with its offsets; an empty topic "
             "in its place will be refused."
         )
-    if found.topic_id != known.topic_id:
-        raise RefusedToStartError(
-            f"{known.name} was deleted and made again while its owner was at work: its topic id was {known.topic_id} and is "
-            f"{found.topic_id} now. Restore it from a backup, with its offsets, or begin a new installation under another "
-            "TIDEGATE_KAFKA_TOPIC_PREFIX."
-        )
+    for name in found.keys() & known.keys():
+        if found[name].topic_id != known[name].topic_id:
+            raise RefusedToStartError(
+                f"{name} was deleted and made again while its owner was at work: its topic id was {known[name].topic_id} and is "
+                f"{found[name].topic_id} now. Restore it from a backup, with its offsets, or begin a new installation under "
+                "another TIDEGATE_KAFKA_TOPIC_PREFIX."
+            )
     return found
+
+
+def check_announcement(record: OwnerAnnounced, topics: Mapping[str, TopicDescription]) -> None:
+    """Raise RefusedToStartError if a log or its inputs are not the topics that they were when an owner announced itself.
+
+    Announcements of former versions do not name the inputs.
+    """
+    log = topics[record.log]
+    if record.partition_count != log.partition_count:
+        raise RefusedToStartError(
+            f"{record.log} had {record.partition_count} partitions when it was written and has {log.partition_count} "
+            "now. Runs would be looked for in the wrong partition. Restore the topic with its old partition count."
+        )
+    if record.topic_id != log.topic_id:
+        raise RefusedToStartError(
+            f"{record.log} was written under topic id {record.topic_id} and is {log.topic_id} now: it was deleted and "
+            "made again, and its recorded offsets mean nothing. Restore it from a backup under a new installation."
+        )
+    for name, topic_id in record.input_topics.items():
+        if name in topics and topics[name].topic_id != topic_id:
+            raise RefusedToStartError(
+                f"{name} had the topic id {topic_id} when {record.log} recorded how far it had consumed it, and has "
+                f"{topics[name].topic_id} now: it was deleted and made again, and what it holds below the recorded offsets would "
+                "never be read. Restore it from a backup, with its offsets, or begin a new installation under another "
+                "TIDEGATE_KAFKA_TOPIC_PREFIX."
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +18,7 @@ from tidegate import codec, metrics
 from tidegate.domain.entry import MAX_TELLS_PER_ENTRY, Checkpoint, Entry, OwnerAnnounced
 from tidegate.domain.identity import entry_key
 from tidegate.eventlog.checkpoints import Checkpointer
-from tidegate.eventlog.continuity import same_topic
+from tidegate.eventlog.continuity import check_announcement, same_topics
 from tidegate.eventlog.intake import check
 from tidegate.eventlog.interface import (
     NO_SHARE,
@@ -58,8 +58,8 @@ RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
 # A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
 CHECKPOINT_POLL_S: Final = 0.002
-# What Kafka said of the log counts for so long: restoring a partition may take minutes, and the next one comes after it.
-SAME_LOG_S: Final = 1.0
+# What Kafka said of the topics counts for so long: restoring a partition may take minutes, and the next one comes after it.
+SAME_TOPICS_S: Final = 1.0
 
 
 class OwnerWriters(NamedTuple):
@@ -114,8 +114,8 @@ class OwnerLoop:
         self._to_take: set[int] = set()
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
-        self._log_identity: TopicDescription | None = None
-        self._same_log_until_s = 0.0
+        self._topics: Mapping[str, TopicDescription] = {}  # the log and its inputs, as Kafka described them last
+        self._same_topics_until_s = 0.0
         self.turns = 0
         self._missing = "the global tables are not read yet"
         self.meter = LoopMeter(measure)
@@ -207,7 +207,7 @@ class OwnerLoop:
             self._drop(partition, "the group gave it to another instance")
         self._to_take = (self._to_take - changes.lost) | changes.gained
         if changes.gained:
-            self._same_log_until_s = 0.0
+            self._same_topics_until_s = 0.0
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
         else:
@@ -414,7 +414,7 @@ class OwnerLoop:
             if part.doubt:
                 self._drop(part.partition, part.doubt)
                 self._to_take.add(part.partition)
-                self._same_log_until_s = 0.0
+                self._same_topics_until_s = 0.0
                 continue
             batch, part.unacknowledged = part.unacknowledged, []
             logged += len(batch)
@@ -485,15 +485,15 @@ class OwnerLoop:
     def _take_over(self, partition: int) -> OwnedPartition:
         """Announce, fold the log up to the announcement, tell again what may be untold, and read on from what it records."""
         began = self._monotonic_s()
-        identity = self._same_log()
-        epoch = self._announce(partition, identity)
+        topics = self._same_topics()
+        epoch = self._announce(partition)
         failpoint("owner.after-announce")
         part, untold, stale_keys = restore(
             self._broker,
             self.machine,
             partition,
             epoch,
-            lambda record: self._check_announcement(record, identity),
+            lambda record: check_announcement(record, topics),
             self._clock_ms() - int(self._checkpoint_settings.rest_after_s * 1000),
             self._go_on_living,
         )
@@ -537,18 +537,6 @@ class OwnerLoop:
         PULSE.beat()
         self._inbox.stay()
 
-    def _check_announcement(self, record: OwnerAnnounced, identity: TopicDescription) -> None:
-        if record.partition_count != identity.partition_count:
-            raise RefusedToStartError(
-                f"{record.log} had {record.partition_count} partitions when it was written and has {identity.partition_count} "
-                "now. Runs would be looked for in the wrong partition. Restore the topic with its old partition count."
-            )
-        if record.topic_id != identity.topic_id:
-            raise RefusedToStartError(
-                f"{record.log} was written under topic id {record.topic_id} and is {identity.topic_id} now: it was deleted and "
-                "made again, and its recorded offsets mean nothing. Restore it from a backup under a new installation."
-            )
-
     def _checked_positions(self, part: OwnedPartition) -> dict[TopicPartition, int]:
         """Return where to read each input on. Raises RefusedToStartError if that is not there any more (rule 10)."""
         positions = {}
@@ -572,46 +560,39 @@ class OwnerLoop:
             positions[TopicPartition(topic, part.partition)] = recorded
         return positions
 
-    def _same_log(self) -> TopicDescription:
-        """Return what Kafka says of the log: asked once for partitions that come to us together. Raises RefusedToStartError."""
+    def _same_topics(self) -> Mapping[str, TopicDescription]:
+        """Return what Kafka says of the log and its inputs: asked once for partitions that come to us together.
+
+        Raises RefusedToStartError if they are not those that they were.
+        """
         now_s = self._monotonic_s()
-        if self._log_identity is not None and now_s < self._same_log_until_s:
-            return self._log_identity
-        self._same_log_until_s = now_s + SAME_LOG_S
-        if self._log_identity is not None:
-            self._log_identity = same_topic(self._broker, self._log_identity)
-        return self._identity()
+        if now_s >= self._same_topics_until_s:
+            found = same_topics(self._broker, self.machine.log_topic, self._input_topics, self._topics)
+            self._topics, self._same_topics_until_s = found, now_s + SAME_TOPICS_S
+        return self._topics
 
-    def _identity(self) -> TopicDescription:
-        if self._log_identity is None:
-            found = self._broker.describe([self.machine.log_topic]).get(self.machine.log_topic)
-            if found is None:
-                raise RefusedToStartError(f"topic {self.machine.log_topic} does not exist: run `tidegate topics apply`")
-            self._log_identity = found
-        return self._log_identity
-
-    def _announcement(
-        self, partition: int, identity: TopicDescription, epoch: int, repeat: int, name: str, **more: Any
-    ) -> Record:
+    def _announcement(self, partition: int, epoch: int, repeat: int, name: str, **more: Any) -> Record:
+        log = self._topics[self.machine.log_topic]
         record = OwnerAnnounced(
             log=self.machine.log_topic,
             partition=partition,
             epoch=epoch,
             repeat=repeat,
-            topic_id=identity.topic_id,
-            partition_count=identity.partition_count,
+            topic_id=log.topic_id,
+            partition_count=log.partition_count,
             instance_id=self._instance_id,
             at_ms=self._clock_ms(),
+            input_topics={topic: self._topics[topic].topic_id for topic in self._input_topics if topic in self._topics},
             **more,
         )
         headers = ((TYPE_HEADER, ANNOUNCEMENT_TYPE.encode()), (EPOCH_HEADER, b"%d" % epoch))
         return Record(self.machine.log_topic, partition, f"owner:{name}".encode(), codec.encode(record), headers)
 
-    def _announce(self, partition: int, identity: TopicDescription) -> int:
+    def _announce(self, partition: int) -> int:
         """Announce for the first time and return the epoch. The key is made unique by who announced and when."""
         offsets: list[int] = []
         name = f"{self._instance_id}:{time.time_ns()}"
-        self._to_log.append((self._announcement(partition, identity, NO_EPOCH, 0, name), offsets.append))
+        self._to_log.append((self._announcement(partition, NO_EPOCH, 0, name), offsets.append))
         self._write_log()
         return offsets[0]
 
@@ -621,7 +602,6 @@ class OwnerLoop:
         part.repeats += 1
         record = self._announcement(
             part.partition,
-            self._identity(),
             part.epoch,
             part.repeats,
             f"{part.epoch}:{part.repeats}",

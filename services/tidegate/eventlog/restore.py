@@ -388,6 +388,12 @@ def _fold(
             metrics.restore_progress.labels(partition).set(done)
             alive()
             part.put_away_all_over()
+        if offset == 0 and isinstance(record, Entry):
+            raise RefusedToStartError(
+                f"{topic}-{partition} begins with an entry, and owners announce themselves before they write one: it was deleted "
+                "and made again while its owner was at work, which wrote its last in the new one. Restore it from a backup, with "
+                "its offsets, or begin a new installation under another TIDEGATE_KAFKA_TOPIC_PREFIX."
+            )
         if isinstance(record, OwnerAnnounced):
             check(record)
             tracker.announced(offset, record.epoch)
