@@ -219,7 +219,7 @@ class KafkaSubscription:
         except KafkaException as failure:
             failed = failure.args[0]
         if failed is not None:
-            self._not_answered("asked again where to read on", failed)
+            self._not_answered("not told where to read on", failed)
             return False
         gained = {TopicPartition(self._names[at.topic], at.partition): at.offset for at in found}
         self._given = []
