@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -45,6 +46,7 @@ from tidegate.topics.declaration import load_topics
 
 SCHEDULER, GATE, EXECUTOR = "scheduler-0", "gate-0", "executor-default-0"
 RUN_COUNT = 40
+STILL_S = 12.0  # sessions and leases are 10
 # Far more than the services say, far less than their clients' tries: those are 36 a second in each process.
 FEW_LINES = 30
 FULL_MB = 192
@@ -109,6 +111,23 @@ def test_the_broker_is_killed_under_load(stack: WholeStack) -> None:
     for name in stack.pids:
         client_lines = [line for line in logs.lines(name) if '"logger": "tidegate.eventlog' in line]
         assert len(client_lines) <= FEW_LINES, "\n".join(client_lines[-FEW_LINES:])
+
+
+@pytest.mark.feature("D1")
+def test_the_broker_stands_still_for_longer_than_any_session(stack: WholeStack) -> None:
+    """As when its machine is moved, or its disk hangs: every lease and every place in a group lapses at once."""
+    load = Load(stack, RUN_COUNT)
+    load.until_effects(1.0)
+    ends, pid = stack.ends(), kafka_of(stack).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(STILL_S)
+    os.kill(pid, signal.SIGCONT)
+    later = Load(stack, RUN_COUNT)  # whoever reads requests has its place back too
+    later.until_effects(1.0)
+    for runs in (load, later):
+        runs.finish(may_restart=list(stack.pids))
+    load.assert_was_in_the_middle(ends)
 
 
 @pytest.mark.parametrize(
