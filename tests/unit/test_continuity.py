@@ -1,5 +1,10 @@
 """Topics that are deleted and made again: under an owner that works, and while it is away (rule 10)."""
 
+import io
+import json
+
+import fastavro
+import msgspec
 import pytest
 
 from support.cluster import RUN_PARTITIONS, Cluster
@@ -91,6 +96,19 @@ def test_an_owner_whose_input_is_made_again_does_not_go_on_in_the_middle_of_the_
 
 
 @pytest.mark.feature("D1")
+def test_an_owner_at_work_looks_whether_its_inputs_are_what_they_were() -> None:
+    cluster = at_work()
+    scheduler = cluster.owners["scheduler"]
+    make_again(cluster, "gate-decisions")
+    cluster.now_ms += 31_000
+    scheduler._same_topics(60.0)
+    with pytest.raises(
+        RefusedToStartError, match="gate-decisions was deleted and made again while its owner was at work"
+    ):
+        scheduler._announce_again(scheduler.owned[0])
+
+
+@pytest.mark.feature("D1")
 def test_an_input_that_was_made_again_and_filled_beyond_the_recorded_position_is_refused() -> None:
     cluster = at_work()
     cluster.crash("scheduler")
@@ -101,5 +119,50 @@ def test_an_input_that_was_made_again_and_filled_beyond_the_recorded_position_is
     ends = [cluster.broker.offsets("run-commands", partition).end for partition in range(RUN_PARTITIONS)]
     assert min(ends) > before
     scheduler = cluster.start("scheduler")
-    with pytest.raises(RefusedToStartError, match=r"run-commands had the topic id .* never be read"):
+    with pytest.raises(RefusedToStartError, match=r"run-commands had the topic id .* mean nothing in it"):
         work(scheduler)
+
+
+@pytest.mark.feature("D1")
+def test_tombstones_before_what_a_surprised_owner_wrote_do_not_hide_it() -> None:
+    """A turn sends its tombstones last, so in a log made again under a retiring owner they come before the next turn's entries."""
+    cluster = at_work()
+    cluster.crash("scheduler")
+    end = cluster.broker.offsets("run-events", 0).end
+    last = list(cluster.broker.read("run-events", 0, 0, end))[-1]
+    make_again(cluster, "run-events")
+    cluster.writer.send(Record("run-events", 0, b"run0:1:0", None))
+    for _ in range(end):
+        cluster.writer.send(Record("run-events", 0, last.key, last.value, last.headers))
+    cluster.writer.flush(1.0)
+    scheduler = cluster.start("scheduler")
+    with pytest.raises(RefusedToStartError, match="run-events-0 begins with an entry at offset 1"):
+        work(scheduler)
+
+
+@pytest.mark.feature("D1")
+def test_an_owner_at_work_takes_over_what_a_newer_version_announced_meanwhile() -> None:
+    """A rolling upgrade: a pod of the new version had the partition for a moment, and one of the old version gets it back."""
+    cluster = at_work()
+    for partition in range(RUN_PARTITIONS):
+        end = cluster.broker.offsets("run-events", partition).end
+        last = [
+            m for m in cluster.broker.read("run-events", partition, 0, end) if (m.key or b"").startswith(b"owner:")
+        ][-1]
+        record = codec.decode(last.value)
+        names = {name for name in codec.schema_texts() if '"OwnerAnnounced"' in codec.schema_texts()[name]}
+        newest = max((codec.schema_texts()[name] for name in names), key=len)
+        newer = json.loads(newest)
+        newer["fields"].append({"name": "newer", "type": "string", "default": ""})
+        text = json.dumps(newer)
+        name = fastavro.schema.fingerprint(fastavro.schema.to_parsing_canonical_form(newer), "CRC-64-AVRO")
+        if not partition:
+            cluster.writer.send(Record("schemas", 0, name.encode(), text.encode(), (("type", b"Schema"),)))
+        body = io.BytesIO()
+        fields = msgspec.to_builtins(record) | {"newer": "x"}
+        fastavro.schemaless_writer(body, fastavro.parse_schema(newer), fields)
+        value = b"\xc3\x01" + bytes.fromhex(name) + body.getvalue()
+        cluster.writer.send(Record("run-events", partition, b"owner:newer:%d" % partition, value, last.headers))
+    cluster.writer.flush(1.0)
+    cluster.broker.expire("tidegate-scheduler", "scheduler-0")
+    work(cluster.owners["scheduler"])

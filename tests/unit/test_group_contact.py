@@ -92,6 +92,8 @@ class StuckConsumer:
     def assign(self, partitions: list[KafkaPartition]) -> None:
         assert not partitions, "nobody said where to read on"
 
+    resume = assign
+
     def committed(self, partitions: list[KafkaPartition], timeout: float) -> list[KafkaPartition]:
         raise KafkaException(KafkaError(KafkaError.NOT_COORDINATOR))
 

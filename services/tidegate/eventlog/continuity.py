@@ -12,7 +12,8 @@ from tidegate.eventlog.machine import RefusedToStartError
 def same_topics(
     broker: Broker, log: str, inputs: Sequence[str], known: Mapping[str, TopicDescription]
 ) -> Mapping[str, TopicDescription]:
-    """Return what Kafka says of a log and its inputs now; an input that does not exist is left out. Blocks for a round trip or two.
+    """Return what Kafka says of a log and its inputs now; of an input that does not exist, what is known. Blocks for a round trip
+    or two.
 
     Raises RefusedToStartError if there is no log, or another topic than the known one under one of the names: an owner that lost
     its place in its log must not begin anew in an empty one, and decide again on everything that its inputs still hold.
@@ -32,7 +33,7 @@ def same_topics(
                 f"{found[name].topic_id} now. Restore it from a backup, with its offsets, or begin a new installation under "
                 "another TIDEGATE_KAFKA_TOPIC_PREFIX."
             )
-    return found
+    return {**known, **found}
 
 
 def check_announcement(record: OwnerAnnounced, topics: Mapping[str, TopicDescription]) -> None:
@@ -54,8 +55,8 @@ def check_announcement(record: OwnerAnnounced, topics: Mapping[str, TopicDescrip
     for name, topic_id in record.input_topics.items():
         if name in topics and topics[name].topic_id != topic_id:
             raise RefusedToStartError(
-                f"{name} had the topic id {topic_id} when {record.log} recorded how far it had consumed it, and has "
-                f"{topics[name].topic_id} now: it was deleted and made again, and what it holds below the recorded offsets would "
-                "never be read. Restore it from a backup, with its offsets, or begin a new installation under another "
+                f"{name} had the topic id {topic_id} when an owner of {record.log} began to consume it, and has "
+                f"{topics[name].topic_id} now: it was deleted and made again, and the recorded offsets mean nothing in it. Restore "
+                "it from a backup, with its offsets (the runbook backup-and-restore), or begin a new installation under another "
                 "TIDEGATE_KAFKA_TOPIC_PREFIX."
             )

@@ -58,8 +58,11 @@ RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
 # A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
 CHECKPOINT_POLL_S: Final = 0.002
-# What Kafka said of the topics counts for so long: restoring a partition may take minutes, and the next one comes after it.
+# What Kafka said of the topics counts for so long: restoring a partition may take minutes, and the next one comes after it. And so
+# long while an owner is at work: one whose input was made again reads on at its old position in the new one.
 SAME_TOPICS_S: Final = 1.0
+SAME_TOPICS_AT_WORK_S: Final = 30.0
+NEVER_S: Final = float("-inf")
 
 
 class OwnerWriters(NamedTuple):
@@ -115,7 +118,7 @@ class OwnerLoop:
         self._input_topics = (machine.lead_topic, *machine.other_topics)
         self._last_commit_s = 0.0
         self._topics: Mapping[str, TopicDescription] = {}  # the log and its inputs, as Kafka described them last
-        self._same_topics_until_s = 0.0
+        self._topics_as_of_s = NEVER_S
         self.turns = 0
         self._missing = "the global tables are not read yet"
         self.meter = LoopMeter(measure)
@@ -207,7 +210,7 @@ class OwnerLoop:
             self._drop(partition, "the group gave it to another instance")
         self._to_take = (self._to_take - changes.lost) | changes.gained
         if changes.gained:
-            self._same_topics_until_s = 0.0
+            self._topics_as_of_s = NEVER_S
         if self._to_take:
             self._missing = f"partitions to be restored: {', '.join(map(str, sorted(self._to_take)))}"
         else:
@@ -414,7 +417,7 @@ class OwnerLoop:
             if part.doubt:
                 self._drop(part.partition, part.doubt)
                 self._to_take.add(part.partition)
-                self._same_topics_until_s = 0.0
+                self._topics_as_of_s = NEVER_S
                 continue
             batch, part.unacknowledged = part.unacknowledged, []
             logged += len(batch)
@@ -501,6 +504,7 @@ class OwnerLoop:
         part.epoch, part.next_offset = epoch, epoch + 1
         part.set_time(part.now_ms, self._monotonic_s())
         part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
+        self._same_topics()  # they may have been made again while we folded, and these are positions in what was there before
         positions = self._checked_positions(part)
         for offset, entry in untold:
             failpoint("owner.before-telling-again")
@@ -560,15 +564,15 @@ class OwnerLoop:
             positions[TopicPartition(topic, part.partition)] = recorded
         return positions
 
-    def _same_topics(self) -> Mapping[str, TopicDescription]:
-        """Return what Kafka says of the log and its inputs: asked once for partitions that come to us together.
+    def _same_topics(self, within_s: float = SAME_TOPICS_S) -> Mapping[str, TopicDescription]:
+        """Return what Kafka says of the log and its inputs, or said within that time. Blocks for a round trip or two at most.
 
         Raises RefusedToStartError if they are not those that they were.
         """
         now_s = self._monotonic_s()
-        if now_s >= self._same_topics_until_s:
-            found = same_topics(self._broker, self.machine.log_topic, self._input_topics, self._topics)
-            self._topics, self._same_topics_until_s = found, now_s + SAME_TOPICS_S
+        if now_s - self._topics_as_of_s > within_s:
+            self._topics = same_topics(self._broker, self.machine.log_topic, self._input_topics, self._topics)
+            self._topics_as_of_s = now_s
         return self._topics
 
     def _announcement(self, partition: int, epoch: int, repeat: int, name: str, **more: Any) -> Record:
@@ -597,6 +601,7 @@ class OwnerLoop:
         return offsets[0]
 
     def _announce_again(self, part: OwnedPartition) -> None:
+        self._same_topics(SAME_TOPICS_AT_WORK_S)
         part.since_announcement = 0
         part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
         part.repeats += 1

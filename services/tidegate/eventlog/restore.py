@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -20,6 +20,7 @@ from tidegate.eventlog.epochs import FIRST_SPAN, GROWTH, epoch_in
 from tidegate.eventlog.interface import Broker, EventLogError, Message
 from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartError
 from tidegate.eventlog.owned import OwnedPartition
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.shelf import Shelved
 from tidegate.eventlog.tail import Tail
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
@@ -36,6 +37,7 @@ _KEY: Final = re.compile(
 )
 
 Alive = Callable[[], None]
+Decode = Callable[[bytes | None], Any]
 T = TypeVar("T")
 
 _log = structlog.get_logger()
@@ -127,7 +129,7 @@ def _last_announcement(tail: Tail, stop: int) -> OwnerAnnounced | None:
         begin = max(tail.start, stop - span)
         candidates = [message for message in tail.read(begin, end) if _is_announcement(message)]
         for message in reversed(candidates):
-            record = _record(message)
+            record = _record(message, tail.decode)
             if isinstance(record, OwnerAnnounced) and record.repeat and epoch_in(tail, message.offset) == record.epoch:
                 return record
         end, span = begin, span * GROWTH
@@ -187,6 +189,7 @@ def _read_snapshots(
     What stands under a key that no owner writes is passed over: no checkpoint refers to it, and it took no snapshot's place.
     """
     found = _Snapshots()
+    decode = looking_up(broker, codec.decode)
     start, end = broker.offsets(topic, partition)
     certified = {} if checkpoint is None else {segment.epoch: segment.count for segment in checkpoint.segments}
     if checkpoint is not None and end < checkpoint.snapshots_end:
@@ -208,7 +211,7 @@ def _read_snapshots(
             foreign.append(message.offset)
         elif checkpoint is not None and not found.broken:
             try:
-                _take_snapshot(found, place, message.value, checkpoint, certified)
+                _take_snapshot(found, place, message.value, checkpoint, certified, decode)
             except (ValueError, IndexError, AttributeError) as error:
                 found.broken = f"{topic}-{partition} at offset {message.offset}: {error}"
     keys += present
@@ -240,21 +243,26 @@ def _place(key: bytes) -> _Place | None:
 
 
 def _take_snapshot(
-    found: _Snapshots, place: _Place, value: bytes | None, checkpoint: Checkpoint, certified: dict[int, int]
+    found: _Snapshots,
+    place: _Place,
+    value: bytes | None,
+    checkpoint: Checkpoint,
+    certified: dict[int, int],
+    decode: Decode,
 ) -> None:
     """Take a record if the checkpoint can refer to it."""
     if place.kind == LIVE and place.epoch == checkpoint.epoch:
         unit = place.name
         if value is not None:
-            found.live.setdefault(unit, _Live()).take(codec.decode(value))
+            found.live.setdefault(unit, _Live()).take(decode(value))
         elif unit in found.live:
             found.live[unit].pieces.pop(place.number, None)
             if not found.live[unit].pieces:
                 del found.live[unit]
     elif place.kind == DONE and place.number <= certified.get(place.epoch, 0):
-        found.done[f"{place.epoch}:{place.number}"] = None if value is None else codec.decode(value).units
+        found.done[f"{place.epoch}:{place.number}"] = None if value is None else decode(value).units
     elif place.kind == PART and value is not None and place.epoch == checkpoint.epoch:
-        found.parts[place.name] = codec.decode(value).units[0].state.decode()
+        found.parts[place.name] = decode(value).units[0].state.decode()
 
 
 # --- restoring from them ---------------------------------------------------------------
@@ -380,7 +388,9 @@ def _fold(
     topic, partition = part.machine.log_topic, part.partition
     untold: deque[tuple[int, Entry]] = deque()
     began_s = time.monotonic()
-    for count, (offset, record, value) in enumerate(_records(tail.read(begin, stop)), 1):
+    # Announcements have keys of their own and get no tombstones: compaction leaves the first one where it is.
+    is_announced = begin > 0
+    for count, (offset, record, value) in enumerate(_records(tail.read(begin, stop), tail.decode), 1):
         if count % PROGRESS_EVERY == 0:
             done = (offset - begin) / (stop - begin)
             left_s = (time.monotonic() - began_s) * (1 - done) / done
@@ -388,17 +398,18 @@ def _fold(
             metrics.restore_progress.labels(partition).set(done)
             alive()
             part.put_away_all_over()
-        if offset == 0 and isinstance(record, Entry):
-            raise RefusedToStartError(
-                f"{topic}-{partition} begins with an entry, and owners announce themselves before they write one: it was deleted "
-                "and made again while its owner was at work, which wrote its last in the new one. Restore it from a backup, with "
-                "its offsets, or begin a new installation under another TIDEGATE_KAFKA_TOPIC_PREFIX."
-            )
         if isinstance(record, OwnerAnnounced):
+            is_announced = True
             check(record)
             tracker.announced(offset, record.epoch)
             if tracker.is_valid(record.epoch):
                 _take_announcement(part, record)
+        elif not is_announced:
+            raise RefusedToStartError(
+                f"{topic}-{partition} begins with an entry at offset {offset}, and owners announce themselves before they write "
+                "one: it was deleted and made again while its owner was at work, which wrote its last in the new one. Restore it "
+                "from a backup, with its offsets, or begin a new installation under another TIDEGATE_KAFKA_TOPIC_PREFIX."
+            )
         elif tracker.is_valid(record.epoch):
             if offset >= fold_from:
                 part.fold(record, value, offset)
@@ -416,16 +427,16 @@ def _take_announcement(part: OwnedPartition, record: OwnerAnnounced) -> None:
         part.now_ms = max(part.now_ms, record.checkpoint.now_ms)
 
 
-def _records(messages: Iterable[Message]) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
+def _records(messages: Iterable[Message], decode: Decode) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
     for message in messages:
         if message.value is not None:
-            yield message.offset, _record(message), message.value
+            yield message.offset, _record(message, decode), message.value
 
 
-def _record(message: Message) -> Entry | OwnerAnnounced:
+def _record(message: Message, decode: Decode) -> Entry | OwnerAnnounced:
     """Return what a log holds. Raises CorruptLogError: it is not known what the log should say, so nobody may go on."""
     try:
-        record = codec.decode(message.value)
+        record = decode(message.value)
     except codec.DecodeError as error:
         record = error
     if isinstance(record, Entry | OwnerAnnounced):
@@ -471,4 +482,4 @@ def log_records(
     broker: Broker, topic: str, partition: int, begin: int, stop: int
 ) -> Iterator[tuple[int, Entry | OwnerAnnounced, bytes]]:
     """Yield offset, record and bytes of everything that a log holds. Raises CorruptLogError for what has no place there."""
-    return _records(broker.read(topic, partition, begin, stop))
+    return _records(broker.read(topic, partition, begin, stop), looking_up(broker, codec.decode))

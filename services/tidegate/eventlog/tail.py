@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Final
 
+from tidegate import codec
 from tidegate.eventlog.interface import Broker, Message
+from tidegate.eventlog.schemas import looking_up
 
 # Of what was read: more than owners leave behind between two checkpoints. What lies further back is read again.
 MAX_KEPT_RECORDS: Final = 10_000
@@ -20,10 +22,14 @@ _OFFSET: Final = attrgetter("offset")
 
 
 class Tail:
-    """The records of a log partition below an offset. start: the first offset that the log has kept."""
+    """The records of a log partition below an offset. start: the first offset that the log has kept.
+
+    decode: as codec.decode, and finds out about schemas of a newer version, whose owner may have had the partition for a while.
+    """
 
     def __init__(self, broker: Broker, topic: str, partition: int, stop: int) -> None:
         """Blocks for a round trip. Raises UnknownTopicError."""
+        self.decode = looking_up(broker, codec.decode)
         self.start = broker.offsets(topic, partition).start
         self._broker, self._topic, self._partition = broker, topic, partition
         self._kept: list[Message] = []  # everything from `_kept_from` to `stop`

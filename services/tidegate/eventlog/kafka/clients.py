@@ -79,6 +79,15 @@ PASSING = frozenset(
         KafkaError.UNKNOWN_LEADER_EPOCH,
     }
 )
+# Trouble of a group's member that joins again by itself, and whose commits others may have made superfluous.
+PASSING_IN_GROUP = PASSING | {
+    KafkaError._ASSIGNMENT_LOST,
+    KafkaError._STATE,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.MEMBER_ID_REQUIRED,
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.UNKNOWN_MEMBER_ID,
+}
 # A header's name that is not UTF-8 makes the client return a broken list and set an exception at the same time. Called
 # as a method, the interpreter may notice only later, with the list in use; called from C it notices at once.
 _read_headers = methodcaller("headers")

@@ -32,6 +32,7 @@ from tidegate.eventlog.kafka import clients
 from tidegate.eventlog.kafka.clients import (
     MAX_REQUEST_BYTES,
     PASSING,
+    PASSING_IN_GROUP,
     UNKNOWN_TOPIC,
     as_log_error,
     connection,
@@ -55,14 +56,6 @@ READ_SILENCE_S = 60.0
 # while we wait for our partitions.
 SETTLED_SERVE_INTERVAL_S = 0.05
 JOINING_SERVE_INTERVAL_S = 0.005
-# The client joins again by itself; whether a commit was refused for it is of no interest.
-_PASSING_IN_GROUP = PASSING | {
-    KafkaError._ASSIGNMENT_LOST,
-    KafkaError.ILLEGAL_GENERATION,
-    KafkaError.MEMBER_ID_REQUIRED,
-    KafkaError.REBALANCE_IN_PROGRESS,
-    KafkaError.UNKNOWN_MEMBER_ID,
-}
 
 
 class KafkaInbox:
@@ -207,7 +200,7 @@ class Member:
             self._shut_out(failure.args[0])
             return
         error = None if event is None else event.error()
-        if error is None or error.code() in _PASSING_IN_GROUP:
+        if error is None or error.code() in PASSING_IN_GROUP:
             return
         if error.code() in UNKNOWN_TOPIC:
             raise as_log_error(error, f"{self._topic}: ")

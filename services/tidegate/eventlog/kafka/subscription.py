@@ -18,13 +18,14 @@ from tidegate.eventlog.interface import EventLogError, Message, TopicPartition, 
 from tidegate.eventlog.kafka.client_lines import Sparing
 from tidegate.eventlog.kafka.clients import (
     MAX_RECORD_BYTES,
+    PASSING_IN_GROUP,
+    as_log_error,
     group_contact,
     headers_of,
     is_fatal,
     known_ends,
     leave,
     make_consumer,
-    said,
 )
 from tidegate.eventlog.settings import KafkaSettings
 
@@ -34,24 +35,6 @@ ANSWER_TIMEOUT_S: Final = 10.0
 GATHER_BYTES: Final = 1024 * 1024  # more than a reader that gathers is likely to be sent at once
 
 _UNKNOWN_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
-# Answers of a group's that pass: the group is giving out its partitions afresh, or its coordinator is away.
-_PASSING: Final = frozenset(
-    {
-        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
-        KafkaError.COORDINATOR_NOT_AVAILABLE,
-        KafkaError.ILLEGAL_GENERATION,
-        KafkaError.NOT_COORDINATOR,
-        KafkaError.REBALANCE_IN_PROGRESS,
-        KafkaError.REQUEST_TIMED_OUT,
-        KafkaError.UNKNOWN_MEMBER_ID,
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._ASSIGNMENT_LOST,
-        KafkaError._STATE,
-        KafkaError._TIMED_OUT,
-        KafkaError._TRANSPORT,
-        KafkaError._WAIT_COORD,
-    }
-)
 
 _log = logging.getLogger(__name__)
 _log.addFilter(Sparing())
@@ -60,9 +43,9 @@ _client_log.addFilter(Sparing())
 
 
 class AssignmentChange(NamedTuple):
-    """Partitions that the group gave to us and took from us since the last call; a partition may be in both.
+    """Partitions that the group took from us since the last call, and gave to us; one that was taken and given back is in both.
 
-    gained: each with the offset that the group had committed of it as the next one to be read, None if it had none.
+    gained: what is still ours of it; each with the next offset that the group had committed, None if it had none.
     """
 
     gained: Mapping[TopicPartition, int | None]
@@ -101,6 +84,7 @@ class KafkaSubscription:
         self._gained: dict[TopicPartition, int | None] = {}
         self._lost: frozenset[TopicPartition] = frozenset()
         self._refusal: EventLogError | None = None
+        self._is_closing = False
         self._contact = group_contact(settings, ", ".join(self._names))
         membership = {} if instance_id is None else {"group.instance.id": instance_id}
         config = _consumer_config(settings, group, gather_ms, prefetch) | membership | {"on_commit": self._on_commit}
@@ -195,6 +179,7 @@ class KafkaSubscription:
 
     def close(self) -> None:
         """Leave the group. Nothing more is committed. Blocks up to `LEAVE_TIMEOUT_S`. Does not raise."""
+        self._is_closing = True
         leave(self._consumer)
 
     def _physical(self) -> list[KafkaPartition]:
@@ -202,7 +187,8 @@ class KafkaSubscription:
 
     def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
         self._given = partitions
-        if not self._begin():
+        # A client that is closing answers no questions.
+        if self._is_closing or not self._begin():
             consumer.assign([])  # the group waits for an answer, we do not
 
     def _begin(self) -> bool:
@@ -216,16 +202,18 @@ class KafkaSubscription:
             failed = next((at.error for at in found if at.error is not None), None)
             if failed is None:
                 self._consumer.assign([_beginning(at) for at in found])
+                # The client remembers that a partition was paused when it was ours before.
+                self._consumer.resume(found)
         except KafkaException as failure:
             failed = failure.args[0]
         if failed is not None:
             self._not_answered("not told where to read on", failed)
             return False
-        gained = {TopicPartition(self._names[at.topic], at.partition): at.offset for at in found}
         self._given = []
         self._contact.gained()
-        self._assigned |= gained.keys()
-        self._gained |= {at: offset if offset >= 0 else None for at, offset in gained.items()}
+        self._assigned |= self._logical(found)
+        for at in found:
+            self._gained[TopicPartition(self._names[at.topic], at.partition)] = at.offset if at.offset >= 0 else None
         return True
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
@@ -234,6 +222,8 @@ class KafkaSubscription:
         self._contact.lost()
         self._assigned -= lost
         self._lost |= lost
+        for at in lost:
+            self._gained.pop(at, None)
 
     def _logical(self, partitions: list[KafkaPartition]) -> frozenset[TopicPartition]:
         return frozenset(
@@ -254,10 +244,10 @@ class KafkaSubscription:
 
     def _not_answered(self, what: str, error: KafkaError) -> None:
         """Log what passes; remember what does not, for what a callback raises would take a poll's messages with it."""
-        if error.code() in _PASSING or error.retriable():
+        if error.code() in PASSING_IN_GROUP or error.retriable():
             _log.warning("%s: %s", what, error)
         else:
-            self._refusal = EventLogError(f"{what}: {said(error)}")
+            self._refusal = as_log_error(error, f"{what}: ")
 
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
