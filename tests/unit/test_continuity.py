@@ -1,13 +1,9 @@
 """Topics that are deleted and made again: under an owner that works, and while it is away (rule 10)."""
 
-import io
-import json
-
-import fastavro
-import msgspec
 import pytest
 
 from support.cluster import RUN_PARTITIONS, Cluster
+from support.newer import of_a_newer_version, own_schemas, publish
 from tidegate import codec
 from tidegate.domain.entry import Entry
 from tidegate.eventlog.interface import Record
@@ -140,29 +136,19 @@ def test_tombstones_before_what_a_surprised_owner_wrote_do_not_hide_it() -> None
         work(scheduler)
 
 
-@pytest.mark.feature("D1")
+@pytest.mark.feature("K5")
 def test_an_owner_at_work_takes_over_what_a_newer_version_announced_meanwhile() -> None:
     """A rolling upgrade: a pod of the new version had the partition for a moment, and one of the old version gets it back."""
     cluster = at_work()
     for partition in range(RUN_PARTITIONS):
         end = cluster.broker.offsets("run-events", partition).end
-        last = [
-            m for m in cluster.broker.read("run-events", partition, 0, end) if (m.key or b"").startswith(b"owner:")
-        ][-1]
-        record = codec.decode(last.value)
-        names = {name for name in codec.schema_texts() if '"OwnerAnnounced"' in codec.schema_texts()[name]}
-        newest = max((codec.schema_texts()[name] for name in names), key=len)
-        newer = json.loads(newest)
-        newer["fields"].append({"name": "newer", "type": "string", "default": ""})
-        text = json.dumps(newer)
-        name = fastavro.schema.fingerprint(fastavro.schema.to_parsing_canonical_form(newer), "CRC-64-AVRO")
-        if not partition:
-            cluster.writer.send(Record("schemas", 0, name.encode(), text.encode(), (("type", b"Schema"),)))
-        body = io.BytesIO()
-        fields = msgspec.to_builtins(record) | {"newer": "x"}
-        fastavro.schemaless_writer(body, fastavro.parse_schema(newer), fields)
-        value = b"\xc3\x01" + bytes.fromhex(name) + body.getvalue()
+        messages = cluster.broker.read("run-events", partition, 0, end)
+        last = [message for message in messages if (message.key or b"").startswith(b"owner:")][-1]
+        text, value = of_a_newer_version(codec.decode(last.value))
+        publish(cluster.broker, text)
         cluster.writer.send(Record("run-events", partition, b"owner:newer:%d" % partition, value, last.headers))
     cluster.writer.flush(1.0)
     cluster.broker.expire("tidegate-scheduler", "scheduler-0")
-    work(cluster.owners["scheduler"])
+    with own_schemas():
+        work(cluster.owners["scheduler"])
+    assert cluster.owners["scheduler"].owned.keys() == set(range(RUN_PARTITIONS))

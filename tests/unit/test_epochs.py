@@ -8,6 +8,7 @@ import pytest
 
 from support.cluster import RUN_PARTITIONS, Cluster
 from support.logs import LogWriter, Story
+from support.newer import of_a_newer_version, own_schemas, publish
 from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.domain.identity import partition_of
@@ -17,7 +18,7 @@ from tidegate.eventlog.epochs import epoch_before
 from tidegate.eventlog.interface import Record
 from tidegate.eventlog.machine import Decision
 from tidegate.eventlog.memory import MemoryBroker
-from tidegate.eventlog.validity import EPOCH_HEADER, NO_EPOCH, EpochTracker
+from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, EPOCH_HEADER, NO_EPOCH, TYPE_HEADER, EpochTracker
 
 pytestmark = pytest.mark.feature("L4")
 
@@ -150,3 +151,28 @@ def test_what_a_zombie_can_write_does_not_fill_the_first_look_back(monkeypatch: 
     assert epoch_before(cluster.broker, "run-events", partition, len(log)) == in_force
     # The owner in force repeats itself at least once in what is left of the span, so one look is enough.
     assert len(void) + owner.ANNOUNCE_EVERY_ENTRIES < epochs.FIRST_SPAN
+
+
+@pytest.mark.feature("K5")
+def test_an_announcement_of_a_newer_version_counts_too() -> None:
+    """A reader of the old version that has run since before would take the entries of the new owner for a zombie's."""
+    log, story = LogWriter(1, 1), Story()
+    story.play_plain(1)
+    records = [record for record in log.take(story.decided) if record.topic == "run-events"]
+    announced = OwnerAnnounced(
+        log="run-events",
+        partition=0,
+        epoch=NO_EPOCH,
+        repeat=0,
+        topic_id="t",
+        partition_count=1,
+        instance_id="newer",
+        at_ms=0,
+    )
+    text, value = of_a_newer_version(announced)
+    headers = ((TYPE_HEADER, ANNOUNCEMENT_TYPE.encode()), (EPOCH_HEADER, b"-1"))
+    broker = written([*records, Record("run-events", 0, b"owner:newer", value, headers)])
+    broker.create_topic("schemas", 1)
+    publish(broker, text)
+    with own_schemas():
+        assert epoch_before(broker, "run-events", 0, len(records) + 1) == len(records)

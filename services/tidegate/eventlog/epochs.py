@@ -7,7 +7,7 @@ from typing import Final
 from tidegate import codec
 from tidegate.domain.entry import OwnerAnnounced
 from tidegate.eventlog.interface import Broker, Message
-from tidegate.eventlog.tail import Tail
+from tidegate.eventlog.tail import Decode, Tail
 from tidegate.eventlog.validity import (
     ANNOUNCEMENT_TYPE,
     EPOCH_HEADER,
@@ -42,7 +42,7 @@ def epoch_in(tail: Tail, offset: int) -> int:
         start = max(tail.start, offset - span)
         highest, announced = NO_EPOCH, NO_EPOCH
         for message in tail.read(start, offset):
-            epoch, is_announcement = _epoch_of(message)
+            epoch, is_announcement = _epoch_of(message, tail.decode)
             highest = max(highest, epoch)
             if is_announcement:
                 announced = max(announced, epoch)
@@ -59,7 +59,7 @@ def stated_epoch(text: bytes, offset: int) -> int:
     return possible_epoch(int(text), offset)
 
 
-def _epoch_of(message: Message) -> tuple[int, bool]:
+def _epoch_of(message: Message, decode: Decode) -> tuple[int, bool]:
     """Return the epoch that a record proves announced, and whether it is the announcement; NO_EPOCH if it proves none."""
     if message.value is None:
         return NO_EPOCH, False
@@ -67,7 +67,7 @@ def _epoch_of(message: Message) -> tuple[int, bool]:
     if headers.get(TYPE_HEADER) != ANNOUNCEMENT_TYPE.encode() and EPOCH_HEADER in headers:
         return stated_epoch(headers[EPOCH_HEADER], message.offset), False
     try:
-        record = codec.decode(message.value)
+        record = decode(message.value)
     except codec.DecodeError:
         return NO_EPOCH, False
     epoch: int = getattr(record, "epoch", NO_EPOCH)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import structlog
 
@@ -22,7 +22,7 @@ from tidegate.eventlog.machine import CorruptLogError, Machine, RefusedToStartEr
 from tidegate.eventlog.owned import OwnedPartition
 from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.shelf import Shelved
-from tidegate.eventlog.tail import Tail
+from tidegate.eventlog.tail import Decode, Tail
 from tidegate.eventlog.validity import ANNOUNCEMENT_TYPE, TYPE_HEADER, EpochTracker
 from tidegate.health import PULSE
 
@@ -37,7 +37,6 @@ _KEY: Final = re.compile(
 )
 
 Alive = Callable[[], None]
-Decode = Callable[[bytes | None], Any]
 T = TypeVar("T")
 
 _log = structlog.get_logger()

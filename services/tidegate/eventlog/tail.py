@@ -7,9 +7,9 @@ much the same records otherwise, each of which has to be asked for, fetched and 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import Final
+from typing import Any, Final
 
 from tidegate import codec
 from tidegate.eventlog.interface import Broker, Message
@@ -18,6 +18,7 @@ from tidegate.eventlog.schemas import looking_up
 # Of what was read: more than owners leave behind between two checkpoints. What lies further back is read again.
 MAX_KEPT_RECORDS: Final = 10_000
 MAX_KEPT_BYTES: Final = 16 * 1024 * 1024
+Decode = Callable[[bytes | None], Any]
 _OFFSET: Final = attrgetter("offset")
 
 
@@ -29,7 +30,7 @@ class Tail:
 
     def __init__(self, broker: Broker, topic: str, partition: int, stop: int) -> None:
         """Blocks for a round trip. Raises UnknownTopicError."""
-        self.decode = looking_up(broker, codec.decode)
+        self.decode: Final[Decode] = looking_up(broker, codec.decode)
         self.start = broker.offsets(topic, partition).start
         self._broker, self._topic, self._partition = broker, topic, partition
         self._kept: list[Message] = []  # everything from `_kept_from` to `stop`
