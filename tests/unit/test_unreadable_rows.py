@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support.cluster import Cluster
+from support.newer import of_a_newer_version, own_schemas, publish
 from support.pure import Pair, chain
 from tidegate import codec
 from tidegate.domain import canonical
@@ -174,6 +175,20 @@ def test_a_name_means_what_was_published_before_the_request(monkeypatch: pytest.
     write(cluster, "workflows", "w@2", codec.encode(rows[1]))
     published.follow(Message("run-requests", 0, 1, b"k", b"", (), 0))
     assert published.find("w") == rows[1]
+
+
+@pytest.mark.feature("K5")
+def test_a_workflow_that_a_newer_version_publishes_meanwhile_is_known() -> None:
+    cluster = Cluster()
+    published = PublishedWorkflows(cluster.broker)
+    text, value = of_a_newer_version(
+        WorkflowPublished(name="w", version="1", definition_hash="", definition="{}", by="", at_ms=0)
+    )
+    with own_schemas():
+        publish(cluster.broker, text)
+        write(cluster, "workflows", "w@1", value)
+        published.follow(Message("run-requests", 0, 1, b"k", b"", (), 0))
+        assert isinstance(published.find("w"), WorkflowPublished)
 
 
 def test_the_next_heartbeat_mends_an_instance_so_garbage_is_passed_over() -> None:

@@ -17,6 +17,7 @@ from tidegate.domain.messages import DeadLetter, RunCommand, WorkflowPublished
 from tidegate.eventlog.interface import NO_SHARE, Broker, Message, Record, TopicPartition
 from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.letters import DELETED_UNREAD, dead_letter
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.settings import KafkaSettings
 from tidegate.eventlog.tables import Tables, Unreadable
 from tidegate.eventlog.validity import TYPE_HEADER
@@ -147,7 +148,7 @@ class PublishedWorkflows:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._tables = Tables((WORKFLOWS,))
+        self._tables = Tables((WORKFLOWS,), looking_up(broker, codec.decode))
         self._latest: dict[str, tuple[int, str]] = {}
         self._inbox = broker.plain_inbox()
         self._tables.load(broker)

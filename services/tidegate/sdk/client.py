@@ -98,7 +98,7 @@ class Client:
         for error in found.wrong():
             raise error
         wanted = [_published(definition, self._by) for definition in found.definitions]
-        table = Tables((WORKFLOWS,))
+        table = Tables((WORKFLOWS,), self._decode)
         table.load(self._broker)
         there, offsets = readable(table.rows[WORKFLOWS]), table.offsets[WORKFLOWS]
         conflicts = [label for label, row in wanted if label in there and _differs(there[label], row)]
@@ -336,7 +336,7 @@ class Client:
 
     def paused_queues(self) -> dict[str, Control]:
         """Return what is paused, by queue; `*` is everything."""
-        table = Tables((CONTROLS,))
+        table = Tables((CONTROLS,), self._decode)
         table.load(self._broker)
         rows = {queue: _control_of(row) for queue, row in table.rows[CONTROLS].items()}
         return {queue: row for queue, row in sorted(rows.items()) if row.paused}
