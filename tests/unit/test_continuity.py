@@ -1,5 +1,6 @@
 """Topics that are deleted and made again: under an owner that works, and while it is away (rule 10)."""
 
+import msgspec
 import pytest
 
 from support.cluster import RUN_PARTITIONS, Cluster
@@ -7,8 +8,9 @@ from support.newer import of_a_newer_version, own_schemas, publish
 from tidegate import codec
 from tidegate.domain.entry import Entry
 from tidegate.eventlog.interface import Record
-from tidegate.eventlog.machine import RefusedToStartError
+from tidegate.eventlog.machine import CorruptLogError, RefusedToStartError
 from tidegate.eventlog.owner import OwnerLoop
+from tidegate.eventlog.settings import CheckpointSettings
 
 
 def at_work() -> Cluster:
@@ -92,16 +94,42 @@ def test_an_owner_whose_input_is_made_again_does_not_go_on_in_the_middle_of_the_
 
 
 @pytest.mark.feature("D1")
-def test_an_owner_at_work_looks_whether_its_inputs_are_what_they_were() -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_partition_count_that_changed_under_an_owner_is_refused_at_the_next_take_over(restarted: bool) -> None:
+    """Whatever it announces and certifies meanwhile names the count with which it wrote."""
+    cluster = Cluster(checkpoints=CheckpointSettings(every_entries=1, every_s=1.0))
+    for number in range(6):
+        cluster.start_run(f"run{number}")
+    cluster.settle()
+    log = cluster.broker._topics["run-events"]
+    log.partition_count += 1
+    cluster.now_ms += 40_000
+    for number in range(6):
+        cluster.start_run(f"later{number}")
+    cluster.settle()
+    if restarted:
+        cluster.crash("scheduler")
+        cluster.start("scheduler")
+    else:
+        cluster.broker.expire("tidegate-scheduler", "scheduler-0")
+    with pytest.raises(RefusedToStartError, match="run-events had 2 partitions when it was written and has 3 now"):
+        work(cluster.owners["scheduler"])
+
+
+@pytest.mark.feature("D1")
+def test_an_announcement_of_another_log_has_no_place_in_this_one() -> None:
     cluster = at_work()
-    scheduler = cluster.owners["scheduler"]
-    make_again(cluster, "gate-decisions")
-    cluster.now_ms += 31_000
-    scheduler._same_topics(60.0)
+    cluster.crash("scheduler")
+    end = cluster.broker.offsets("run-events", 0).end
+    first = next(iter(cluster.broker.read("run-events", 0, 0, end)))
+    other = msgspec.structs.replace(codec.decode(first.value), log="gate-ledger")
+    cluster.writer.send(Record("run-events", 0, b"owner:other", codec.encode(other), first.headers))
+    cluster.writer.flush(1.0)
+    cluster.start("scheduler")
     with pytest.raises(
-        RefusedToStartError, match="gate-decisions was deleted and made again while its owner was at work"
+        CorruptLogError, match=f"run-events-0 at offset {end}: this OwnerAnnounced has no place in a log"
     ):
-        scheduler._announce_again(scheduler.owned[0])
+        work(cluster.owners["scheduler"])
 
 
 @pytest.mark.feature("D1")

@@ -110,6 +110,10 @@ def test_a_subscription_says_whether_it_has_its_share(monkeypatch: pytest.Monkey
     assert not member.has_share
     member._on_assign(member._consumer, [])  # of more members than partitions one has none
     assert member.has_share
+    member._on_assign(member._consumer, [KafkaPartition("run-requests", 0)])  # nothing was taken from it before
+    assert not member.has_share, "it was not told where to read on"
+    member._on_assign(member._consumer, [])
+    assert member.has_share
     member._on_revoke(member._consumer, [])
     assert not member.has_share
 

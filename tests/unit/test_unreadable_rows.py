@@ -13,7 +13,8 @@ from support.pure import Pair, chain
 from tidegate import codec
 from tidegate.domain import canonical
 from tidegate.domain.messages import Control, PolicyPublished, WorkflowPublished
-from tidegate.eventlog.interface import Message, Record
+from tidegate.eventlog.interface import EventLogError, Message, Record
+from tidegate.eventlog.schemas import looking_up
 from tidegate.eventlog.tables import Tables, Unreadable, readable
 from tidegate.scheduler.admission import PublishedWorkflows
 
@@ -227,3 +228,17 @@ def test_a_row_of_before_is_none_if_a_later_one_may_have_been_compacted_away_unr
     write(cluster, "policies", "p", row_of("p", LETS_THROUGH), GARBAGE)
     tables.load(cluster.broker)
     assert canonical.loads(tables.rows["policies"]["p"].document) == LETS_THROUGH, "nothing was missed since"
+
+
+@pytest.mark.feature("K5")
+def test_a_schema_that_could_not_be_looked_up_is_looked_up_again() -> None:
+    cluster = Cluster()
+    decode = looking_up(cluster.broker, codec.decode)
+    text, value = of_a_newer_version(Control(queue="q", paused=True, by="t", reason="", at_ms=0))
+    with own_schemas():
+        publish(cluster.broker, text)
+        cluster.broker.interrupt()
+        with pytest.raises(EventLogError):
+            decode(value)
+        cluster.broker.restore()
+        assert decode(value).queue == "q"

@@ -26,6 +26,8 @@ def same_topics(
             f"{log} was deleted while its owner was at work. Restore it from a backup, with its offsets; an empty topic "
             "in its place will be refused."
         )
+    if log in known:
+        _same_count(log, known[log].partition_count, found[log].partition_count)
     for name in found.keys() & known.keys():
         if found[name].topic_id != known[name].topic_id:
             raise RefusedToStartError(
@@ -42,11 +44,7 @@ def check_announcement(record: OwnerAnnounced, topics: Mapping[str, TopicDescrip
     Announcements of former versions do not name the inputs.
     """
     log = topics[record.log]
-    if record.partition_count != log.partition_count:
-        raise RefusedToStartError(
-            f"{record.log} had {record.partition_count} partitions when it was written and has {log.partition_count} "
-            "now. Runs would be looked for in the wrong partition. Restore the topic with its old partition count."
-        )
+    _same_count(record.log, record.partition_count, log.partition_count)
     if record.topic_id != log.topic_id:
         raise RefusedToStartError(
             f"{record.log} was written under topic id {record.topic_id} and is {log.topic_id} now: it was deleted and "
@@ -60,3 +58,11 @@ def check_announcement(record: OwnerAnnounced, topics: Mapping[str, TopicDescrip
                 "it from a backup, with its offsets (the runbook backup-and-restore), or begin a new installation under another "
                 "TIDEGATE_KAFKA_TOPIC_PREFIX."
             )
+
+
+def _same_count(log: str, before: int, now: int) -> None:
+    if now != before:
+        raise RefusedToStartError(
+            f"{log} had {before} partitions when it was written and has {now} now. Runs would be looked for in the wrong "
+            "partition. Restore the topic with its old partition count."
+        )

@@ -58,10 +58,8 @@ RECORD_POSITIONS_EVERY_S: Final = 600.0
 WRITE_DEADLINE_S: Final = 30.0
 # A checkpoint is written in turns, so that inputs need not wait for it; where none come, it must not wait for them.
 CHECKPOINT_POLL_S: Final = 0.002
-# What Kafka said of the topics counts for so long: restoring a partition may take minutes, and the next one comes after it. And so
-# long while an owner is at work: one whose input was made again reads on at its old position in the new one.
+# What Kafka said of the topics counts for so long: restoring a partition may take minutes, and the next one comes after it.
 SAME_TOPICS_S: Final = 1.0
-SAME_TOPICS_AT_WORK_S: Final = 30.0
 NEVER_S: Final = float("-inf")
 
 
@@ -564,13 +562,13 @@ class OwnerLoop:
             positions[TopicPartition(topic, part.partition)] = recorded
         return positions
 
-    def _same_topics(self, within_s: float = SAME_TOPICS_S) -> Mapping[str, TopicDescription]:
-        """Return what Kafka says of the log and its inputs, or said within that time. Blocks for a round trip or two at most.
+    def _same_topics(self) -> Mapping[str, TopicDescription]:
+        """Return what Kafka says of the log and its inputs: asked once for partitions that come to us together.
 
         Raises RefusedToStartError if they are not those that they were.
         """
         now_s = self._monotonic_s()
-        if now_s - self._topics_as_of_s > within_s:
+        if now_s - self._topics_as_of_s > SAME_TOPICS_S:
             self._topics = same_topics(self._broker, self.machine.log_topic, self._input_topics, self._topics)
             self._topics_as_of_s = now_s
         return self._topics
@@ -601,7 +599,6 @@ class OwnerLoop:
         return offsets[0]
 
     def _announce_again(self, part: OwnedPartition) -> None:
-        self._same_topics(SAME_TOPICS_AT_WORK_S)
         part.since_announcement = 0
         part.recorded_inputs, part.recorded_s = dict(part.inputs), self._monotonic_s()
         part.repeats += 1

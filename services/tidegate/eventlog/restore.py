@@ -438,9 +438,9 @@ def _record(message: Message, decode: Decode) -> Entry | OwnerAnnounced:
         record = decode(message.value)
     except codec.DecodeError as error:
         record = error
-    if isinstance(record, Entry | OwnerAnnounced):
+    if isinstance(record, Entry) or (isinstance(record, OwnerAnnounced) and record.log == message.topic):
         return record
-    what = record if isinstance(record, codec.DecodeError) else f"a {type(record).__name__}"
+    what = record if isinstance(record, codec.DecodeError) else f"this {type(record).__name__}"
     raise CorruptLogError(
         f"{message.topic}-{message.partition} at offset {message.offset}: {what} has no place in a log. Somebody else than its "
         "owner wrote there: look at it with `tidegate verify`, and let Kafka's ACLs keep others out."

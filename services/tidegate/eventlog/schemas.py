@@ -73,8 +73,9 @@ def looking_up(broker: Broker, decode: Callable[P, T]) -> Callable[P, T]:
         except codec.UnknownSchemaError as error:
             if error.fingerprint in sought:
                 raise
-            sought.add(error.fingerprint)
+            fingerprint = error.fingerprint
         load_schemas(broker)
+        sought.add(fingerprint)
         return decode(*args, **kwargs)
 
     return decoded

@@ -186,6 +186,7 @@ class KafkaSubscription:
         return [KafkaPartition(self._prefix + at.topic, at.partition) for at in self._assigned]
 
     def _on_assign(self, consumer: Consumer, partitions: list[KafkaPartition]) -> None:
+        self._contact.lost()  # until we read: who had an empty share before was told of no loss
         self._given = partitions
         # A client that is closing answers no questions.
         if self._is_closing or not self._begin():
