@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.lossy import LossyWay
 from support.stack import WholeStack, assert_whole
+from tidegate.embedded.kafka import EmbeddedKafka
 
 # Longer than an executor's lease (10 s): begun before everything else, so that nobody waits for it.
 LONG_S = 13.0
@@ -21,6 +23,18 @@ def shared_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeStac
         stack.under_way.add(LONG_RUN)
         stack.until(LONG_RUN, "AttemptDispatched")
         yield stack
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LossyWay]:
+    """The only way to a broker of its own."""
+    with LossyWay() as way:
+        extra = {"advertised.listeners": f"PLAINTEXT://{way.address}"}
+        kafka = EmbeddedKafka(tmp_path_factory.mktemp("lossy"), profile="quick", extra_config=extra)
+        way.lead_to(lambda: kafka.bootstrap)
+        with kafka:
+            yield way
+            way.lose_every = 0
 
 
 @pytest.fixture

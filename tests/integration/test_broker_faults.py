@@ -225,18 +225,6 @@ def test_a_full_disk_stops_everything_and_harms_nothing(disk: Disk, tmp_path: Pa
 # --- answers that get lost ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LossyWay]:
-    """The only way to a broker of its own."""
-    with LossyWay() as way:
-        extra = {"advertised.listeners": f"PLAINTEXT://{way.address}"}
-        kafka = EmbeddedKafka(tmp_path_factory.mktemp("lossy"), profile="quick", extra_config=extra)
-        way.lead_to(lambda: kafka.bootstrap)
-        with kafka:
-            yield way
-            way.lose_every = 0
-
-
 @pytest.fixture
 def lossy_broker(lossy: LossyWay, topic_prefix: str) -> Iterator[KafkaBroker]:
     broker = KafkaBroker(KafkaSettings(bootstrap=lossy.address, topic_prefix=topic_prefix))

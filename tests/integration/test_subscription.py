@@ -8,16 +8,18 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from support.brokers import create_topic
 from support.lossy import LossyWay
-from tidegate.embedded.kafka import EmbeddedKafka
+from support.stack import eventually
 from tidegate.eventlog.interface import Record, TopicPartition
-from tidegate.eventlog.kafka import KafkaBroker
+from tidegate.eventlog.kafka import KafkaBroker, subscription
+from tidegate.eventlog.kafka.clients import make_consumer
 from tidegate.eventlog.kafka.subscription import KafkaSubscription
 from tidegate.eventlog.settings import KafkaSettings
 
@@ -25,15 +27,57 @@ TOPIC, PARTITIONS = "instances", 4
 BUSY_S = 15.0
 
 
-@pytest.fixture(scope="module")
-def lossy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LossyWay]:
-    """The only way to a broker of its own."""
-    with LossyWay() as way:
-        extra = {"advertised.listeners": f"PLAINTEXT://{way.address}"}
-        kafka = EmbeddedKafka(tmp_path_factory.mktemp("lossy"), profile="quick", extra_config=extra)
-        way.lead_to(lambda: kafka.bootstrap)
-        with kafka:
-            yield way
+class Late:
+    """A client of a coordinator that has just moved, or whose next answer takes so long that the group goes on meanwhile."""
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer = consumer
+        self.answers: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._consumer, name)
+
+    def committed(self, *args: Any, **options: Any) -> Any:
+        answer = self.answers.pop(0) if self.answers else ""
+        if answer == "moved":
+            raise KafkaException(KafkaError(KafkaError.NOT_COORDINATOR))
+        if answer == "late":
+            time.sleep(4.0)
+        return self._consumer.committed(*args, **options)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[Late]:
+    """Every client that the test makes, in order."""
+    made: list[Late] = []
+
+    def make(settings: KafkaSettings, config: Mapping[str, Any]) -> Late:
+        made.append(Late(make_consumer(settings, config)))
+        return made[-1]
+
+    monkeypatch.setattr(subscription, "make_consumer", make)
+    return made
+
+
+@pytest.fixture
+def settings(bootstrap: str, topic_prefix: str) -> KafkaSettings:
+    """Where there is a topic with two partitions."""
+    create_topic(bootstrap, topic_prefix + TOPIC, partitions=2)
+    return KafkaSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, session_timeout_ms=6_000)
+
+
+def joined(settings: KafkaSettings) -> KafkaSubscription:
+    """Return a member that has both partitions."""
+    member = KafkaSubscription(settings, "g", [TOPIC])
+    eventually(lambda: member.poll(10, 0.1) or len(member.assigned) == 2, "both partitions")
+    return member
+
+
+def write_one_each(settings: KafkaSettings) -> None:
+    writer = KafkaBroker(settings).writer()
+    for partition in range(2):
+        writer.send(Record(TOPIC, partition, b"k", b"v"))
+    writer.flush(30)
 
 
 class Watched:
@@ -77,11 +121,10 @@ class World:
 
 @pytest.mark.parametrize(("seed", "static"), [(1, False), (2, True)])
 def test_members_that_come_and_go(lossy: LossyWay, topic_prefix: str, seed: int, static: bool) -> None:
-    way = lossy
     world = World(seed)
     rng = world.rng
-    settings = KafkaSettings(bootstrap=way.address, topic_prefix=topic_prefix, session_timeout_ms=6_000)
-    create_topic(way.address, topic_prefix + TOPIC, partitions=PARTITIONS)
+    settings = KafkaSettings(bootstrap=lossy.address, topic_prefix=topic_prefix, session_timeout_ms=6_000)
+    create_topic(lossy.address, topic_prefix + TOPIC, partitions=PARTITIONS)
     writer = KafkaBroker(settings).writer()
     members: list[Watched] = []
     written = 0
@@ -110,43 +153,24 @@ def test_members_that_come_and_go(lossy: LossyWay, topic_prefix: str, seed: int,
         elif dice < 0.055 and len(members) > 1:
             members.pop(rng.randrange(len(members))).subscription.close()
         if rng.random() < 0.05:
-            way.deny_offsets = rng.randint(1, 3)
-    way.deny_offsets = 0
+            lossy.deny_offsets = rng.randint(1, 3)
+    lossy.deny_offsets = 0
     writer.flush(30)
     ends = {TopicPartition(TOPIC, n): KafkaBroker(settings).offsets(TOPIC, n).end for n in range(PARTITIONS)}
-    deadline = time.monotonic() + 60
-    while any(len(world.delivered.get(at, ())) < n for at, n in ends.items()):
-        assert time.monotonic() < deadline, {at: (len(world.delivered.get(at, ())), n) for at, n in ends.items()}
+
+    def everything() -> bool:
         for member in members:
             member.poll(world)
+        return all(len(world.delivered.get(at, ())) == n for at, n in ends.items())
+
+    eventually(everything, "every message")
     for member in members:
         member.subscription.close()
 
 
-class Late:
-    """A coordinator that has just moved, and whose next answer takes so long that the group goes on meanwhile."""
-
-    def __init__(self, consumer: object) -> None:
-        self._consumer = consumer
-        self.answers = ["moved", "late"]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._consumer, name)
-
-    def committed(self, *args: object, **options: object) -> object:
-        answer = self.answers.pop(0) if self.answers else ""
-        if answer == "moved":
-            raise KafkaException(KafkaError(KafkaError.NOT_COORDINATOR))
-        if answer == "late":
-            time.sleep(4.0)
-        return self._consumer.committed(*args, **options)  # type: ignore[attr-defined]
-
-
-def test_what_was_lost_again_is_not_told_as_gained(bootstrap: str, topic_prefix: str) -> None:
-    settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, session_timeout_ms=6_000)
-    create_topic(bootstrap, topic_prefix + TOPIC, partitions=2)
+def test_what_was_lost_again_is_not_told_as_gained(settings: KafkaSettings, late: list[Late]) -> None:
     first = KafkaSubscription(settings, "g", [TOPIC])
-    first._consumer = Late(first._consumer)  # type: ignore[assignment]
+    late[0].answers = ["moved", "late"]
     stop = threading.Event()
 
     def join() -> None:
@@ -156,88 +180,69 @@ def test_what_was_lost_again_is_not_told_as_gained(bootstrap: str, topic_prefix:
             second.poll(10, 0.1)
         second.close()
 
+    def shares() -> bool:
+        first.poll(10, 0.2)
+        assert first.take_changes().gained.keys() <= first.assigned
+        return len(first.assigned) == 1
+
     other = threading.Thread(target=join)
     other.start()
     try:
-        deadline = time.monotonic() + 60
-        while len(first.assigned) != 1 and time.monotonic() < deadline:
-            first.poll(10, 0.2)
-            assert first.take_changes().gained.keys() <= first.assigned
+        eventually(shares, "the second one's share")
     finally:
         stop.set()
         other.join()
         first.close()
 
 
-def test_what_was_paused_lost_and_given_back_is_read(bootstrap: str, topic_prefix: str) -> None:
+def test_what_was_paused_lost_and_given_back_is_read(settings: KafkaSettings) -> None:
     """`resume` names only what is ours just then: what is away keeps its pause, and is read never again once it is back."""
-    settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, session_timeout_ms=6_000)
-    create_topic(bootstrap, topic_prefix + TOPIC, partitions=2)
-    first = KafkaSubscription(settings, "g", [TOPIC])
-    _until(lambda: first.poll(10, 0.1) or len(first.assigned) == 2)
+    first = joined(settings)
     first.pause()
     second = KafkaSubscription(settings, "g", [TOPIC])
-    _until(lambda: (first.poll(10, 0.1), second.poll(10, 0.1), len(first.assigned) == len(second.assigned) == 1)[-1])
+    eventually(
+        lambda: (first.poll(10, 0.1), second.poll(10, 0.1), len(first.assigned) == len(second.assigned) == 1)[-1],
+        "one partition each",
+    )
     first.resume()
     second.close()
-    _until(lambda: first.poll(10, 0.1) or len(first.assigned) == 2)
-    writer = KafkaBroker(settings).writer()
-    for partition in range(2):
-        writer.send(Record(TOPIC, partition, b"k", b"v"))
-    writer.flush(30)
+    eventually(lambda: first.poll(10, 0.1) or len(first.assigned) == 2, "both partitions again")
+    write_one_each(settings)
     read: set[int] = set()
-    _until(lambda: read.update(m.partition for m in first.poll(10, 0.1)) or len(read) == 2, 15.0)
+    eventually(lambda: read.update(m.partition for m in first.poll(10, 0.1)) or read == {0, 1}, "a message of each")
     first.close()
-    assert read == {0, 1}
 
 
-def test_a_resume_while_it_is_not_known_where_to_read_on_counts(bootstrap: str, topic_prefix: str) -> None:
-    settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, session_timeout_ms=6_000)
-    create_topic(bootstrap, topic_prefix + TOPIC, partitions=2)
-    first = KafkaSubscription(settings, "g", [TOPIC])
-    _until(lambda: first.poll(10, 0.1) or len(first.assigned) == 2)
+def test_a_resume_while_it_is_not_known_where_to_read_on_counts(settings: KafkaSettings, late: list[Late]) -> None:
+    first = joined(settings)
     first.pause()
-    late = Late(first._consumer)
-    late.answers = ["moved"] * 3
-    first._consumer = late  # type: ignore[assignment]
+    late[0].answers = ["moved"] * 3
     second = KafkaSubscription(settings, "g", [TOPIC])
-    _until(lambda: (first.poll(10, 0.1), second.poll(10, 0.1), first._given)[-1])
+    eventually(lambda: (first.poll(10, 0.1), second.poll(10, 0.1), first._given)[-1], "a share to be read")
     first.resume()  # as the projection does as soon as ClickHouse has taken its batch, and never again
-    writer = KafkaBroker(settings).writer()
-    for partition in range(2):
-        writer.send(Record(TOPIC, partition, b"k", b"v"))
-    writer.flush(30)
+    write_one_each(settings)
     read: list[int] = []
-    _until(lambda: (read.extend(m.partition for m in first.poll(10, 0.1)), second.poll(10, 0.1), read)[-1], 15.0)
-    assigned = frozenset(first.assigned)
+    eventually(
+        lambda: (read.extend(m.partition for m in first.poll(10, 0.1)), second.poll(10, 0.1), read)[-1], "a message"
+    )
+    assert first.assigned
     second.close()
     first.close()
-    assert assigned
-    assert read
 
 
-def test_what_is_assigned_does_not_change_in_the_hands_of_who_asked(bootstrap: str, topic_prefix: str) -> None:
-    settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, session_timeout_ms=6_000)
-    create_topic(bootstrap, topic_prefix + TOPIC, partitions=2)
-    subscription = KafkaSubscription(settings, "g", [TOPIC])
-    _until(lambda: subscription.poll(10, 0.1) or subscription.assigned)
-    assigned = subscription.assigned
-    subscription.close()
+def test_what_is_assigned_does_not_change_in_the_hands_of_who_asked(settings: KafkaSettings) -> None:
+    member = joined(settings)
+    assigned = member.assigned
+    member.close()
     assert len(assigned) == 2
 
 
-def _until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        pass
-
-
-def test_who_is_told_to_end_before_it_was_told_its_share_ends_at_once(bootstrap: str, topic_prefix: str) -> None:
-    settings = KafkaSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, session_timeout_ms=6_000)
-    create_topic(bootstrap, topic_prefix + TOPIC, partitions=2)
-    subscription = KafkaSubscription(settings, "g", [TOPIC])
+def test_who_is_told_to_end_before_it_was_told_its_share_ends_at_once(
+    settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = KafkaSubscription(settings, "g", [TOPIC])
     asked: list[object] = []
-    subscription._begin = lambda: bool(asked.append(1))  # type: ignore[method-assign, func-returns-value]
+    monkeypatch.setattr(member, "_begin", lambda: bool(asked.append(1)))
     time.sleep(4.0)  # its assignment has come, and nobody has polled
-    subscription.close()
+    member.close()
     assert not asked, "a client that is closing never answers"

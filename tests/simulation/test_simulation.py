@@ -83,18 +83,13 @@ def test_a_seed_is_the_same_day_in_every_process() -> None:
 
 
 def test_a_failing_seed_says_how_to_have_it_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seed", "1", "--seeds", "24", "--steps", "1500", "--mutant", "once"]) == 1
+    assert main(["--seed", "6", "--seeds", "24", "--steps", "1500", "--mutant", "once"]) == 1
     told = capsys.readouterr().err
     again = re.search(r"--seed \d+ --steps 1500 --mutant once", told)
     assert again is not None, told
     assert main(again[0].split()) == 1
     assert capsys.readouterr().err == told
-    # What that mutant forgets shows in one of two ways.
-    repeated, unasked = (
-        r"repeats \w+, attempt \d+ of which may have had its effect",
-        "nobody was asked whether it had its",
-    )
-    assert re.search(f"{repeated}|{unasked}", told), told
+    assert re.search(r"repeats \w+, attempt \d+ of which may have had its effect", told), told
 
 
 def test_the_command_goes_on_for_as_long_as_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:

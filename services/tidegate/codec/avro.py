@@ -203,9 +203,8 @@ def _broken(schema: _Schema, error: Exception) -> DecodeError:
 def schema_texts() -> dict[str, str]:
     """Return every known schema as fingerprint (hex) -> text: those shipped, and those registered since."""
     _schemas_by_name()
-    return {
-        header[2:].hex(): schema.text for header, schema in list(_by_header.items())
-    }  # another thread may register one
+    known = list(_by_header.items())  # at once: another thread may register one
+    return {header[2:].hex(): schema.text for header, schema in known}
 
 
 def register_schema(text: str) -> None:

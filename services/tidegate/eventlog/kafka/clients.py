@@ -79,10 +79,9 @@ PASSING = frozenset(
         KafkaError.UNKNOWN_LEADER_EPOCH,
     }
 )
-# Trouble of a group's member that joins again by itself, and whose commits others may have made superfluous.
+# Trouble of a group's member that joins again by itself; whether a commit was refused for it is of no interest.
 PASSING_IN_GROUP = PASSING | {
     KafkaError._ASSIGNMENT_LOST,
-    KafkaError._STATE,
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.MEMBER_ID_REQUIRED,
     KafkaError.REBALANCE_IN_PROGRESS,

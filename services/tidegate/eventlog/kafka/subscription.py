@@ -34,6 +34,8 @@ MIN_PREFETCH_MESSAGES: Final = 100_000
 ANSWER_TIMEOUT_S: Final = 10.0
 GATHER_BYTES: Final = 1024 * 1024  # more than a reader that gathers is likely to be sent at once
 
+# A commit that comes while the client has no place in the group is refused by the client itself.
+_PASSING: Final = PASSING_IN_GROUP | {KafkaError._STATE}
 _UNKNOWN_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
 
 _log = logging.getLogger(__name__)
@@ -210,11 +212,11 @@ class KafkaSubscription:
         if failed is not None:
             self._not_answered("not told where to read on", failed)
             return False
+        gained = {TopicPartition(self._names[at.topic], at.partition): at.offset for at in found}
         self._given = []
         self._contact.gained()
-        self._assigned |= self._logical(found)
-        for at in found:
-            self._gained[TopicPartition(self._names[at.topic], at.partition)] = at.offset if at.offset >= 0 else None
+        self._assigned |= frozenset(gained)
+        self._gained |= {at: offset if offset >= 0 else None for at, offset in gained.items()}
         return True
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[KafkaPartition]) -> None:
@@ -245,7 +247,7 @@ class KafkaSubscription:
 
     def _not_answered(self, what: str, error: KafkaError) -> None:
         """Log what passes; remember what does not, for what a callback raises would take a poll's messages with it."""
-        if error.code() in PASSING_IN_GROUP or error.retriable():
+        if error.code() in _PASSING or error.retriable():
             _log.warning("%s: %s", what, error)
         else:
             self._refusal = as_log_error(error, f"{what}: ")
